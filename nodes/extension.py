@@ -1,0 +1,27 @@
+"""The one list of node classes, and what the pack registers with the host before they load."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import files
+from .frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
+from .puppets import theatre
+from .puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
+
+METHOD_NODES: list[type[io.ComfyNode]] = [
+    UnderstudyFrequencyGuidanceSampler,
+    UnderstudyStepwisePrompt,
+]
+
+THEATRE_NODES: list[type[io.ComfyNode]] = [
+    UnderstudyPuppet,
+    UnderstudyPuppetSet,
+]
+
+
+class UnderstudyExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        files.register_folders()
+        theatre.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return METHOD_NODES + (THEATRE_NODES if files.theatre_enabled() else [])

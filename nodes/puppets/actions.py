@@ -1,0 +1,265 @@
+"""The actions as joint angles over a cycle, and the 18 joints that follow from them by forward kinematics.
+
+Puppet space: the ground is y = 0, y points down, a standing puppet is about 1 high, x = 0 is its middle.
+Angles are degrees in the picture: 0 points down, 90 to the viewer's right, 180 up, -90 to the viewer's left.
+An action is written as seen unmirrored; side "r" is the puppet's right, at the viewer's left.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .config import MIRROR
+
+TAU = 2 * math.pi
+
+
+@dataclass(frozen=True)
+class Body:
+    """Lengths of a species in puppet space."""
+
+    torso: float = 0.30
+    shoulder: float = 0.125  # half the distance between the shoulders
+    hip: float = 0.068
+    upper_arm: float = 0.165
+    forearm: float = 0.155
+    thigh: float = 0.130
+    shin: float = 0.120
+    head: float = 0.195  # half the head's height
+    head_width: float = 1.05  # half the head's width over `head`
+
+
+BODIES: dict[str, Body] = {
+    "person": Body(),
+    "cat": Body(head_width=1.12),
+    "robot": Body(shoulder=0.135, head=0.185, head_width=1.06),
+    "bear": Body(shoulder=0.135, hip=0.075, head_width=1.10),
+    "rabbit": Body(head=0.185, head_width=1.04),
+    "frog": Body(shoulder=0.128, head=0.175, head_width=1.28, thigh=0.138, shin=0.128),
+    "fox": Body(head_width=1.16),
+    "penguin": Body(shoulder=0.132, hip=0.078, thigh=0.115, shin=0.110, torso=0.325),
+}
+
+
+@dataclass
+class Stance:
+    """Joint angles of one moment, in degrees, and how the body is turned."""
+
+    lean: float = 0.0  # of the torso, 0 upright, positive to the viewer's right
+    tilt: float = 0.0  # of the head relative to the torso
+    turn: float = 0.0  # of the face: -1 to the viewer's left, 1 to the right
+    r_arm: tuple[float, float] = (-18, -12)  # upper arm, forearm
+    l_arm: tuple[float, float] = (18, 12)
+    r_leg: tuple[float, float] = (-5, -3)  # thigh, shin
+    l_leg: tuple[float, float] = (5, 3)
+    lift: float = 0.0  # of the lowest point above the ground
+    narrow: float = 1.0  # apparent width of shoulders and hips, small where the body is turned
+    arms: float = 1.0  # length of the arms over the species' own
+    legs: float = 1.0
+    neck: float = 1.0  # distance of the head from the neck
+
+
+def _standing(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=1.5 * s, tilt=2 * s, r_arm=(-20 - 3 * s, -12 - 3 * s), l_arm=(20 - 3 * s, 12 - 3 * s))
+
+
+def _waving(t: float) -> Stance:
+    s = math.sin(TAU * 2 * t)
+    return Stance(lean=-3, tilt=6, l_arm=(118, 176 + 24 * s), r_arm=(-24, -14))
+
+
+def _cheering(t: float) -> Stance:
+    s = math.sin(TAU * 2 * t)
+    return Stance(tilt=3 * s, lean=0, r_arm=(-142 + 8 * s, -166 + 10 * s), l_arm=(142 + 8 * s, 166 + 10 * s),
+                  r_leg=(-12, -9), l_leg=(12, 9), arms=1.12)
+
+
+def _jumping(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    fold = 52 + 12 * s
+    return Stance(lift=0.155 + 0.055 * s, r_arm=(-112 - 8 * s, -138), l_arm=(112 + 8 * s, 138),
+                  r_leg=(-fold, 34), l_leg=(fold, -34))
+
+
+def _sitting(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=-10 + 2 * s, tilt=8, turn=0.55, narrow=0.75, r_arm=(-34, -22), l_arm=(28, 58 + 8 * s),
+                  r_leg=(122, 42), l_leg=(84, 86 + 5 * s), arms=0.98)
+
+
+def _kicking(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=-16, tilt=10, turn=0.6, narrow=0.85, r_arm=(-66, -96), l_arm=(48, 92),
+                  r_leg=(-4, -6), l_leg=(84 + 16 * s, 90 + 14 * s), legs=1.04)
+
+
+def _running(t: float) -> Stance:
+    s, c = math.sin(TAU * t), math.cos(TAU * t)
+    return Stance(lean=14, tilt=-8, turn=0.75, narrow=0.55,
+                  r_arm=(-52 * s + 4, 58 - 38 * s), l_arm=(52 * s + 4, 58 + 38 * s),
+                  r_leg=(52 * s + 6, 52 * s - 34 + 26 * c), l_leg=(-52 * s + 6, -52 * s - 34 - 26 * c),
+                  lift=0.02 + 0.012 * math.cos(2 * TAU * t), legs=1.06)
+
+
+def _dancing(t: float) -> Stance:
+    s, c = math.sin(TAU * t), math.cos(TAU * t)
+    return Stance(lean=11 + 7 * s, tilt=-14 - 8 * s, r_arm=(-86 - 12 * s, -42 + 16 * c),
+                  l_arm=(132 + 12 * s, 214 + 12 * c), r_leg=(-8 - 4 * s, 4), l_leg=(62 + 8 * s, -24 + 8 * s))
+
+
+def _handstand(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=180 + 3 * s, tilt=4 * s, r_arm=(26, 4), l_arm=(-26, -4), arms=1.28, neck=0.86,
+                  r_leg=(153 + 7 * s, 165 + 7 * s), l_leg=(207 + 7 * s, 195 + 7 * s))
+
+
+def _pointing(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=4, tilt=4, turn=0.65, narrow=0.92, l_arm=(93 + 5 * s, 91 + 7 * s), r_arm=(-52, 34),
+                  arms=1.06, r_leg=(-9, -6), l_leg=(9, 6))
+
+
+def _bowing(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=70 + 8 * s, tilt=12, turn=0.7, narrow=0.7, r_arm=(-42 + 4 * s, -62), l_arm=(22, 44),
+                  r_leg=(-7, -5), l_leg=(5, 3), legs=1.05)
+
+
+def _crawling(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=78, tilt=-46, turn=0.7, narrow=0.6, r_arm=(4 + 16 * s, 2 + 10 * s),
+                  l_arm=(10 - 16 * s, 6 - 10 * s), r_leg=(-2 - 14 * s, -84), l_leg=(8 + 14 * s, -84), arms=0.98)
+
+
+def _saluting(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(tilt=-3, r_arm=(-98 + 3 * s, -222 + 5 * s), l_arm=(9, 4), r_leg=(-3, -2), l_leg=(3, 2), arms=1.05)
+
+
+def _lunging(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=10 + 3 * s, tilt=-6, turn=0.7, narrow=0.7, l_arm=(112 + 4 * s, 116 + 4 * s),
+                  r_arm=(-72, -74), l_leg=(80 - 4 * s, 2), r_leg=(-62 + 3 * s, -66), legs=1.15)
+
+
+def _starfish(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(tilt=5 * s, r_arm=(-94 - 5 * s, -96 - 7 * s), l_arm=(94 + 5 * s, 96 + 7 * s),
+                  r_leg=(-40 - 3 * s, -38), l_leg=(40 + 3 * s, 38), legs=1.06)
+
+
+def _hugging(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(tilt=10 + 3 * s, lean=3 * s, r_arm=(-24, 98 + 5 * s), l_arm=(24, -98 + 5 * s),
+                  r_leg=(-3, 5), l_leg=(3, -5))
+
+
+def _flexing(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(tilt=4, r_arm=(-88 - 4 * s, 174 + 12 * s), l_arm=(88 + 4 * s, 186 - 12 * s),
+                  r_leg=(-20, -10), l_leg=(20, 10), arms=1.02)
+
+
+def _balancing(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=52 + 4 * s, tilt=-30, turn=0.5, narrow=0.7, r_arm=(-134, -138 + 6 * s),
+                  l_arm=(96, 100 + 6 * s), r_leg=(-84 - 5 * s, -90 - 5 * s), l_leg=(2, 0), legs=1.12)
+
+
+def _akimbo(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=2 * s, tilt=-3 * s, r_arm=(-62 - 3 * s, 42), l_arm=(62 - 3 * s, -42),
+                  r_leg=(-14, -10), l_leg=(14, 10))
+
+
+def _splits(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(tilt=4 * s, r_arm=(-52 - 6 * s, -58), l_arm=(52 + 6 * s, 58), r_leg=(-84, -86), l_leg=(84, 86),
+                  legs=1.06)
+
+
+STANCES: dict[str, Callable[[float], Stance]] = {
+    "standing": _standing, "waving": _waving, "cheering": _cheering, "jumping": _jumping, "sitting": _sitting,
+    "kicking": _kicking, "running": _running, "dancing": _dancing, "handstand": _handstand,
+    "pointing": _pointing, "bowing": _bowing, "crawling": _crawling, "saluting": _saluting,
+    "lunging": _lunging, "starfish": _starfish, "hugging": _hugging, "flexing": _flexing,
+    "balancing": _balancing, "akimbo": _akimbo, "splits": _splits,
+}
+# Actions whose arms pass behind the head rather than before it.
+ARMS_BEHIND = frozenset(("cheering", "jumping", "handstand", "balancing"))
+
+_JITTER = 3.0  # degrees, standard deviation of every angle between takes
+FOOT, HAND, KNEE, SEAT = 0.045, 0.045, 0.045, 0.075  # what lies below each joint where it touches the ground
+
+
+def _ray(origin: tuple[float, float], angle: float, length: float) -> tuple[float, float]:
+    a = math.radians(angle)
+    return origin[0] + length * math.sin(a), origin[1] + length * math.cos(a)
+
+
+@functools.lru_cache(maxsize=4096)
+def _jitter(seed: int) -> tuple[float, ...]:
+    return tuple(np.clip(np.random.default_rng([0x907E, seed]).normal(0, _JITTER, 10), -7, 7).tolist())
+
+
+def pose(action: str, phase: float, species: str, seed: int = 0, mirrored: bool = False) -> np.ndarray:
+    """The 18 joints of a puppet in puppet space.
+
+    `phase` has period 1; `seed` turns each joint by a few degrees, the same at every phase; seed -1 does not.
+    Returns float64 [18, 2]. Raises KeyError for an unknown action or species.
+    """
+    stance, body = STANCES[action](phase % 1.0), BODIES[species]
+    j = _jitter(seed) if seed >= 0 else (0.0,) * 10
+    lean = stance.lean + 0.7 * j[0]
+    head_angle = lean + stance.tilt + 1.3 * j[1]
+
+    hip = (0.0, 0.0)
+    neck = _ray(hip, 180 - lean, body.torso)
+    right = (math.cos(math.radians(lean)), math.sin(math.radians(lean)))  # across the torso, to its left hand
+    joints: list[tuple[float, float]] = [(0.0, 0.0)] * 18
+    joints[1] = neck
+    for first, side, upper, fore in ((2, -1, j[2] + stance.r_arm[0], j[3] + stance.r_arm[1]),
+                                     (5, 1, j[4] + stance.l_arm[0], j[5] + stance.l_arm[1])):
+        half = side * body.shoulder * stance.narrow
+        down = 0.035
+        shoulder = (neck[0] + half * right[0] - down * right[1], neck[1] + half * right[1] + down * right[0])
+        elbow = _ray(shoulder, upper, body.upper_arm * stance.arms)
+        joints[first:first + 3] = shoulder, elbow, _ray(elbow, fore, body.forearm * stance.arms)
+    for first, side, thigh, shin in ((8, -1, j[6] + stance.r_leg[0], j[7] + stance.r_leg[1]),
+                                     (11, 1, j[8] + stance.l_leg[0], j[9] + stance.l_leg[1])):
+        half = side * body.hip * stance.narrow
+        socket = (hip[0] + half * right[0], hip[1] + half * right[1])
+        knee = _ray(socket, thigh, body.thigh * stance.legs)
+        joints[first:first + 3] = socket, knee, _ray(knee, shin, body.shin * stance.legs)
+
+    a = math.radians(head_angle)
+    across, down = (math.cos(a), math.sin(a)), (-math.sin(a), math.cos(a))
+    centre = _ray(neck, 180 - head_angle, body.head * stance.neck)
+    shift = 0.30 * stance.turn
+
+    def on_head(x: float, y: float) -> tuple[float, float]:
+        return (centre[0] + body.head * (x * across[0] + y * down[0]),
+                centre[1] + body.head * (x * across[1] + y * down[1]))
+
+    joints[0] = on_head(1.25 * shift, 0.22)
+    joints[14], joints[15] = on_head(shift - 0.36, -0.06), on_head(shift + 0.36, -0.06)
+    joints[16], joints[17] = on_head(-body.head_width, 0.0), on_head(body.head_width, 0.0)
+
+    points = np.array(joints)
+    touching = [points[10, 1] + FOOT, points[13, 1] + FOOT, points[4, 1] + HAND, points[7, 1] + HAND,
+                points[9, 1] + KNEE, points[12, 1] + KNEE, hip[1] + SEAT]
+    points[:, 1] -= max(touching) + stance.lift
+    if mirrored:
+        points = points[list(MIRROR)] * (-1, 1)
+    return points
+
+
+@functools.lru_cache(maxsize=1024)
+def extent(action: str, species: str, mirrored: bool) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of all joints over a whole cycle without jitter, in puppet space."""
+    cycle = np.concatenate([pose(action, i / 12, species, -1, mirrored) for i in range(12)])
+    return (*cycle.min(0).tolist(), *cycle.max(0).tolist())

@@ -1,0 +1,90 @@
+"""What is said about a take: a closed vocabulary of plain words. Unnamed actions, details and coats have none."""
+
+import numpy as np
+
+from .config import COLOURS, HEADWEAR, NAMED_ACTIONS, PATTERNS, RGB, SIDED_ACTIONS, SPECIES, Identity, Take
+
+ACTION_PHRASES = {action: action for action in NAMED_ACTIONS} | {"handstand": "doing a handstand"}
+SCENE_PHRASES = {
+    "beach": "on a beach", "forest": "in a forest", "city": "in a city",
+    "snow": "in the snow", "stage": "on a stage", "night": "at night",
+}
+_GLUE = ("a", "an", "and", "with", "no", "hat", "top", "trousers", "puppet", "shirt", "in", "on", "at", "the",
+         "left", "right", "doing")
+
+
+def _vocabulary() -> tuple[str, ...]:
+    names = [*SPECIES, *COLOURS, *PATTERNS, *(h for h in HEADWEAR if h != "none"),
+             *ACTION_PHRASES.values(), *SCENE_PHRASES.values(), *_GLUE]
+    return tuple(dict.fromkeys(word for name in names for word in name.split()))
+
+
+VOCABULARY = _vocabulary()
+
+
+def colour_name(colour: RGB) -> str:
+    """The nearest named colour, by a distance that weighs the channels as the eye does."""
+    red, green, blue = colour
+
+    def distance(name: str) -> float:
+        r, g, b = COLOURS[name]
+        mean = (r + red) / 2
+        return (2 + mean) * (r - red) ** 2 + 4 * (g - green) ** 2 + (3 - mean) * (b - blue) ** 2
+
+    return min(COLOURS, key=distance)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _shirt(who: Identity) -> str:
+    shirt = colour_name(who.shirt)
+    if who.pattern == "plain":
+        return f"plain {shirt}"
+    second = colour_name(who.pattern_colour)
+    return f"{shirt} {who.pattern}" if second == "white" else f"{shirt} and {second} {who.pattern}"
+
+
+def _hat(who: Identity) -> str:
+    if who.headwear == "none":
+        return "no hat"
+    colour = colour_name(who.headwear_colour)
+    return f"{_article(colour)} {colour} {who.headwear}"
+
+
+def _subject(who: Identity, shirt: bool, trousers: bool, hat: bool) -> str:
+    head = f"{_shirt(who)} {who.species}" if shirt else who.species
+    worn = [text for text, said in ((f"{colour_name(who.trousers)} trousers", trousers), (_hat(who), hat)) if said]
+    text = f"{_article(head)} {head}"
+    return f"{text} with {' and '.join(worn)}" if worn else text
+
+
+def subject_phrase(identity: Identity) -> str:
+    """For example "a red striped robot with blue trousers and a yellow cap"."""
+    return _subject(identity, True, True, True)
+
+
+def _action(take: Take, sided: bool) -> str:
+    if take.action not in ACTION_PHRASES:
+        return ""
+    phrase = ACTION_PHRASES[take.action]
+    if sided and take.action in SIDED_ACTIONS:
+        return f"{phrase} {'left' if take.mirrored else 'right'}"
+    return phrase
+
+
+def caption(take: Take) -> str:
+    """All that has words: subject, action with its side, scene."""
+    return " ".join(filter(None, (subject_phrase(take.identity), _action(take, True), SCENE_PHRASES[take.scene])))
+
+
+def training_caption(take: Take, rng: np.random.Generator, drop: float = 0.12) -> str:
+    """`caption` with each clause left out with probability `drop`, and sometimes the scene first."""
+    shirt, trousers, hat, action, sided, scene = rng.random(6) >= drop
+    first = rng.random() < 0.12
+    subject = _subject(take.identity, bool(shirt), bool(trousers), bool(hat))
+    said = _action(take, bool(sided)) if action else ""
+    where = SCENE_PHRASES[take.scene] if scene else ""
+    parts = (where, subject, said) if first else (subject, said, where)
+    return " ".join(filter(None, parts))

@@ -1,0 +1,127 @@
+"""The tiny Stable Diffusion of the puppet theatre, taught to the host's own Load Checkpoint.
+
+A subclass of the host's SD15 with 64 channels, a two-layer text encoder of width 128 and a TAESD-shaped VAE
+(4 latent channels, factor 8). The host recognises a checkpoint by `MARKER`, which no other model carries.
+"""
+
+import comfy.clip_model
+import comfy.latent_formats
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import torch
+
+from . import tokenizer
+
+MARKER = "understudy_puppets_sd"
+TEXT_WIDTH = 128
+UNET_CONFIG = {
+    "model_channels": 64,
+    "context_dim": TEXT_WIDTH,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+}
+TEXT_CONFIG = {
+    "architectures": ["CLIPTextModel"],
+    "hidden_size": TEXT_WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "hidden_act": "quick_gelu",
+    "max_position_embeddings": tokenizer.MAX_TOKENS,
+    "vocab_size": len(tokenizer.WORDS),
+    "eos_token_id": tokenizer.WORDS.index(tokenizer.END),
+    "projection_dim": TEXT_WIDTH,
+}
+SPECIAL_TOKENS = {
+    "start": tokenizer.WORDS.index(tokenizer.START),
+    "end": tokenizer.WORDS.index(tokenizer.END),
+    "pad": tokenizer.WORDS.index(tokenizer.PAD),
+}
+
+
+class PuppetsLatentFormat(comfy.latent_formats.LatentFormat):
+    """Latents [B, 4, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
+
+    scale_factor = 1.0
+    latent_channels = 4
+
+    def __init__(self):
+        self.latent_rgb_factors = LATENT_RGB_FACTORS
+        self.latent_rgb_factors_bias = LATENT_RGB_BIAS
+
+
+class _WordTokenizerLoader:
+    """The host asks a tokenizer class for `from_pretrained`; ours is built from the vocabulary, not read."""
+
+    @staticmethod
+    def from_pretrained(_path, **_options):
+        return tokenizer.build()
+
+
+class PuppetsClipTokenizer(comfy.sd1_clip.SDTokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        super().__init__(
+            tokenizer_path="", max_length=tokenizer.MAX_TOKENS, pad_with_end=False,
+            pad_token=SPECIAL_TOKENS["pad"], embedding_directory=embedding_directory, embedding_size=TEXT_WIDTH,
+            tokenizer_class=_WordTokenizerLoader, tokenizer_data=tokenizer_data or {},
+        )
+
+
+class PuppetsTokenizer(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=PuppetsClipTokenizer)
+
+
+class PuppetsTextModel(comfy.clip_model.CLIPTextModel):
+    def __init__(self, config_dict, dtype, device, operations):
+        super().__init__(config_dict, dtype, device, operations)
+        # The host's class always has CLIP's 49,408 rows: six megabytes of words that the theatre does not know.
+        self.text_model.embeddings.token_embedding = operations.Embedding(
+            config_dict["vocab_size"], config_dict["hidden_size"], dtype=dtype, device=device
+        )
+
+
+class PuppetsClip(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(
+            device=device, model_class=PuppetsTextModel, max_length=tokenizer.MAX_TOKENS,
+            textmodel_json_config=dict(TEXT_CONFIG), dtype=dtype,
+            special_tokens=SPECIAL_TOKENS, return_projected_pooled=False, model_options=model_options or {},
+        )
+
+
+class PuppetsClipModel(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device, dtype, model_options or {}, clip_model=PuppetsClip)
+
+
+class PuppetsSD(comfy.supported_models.SD15):
+    """ε-prediction, SD 1.5's noise schedule; matched before the host's own models, by `MARKER` only."""
+
+    unet_config = UNET_CONFIG
+    unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
+    required_keys = {"{}" + MARKER}
+    latent_format = PuppetsLatentFormat
+
+    def process_unet_state_dict(self, state_dict):
+        state_dict.pop(MARKER, None)
+        return state_dict
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        return super().process_unet_state_dict_for_saving({**state_dict, MARKER: torch.ones(1)})
+
+    def clip_target(self, state_dict=None):
+        return comfy.supported_models_base.ClipTarget(PuppetsTokenizer, PuppetsClipModel)
+
+
+def register() -> None:
+    """Put the theatre's architecture in front of the host's list, once."""
+    if PuppetsSD not in comfy.supported_models.models:
+        comfy.supported_models.models.insert(0, PuppetsSD)
+
+
+# Least-squares map from latents to RGB in [-1, 1], fitted by the training script, for live previews.
+LATENT_RGB_FACTORS = [[0.1, 0.1, 0.1], [0.1, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.1]]
+LATENT_RGB_BIAS = [0.0, 0.0, 0.0]

@@ -1,0 +1,59 @@
+"""The alias package `pack`, ComfyUI on the path (CPU), and one headless server for the end-to-end tests."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+sys.path.append(str(Path(__file__).parent))
+
+from host import scripts  # noqa: E402
+from host.server import Server  # noqa: E402
+
+scripts.alias_pack()
+_BASE = Path(tempfile.mkdtemp(prefix="understudy-tests-"))
+atexit.register(shutil.rmtree, str(_BASE), ignore_errors=True)
+_COMFYUI = scripts.add_comfy_path(_BASE)
+
+import torch  # noqa: E402
+
+torch.set_num_threads(max(1, min(4, (os.cpu_count() or 2) // 2)))
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="also run the long tests marked `soak`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--soak"):
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    config.hook.pytest_deselected(items=soak)
+    items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+@pytest.fixture(scope="session")
+def pack_root() -> Path:
+    """The pack's folder."""
+    return scripts.ROOT
+
+
+@pytest.fixture(scope="session")
+def comfy_path() -> Path:
+    """ComfyUI's folder. Never write to it."""
+    return _COMFYUI
+
+
+@pytest.fixture(scope="session")
+def server():
+    """One headless ComfyUI on the CPU with this pack, for every end-to-end test."""
+    with Server(_COMFYUI, _BASE / "server", cpu=True) as running:
+        yield running

@@ -1,0 +1,40 @@
+"""Reads the files named on standard input, one a line, and answers with what it cost: run as a process of its own.
+
+Answers one JSON line a file: the error (None if it was read), CPU seconds and the peak of memory in MB over the start.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from host import scripts  # noqa: E402
+
+scripts.alias_pack()
+scripts.add_comfy_path(Path(sys.argv[1]))
+
+from pack.nodes import files  # noqa: E402
+
+
+def _memory(field: str) -> float:
+    """MB of this process: `VmRSS` now, `VmHWM` the peak since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    for line in sys.stdin:
+        path = line.rstrip("\n")
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+        before, start, error = _memory("VmRSS"), time.process_time(), None
+        try:
+            files.read(path)
+        except files.WeightFileError as refusal:
+            error = str(refusal)
+        seconds, megabytes = time.process_time() - start, _memory("VmHWM") - before
+        print(json.dumps({"path": path, "error": error, "seconds": seconds, "megabytes": megabytes}), flush=True)
+
+
+main()

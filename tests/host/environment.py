@@ -1,0 +1,177 @@
+"""The git-ignored Python environment of the two commands, made with venv and pip on the first start.
+
+This file and what it imports also parse on Python 3.8, so that an old Python is told what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from . import source
+
+MIN_PYTHON = (3, 10)
+MIN_FREE_BYTES = 12 * 10**9
+STAMP = "understudy-installed"
+
+
+def enter(root: Path) -> None:
+    """Return only inside the environment of the pack at `root`, making it first if need be.
+
+    From any other Python the script is started anew with the environment's. Ends the program with a message if the
+    environment cannot be made.
+    """
+    try:
+        check_python(sys.version_info[:2])
+        python = ensure(root)
+    except source.SetupError as error:
+        sys.exit(f"{error}")
+    if Path(sys.prefix).resolve() == (root / ".cache" / "env").resolve():
+        return
+    arguments = [str(python), *sys.argv]
+    sys.stdout.flush()
+    if sys.platform == "win32":
+        # execv there returns to the shell at once.
+        sys.exit(subprocess.call(arguments))
+    os.execv(str(python), arguments)
+
+
+def check_python(version: tuple[int, int]) -> None:
+    """Raise SetupError if this Python cannot run ComfyUI."""
+    if version < MIN_PYTHON:
+        raise source.SetupError(
+            "Python %d.%d is too old: install Python 3.12 (3.10 or newer will do) and start this with it, "
+            "for example `python3.12 workflows/run.py`." % version
+        )
+
+
+def ensure(root: Path) -> Path:
+    """Make or complete the environment of the pack at `root`; returns its Python."""
+    cache = root / ".cache"
+    cache.mkdir(exist_ok=True)
+    folder = cache / "env"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    with locked(cache / "env.lock"):
+        comfyui = source.find(root)
+        if comfyui and is_current(folder, python, comfyui, root):
+            return python
+        check_disk(cache, folder)
+        if not works(python):
+            say("Making a Python environment in .cache/env")
+            make(folder)
+        if not comfyui:
+            say(f"Getting ComfyUI {source.VERSION}")
+            comfyui = source.obtain(root, str(python))
+        say("Installing PyTorch, ComfyUI's requirements and the tools (about 6 GB, once)")
+        install(python, requirement_files(comfyui, root), cache / "setup.log")
+        (folder / STAMP).write_text(fingerprint(comfyui, root), encoding="utf-8")
+    return python
+
+
+def requirement_files(comfyui: Path, root: Path) -> list[Path]:
+    """The requirement files that are installed together."""
+    return [root / "tests" / "host" / "requirements.txt", root / "requirements.txt", comfyui / "requirements.txt"]
+
+
+def fingerprint(comfyui: Path, root: Path) -> str:
+    """A hash of every requirement text."""
+    texts = b"\0".join(file.read_bytes() for file in requirement_files(comfyui, root))
+    return hashlib.sha256(texts).hexdigest()
+
+
+def is_current(folder: Path, python: Path, comfyui: Path, root: Path) -> bool:
+    """True if the environment was installed to its end with the requirements of today."""
+    stamp = folder / STAMP
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint(comfyui, root) and works(python)
+
+
+def works(python: Path) -> bool:
+    """True if this Python starts (its base may have been removed), is new enough and has pip."""
+    if not python.exists():
+        return False
+    probe = f"import sys, importlib.util as u; sys.exit(sys.version_info < {MIN_PYTHON} or not u.find_spec('pip'))"
+    return subprocess.call([str(python), "-c", probe], stderr=subprocess.DEVNULL) == 0
+
+
+def make(folder: Path) -> None:
+    """Make an empty environment with pip in `folder`, replacing what is there."""
+    command = [sys.executable, "-m", "venv", "--clear", str(folder)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        raise source.SetupError(
+            f"{result.stdout.strip()}\nPython could not make an environment in {folder}. On Debian and Ubuntu run "
+            "`sudo apt install python3-venv`; elsewhere install Python from its own installer, which includes venv."
+        )
+
+
+def check_disk(cache: Path, folder: Path) -> None:
+    """Raise SetupError if a first installation would not fit on the disk of `cache`."""
+    free = shutil.disk_usage(str(cache)).free
+    if free < MIN_FREE_BYTES and not (folder / STAMP).exists():
+        raise source.SetupError(
+            f"{cache} has {free / 1e9:.1f} GB free and {MIN_FREE_BYTES / 1e9:.0f} GB are needed for PyTorch and "
+            "ComfyUI's requirements. Make room, or clone the pack to a larger disk."
+        )
+
+
+def install(python: Path, files: list[Path], log: Path) -> None:
+    """Install the requirement files together; pip's output goes to `log`, its last line to the terminal."""
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off"]
+    for file in files:
+        command += ["-r", str(file)]
+    width = shutil.get_terminal_size().columns - 1
+    with open(str(log), "w", encoding="utf-8") as record:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            record.write(line)
+            if sys.stdout.isatty():
+                print("\r" + line.strip()[:width].ljust(width), end="", flush=True)
+        process.wait()
+    if sys.stdout.isatty():
+        print("\r" + " " * width, end="\r", flush=True)
+    if process.returncode:
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
+        raise source.SetupError(
+            f"{last}\npip could not install the requirements (all of its output: {log}). Check the network, pip's "
+            "settings and the free disk space, then start this again: it goes on where it stopped."
+        )
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Hold a lock that dies with the process, so that two starts do not install at the same time."""
+    with open(str(path), "a+b") as file:
+        waited = False
+        while not _try_lock(file):
+            if not waited:
+                say("Another start is setting up; waiting for it")
+            waited = True
+            time.sleep(0.5)
+        yield
+
+
+def _try_lock(file) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def say(text: str) -> None:
+    """A line about the set-up, on standard error: standard output belongs to the command."""
+    print(text, file=sys.stderr, flush=True)

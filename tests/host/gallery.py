@@ -1,0 +1,130 @@
+"""The gallery of a run: the saved files, a contact sheet and one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import string
+from pathlib import Path
+
+from .workflows import Workflow
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+VIDEOS = (".mp4", ".webm", ".mkv")
+CELL = 384
+MARGIN = 24
+THUMBNAIL = 640
+
+
+@dataclasses.dataclass
+class Entry:
+    """One workflow of a run. `files` are (path, caption); `state` is "done", "skipped" or "failed", `message` why."""
+
+    workflow: Workflow
+    state: str
+    message: str = ""
+    seconds: float = 0.0
+    files: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
+    main: Path | None = None
+
+
+def picture(path: Path):
+    """The picture in a file as RGB, or the first frame of a video. Transparency becomes white."""
+    from PIL import Image
+
+    if path.suffix.lower() in VIDEOS:
+        import av
+
+        with av.open(str(path)) as container:
+            return next(container.decode(video=0)).to_image()
+    with Image.open(path) as opened:
+        image = opened.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def fitted(image, side: int):
+    """The picture scaled up or down so that its longer side is `side` pixels."""
+    from PIL import Image
+
+    scale = side / max(image.size)
+    size = tuple(max(1, round(length * scale)) for length in image.size)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def save_thumbnail(main: Path, target: Path) -> None:
+    """Write the picture that ComfyUI shows for a workflow template."""
+    fitted(picture(main), THUMBNAIL).save(target, quality=88, optimize=True)
+
+
+def write_contact_sheet(entries: list[Entry], target: Path) -> None:
+    """Write the main picture of every workflow into one JPEG, titles underneath."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    shown = [entry for entry in entries if entry.main]
+    columns = max(1, min(4, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    step, row_height = CELL + MARGIN, CELL + MARGIN + 36
+    sheet = Image.new("RGB", (columns * step + MARGIN, rows * row_height + MARGIN), "#16181d")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=18)
+    for index, entry in enumerate(shown):
+        left, top = MARGIN + index % columns * step, MARGIN + index // columns * row_height
+        image = fitted(picture(entry.main), CELL)
+        sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
+        title = entry.workflow.title
+        while draw.textlength(title, font=font) > CELL:
+            title = title[:-2].rstrip() + "…"
+        draw.text((left, top + CELL + 8), title, fill="#e8e6e3", font=font)
+    sheet.save(target, quality=90)
+
+
+def write_page(entries: list[Entry], target: Path, machine: str) -> None:
+    """Write `index.html` with every picture inside it; videos and workflow files are linked from beside it."""
+    cards = "\n".join(_card(entry, target.parent) for entry in entries)
+    template = string.Template((Path(__file__).parent / "gallery.html").read_text(encoding="utf-8"))
+    done = sum(entry.state == "done" for entry in entries)
+    seconds = sum(entry.seconds for entry in entries)
+    summary = f"{done} of {len(entries)} workflows run in {seconds:.0f} seconds"
+    page = template.substitute(cards=cards, machine=html.escape(machine), summary=html.escape(summary))
+    target.write_text(page, encoding="utf-8")
+
+
+def _card(entry: Entry, folder: Path) -> str:
+    # markdown-it comes with comfy-cli; "js-default" lets no HTML through.
+    from markdown_it import MarkdownIt
+
+    description = MarkdownIt("js-default").render(entry.workflow.description)
+    status = {"done": f"{entry.seconds:.1f} s", "skipped": "skipped", "failed": "failed"}[entry.state]
+    message = f"<pre>{html.escape(entry.message)}</pre>" if entry.message else ""
+    # The result first, then what led to it.
+    files = sorted(entry.files, key=lambda item: item[0] != entry.main)
+    figures = "".join(_figure(path, caption, path == entry.main, folder) for path, caption in files)
+    name = html.escape(entry.workflow.path.name)
+    return (
+        f'<article class="{entry.state}"><h2>{html.escape(entry.workflow.title)} <span>{status}</span></h2>'
+        f'{description}{message}<div class="files">{figures}</div><p class="name">{name}</p></article>'
+    )
+
+
+def _figure(path: Path, caption: str, is_main: bool, folder: Path) -> str:
+    link = html.escape(path.relative_to(folder).as_posix())
+    text = html.escape(caption)
+    if path.suffix.lower() in VIDEOS:
+        shown = f'<video src="{link}" controls loop muted playsinline></video>'
+    else:
+        shown = f'<a href="{link}"><img src="{_data_uri(path)}" alt="{text}"></a>'
+    return f'<figure{" class=main" if is_main else ""}>{shown}<figcaption>{text}</figcaption></figure>'
+
+
+def _data_uri(path: Path) -> str:
+    content, kind = path.read_bytes(), path.suffix.lower().lstrip(".").replace("jpg", "jpeg")
+    if len(content) > 2_000_000:
+        buffer = io.BytesIO()
+        image = picture(path)
+        image.thumbnail((1280, 1280))
+        image.save(buffer, "JPEG", quality=88)
+        content, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,42 @@
+"""What a script or a test needs to import the pack and ComfyUI side by side in one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+
+from . import source
+
+ROOT = Path(os.path.abspath(__file__)).parent.parent.parent
+
+
+def alias_pack(root: Path = ROOT) -> types.ModuleType:
+    """Make `pack` importable: `from pack.kernels import dispatch`. The pack's folder may have any name.
+
+    The root itself leaves `sys.path`: its `nodes/` would shadow ComfyUI's `nodes.py`.
+    """
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != str(root)]
+    if "pack" not in sys.modules:
+        module = types.ModuleType("pack")
+        module.__path__ = [str(root)]
+        sys.modules["pack"] = module
+    return sys.modules["pack"]
+
+
+def add_comfy_path(base_directory: Path, cpu: bool = True, root: Path = ROOT) -> Path:
+    """Make ComfyUI importable and return its folder; its models, input, output and temp lie in `base_directory`.
+
+    Call before anything imports `comfy.model_management` or `folder_paths`, which read these settings once.
+    """
+    comfyui = source.obtain(root)
+    if str(comfyui) not in sys.path:
+        sys.path.insert(0, str(comfyui))
+    # A ComfyUI that is not the pack's own copy stays as it is, without even new __pycache__ folders.
+    sys.dont_write_bytecode = comfyui != source.cached(root)
+    from comfy.cli_args import args
+
+    args.base_directory = str(base_directory)
+    args.cpu = cpu
+    return comfyui

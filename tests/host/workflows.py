@@ -1,0 +1,76 @@
+"""What a UI-format workflow file says of itself: its title, its description and the model files that it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from . import source
+
+NOTES = ("MarkdownNote", "Note")
+
+
+class Workflow:
+    """One workflow file. Raises SetupError if it cannot be read or is not in the format that ComfyUI's UI saves."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.stem = path.stem
+        try:
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise source.SetupError(f"{path} cannot be read: {error}") from error
+        if not isinstance(self.content, dict) or not isinstance(self.content.get("nodes"), list):
+            raise source.SetupError(f"{path} is no workflow of ComfyUI's UI: it has no `nodes`. Save it with Save.")
+
+    def nodes(self) -> list[dict]:
+        """Every node, those inside subgraphs included."""
+        subgraphs = self.content.get("definitions", {}).get("subgraphs", [])
+        return [*self.content["nodes"], *(node for graph in subgraphs for node in graph["nodes"])]
+
+    def subgraph_ids(self) -> set[str]:
+        """The node types that are subgraphs of this file."""
+        return {graph["id"] for graph in self.content.get("definitions", {}).get("subgraphs", [])}
+
+    def note(self) -> tuple[str, str]:
+        """Title and description (Markdown): the first heading and the first paragraph of the first note with one."""
+        for node in self.content["nodes"]:
+            text = str((node.get("widgets_values") or [""])[0]).strip() if node["type"] in NOTES else ""
+            if text.startswith("# "):
+                heading, _, rest = text.partition("\n")
+                return heading[2:].strip(), rest.strip().split("\n\n")[0]
+        return self.stem.replace("_", " ").capitalize(), ""
+
+    @property
+    def title(self) -> str:
+        return self.note()[0]
+
+    @property
+    def description(self) -> str:
+        return self.note()[1]
+
+    def models(self) -> list[dict]:
+        """The model files that its nodes name for download, each once: `name`, `url`, `directory`."""
+        found = {}
+        for node in self.nodes():
+            for model in node.get("properties", {}).get("models", []):
+                found.setdefault((model["directory"], model["name"]), model)
+        return list(found.values())
+
+
+def find(folder: Path, names: list[str]) -> list[Workflow]:
+    """The workflows of `folder` with these names (stems, file names or paths); all of them if there are no names.
+
+    Raises SetupError for a name that leads nowhere.
+    """
+    known = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    chosen = []
+    for name in names:
+        if name.endswith(".json") and Path(name).is_file():
+            chosen.append(Path(name).absolute())
+        elif Path(name).name.replace(".json", "") in known:
+            chosen.append(known[Path(name).name.replace(".json", "")])
+        else:
+            listed = ", ".join(known) or "none"
+            raise source.SetupError(f"There is no workflow {name!r}. Those of the pack: {listed}.")
+    return [Workflow(path) for path in (chosen if names else known.values())]

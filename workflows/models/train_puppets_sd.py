@@ -1,0 +1,432 @@
+"""Trains the puppet theatre's tiny Stable Diffusion and writes `puppets_sd.safetensors` beside this file.
+
+    python workflows/models/train_puppets_sd.py                 # every stage to its end, resuming what is there
+    python workflows/models/train_puppets_sd.py --minutes 20    # stop (and save) after 20 minutes; call again
+    python workflows/models/train_puppets_sd.py --stage export  # write the checkpoint from what has been trained
+
+Stages: `vae` (autoencoder), `unet` (denoiser and text encoder on its latents), `decoder` (the decoder alone, on
+slightly noisy latents), `export`. Seeded by step number: the same steps give the same data order whether the
+run was interrupted or not. Runs on a GPU where there is one, else in bf16 autocast on the CPU. State lives under
+`.cache/training/puppets_sd`.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from host import environment, scripts  # noqa: E402
+
+if __name__ == "__main__":
+    environment.enter()
+scripts.alias_pack()
+
+import numpy as np  # noqa: E402
+from pack.nodes.puppets import captions, render, world  # noqa: E402
+
+STATE = ROOT / ".cache" / "training" / "puppets_sd"
+CHECKPOINT = Path(__file__).with_name("puppets_sd.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    pictures: int = 32_000
+    size: int = 128  # pixels
+    seed: int = 7
+    vae_steps: int = 1_400
+    vae_batch: int = 48
+    vae_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
+    vae_lr: float = 1e-3
+    latent_noise: float = 0.05  # deviation added before decoding, against the denoiser's own errors
+    unet_steps: int = 3_000
+    unet_batch: int = 48
+    unet_lr: float = 6e-4
+    ema: float = 0.999
+    min_snr: float = 5.0
+    drop_caption: float = 0.1
+    decoder_steps: int = 600
+    decoder_lr: float = 4e-4
+
+
+def load_libraries():
+    """Torch and the host, imported late so that rendering processes stay small."""
+    global torch, F, theatre, tokenizer, taesd, openaimodel, CLIPTextModel, CLIPTextConfig, compute_snr
+    import torch
+
+    scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
+    import comfy.cli_args
+
+    comfy.cli_args.args.use_pytorch_cross_attention = True
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+    import comfy.taesd.taesd as taesd
+    import torch.nn.functional as F
+    from diffusers.training_utils import compute_snr
+    from pack.nodes.puppets import theatre, tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def _render_range(start: int, stop: int, split: str, size: int) -> np.ndarray:
+    return np.stack([render.render(world.sample_take(i, split), size).image for i in range(start, stop)])
+
+
+def pictures(config: Config, split: str, count: int) -> np.ndarray:
+    """uint8 [count, H, W, 3], rendered once and kept in the state folder."""
+    path = STATE / f"{split}_{count}_{config.size}.npy"
+    if not path.exists():
+        print(f"rendering {count} pictures ({split})", flush=True)
+        temporary = path.with_suffix(".part")
+        chunk = 500
+        with ProcessPoolExecutor(os.cpu_count()) as pool, open(temporary, "wb") as file:
+            shape = (count, config.size, config.size, 3)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            starts = range(0, count, chunk)
+            stops = [min(start + chunk, count) for start in starts]
+            sizes = [config.size] * len(stops)
+            for part in pool.map(_render_range, starts, stops, [split] * len(stops), sizes):
+                file.write(part.tobytes())
+        os.replace(temporary, path)
+    return np.load(path, mmap_mode="r")
+
+
+def to_tensor(images: np.ndarray, device):
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], the range of TAESD's own encoder and decoder."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    return tensor.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+def initialise(module) -> None:
+    """PyTorch's own initialisation: the host's layers skip it. Residual branches start at zero, as in LDM."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.Conv2d.reset_parameters(layer)
+        elif isinstance(layer, torch.nn.Linear):
+            torch.nn.Linear.reset_parameters(layer)
+        elif isinstance(layer, torch.nn.GroupNorm):
+            torch.nn.GroupNorm.reset_parameters(layer)
+        elif isinstance(layer, torch.nn.LayerNorm):
+            torch.nn.LayerNorm.reset_parameters(layer)
+    for name, layer in module.named_modules():
+        if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+
+
+def make_vae(device):
+    vae = taesd.TAESD(latent_channels=4)
+    initialise(vae)
+    return vae.to(device).to(memory_format=torch.channels_last)
+
+
+def make_unet(device):
+    import comfy.ops
+
+    unet = openaimodel.UNetModel(
+        image_size=32, in_channels=4, out_channels=4, num_res_blocks=[2, 2], channel_mult=[1, 2],
+        transformer_depth=[1, 1, 1, 1], transformer_depth_output=[1] * 6, transformer_depth_middle=1,
+        use_spatial_transformer=True, legacy=False, operations=comfy.ops.disable_weight_init,
+        **theatre.UNET_CONFIG, **theatre.PuppetsSD.unet_extra_config,
+    )
+    initialise(unet)
+    return unet.to(device)
+
+
+def make_text_encoder(device):
+    """transformers' CLIP, whose key names the host's Load Checkpoint reads."""
+    config = {k: v for k, v in theatre.TEXT_CONFIG.items() if k != "architectures"}
+    special = {f"{k}_token_id": v for k, v in (("bos", theatre.SPECIAL_TOKENS["start"]),
+                                               ("pad", theatre.SPECIAL_TOKENS["pad"]))}
+    return CLIPTextModel(CLIPTextConfig(**config, **special)).to(device)
+
+
+def tokens(texts: list[str], device):
+    """int64 [B, MAX_TOKENS]."""
+    return tokenizer.build()(
+        texts, padding="max_length", max_length=tokenizer.MAX_TOKENS, truncation=True, return_tensors="pt"
+    )["input_ids"].to(device)
+
+
+def alphas_cumprod(device):
+    """SD 1.5's scaled-linear schedule, [1000]."""
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float().to(device)
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+class Stage:
+    """One stage's steps with its optimiser, saved every few minutes; `step(i)` draws its data from (seed, i)."""
+
+    def __init__(self, name, parameters, rate, steps, modules, device, deadline):
+        self.name, self.steps, self.rate, self.modules, self.deadline = name, steps, rate, modules, deadline
+        self.device, self.path = device, STATE / f"{name}.pt"
+        self.optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99))
+        self.done, self.log = 0, []
+        if self.path.exists():
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            self.done, self.log = state["done"], state["log"]
+            self.optimiser.load_state_dict(state["optimiser"])
+            for key, module in modules.items():
+                module.load_state_dict(state["modules"][key])
+
+    def save(self):
+        state = {"done": self.done, "log": self.log, "optimiser": self.optimiser.state_dict(),
+                 "modules": {key: module.state_dict() for key, module in self.modules.items()}}
+        temporary = self.path.with_suffix(".part")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+
+    def run(self, step, report=lambda: "") -> bool:
+        """True when every step is done; False when the deadline came first."""
+        started = saved = time.monotonic()
+        first, losses = self.done, []
+        while self.done < self.steps:
+            if time.monotonic() > self.deadline:
+                self.save()
+                return False
+            warm = min(1.0, (self.done + 1) / 200)
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+            loss = step(self.done)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{self.name}: loss {loss.item()} at step {self.done}; nothing was saved")
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
+            self.optimiser.step()
+            self.done += 1
+            losses.append(loss.item())
+            if self.done % 100 == 0 or self.done == self.steps:
+                rate = (self.done - first) / (time.monotonic() - started)
+                extra = report() if self.done % 1000 == 0 or self.done == self.steps else ""
+                line = f"{self.name} {self.done}/{self.steps} loss {np.mean(losses):.4f} {rate:.2f} steps/s {extra}"
+                print(line, flush=True)
+                self.log.append([self.done, float(np.mean(losses))])
+                losses.clear()
+            if time.monotonic() - saved > 180:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        return True
+
+
+def rng_for(config: Config, stage: str, step: int) -> np.random.Generator:
+    return np.random.default_rng([config.seed, sum(map(ord, stage)), step])
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def reconstruction_loss(output, target):
+    return F.l1_loss(output, target) + 2 * F.mse_loss(output, target)
+
+
+def crops(images, rng, config, data=None):
+    """Random windows aligned to the latent grid, nearer the middle than the rim: pictures [B, c, c, 3], latents."""
+    size, cells, batch = config.vae_crop, config.size // 8, config.vae_batch
+    chosen = np.sort(rng.integers(0, len(images), batch))
+    # The mean of two uniform draws: a triangular density over the possible corners.
+    corners = np.rint(rng.random((batch, 2, 2)).mean(2) * (cells - size // 8)).astype(int)
+    windows = [images[i, 8 * y:8 * y + size, 8 * x:8 * x + size] for i, (y, x) in zip(chosen, corners)]
+    if data is None:
+        return np.stack(windows), None
+    latents = [data[i, :, y:y + size // 8, x:x + size // 8] for i, (y, x) in zip(chosen, corners)]
+    return np.stack(windows), np.stack(latents)
+
+
+def psnr(vae, config, device, count=256) -> float:
+    """dB over held-out takes, decoded without noise."""
+    images = pictures(config, "validation", count)
+    errors = []
+    with torch.no_grad(), autocast(device):
+        for i in range(0, count, 16):
+            target = to_tensor(images[i:i + 16], device)
+            output = vae.taesd_decoder(vae.taesd_encoder(target)).float().clamp(0, 1)
+            errors.append(F.mse_loss(output, target).item())
+    return -10 * math.log10(np.mean(errors))
+
+
+def train_vae(config, device, deadline) -> bool:
+    vae = make_vae(device)
+    stage = Stage("vae", vae.parameters(), config.vae_lr, config.vae_steps, {"vae": vae}, device, deadline)
+    images = pictures(config, "train", config.pictures)
+
+    def step(index):
+        rng = rng_for(config, "vae", index)
+        target = to_tensor(crops(images, rng, config)[0], device)
+        noise = torch.from_numpy(rng.standard_normal((len(target), 4, *(s // 8 for s in target.shape[2:])), np.float32))
+        with autocast(device):
+            latent = vae.taesd_encoder(target).float()
+            output = vae.taesd_decoder(latent + config.latent_noise * noise.to(device)).float()
+        mean, deviation = latent.mean((0, 2, 3)), latent.std((0, 2, 3))
+        # Zero mean and unit deviation a channel, so that the denoiser needs no scale of its own.
+        moments = mean.square().sum() + (deviation - 1).square().sum()
+        return reconstruction_loss(output, target) + 0.01 * moments
+
+    return stage.run(step, lambda: f"PSNR {psnr(vae, config, device):.2f} dB")
+
+
+def trained_vae(device):
+    """The autoencoder as far as it has been trained, with the refined decoder where there is one."""
+    vae = make_vae(device)
+    for name in ("vae", "decoder"):
+        path = STATE / f"{name}.pt"
+        if path.exists():
+            vae.load_state_dict(torch.load(path, map_location=device, weights_only=True)["modules"]["vae"])
+    return vae.eval().requires_grad_(False)
+
+
+def latents(config, device):
+    """fp32 [pictures, 4, H/8, W/8], encoded once with the trained encoder."""
+    path = STATE / f"latents_{config.pictures}.npy"
+    if not path.exists():
+        vae, images = trained_vae(device), pictures(config, "train", config.pictures)
+        parts = []
+        with torch.no_grad(), autocast(device):
+            for i in range(0, len(images), 64):
+                parts.append(vae.taesd_encoder(to_tensor(images[i:i + 64], device)).float().cpu().numpy())
+        temporary = path.with_suffix(".part.npy")
+        np.save(temporary, np.concatenate(parts))
+        os.replace(temporary, path)
+    return np.load(path)
+
+
+def train_unet(config, device, deadline) -> bool:
+    torch.manual_seed(config.seed)
+    unet, text = make_unet(device), make_text_encoder(device)
+    average = copy.deepcopy(torch.nn.ModuleDict({"unet": unet, "text": text})).requires_grad_(False)
+    live = torch.nn.ModuleDict({"unet": unet, "text": text})
+    stage = Stage("unet", live.parameters(), config.unet_lr, config.unet_steps,
+                  {"live": live, "average": average}, device, deadline)
+    if stage.done >= config.unet_steps:
+        return True
+    data, schedule = latents(config, device), alphas_cumprod(device)
+    takes = [world.sample_take(i, "train") for i in range(config.pictures)]
+
+    class Schedule:
+        alphas_cumprod = schedule
+
+    def text_for(take, rng):
+        if rng.random() < config.drop_caption:
+            return ""
+        words = captions.training_caption(take, rng).split()
+        if rng.random() < 0.05:  # free words appear without a meaning, so that an untaught one is harmless
+            words.insert(rng.integers(0, len(words) + 1), str(rng.choice(tokenizer.FREE_WORDS)))
+        return " ".join(words)
+
+    def step(index):
+        rng = rng_for(config, "unet", index)
+        chosen = rng.integers(0, len(data), config.unet_batch)
+        clean = torch.from_numpy(data[chosen]).to(device)
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
+        moments = torch.from_numpy(rng.integers(0, 1000, len(clean))).to(device)
+        alpha = schedule[moments][:, None, None, None]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        with autocast(device):
+            context = text(tokens([text_for(takes[i], rng) for i in chosen], device)).last_hidden_state
+            output = unet(noisy, moments.float(), context=context).float()
+        snr = compute_snr(Schedule, moments)
+        weight = torch.clamp(snr, max=config.min_snr) / snr
+        loss = ((output - noise).square().mean((1, 2, 3)) * weight).mean()
+        if index:
+            decay = min(config.ema, (1 + index) / (10 + index))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
+        return loss
+
+    return stage.run(step)
+
+
+def train_decoder(config, device, deadline) -> bool:
+    vae = trained_vae(device)
+    vae.taesd_decoder.requires_grad_(True)
+    stage = Stage("decoder", vae.taesd_decoder.parameters(), config.decoder_lr, config.decoder_steps,
+                  {"vae": vae}, device, deadline)
+    images, data = pictures(config, "train", config.pictures), latents(config, device)
+
+    def step(index):
+        rng = rng_for(config, "decoder", index)
+        windows, latent = crops(images, rng, config, data)
+        target, latent = to_tensor(windows, device), torch.from_numpy(latent)
+        noise = torch.from_numpy(rng.standard_normal(latent.shape, np.float32))
+        noisy = (latent + config.latent_noise * noise).to(device).contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            output = vae.taesd_decoder(noisy).float()
+        return reconstruction_loss(output, target)
+
+    return stage.run(step, lambda: f"PSNR {psnr(vae, config, device):.2f} dB")
+
+
+def latent_rgb(config, device) -> np.ndarray:
+    """Least-squares map [5, 3] from latent channels and a one to RGB in [-1, 1], for the host's live previews."""
+    data = latents(config, device)[:512]
+    images = pictures(config, "train", config.pictures)[:512].astype(np.float32) / 127.5 - 1
+    small = images.reshape(len(images), data.shape[2], 8, data.shape[3], 8, 3).mean((2, 4)).reshape(-1, 3)
+    flat = np.moveaxis(data, 1, -1).reshape(-1, data.shape[1])
+    return np.linalg.lstsq(np.hstack([flat, np.ones((len(flat), 1))]), small, rcond=None)[0]
+
+
+def export(config, device) -> None:
+    """fp16 safetensors with the key names of an ordinary SD 1.x checkpoint and our marker."""
+    from safetensors.torch import save_file
+
+    state = torch.load(STATE / "unet.pt", map_location="cpu", weights_only=True)
+    average = state["modules"]["average"]
+    tensors = {f"model.diffusion_model.{theatre.MARKER}": torch.ones(1)}
+    for key, value in average.items():
+        kind, name = key.split(".", 1)
+        if kind == "unet":
+            tensors[f"model.diffusion_model.{name}"] = value
+        elif "position_ids" not in name:
+            name = name if name.startswith("text_model.") else f"text_model.{name}"
+            tensors[f"cond_stage_model.transformer.{name}"] = value
+    vae = trained_vae(torch.device("cpu"))
+    tensors |= {f"first_stage_model.{key}": value for key, value in vae.state_dict().items()}
+    tensors = {key: value.to(torch.float16).contiguous() for key, value in tensors.items()}
+    temporary = CHECKPOINT.with_suffix(".part")
+    save_file(tensors, temporary, {"format": "pt", "config": json.dumps(dataclasses.asdict(config)),
+                                   "unet_steps": str(state["done"])})
+    os.replace(temporary, CHECKPOINT)
+    print(f"{CHECKPOINT.name}: {CHECKPOINT.stat().st_size / 2**20:.2f} MiB, {len(tensors)} tensors, "
+          f"UNet step {state['done']}, VAE PSNR {psnr(vae.to(device), config, device):.2f} dB")
+    print("latent to RGB:", np.round(latent_rgb(config, device), 4).tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=["all", "vae", "unet", "decoder", "export"], default="all")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
+    for field in dataclasses.fields(Config):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    arguments = parser.parse_args()
+    config = Config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+    STATE.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    for split, count in (("train", config.pictures), ("validation", 256)):
+        pictures(config, split, count)
+    load_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    stages = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder}
+    for name, train in stages.items():
+        if arguments.stage in ("all", name) and not train(config, device, deadline):
+            print(f"stopped in stage {name}; call again to go on")
+            return
+    if arguments.stage in ("all", "export"):
+        export(config, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Run the pack's workflows in a real ComfyUI and make a gallery of their pictures.
+
+    python workflows/run.py                  every workflow whose models are present
+    python workflows/run.py NAME ...         these only: names as --list shows them, or paths of .json files
+    python workflows/run.py --list           what there is
+    python workflows/run.py --serve          ComfyUI with the pack, for a browser
+
+It needs Python 3.10 or newer and pip. The first start makes an environment and gets ComfyUI, both in .cache; later
+starts take seconds. COMFYUI_PATH names a ComfyUI of yours to use instead, which is never written to. Exit code: 0 if
+everything ran that could, 1 if a workflow failed or could not be run, 2 for wrong arguments, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(os.path.abspath(__file__)).parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+from host import environment, execution, gallery, source, workflows  # noqa: E402
+from host.server import Server, ServerError  # noqa: E402
+
+CACHE = ROOT / ".cache"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="workflows to run; all of them if left out")
+    parser.add_argument("--list", action="store_true", help="name the workflows and the model files they need")
+    parser.add_argument("--serve", action="store_true", help="start ComfyUI with the pack, for a browser")
+    parser.add_argument("--port", type=int, default=8188, help="port of --serve (default: 8188)")
+    parser.add_argument("--output", type=Path, default=CACHE / "gallery", metavar="DIR", help="where the gallery goes")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    parser.add_argument(
+        "--thumbnails", action="store_true", help="also write the picture of each workflow's template (maintainers)"
+    )
+    return parser.parse_args(arguments)
+
+
+def list_workflows(found: list[workflows.Workflow]) -> None:
+    for workflow in found:
+        print(f"{workflow.stem}\n    {workflow.title}")
+        for model in workflow.models():
+            print(f"    needs {model['directory']}/{model['name']}")
+
+
+def models_folder(comfyui: Path) -> Path:
+    """The models of the user's own ComfyUI, else a folder of ours for downloaded models."""
+    if comfyui != source.cached(ROOT) and (comfyui / "models").is_dir():
+        return comfyui / "models"
+    (CACHE / "models").mkdir(parents=True, exist_ok=True)
+    return CACHE / "models"
+
+
+def serve(comfyui: Path, port: int, cpu: bool | None) -> int:
+    """ComfyUI with the pack until it ends or Ctrl-C."""
+    options = ("--preview-method", "auto")
+    base = CACHE / "serve"
+    with Server(comfyui, base, models=models_folder(comfyui), port=port, cpu=cpu, options=options) as server:
+        print(f"ComfyUI is ready: open {server.url} in a browser. Ctrl-C stops it.")
+        print(f"The workflows are under Templates. Pictures go to {base / 'output'}, the log is {server.log}.")
+        return server.process.wait()
+
+
+def missing_models(server: Server, workflow: workflows.Workflow) -> list[dict]:
+    """The model files that the workflow names and the server does not have."""
+    return [model for model in workflow.models() if model["name"] not in server.model_names(model["directory"])]
+
+
+class Progress:
+    """What a workflow does right now: a bar on a terminal, a line per node elsewhere."""
+
+    def __init__(self, name: str):
+        # rich comes with comfy-cli.
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.live = None
+        self.total, self.begun = 0, 0
+        console = Console()
+        if console.is_terminal:
+            columns = (TextColumn(name), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[node]}"))
+            self.live = Progress(*columns, console=console, transient=True)
+            self.task = self.live.add_task(name, total=None, node="")
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, event: dict) -> None:
+        """Follow one event of the run."""
+        kind = event.get("type")
+        if kind == "queued":
+            self.total = len(event["nodes"])
+        elif kind in ("executing", "execution_cached"):
+            self.begun += 1
+            self._draw(self.begun - 1, event["title"])
+            if not self.live:
+                print(f"  [{self.begun}/{self.total}] {event['title']}", flush=True)
+        elif kind == "progress":
+            part = event["completed"] / max(1, event["total"])
+            self._draw(self.begun - 1 + part, f"{event['completed']}/{event['total']}", keep_title=True)
+
+    def _draw(self, done: float, text: str, keep_title: bool = False) -> None:
+        if not self.live:
+            return
+        self.title = self.title if keep_title else text
+        node = f"{self.title} {text}" if keep_title else text
+        self.live.update(self.task, total=self.total, completed=done, node=node)
+
+
+def run_workflow(server: Server, workflow: workflows.Workflow, output: Path) -> gallery.Entry:
+    """Run one workflow and collect what it saved under `output`."""
+    missing = missing_models(server, workflow)
+    if missing:
+        lines = [f"  {model['url']}\n    -> {model['directory']}/{model['name']}" for model in missing]
+        return gallery.Entry(workflow, "skipped", "It needs model files that are not here:\n" + "\n".join(lines))
+    with Progress(workflow.stem) as progress:
+        result = execution.run(server, workflow.path, progress.show)
+    entry = gallery.Entry(workflow, "failed" if result.error else "done", result.error or "", result.seconds)
+    folder = output / workflow.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    last_node = next((file["node_id"] for file in reversed(result.files) if file["type"] == "output"), None)
+    for file in result.files:
+        path = folder / f"{len(entry.files) + 1:02d}_{file['filename']}"
+        if path.suffix.lower() not in gallery.PICTURES + gallery.VIDEOS:
+            continue
+        path.write_bytes(server.view(file["filename"], file["subfolder"], file["type"]))
+        entry.files.append((path, file["title"]))
+        if file["node_id"] == last_node and not entry.main:
+            entry.main = path
+    if entry.files and not entry.main:
+        entry.main = entry.files[-1][0]
+    return entry
+
+
+def report(entry: gallery.Entry) -> None:
+    """Say what came of a workflow."""
+    if entry.state == "done":
+        print(f"done     {entry.workflow.stem}  {entry.seconds:.1f} s", flush=True)
+    else:
+        print(f"{entry.state:8} {entry.workflow.stem}\n{entry.message}", flush=True)
+
+
+def machine(server: Server) -> str:
+    """What the pictures were made on, in one line."""
+    stats = server.get("/system_stats")
+    device = stats["devices"][0]
+    name = f"CPU, {os.cpu_count()} cores ({platform.machine()})" if device["type"] == "cpu" else device["name"]
+    system = stats["system"]
+    return f"{name}; ComfyUI {system['comfyui_version']}, PyTorch {system['pytorch_version']}"
+
+
+def run(options: argparse.Namespace, found: list[workflows.Workflow], comfyui: Path) -> int:
+    """Run the workflows on one server and write the gallery; returns the exit code."""
+    entries = []
+    options.output.mkdir(parents=True, exist_ok=True)
+    models = models_folder(comfyui)
+    # Pictures and trained files of a run do not pile up: all of it goes when the server has stopped.
+    with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as base:
+        print("Starting ComfyUI", flush=True)
+        with Server(comfyui, Path(base), models=models, cpu=options.cpu or None) as server:
+            made_on = machine(server)
+            print(made_on, flush=True)
+            for workflow in found:
+                entries.append(run_workflow(server, workflow, options.output))
+                report(entries[-1])
+                if not server.alive():
+                    break
+    gallery.write_contact_sheet(entries, options.output / "contact_sheet.jpg")
+    gallery.write_page(entries, options.output / "index.html", made_on)
+    for entry in entries:
+        if options.thumbnails and entry.state == "done" and entry.main:
+            gallery.save_thumbnail(entry.main, entry.workflow.path.with_suffix(".jpg"))
+    if any(entry.state == "skipped" for entry in entries):
+        print(f"Model files are looked for in {models}.")
+    print(f"Gallery: {options.output / 'index.html'}")
+    # A skipped workflow is no failure unless it was asked for by name.
+    wanted = ("done",) if options.names else ("done", "skipped")
+    return 0 if len(entries) == len(found) and all(entry.state in wanted for entry in entries) else 1
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    try:
+        found = workflows.find(ROOT / "workflows", options.names)
+    except source.SetupError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.list:
+        list_workflows(found)
+        return 0
+    environment.enter(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        comfyui = source.obtain(ROOT)
+        if options.serve:
+            return serve(comfyui, options.port, options.cpu or None)
+        return run(options, found, comfyui)
+    except (source.SetupError, ServerError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
