@@ -134,7 +134,8 @@ def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE) -> dict[st
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNPICKLING as error:
-        raise refused(path, f"holds more than weights ({str(error)[:200]})", fix) from error
+        # Without torch's own words: they advise to load the file all the same.
+        raise refused(path, "is damaged or holds more than weights", fix) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     tensors = {}
@@ -239,7 +240,8 @@ def _storable(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch
     for key, tensor in tensors.items():
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
         if not plain or tensor.is_meta or tensor.dtype not in DTYPES.values():
-            problem = f"has {key!r} as {tensor.dtype} on {tensor.device}"
+            kind = f"{tensor.layout} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else ""
+            problem = f"has {key!r} as {type(tensor).__name__} {kind}"
             raise refused(name, problem, "Save dense tensors in fp32, fp16, bf16, fp8 or whole numbers")
         if tensor.numel() == 0:
             raise refused(name, f"has no element in {key!r}", "Leave the tensor out")

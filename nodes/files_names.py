@@ -39,7 +39,7 @@ def _safe_part(part: str) -> str:
     kept = "".join(
         "_" if character in '<>:"|?*' or _is_control(character) else character for character in part
     )
-    kept = kept.encode()[:MAX_PART].decode(errors="ignore").strip(" ").strip(".").strip()
+    kept = kept.encode()[:MAX_PART].decode(errors="ignore").strip(" .")
     return f"_{kept}" if kept.split(".")[0].strip().lower() in _RESERVED else kept
 
 

@@ -22,7 +22,7 @@ class Body:
     """Lengths of a species in puppet space."""
 
     torso: float = 0.30
-    shoulder: float = 0.125  # half the distance between the shoulders
+    shoulder: float = 0.138  # half the distance between the shoulders
     hip: float = 0.068
     upper_arm: float = 0.165
     forearm: float = 0.155
@@ -30,17 +30,18 @@ class Body:
     shin: float = 0.120
     head: float = 0.195  # half the head's height
     head_width: float = 1.05  # half the head's width over `head`
+    hat_tip: float = 1.72  # of the tallest hat above the head's middle, over `head`
 
 
 BODIES: dict[str, Body] = {
     "person": Body(),
     "cat": Body(head_width=1.12),
-    "robot": Body(shoulder=0.135, head=0.185, head_width=1.06),
-    "bear": Body(shoulder=0.135, hip=0.075, head_width=1.10),
-    "rabbit": Body(head=0.185, head_width=1.04),
-    "frog": Body(shoulder=0.128, head=0.175, head_width=1.28, thigh=0.138, shin=0.128),
+    "robot": Body(shoulder=0.146, head=0.185, head_width=1.06),
+    "bear": Body(shoulder=0.146, hip=0.075, head_width=1.10),
+    "rabbit": Body(head=0.185, head_width=1.04, hat_tip=1.9),
+    "frog": Body(shoulder=0.140, head=0.175, head_width=1.28, hat_tip=2.15, thigh=0.138, shin=0.128),
     "fox": Body(head_width=1.16),
-    "penguin": Body(shoulder=0.132, hip=0.078, thigh=0.115, shin=0.110, torso=0.325),
+    "penguin": Body(shoulder=0.144, hip=0.078, thigh=0.115, shin=0.110, torso=0.325),
 }
 
 
@@ -69,7 +70,7 @@ def _standing(t: float) -> Stance:
 
 def _waving(t: float) -> Stance:
     s = math.sin(TAU * 2 * t)
-    return Stance(lean=-3, tilt=6, l_arm=(118, 176 + 24 * s), r_arm=(-24, -14))
+    return Stance(lean=-3, tilt=6, l_arm=(116, 160 + 24 * s), r_arm=(-24, -14), arms=1.08)
 
 
 def _cheering(t: float) -> Stance:
@@ -88,7 +89,7 @@ def _jumping(t: float) -> Stance:
 def _sitting(t: float) -> Stance:
     s = math.sin(TAU * t)
     return Stance(lean=-10 + 2 * s, tilt=8, turn=0.55, narrow=0.75, r_arm=(-34, -22), l_arm=(28, 58 + 8 * s),
-                  r_leg=(122, 42), l_leg=(84, 86 + 5 * s), arms=0.98)
+                  r_leg=(120, 44), l_leg=(84, 86 + 5 * s), legs=1.16)
 
 
 def _kicking(t: float) -> Stance:
@@ -99,21 +100,21 @@ def _kicking(t: float) -> Stance:
 
 def _running(t: float) -> Stance:
     s, c = math.sin(TAU * t), math.cos(TAU * t)
-    return Stance(lean=14, tilt=-8, turn=0.75, narrow=0.55,
-                  r_arm=(-52 * s + 4, 58 - 38 * s), l_arm=(52 * s + 4, 58 + 38 * s),
-                  r_leg=(52 * s + 6, 52 * s - 34 + 26 * c), l_leg=(-52 * s + 6, -52 * s - 34 - 26 * c),
-                  lift=0.02 + 0.012 * math.cos(2 * TAU * t), legs=1.06)
+    return Stance(lean=17, tilt=-10, turn=0.75, narrow=0.6,
+                  r_arm=(-58 * s - 4, 62 - 40 * s), l_arm=(58 * s - 4, 62 + 40 * s),
+                  r_leg=(56 * s + 12, 52 * s - 36 + 28 * c), l_leg=(-56 * s + 12, -52 * s - 36 - 28 * c),
+                  lift=0.03 - 0.015 * math.cos(2 * TAU * t), legs=1.16)
 
 
 def _dancing(t: float) -> Stance:
     s, c = math.sin(TAU * t), math.cos(TAU * t)
     return Stance(lean=11 + 7 * s, tilt=-14 - 8 * s, r_arm=(-86 - 12 * s, -42 + 16 * c),
-                  l_arm=(132 + 12 * s, 214 + 12 * c), r_leg=(-8 - 4 * s, 4), l_leg=(62 + 8 * s, -24 + 8 * s))
+                  l_arm=(128 + 10 * s, 168 + 12 * c), r_leg=(-8 - 4 * s, 4), l_leg=(66 + 8 * s, -28 + 8 * s), arms=1.1)
 
 
 def _handstand(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(lean=180 + 3 * s, tilt=4 * s, r_arm=(26, 4), l_arm=(-26, -4), arms=1.28, neck=0.86,
+    return Stance(lean=180 + 3 * s, tilt=4 * s, r_arm=(40, 6), l_arm=(-40, -6), arms=1.34, neck=0.86,
                   r_leg=(153 + 7 * s, 165 + 7 * s), l_leg=(207 + 7 * s, 195 + 7 * s))
 
 
@@ -125,19 +126,19 @@ def _pointing(t: float) -> Stance:
 
 def _bowing(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(lean=70 + 8 * s, tilt=12, turn=0.7, narrow=0.7, r_arm=(-42 + 4 * s, -62), l_arm=(22, 44),
+    return Stance(lean=58 + 9 * s, tilt=16, turn=0.7, narrow=0.7, r_arm=(16, -70), l_arm=(-132, -142),
                   r_leg=(-7, -5), l_leg=(5, 3), legs=1.05)
 
 
 def _crawling(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(lean=78, tilt=-46, turn=0.7, narrow=0.6, r_arm=(4 + 16 * s, 2 + 10 * s),
-                  l_arm=(10 - 16 * s, 6 - 10 * s), r_leg=(-2 - 14 * s, -84), l_leg=(8 + 14 * s, -84), arms=0.98)
+    return Stance(lean=80, tilt=-58, turn=0.7, narrow=0.6, r_arm=(4 + 16 * s, 2 + 10 * s),
+                  l_arm=(10 - 16 * s, 6 - 10 * s), r_leg=(-2 - 14 * s, -84), l_leg=(8 + 14 * s, -84), arms=0.74, legs=1.2)
 
 
 def _saluting(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(tilt=-3, r_arm=(-98 + 3 * s, -222 + 5 * s), l_arm=(9, 4), r_leg=(-3, -2), l_leg=(3, 2), arms=1.05)
+    return Stance(tilt=-3, r_arm=(-124 + 3 * s, -216 + 4 * s), l_arm=(9, 4), r_leg=(-3, -2), l_leg=(3, 2), arms=1.14)
 
 
 def _lunging(t: float) -> Stance:
@@ -161,7 +162,7 @@ def _hugging(t: float) -> Stance:
 def _flexing(t: float) -> Stance:
     s = math.sin(TAU * t)
     return Stance(tilt=4, r_arm=(-88 - 4 * s, 174 + 12 * s), l_arm=(88 + 4 * s, 186 - 12 * s),
-                  r_leg=(-20, -10), l_leg=(20, 10), arms=1.02)
+                  r_leg=(-20, -10), l_leg=(20, 10), arms=1.14)
 
 
 def _balancing(t: float) -> Stance:
@@ -260,6 +261,11 @@ def pose(action: str, phase: float, species: str, seed: int = 0, mirrored: bool 
 
 @functools.lru_cache(maxsize=1024)
 def extent(action: str, species: str, mirrored: bool) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of all joints over a whole cycle without jitter, in puppet space."""
-    cycle = np.concatenate([pose(action, i / 12, species, -1, mirrored) for i in range(12)])
-    return (*cycle.min(0).tolist(), *cycle.max(0).tolist())
+    """(left, top, right, bottom) of joints and the tallest hat over a cycle without jitter, in puppet space."""
+    cycle = np.stack([pose(action, i / 12, species, -1, mirrored) for i in range(12)])
+    centre, across = cycle[:, 16:18].mean(1), cycle[:, 15] - cycle[:, 14]
+    across /= np.linalg.norm(across, axis=-1, keepdims=True)
+    up = np.stack([across[:, 1], -across[:, 0]], -1) * BODIES[species].head
+    tips = centre + BODIES[species].hat_tip * up
+    cycle = np.concatenate([cycle, tips[:, None]], 1)
+    return (*cycle.min((0, 1)).tolist(), *cycle.max((0, 1)).tolist())

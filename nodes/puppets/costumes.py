@@ -1,7 +1,7 @@
 """Heads, hats and shirts of the paper puppets, each drawn in a local frame of its own."""
 
 from .config import RGB, Identity
-from .paper import INK, Frame, Paper, Point, mix, shade
+from .paper import CIRCLE, INK, Frame, Paper, Point, mix, shade
 
 BLUSH: RGB = (0.96, 0.45, 0.45)
 WHITE: RGB = (0.98, 0.97, 0.95)
@@ -46,10 +46,10 @@ def draw_shirt(paper: Paper, frame: Frame, half: float, length: float, who: Iden
         for row, v in enumerate((0.2, 0.5, 0.8)):
             for u in ((-0.55, 0.55) if row % 2 == 0 else (-0.02,)):
                 x = u * half * _half_width(v)
-                paper.cut(frame.ellipse(x, v * length, 0.105 * length, 0.105 * length),
+                paper.cut(frame.ellipse(x, v * length, 0.112 * length, 0.112 * length),
                           who.pattern_colour, "torso", inked=False)
         for u in (-0.96, 0.96):
-            v, r = 0.5, 0.105 * length
+            v, r = 0.5, 0.112 * length
             x = u * half * _half_width(v)
             points = [(min(max(px, -abs(x)), abs(x)), py) for px, py in
                       ((x + r * c * 0.94, v * length + r * s) for c, s in _half_circle(u))]
@@ -68,7 +68,6 @@ def draw_shirt(paper: Paper, frame: Frame, half: float, length: float, who: Iden
 
 
 def _half_circle(side: float) -> list[Point]:
-    from .paper import CIRCLE
     return [(c, s) for c, s in CIRCLE if c * side <= 0.05]
 
 
@@ -108,7 +107,7 @@ def draw_ears(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
     elif who.species == "bear":
         for side in (-1, 1):
             if folded and side == 1:
-                cut(head.ellipse(0.86, -0.70, 0.42, 0.22, 40), shade(skin, 0.8), "ears")
+                cut(head.ellipse(0.90, -0.66, 0.40, 0.21, 42), accent, "ears")
                 continue
             cut(head.ellipse(side * 0.84, -0.74, 0.40, 0.40), skin, "ears")
             cut(head.ellipse(side * 0.84, -0.74, 0.21, 0.21), accent, "ears", inked=False)
@@ -133,8 +132,10 @@ def draw_ears(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
             paper.stroke([foot, top], accent, "ears", 1.8)
         cut(Frame(top, head.unit, 0).ellipse(0, 0, 0.17, 0.17), (0.93, 0.30, 0.25), "ears")
     elif who.species == "penguin" and folded:
-        for lean in (-34, -8, 18):
-            cut(head.ellipse(0.5 + lean * 0.012, -1.0, 0.10, 0.40, lean + 12), skin, "ears")
+        for side in (-1, 1):
+            for rise in (0, 1, 2):
+                cut(head.ellipse(side * (1.14 - 0.06 * rise), -0.30 - 0.22 * rise, 0.36, 0.09,
+                                 -side * (14 + 16 * rise)), accent, "ears")
 
 
 def draw_head(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
@@ -149,8 +150,11 @@ def draw_head(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
             accent, "face")
     elif species == "frog":
         for side in (-1, 1):
-            cut(head.ellipse(turn * 0.7 + side * 0.58, -0.80, 0.42, 0.42), skin, "head")
+            cut(head.ellipse(turn * 0.7 + side * 0.60, -0.74, 0.39, 0.39), skin, "head")
         cut(head.ellipse(0, 0.08, 1.28, 0.92), skin, "head")
+        if who.detail == "ear":
+            for x, y, r in ((-0.98, -0.06, 0.17), (-0.66, 0.06, 0.13), (-0.30, -0.40, 0.16), (-0.92, 0.34, 0.12)):
+                cut(head.ellipse(x, y, r, r), shade(skin, 0.52), "head", inked=False)
     elif species == "fox":
         cut(head.points(((-0.62, -0.86), (0, -0.98), (0.62, -0.86), (1.02, -0.38), (1.30, 0.34), (0.72, 0.66),
                          (0.30, 0.98), (-0.30, 0.98), (-0.72, 0.66), (-1.30, 0.34), (-1.02, -0.38))), skin, "head")
@@ -169,14 +173,12 @@ def draw_head(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
 
 
 def _squircle() -> list[Point]:
-    from .paper import CIRCLE
     return [(abs(c) ** 0.8 * (1 if c > 0 else -1), abs(s) ** 0.85 * (1 if s > 0 else -1)) for c, s in CIRCLE]
 
 
 def _draw_patch(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
     if who.detail == "eye_patch":
-        y = -0.80 if who.species == "frog" else -0.10
-        x = -0.58 if who.species == "frog" else -0.40
+        x, y = (-0.60, -0.74) if who.species == "frog" else (-0.40, -0.10)
         paper.cut(head.ellipse(turn + x, y, 0.36, 0.40), who.detail_colour, "face", inked=False)
 
 
@@ -198,7 +200,7 @@ def _draw_face(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
     elif species == "rabbit":
         cut(head.ellipse(turn * 1.2, 0.42, 0.40, 0.30), WHITE, "face", inked=False)
     elif species == "frog":
-        eye_y, spread = -0.82, 0.58
+        eye_y, spread = -0.76, 0.60
         cut(head.ellipse(turn * 0.7, 0.58, 0.80, 0.34), accent, "face", inked=False)
     if species == "person":
         fringe = ((-1.0, -0.06), (-0.98, -0.46), (-0.62, -0.86), (0, -0.99), (0.62, -0.86), (0.98, -0.46), (1.0, -0.06),
@@ -218,7 +220,7 @@ def _draw_face(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
         x = (turn * 0.9 if species == "frog" else turn) + side * spread
         if species == "frog":
             cut(head.ellipse(x, eye_y, 0.27, 0.27), WHITE, "face", inked=False)
-        elif min(shade(skin, 1)) < 0.42 and species in ("cat",):
+        elif species == "cat" and max(skin) < 0.42:  # black eyes would be lost on black fur
             cut(head.ellipse(x, eye_y, 0.19, 0.20), WHITE, "face", inked=False)
         cut(head.ellipse(x, eye_y, size, size * 1.2), INK, "face", inked=False)
         cut(head.ellipse(x + 0.045, eye_y - 0.06, 0.05, 0.05), WHITE, "face", inked=False)
@@ -256,7 +258,7 @@ def _draw_face(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
 
 def draw_headwear(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
     colour, cut = who.headwear_colour, paper.cut
-    raised = -0.16 if who.species == "frog" else 0.0
+    raised = -0.44 if who.species == "frog" else 0.0
     dark = mix(colour, INK, 0.32)
 
     def place(points: tuple[Point, ...]) -> list[Point]:

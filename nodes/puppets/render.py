@@ -1,12 +1,11 @@
 """A take as a picture: puppet on backdrop, its part map, its joints and its caption; all a function of the take."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from . import costumes
 from .actions import ARMS_BEHIND, BODIES, extent, pose
@@ -16,41 +15,26 @@ from .paper import Frame, Paper, capsule, mix, shade
 from .scenes import TINTS, backdrop
 
 _HEIGHT = 0.72  # of a standing puppet, as a fraction of the frame
-_GROUND = 0.93  # where the ground lies in the frame
-_MARGIN = 0.045  # kept free around the joints, for hands and feet
+_GROUND = 0.925  # where the ground lies in the frame
+_MARGIN = 0.02  # kept free at the edges of the frame
 _SHOE: RGB = (0.30, 0.22, 0.22)
 _SHADOW = 0.30
 
 
-@functools.lru_cache(maxsize=256)
-def _head_room(species: str) -> float:
-    return 1.05 if species == "rabbit" else 0.85  # of the head's half-height above the ears' line
-
-
-def _placement(take: Take) -> tuple[float, float, float]:
-    """(pixels a unit, x, y of puppet space's origin) in a frame of size 1, constant over the action's cycle."""
-    species = take.identity.species
-    left, top, right, bottom = extent(take.action, species, take.mirrored)
-    head = BODIES[species].head
-    left, right, top, bottom = left - 0.05, right + 0.05, top - 0.06, bottom + 0.03
-    if take.action not in ("handstand", "bowing", "balancing"):
-        ears_up = head * _head_room(species)
-        top = min(top, _highest_head(take.action, species) - ears_up - 0.10)
-    unit = min(_HEIGHT * take.scale, (1 - 2 * _MARGIN) / (right - left), (0.97 - _MARGIN) / (bottom - top))
+def placement(take: Take) -> tuple[float, float, float]:
+    """(scale of a unit, x, y of puppet space's origin) in a frame of size 1, constant over the action's cycle."""
+    left, top, right, bottom = extent(take.action, take.identity.species, take.mirrored)
+    left, right, top, bottom = left - 0.06, right + 0.06, top - 0.02, max(bottom, 0.0) + 0.02
+    unit = min(_HEIGHT * take.scale, (1 - 2 * _MARGIN) / (right - left), (1 - 2 * _MARGIN) / (bottom - top))
     x = 0.5 + take.dx - unit * (left + right) / 2
     y = _GROUND + take.dy
     x += max(0.0, _MARGIN - (x + unit * left)) - max(0.0, (x + unit * right) - (1 - _MARGIN))
-    y += max(0.0, 0.02 - (y + unit * top)) - max(0.0, (y + unit * bottom) - 0.985)
+    y += max(0.0, _MARGIN - (y + unit * top)) - max(0.0, (y + unit * bottom) - (1 - _MARGIN))
     return unit, x, y
 
 
-@functools.lru_cache(maxsize=512)
-def _highest_head(action: str, species: str) -> float:
-    return min(float(pose(action, i / 12, species, -1)[16:18, 1].mean()) for i in range(12))
-
-
 def _joints(take: Take, phase: float) -> np.ndarray:
-    unit, x, y = _placement(take)
+    unit, x, y = placement(take)
     who = take.identity
     return pose(take.action, phase, who.species, take.seed, take.mirrored) * unit + (x, y)
 
@@ -63,14 +47,14 @@ def _draw_puppet(paper: Paper, joints: np.ndarray, unit: float, take: Take) -> N
     neck = j[1]
     hip = ((j[8][0] + j[11][0]) / 2, (j[8][1] + j[11][1]) / 2)
     spine = math.atan2(hip[1] - neck[1], hip[0] - neck[0]) - math.pi / 2
-    half = max(math.dist(j[2], j[5]) / 2 / unit, 0.085) + 0.012
+    half = max(math.dist(j[2], j[5]) / 2 / unit, 0.085) + 0.004
     length = math.dist(neck, hip) / unit + 0.055
     torso = Frame(neck, unit, spine)
     centre = ((j[16][0] + j[17][0]) / 2, (j[16][1] + j[17][1]) / 2)
     angle = math.atan2(j[15][1] - j[14][1], j[15][0] - j[14][0])
     head = Frame(centre, unit * body.head, angle)
     eyes = ((j[14][0] + j[15][0]) / 2 - centre[0], (j[14][1] + j[15][1]) / 2 - centre[1])
-    turn = (eyes[0] * math.cos(angle) + eyes[1] * math.sin(angle)) / head.unit
+    turn = round((eyes[0] * math.cos(angle) + eyes[1] * math.sin(angle)) / head.unit, 3)
 
     far, near = ("l", "r") if turn >= 0 else ("r", "l")
     costumes.draw_tail(paper, Frame(hip, unit, spine), -1 if turn > 0 else 1, who)
@@ -85,8 +69,11 @@ def _draw_puppet(paper: Paper, joints: np.ndarray, unit: float, take: Take) -> N
     _draw_seat(paper, j, unit, who)
     costumes.draw_shirt(paper, torso, half, length, who)
     costumes.draw_ears(paper, head, turn, who)
+    if who.species == "frog":  # its eyes sit on top of the head, before the hat
+        costumes.draw_headwear(paper, head, turn, who)
     costumes.draw_head(paper, head, turn, who)
-    costumes.draw_headwear(paper, head, turn, who)
+    if who.species != "frog":
+        costumes.draw_headwear(paper, head, turn, who)
     if who.detail == "scarf":
         costumes.draw_scarf(paper, torso, half, length, who)
     if not behind:
@@ -139,23 +126,13 @@ def _draw_seat(paper: Paper, j: list, unit: float, who: Identity) -> None:
     paper.cut(capsule(right, middle, 0.060 * unit, 0.060 * unit), who.trousers, "right_leg", inked=False)
 
 
-def _blur(image: np.ndarray, radius: int) -> np.ndarray:
-    """Box blur of float [H, W] by running sums."""
-    for axis in (0, 1):
-        width = [(0, 0), (0, 0)]
-        width[axis] = (radius + 1, radius)
-        sums = np.cumsum(np.pad(image, width, mode="edge"), axis=axis)
-        n = 2 * radius + 1
-        high = np.take(sums, range(n, sums.shape[axis]), axis)
-        low = np.take(sums, range(0, sums.shape[axis] - n), axis)
-        image = (high - low) / n
-    return image
-
-
-def _moved(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    out = np.zeros_like(image)
-    out[dy:, dx:] = image[:image.shape[0] - dy or None, :image.shape[1] - dx or None]
-    return out
+def _cast(coverage: np.ndarray, size: int) -> np.ndarray:
+    """The soft shadow that a sheet of this coverage casts to its lower right, float32 [H, W] in 0..1."""
+    step, soft = max(1, round(size / 64)), max(1, round(size / 80))
+    blurred = np.asarray(Image.fromarray(coverage).filter(ImageFilter.BoxBlur(soft)), dtype=np.float32) / 255
+    shadow = np.zeros_like(blurred)
+    shadow[step:, step:] = blurred[:-step, :-step]
+    return shadow
 
 
 def _contact(size: int, joints: np.ndarray, ground: float, unit: float) -> tuple[slice, slice, np.ndarray]:
@@ -170,19 +147,18 @@ def _contact(size: int, joints: np.ndarray, ground: float, unit: float) -> tuple
 
 
 def _factor(size: int) -> int:
-    return 4 if size <= 160 else 3 if size <= 320 else 2
+    return 4 if size <= 160 else 3
 
 
 def _compose(take: Take, phase: float, size: int, scene: np.ndarray) -> Picture:
     """`scene` is the backdrop as float32 [size, size, 3] in 0..255, before light and shadow."""
-    unit, _, origin = _placement(take)
+    unit, _, origin = placement(take)
     points = _joints(take, phase) * size
     paper = Paper(size, _factor(size))
     _draw_puppet(paper, points * paper.factor, unit * size * paper.factor, take)
     colour, coverage, parts = paper.reduced()
     alpha = coverage.astype(np.float32) / 255
-    step = max(1, round(size / 64))
-    dark = _blur(_moved(alpha, step, step), max(1, round(size / 80))) * _SHADOW
+    dark = _cast(coverage, size) * np.float32(_SHADOW)
     rows, columns, contact = _contact(size, points, origin * size, unit * size)
     dark[rows, columns] = np.maximum(dark[rows, columns], contact)
     ground = scene * (1 - dark)[..., None]

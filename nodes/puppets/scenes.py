@@ -1,5 +1,6 @@
 """Paper backdrops: a few layers of plain card, each with a soft edge, in colours that let the puppet stand out."""
 
+import functools
 import math
 
 import numpy as np
@@ -15,14 +16,19 @@ TINTS: dict[str, RGB] = {
 _DETAIL = 2  # the backdrop is drawn at twice its size
 
 
+@functools.lru_cache(maxsize=32)
+def _sky(side: int, top: RGB, bottom: RGB) -> Image.Image:
+    ramp = np.linspace(0, 1, side)[:, None, None]
+    sheet = np.broadcast_to(np.array(top) * (1 - ramp) + np.array(bottom) * ramp, (side, side, 3))
+    return Image.fromarray((sheet * 255).round().astype(np.uint8))
+
+
 class _Board:
     """Card layers in coordinates of 0..1 over the frame."""
 
     def __init__(self, size: int, sky: RGB, horizon: RGB, shift: float):
         self.side = size * _DETAIL
-        ramp = np.linspace(0, 1, self.side)[:, None, None]
-        sheet = np.broadcast_to(np.array(sky) * (1 - ramp) + np.array(horizon) * ramp, (self.side, self.side, 3))
-        self.image = Image.fromarray((sheet * 255).round().astype(np.uint8))
+        self.image = _sky(self.side, sky, horizon).copy()
         self.draw = ImageDraw.Draw(self.image)
         self.shift = shift
 

@@ -57,7 +57,8 @@ def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambd
         if process.poll() is None:
             process.terminate()
             process.wait()
-    result.seconds = time.monotonic() - started
+    # The time of the run itself, without comfy-cli's start, where it says it.
+    result.seconds = (envelope.get("data") or {}).get("elapsed_seconds", time.monotonic() - started)
     if not server.alive():
         result.error = f"ComfyUI itself ended; its last lines:\n{server.tail()}"
     elif process.returncode:

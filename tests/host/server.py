@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -141,7 +142,8 @@ class Server:
             raise ServerError(f"ComfyUI started, but the pack did not load:\n{self.import_problem()}")
 
     def _log_lines(self) -> list[str]:
-        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return re.sub("\x1b\\[[0-9;]*m", "", text).splitlines()
 
     def import_problem(self) -> str:
         """What the log says of a pack that did not load: the traceback where ComfyUI gives one."""

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from host import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
-    environment.enter()
+    environment.enter(ROOT)
 scripts.alias_pack()
 
 import numpy as np  # noqa: E402
@@ -38,10 +38,11 @@ CHECKPOINT = Path(__file__).with_name("puppets_sd.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    pictures: int = 32_000
+    pictures: int = 24_000
     size: int = 128  # pixels
     seed: int = 7
-    vae_steps: int = 1_400
+    vae_pictures: int = 6_000
+    vae_steps: int = 900
     vae_batch: int = 48
     vae_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
     vae_lr: float = 1e-3
@@ -133,8 +134,8 @@ def make_unet(device):
     import comfy.ops
 
     unet = openaimodel.UNetModel(
-        image_size=32, in_channels=4, out_channels=4, num_res_blocks=[2, 2], channel_mult=[1, 2],
-        transformer_depth=[1, 1, 1, 1], transformer_depth_output=[1] * 6, transformer_depth_middle=1,
+        image_size=32, in_channels=4, out_channels=4, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[1, 1], transformer_depth_output=[1] * 4, transformer_depth_middle=1,
         use_spatial_transformer=True, legacy=False, operations=comfy.ops.disable_weight_init,
         **theatre.UNET_CONFIG, **theatre.PuppetsSD.unet_extra_config,
     )
@@ -207,9 +208,9 @@ class Stage:
             self.optimiser.step()
             self.done += 1
             losses.append(loss.item())
-            if self.done % 100 == 0 or self.done == self.steps:
+            if self.done % 50 == 0 or self.done == self.steps:
                 rate = (self.done - first) / (time.monotonic() - started)
-                extra = report() if self.done % 1000 == 0 or self.done == self.steps else ""
+                extra = report() if self.done % 250 == 0 or self.done == self.steps else ""
                 line = f"{self.name} {self.done}/{self.steps} loss {np.mean(losses):.4f} {rate:.2f} steps/s {extra}"
                 print(line, flush=True)
                 self.log.append([self.done, float(np.mean(losses))])
@@ -261,7 +262,7 @@ def psnr(vae, config, device, count=256) -> float:
 def train_vae(config, device, deadline) -> bool:
     vae = make_vae(device)
     stage = Stage("vae", vae.parameters(), config.vae_lr, config.vae_steps, {"vae": vae}, device, deadline)
-    images = pictures(config, "train", config.pictures)
+    images = pictures(config, "train", config.vae_pictures)
 
     def step(index):
         rng = rng_for(config, "vae", index)
@@ -414,7 +415,8 @@ def main() -> None:
     config = Config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
     STATE.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
-    for split, count in (("train", config.pictures), ("validation", 256)):
+    wanted = {"vae": config.vae_pictures}.get(arguments.stage, config.pictures)
+    for split, count in (("train", wanted), ("validation", 256)):
         pictures(config, split, count)
     load_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,155 @@
+"""Frequency guidance: the source's amplitude spectrum and the driving picture's phase spectrum steer sampling.
+
+Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidance.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...kernels import spectral_guidance
+from .config import FrequencyGuidanceConfig
+
+# Sigma grids and percents come from different roundings of one schedule; a step that lies on a limit counts as on it.
+_SIGMA_TOLERANCE = 1e-5
+
+# Schedulers land on multiples of 1/steps and of 1/1000: the switch lies beside them, so that rounding decides nothing.
+_SWITCH_OFFSET = 0.00037
+# The narrowest step in percent that every model's percent-to-sigma map resolves in fp32.
+_SWITCH_GAP = 1e-6
+
+Guide = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+class FrequencyGuidance:
+    """Guidance toward one source and one driving latent; holds no state of any sampling run.
+
+    source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them. One whose scale is 0 is not looked at.
+    Raises ValueError, naming the input, for latents that are empty, all zero, not finite, or nested.
+    """
+
+    def __init__(self, source: torch.Tensor, driving: torch.Tensor, config: FrequencyGuidanceConfig):
+        self.config = config
+        self._source = _valid("source", source) if config.amplitude_scale > 0 else None
+        self._driving = _valid("driving", driving) if config.phase_scale > 0 else None
+
+    def begin(self, model: Any, shape: torch.Size) -> Guide:
+        """What one sampling run applies to latents of `shape`: guide(latent, sigma) -> latent, same shape and dtype.
+
+        `model` gives `process_latent_in`, which takes the latents to the model's space, and `model_sampling`.
+        Guidance acts where start >= sigma > end, and returns the same tensor elsewhere.
+        Raises ValueError where source or driving do not fit `shape`.
+        """
+        config = self.config
+        start = model.model_sampling.percent_to_sigma(config.start_percent) * (1 + _SIGMA_TOLERANCE)
+        end = model.model_sampling.percent_to_sigma(config.end_percent) * (1 + _SIGMA_TOLERANCE)
+        source = _fit("source", self._source, shape, model)
+        driving = _fit("driving", self._driving, shape, model)
+        target: spectral_guidance.Target | None = None
+
+        def guide(latent: torch.Tensor, sigma: float) -> torch.Tensor:
+            nonlocal target
+            if not start >= sigma > end:
+                return latent
+            if latent.shape != shape:
+                raise ValueError(
+                    f"the sampler changed the latent from {tuple(shape)} to {tuple(latent.shape)} while sampling: "
+                    "frequency guidance needs a sampler that keeps its size"
+                )
+            if target is None:
+                target = spectral_guidance.prepare(
+                    None if source is None else source.to(latent.device),
+                    None if driving is None else driving.to(latent.device),
+                    distance=config.phase_distance,
+                    amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
+                    phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),
+                )
+            return spectral_guidance.update(
+                latent, target, config.amplitude_scale, config.phase_scale, config.rule
+            )
+
+        return guide
+
+
+def _valid(name: str, latent: torch.Tensor) -> torch.Tensor:
+    if latent.is_nested or latent.ndim not in (4, 5):
+        raise ValueError(f"{name} is no image or video latent: connect the output of VAE Encode to `{name}`")
+    if latent.numel() == 0:
+        raise ValueError(f"{name} is an empty batch: connect at least one VAE-encoded picture to `{name}`")
+    if not torch.isfinite(latent).all():
+        raise ValueError(f"{name} holds NaN or infinite values: encode it again, with the VAE in fp32 if need be")
+    if not latent.any():
+        raise ValueError(f"{name} is all zero, as Empty Latent Image makes it: connect a VAE-encoded picture")
+    return latent
+
+
+def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) -> torch.Tensor | None:
+    """The latent in the model's space, fp32, with a batch and a frame count that broadcast to `shape`."""
+    if latent is None:
+        return None
+    if len(shape) not in (4, 5):
+        raise ValueError(
+            f"frequency guidance works on [B, C, H, W] and [B, C, T, H, W] latents, and this model's is "
+            f"{tuple(shape)}: it cannot steer audio or packed latents"
+        )
+    if len(shape) == 5 and latent.ndim == 4:
+        latent = latent.unsqueeze(2)  # a picture, for a video model
+    if latent.ndim != len(shape):
+        raise ValueError(f"{name} is a video latent and the model makes pictures: encode one frame for `{name}`")
+    if latent.shape[1] != shape[1]:
+        raise ValueError(
+            f"{name} has {latent.shape[1]} channels and the sampled latent has {shape[1]}: "
+            f"encode {name} with the VAE of this model"
+        )
+    if latent.shape[-2:] != shape[-2:]:
+        ratio = model.latent_format.spacial_downscale_ratio
+        height, width = shape[-2] * ratio, shape[-1] * ratio
+        raise ValueError(
+            f"{name} is {latent.shape[-1]} x {latent.shape[-2]} and the sampled latent is {shape[-1]} x {shape[-2]}: "
+            f"resize {name} to {width} x {height} pixels (width x height) before VAE Encode"
+        )
+    if latent.shape[0] not in (1, shape[0]):
+        raise ValueError(
+            f"{name} holds {latent.shape[0]} latents and the batch is {shape[0]}: connect one latent, "
+            f"or {shape[0]} of them"
+        )
+    if len(shape) == 5 and latent.shape[2] not in (1, shape[2]):
+        raise ValueError(
+            f"{name} has {latent.shape[2]} latent frames and the sampled video has {shape[2]}: "
+            "encode a picture, or a video of the same length"
+        )
+    return model.process_latent_in(latent.to(torch.float32))
+
+
+def switch_prompt(driving: list, target: list, switch_percent: float) -> list:
+    """A CONDITIONING that is `driving` before `switch_percent` (0..1 of the schedule) and `target` from there on.
+
+    Exactly one of them acts at any sigma, and a step that lies on `switch_percent` takes `target`. The host's ranges
+    include both their ends, so the two leave a gap, the width of a few fp32 sigmas; there `target` fills in as a
+    default conditioning, which the host uses only where no other one is active. Ranges that the conditionings
+    already have are kept within their part. The given lists and their entries stay as they are.
+    """
+    switch = switch_percent - _SWITCH_OFFSET
+    if switch <= 0.0:
+        return list(target)
+    if switch_percent >= 1.0:
+        return list(driving)
+    return [
+        *_within(driving, 0.0, switch),
+        *_within(target, switch + _SWITCH_GAP, 1.0),
+        *([tensor, {**options, "default": True}] for tensor, options in _within(target, switch, switch + _SWITCH_GAP)),
+    ]
+
+
+def _within(conditioning: list, start: float, end: float) -> list:
+    """Copies of the entries, their ranges cut to start..end; entries without any of it are left out."""
+    kept = []
+    for tensor, options in conditioning:
+        first = max(start, options.get("start_percent", 0.0))
+        last = min(end, options.get("end_percent", 1.0))
+        if first < last:
+            kept.append([tensor, {**options, "start_percent": first, "end_percent": last}])
+    return kept

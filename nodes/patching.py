@@ -1,0 +1,143 @@
+"""The only calls that patch a MODEL or wrap a SAMPLER: clone, then replace, and never change the caller's."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_patcher
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.k_diffusion.sampling import default_noise_sampler
+
+# guide(latent, sigma) -> latent, and what makes one for a run: begin(model, shape) -> guide
+Guide = Callable[[torch.Tensor, float], torch.Tensor]
+Begin = Callable[[Any, torch.Size], Guide]
+
+# Samplers that call the model once in each step, at the grid's sigma, and keep nothing but x from step to step.
+# `ddim` is euler with its own noise under a latent mask.
+STEPWISE_SAMPLERS = ("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "ddpm", "lcm")
+
+
+def with_post_cfg_function(model_options: dict, function: Callable[[dict], torch.Tensor]) -> dict:
+    """A copy of `model_options` whose post-CFG functions end with `function`; the given dict stays as it is."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    return comfy.model_patcher.set_model_options_post_cfg_function(options, function)
+
+
+def guide_denoised(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.samplers.Sampler:
+    """A SAMPLER that runs `sampler`, any of the host's, and guides each denoised estimate it asks for.
+
+    The guide sees the estimate after CFG and the model's own post-CFG functions, in the model's latent space and
+    before a latent mask is applied, with the sigma of that evaluation, on the sampler's grid or off it.
+    """
+    return _GuidedDenoised(sampler, begin)
+
+
+def guide_latent(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.samplers.Sampler:
+    """A SAMPLER that runs `sampler` and guides the latent itself after every step that does not end at sigma 0.
+
+    The guide sees the latent at the scale of the model's input, as in the published variance-preserving samplers,
+    and the sigma that the step arrived at. Regions that a latent mask keeps are left alone.
+    Raises ValueError, naming the samplers that work, for one that is not in STEPWISE_SAMPLERS.
+    """
+    advice = f"choose ddim or one of {', '.join(STEPWISE_SAMPLERS)}, or set apply_to to denoised, which works with all"
+    name = _sampler_name(sampler)
+    if not isinstance(sampler, comfy.samplers.KSAMPLER) or name not in STEPWISE_SAMPLERS:
+        raise ValueError(f"the latent of sampler {name} cannot be guided between its steps: {advice}")
+    options = sampler.extra_options
+    # These two spread over the number of steps, so that a run cannot be taken apart.
+    if options.get("s_churn", 0) != 0 or options.get("s_noise_end") not in (None, options.get("s_noise", 1.0)):
+        raise ValueError(
+            f"the latent of sampler {name} cannot be guided while s_churn is set or s_noise_end differs from s_noise: "
+            f"reset them, {advice}"
+        )
+    return _GuidedLatent(sampler, begin)
+
+
+class _GuidedDenoised(comfy.samplers.Sampler):
+    def __init__(self, sampler: comfy.samplers.Sampler, begin: Begin):
+        self.sampler = sampler
+        self.begin = begin
+
+    def max_denoise(self, model_wrap, sigmas):
+        return self.sampler.max_denoise(model_wrap, sigmas)
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):
+        guide = self.begin(model_wrap.inner_model, noise.shape)
+
+        def guide_estimate(args: dict) -> torch.Tensor:
+            return guide(args["denoised"], float(args["sigma"].flatten()[0]))
+
+        options = with_post_cfg_function(extra_args.get("model_options", {}), guide_estimate)
+        return self.sampler.sample(
+            model_wrap, sigmas, {**extra_args, "model_options": options}, callback, noise, latent_image,
+            denoise_mask, disable_pbar,
+        )
+
+
+class _GuidedLatent(comfy.samplers.Sampler):
+    def __init__(self, sampler: comfy.samplers.KSAMPLER, begin: Begin):
+        self.sampler = sampler
+        self.begin = begin
+
+    def max_denoise(self, model_wrap, sigmas):
+        return self.sampler.max_denoise(model_wrap, sigmas)
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):
+        model_sampling = model_wrap.inner_model.model_sampling
+        guide = self.begin(model_wrap.inner_model, noise.shape)
+
+        def between_steps(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            scale = _input_scale(model_sampling, sigma)
+            z = x * scale
+            guided = guide(z, float(sigma))
+            if guided is z:
+                return x
+            step = (guided - z) / scale
+            return x + (step if denoise_mask is None else step * denoise_mask)
+
+        stepwise = copy.copy(self.sampler)
+        stepwise.sampler_function = _step_by_step(self.sampler.sampler_function, between_steps)
+        return stepwise.sample(
+            model_wrap, sigmas, dict(extra_args), callback, noise, latent_image, denoise_mask, disable_pbar
+        )
+
+
+def _step_by_step(sampler_function: Callable, between_steps: Callable) -> Callable:
+    """`sampler_function` run one interval of the sigma grid at a time; the same numbers where nothing is changed."""
+    takes_noise = "noise_sampler" in inspect.signature(sampler_function).parameters
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        if takes_noise:
+            # One stream of noise for the whole run: a sampler seeds its own anew in every call.
+            options.setdefault("noise_sampler", default_noise_sampler(x, seed=(extra_args or {}).get("seed")))
+        for i in comfy.utils.model_trange(len(sigmas) - 1, disable=disable):
+            numbered = None if callback is None else (lambda state, i=i: callback({**state, "i": i}))
+            # A copy, since CFG++ samplers add a function of their own to extra_args in every call.
+            x = sampler_function(
+                model, x, sigmas[i:i + 2], extra_args=dict(extra_args or {}), callback=numbered, disable=True,
+                **options,
+            )
+            if sigmas[i + 1] > 0:
+                x = between_steps(x, sigmas[i + 1])
+        return x
+
+    sample.__name__ = sampler_function.__name__
+    return sample
+
+
+def _input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:
+    """The factor from the sampler's x to the model's input at sigma, 1 at sigma 0; a tensor without dimensions."""
+    one = torch.ones((), device=sigma.device)
+    return model_sampling.calculate_input(sigma, one) / model_sampling.calculate_input(torch.zeros_like(sigma), one)
+
+
+def _sampler_name(sampler: Any) -> str:
+    function = getattr(sampler, "sampler_function", None)
+    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")

@@ -1,0 +1,47 @@
+"""What workflow files say of themselves, and how they are found by name."""
+
+import json
+
+import pytest
+from host import source, workflows
+
+MODEL = {"name": "sd.safetensors", "url": "https://example.org/sd.safetensors", "directory": "checkpoints"}
+
+
+def write(path, nodes, **content):
+    path.write_text(json.dumps({"nodes": nodes, "links": [], **content}))
+    return workflows.Workflow(path)
+
+
+def test_title_and_description_come_from_the_first_note_with_a_heading(tmp_path):
+    plain = {"type": "Note", "widgets_values": ["no heading"]}
+    note = {"type": "MarkdownNote", "widgets_values": ["# The title\n\nFirst *paragraph*,\ngoes on.\n\nSecond."]}
+    workflow = write(tmp_path / "a_b.json", [plain, note])
+    assert (workflow.title, workflow.description) == ("The title", "First *paragraph*,\ngoes on.")
+    assert write(tmp_path / "c_d.json", [plain]).title == "C d"
+
+
+def test_models_are_found_inside_subgraphs_and_named_once(tmp_path):
+    loader = {"type": "CheckpointLoaderSimple", "properties": {"models": [MODEL]}}
+    subgraph = {"id": "5e3a0f4e-0000-4000-8000-000000000000", "nodes": [loader]}
+    workflow = write(tmp_path / "a.json", [loader, {"type": "Note"}], definitions={"subgraphs": [subgraph]})
+    assert workflow.models() == [MODEL]
+    assert workflow.subgraph_ids() == {subgraph["id"]}
+
+
+def test_workflows_are_found_by_stem_file_name_and_path(tmp_path):
+    for stem in ("one", "two"):
+        write(tmp_path / f"{stem}.json", [])
+    other = write(tmp_path.parent / "elsewhere.json", [])
+    names = ["two", "one.json", str(other.path), "workflows/two.json"]
+    assert [found.stem for found in workflows.find(tmp_path, names)] == ["two", "one", "elsewhere", "two"]
+    assert [found.stem for found in workflows.find(tmp_path, [])] == ["one", "two"]
+    with pytest.raises(source.SetupError, match="no workflow 'three'. Those of the pack: one, two"):
+        workflows.find(tmp_path, ["three"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"1": {"class_type": "EmptyImage", "inputs": {}}}'])
+def test_other_files_are_refused(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(source.SetupError, match="bad.json"):
+        workflows.find(tmp_path, ["bad"])
