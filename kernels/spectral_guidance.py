@@ -2,28 +2,30 @@
 
 Source: ImPoster (arXiv 2409.15650), whose sampling step is z <- z - s_a grad G_a - s_p grad G_p.
 
-Notation. Latents x, s (source) and d (driving) are real, [..., H, W]; the transform runs over the last two axes,
-so [B, C, H, W] is taken per channel and [B, C, T, H, W] per channel and frame. X, S, D are orthonormal spectra:
-by Parseval a step in the spectrum has the length of the step in the latent, at every resolution.
+Notation. Latents x, s (source) and d (driving) are real, [..., H, W]; the transform runs over the last two
+axes, so [B, C, H, W] is taken per channel and [B, C, T, H, W] per channel and frame. X, S, D are orthonormal
+spectra: by Parseval a step in the spectrum has the length of the step in the latent, at every resolution.
 
     G_a          = 1/2 sum_k (|X_k| - |S_k|)^2
     G_p circular = sum_k |X_k| (1 - cos(arg X_k - arg D_k))            ours: amplitude-weighted and smooth
     G_p paper    = 1/2 sum_k (|arg X_k| - |arg D_k|)^2                 as published, up to its constant
 
-Sums run over the whole plane, so a loss has one value per plane, shape x.shape[:-2]. `circular` is convex in x.
-`paper` cannot tell an angle from its negative, hence a picture from its 180 degree rotation.
+Sums run over the whole plane, so a loss has one value per plane, shape x.shape[:-2]. `circular` is convex in
+x. `paper` cannot tell an angle from its negative, hence a picture from its 180 degree rotation; it leaves out the
+bins that are real in every real plane (angle 0 or pi), where it is constant and cannot be descended.
 
 Scales. 1.0 always means "all the way", and it is free of units, resolution and model:
-- `per_bin` moves every bin the fraction s of its own way: |X| linearly to |S|, and the angle along the arc to the
-  driving angle (for `paper`, |angle| to |angle| with the bin's own sign). For `circular` this is the gradient step
-  preconditioned per bin, along the arc instead of its chord so that amplitudes are kept; s = 1 is a minimiser.
+- `per_bin` moves every bin the fraction s of its own way: |X| linearly to |S|, and the angle along the arc to
+  the driving angle (for `paper`, |angle| to |angle| with the bin's own sign). For |X| that is the plain gradient
+  step. For `circular` it is the gradient step preconditioned by |X| per bin, taken along the arc instead of its
+  chord so that amplitudes are kept; s = 1 is a minimiser of either.
 - `gradient` is plain descent, x - s_a t_a grad G_a - s_p t_p grad G_p, with t = 2 G / |grad G|^2 per plane: the
   step at which a quadratic loss with minimum 0 reaches its minimum. For G_a, t is exactly 1.
 
 Published scales. The official losses are means of squares over B x C x H x W bins of an unnormalised transform,
-which makes them 2/(B C) G_a and 2/(B C H W) G_p. Plain descent with the published rate r_a is our s_a = 2 r_a/(B C)
-in the whole spectrum, and with r_p it is s_p = 2 r_p/(B C H W t_p) under `gradient`. The shipped r_a = 1e-6 on four
-channels is s_a = 5e-7: invisible, as measured.
+which makes them 2/(B C) G_a and 2/(B C H W) G_p. Plain descent with the published rate r_a is s_a = 2 r_a/(B C)
+here, and with r_p it is s_p = 2 r_p/(B C H W t_p) under `gradient`. The shipped r_a = 1e-6 on four channels is
+s_a = 5e-7: invisible.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from .dispatch import fft_device
 
 DISTANCES = ("circular", "paper")
 RULES = ("per_bin", "gradient")
+_CUTOFF_ROUNDING = 1e-9
 
 
 class Band(NamedTuple):
@@ -82,7 +85,7 @@ def prepare(
     """Spectra of the source and the driving latent, [..., H, W]; None switches a term off.
 
     Both stay on their device, or on the CPU where that device lacks the complex FFT.
-    Raises ValueError for two sizes, for no latent at all, for an unknown distance, or for a band without a bin.
+    Raises ValueError for two sizes, for no latent, for an unknown distance, or for a band without a bin.
     """
     if distance not in DISTANCES:
         raise ValueError(f"phase distance {distance!r} is unknown: use one of {', '.join(DISTANCES)}")
@@ -97,6 +100,8 @@ def prepare(
     if driving is not None:
         spectrum = _spectrum(driving)
         band = band_mask(size, phase_band, spectrum.device)
+        if distance == "paper":
+            band &= ~_real_bins(size, band.device)
         length = spectrum.abs()
         phasor = torch.where(band & (length > _floor(length)), spectrum / length, 0)
     return Target(size, amplitude, mask, phasor, distance)
@@ -108,7 +113,8 @@ def band_mask(size: tuple[int, int], band: Band, device: torch.device | str = "c
     rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
     columns = torch.fft.rfftfreq(width, dtype=torch.float64)[None, :]
     frequency = torch.sqrt(rows**2 + columns**2)
-    mask = (frequency >= band.low) & (frequency <= band.high)
+    # A cutoff like 0.3 names the bin 3/10, whatever the rounding of either.
+    mask = (frequency >= band.low - _CUTOFF_ROUNDING) & (frequency <= band.high + _CUTOFF_ROUNDING)
     if not mask.any():
         raise ValueError(
             f"no frequency of a {height} x {width} latent lies in {band.low}..{band.high} cycles per pixel: "
@@ -124,7 +130,8 @@ def losses(x: torch.Tensor, target: Target) -> Losses:
     zero = length.new_zeros(length.shape[:-2])
     amplitude = phase = zero
     if target.amplitude is not None:
-        amplitude = 0.5 * _plane_sum((length - target.amplitude).square() * target.amplitude_band, target.size)
+        error = (length - target.amplitude) * target.amplitude_band
+        amplitude = 0.5 * _plane_sum(error.square(), target.size)
     if target.phasor is not None:
         phase = _phase_loss(spectrum, length, target)
     return Losses(amplitude.to(x.device), phase.to(x.device))
@@ -133,7 +140,7 @@ def losses(x: torch.Tensor, target: Target) -> Losses:
 def gradient(
     x: torch.Tensor, target: Target, amplitude_weight: float = 1.0, phase_weight: float = 1.0
 ) -> torch.Tensor:
-    """amplitude_weight grad G_a + phase_weight grad G_p at x [..., H, W], summed over planes; x's shape and dtype.
+    """amplitude_weight grad G_a + phase_weight grad G_p at x [..., H, W]; x's shape and dtype.
 
     Both terms share one transform and one inverse. Bins without a phase (zero amplitude) get no gradient.
     """
@@ -179,7 +186,7 @@ def update(
     factor = torch.ones_like(length)
     angle = torch.zeros_like(length)
     if move_amplitude:
-        moved = length + amplitude_scale * target.amplitude_band * (target.amplitude - length)
+        moved = length + amplitude_scale * (target.amplitude_band * (target.amplitude - length))
         factor = torch.where(length > _floor(length), moved / length, 1)
     if move_phase:
         angle = phase_scale * _phase_error(spectrum, target)
@@ -201,7 +208,7 @@ def _phase_slope(spectrum: torch.Tensor, length: torch.Tensor, target: Target) -
 
 def _phase_loss(spectrum: torch.Tensor, length: torch.Tensor, target: Target) -> torch.Tensor:
     if target.distance == "circular":
-        # |X| (1 - cos) without the cancellation of |X| - Re(X conj(P)) near agreement: |X - |X| P|^2 / (2 |X|).
+        # |X - |X| P|^2 / (2 |X|) is |X| (1 - cos) without its cancellation near agreement.
         chord = spectrum - length * target.phasor
         square = chord.real.square() + chord.imag.square()
         defined = (target.phasor != 0) & (length > 0)
@@ -215,8 +222,8 @@ def _phase_error(spectrum: torch.Tensor, target: Target) -> torch.Tensor:
     if target.distance == "circular":
         return torch.where(target.phasor != 0, (target.phasor * spectrum.conj()).angle(), 0)
     angle = spectrum.angle()
-    error = (target.phasor.angle().abs() - angle.abs()) * angle.sign()
-    return torch.where(target.phasor != 0, error, 0)
+    error = target.phasor.angle().abs() - angle.abs()
+    return torch.where(target.phasor != 0, torch.where(angle < 0, -error, error), 0)
 
 
 def _spectrum(x: torch.Tensor) -> torch.Tensor:
@@ -242,8 +249,14 @@ def _symmetric(spectrum: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return spectrum
 
 
+def _real_bins(size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """The bins that are their own mirror image: bool, [H, W//2 + 1]."""
+    rows, columns = (torch.tensor([2 * k % n == 0 for k in range(n)], device=device) for n in size)
+    return rows[:, None] & columns[None, : size[1] // 2 + 1]
+
+
 def _plane_sum(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The sum over the whole spectrum from its half: columns without a mirror image count once, others twice."""
+    """The sum over the whole spectrum from its half: columns 0 and W/2 count once, the others twice."""
     width = size[1]
     total = 2 * values.sum((-2, -1)) - values[..., 0].sum(-1)
     return total - values[..., width // 2].sum(-1) if width % 2 == 0 else total
@@ -256,5 +269,6 @@ def _floor(length: torch.Tensor) -> torch.Tensor:
 
 def _checked(x: torch.Tensor, target: Target) -> torch.Tensor:
     if tuple(x.shape[-2:]) != target.size:
-        raise ValueError(f"the target was prepared for {target.size} latents, and this one is {tuple(x.shape[-2:])}")
+        size = tuple(x.shape[-2:])
+        raise ValueError(f"the target was prepared for latents of {target.size}, and this one is {size}")
     return x

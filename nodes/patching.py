@@ -17,13 +17,13 @@ from comfy.k_diffusion.sampling import default_noise_sampler
 Guide = Callable[[torch.Tensor, float], torch.Tensor]
 Begin = Callable[[Any, torch.Size], Guide]
 
-# Samplers that call the model once in each step, at the grid's sigma, and keep nothing but x from step to step.
+# Samplers that call the model once a step, at the grid's sigma, and keep nothing but x from step to step.
 # `ddim` is euler with its own noise under a latent mask.
 STEPWISE_SAMPLERS = ("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "ddpm", "lcm")
 
 
 def with_post_cfg_function(model_options: dict, function: Callable[[dict], torch.Tensor]) -> dict:
-    """A copy of `model_options` whose post-CFG functions end with `function`; the given dict stays as it is."""
+    """A copy of `model_options` whose post-CFG functions end with `function`."""
     options = comfy.model_patcher.create_model_options_clone(model_options)
     return comfy.model_patcher.set_model_options_post_cfg_function(options, function)
 
@@ -31,29 +31,30 @@ def with_post_cfg_function(model_options: dict, function: Callable[[dict], torch
 def guide_denoised(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.samplers.Sampler:
     """A SAMPLER that runs `sampler`, any of the host's, and guides each denoised estimate it asks for.
 
-    The guide sees the estimate after CFG and the model's own post-CFG functions, in the model's latent space and
-    before a latent mask is applied, with the sigma of that evaluation, on the sampler's grid or off it.
+    The guide sees the estimate after CFG and the model's own post-CFG functions, in the model's latent space,
+    before a latent mask is applied, and the sigma of that evaluation, on the sampler's grid or off it.
     """
     return _GuidedDenoised(sampler, begin)
 
 
 def guide_latent(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.samplers.Sampler:
-    """A SAMPLER that runs `sampler` and guides the latent itself after every step that does not end at sigma 0.
+    """A SAMPLER that runs `sampler` and guides the latent itself after every step that ends above sigma 0.
 
-    The guide sees the latent at the scale of the model's input, as in the published variance-preserving samplers,
+    The guide sees the latent at the scale of the model's input, as in the published variance-preserving sampler,
     and the sigma that the step arrived at. Regions that a latent mask keeps are left alone.
     Raises ValueError, naming the samplers that work, for one that is not in STEPWISE_SAMPLERS.
     """
-    advice = f"choose ddim or one of {', '.join(STEPWISE_SAMPLERS)}, or set apply_to to denoised, which works with all"
+    advice = f"choose ddim, {', '.join(STEPWISE_SAMPLERS)}, or set apply_to to denoised, which works with all"
     name = _sampler_name(sampler)
     if not isinstance(sampler, comfy.samplers.KSAMPLER) or name not in STEPWISE_SAMPLERS:
         raise ValueError(f"the latent of sampler {name} cannot be guided between its steps: {advice}")
     options = sampler.extra_options
     # These two spread over the number of steps, so that a run cannot be taken apart.
-    if options.get("s_churn", 0) != 0 or options.get("s_noise_end") not in (None, options.get("s_noise", 1.0)):
+    ramp = options.get("s_noise_end") not in (None, options.get("s_noise", 1.0))
+    if ramp or options.get("s_churn", 0) != 0:
         raise ValueError(
-            f"the latent of sampler {name} cannot be guided while s_churn is set or s_noise_end differs from s_noise: "
-            f"reset them, {advice}"
+            f"the latent of sampler {name} cannot be guided while s_churn is set or s_noise_end differs from "
+            f"s_noise: reset them, {advice}"
         )
     return _GuidedLatent(sampler, begin)
 
@@ -110,7 +111,7 @@ class _GuidedLatent(comfy.samplers.Sampler):
 
 
 def _step_by_step(sampler_function: Callable, between_steps: Callable) -> Callable:
-    """`sampler_function` run one interval of the sigma grid at a time; the same numbers where nothing is changed."""
+    """`sampler_function`, one interval of the sigma grid at a time; the same numbers if nothing is changed."""
     takes_noise = "noise_sampler" in inspect.signature(sampler_function).parameters
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
@@ -133,9 +134,10 @@ def _step_by_step(sampler_function: Callable, between_steps: Callable) -> Callab
 
 
 def _input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:
-    """The factor from the sampler's x to the model's input at sigma, 1 at sigma 0; a tensor without dimensions."""
+    """The factor from the sampler's x to the model's input at sigma, 1 at sigma 0; no dimensions."""
     one = torch.ones((), device=sigma.device)
-    return model_sampling.calculate_input(sigma, one) / model_sampling.calculate_input(torch.zeros_like(sigma), one)
+    at_zero = model_sampling.calculate_input(torch.zeros_like(sigma), one)
+    return model_sampling.calculate_input(sigma, one) / at_zero
 
 
 def _sampler_name(sampler: Any) -> str:

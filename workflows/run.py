@@ -5,9 +5,10 @@
     python workflows/run.py --list           what there is
     python workflows/run.py --serve          ComfyUI with the pack, for a browser
 
-It needs Python 3.10 or newer and pip. The first start makes an environment and gets ComfyUI, both in .cache; later
-starts take seconds. COMFYUI_PATH names a ComfyUI of yours to use instead, which is never written to. Exit code: 0 if
-everything ran that could, 1 if a workflow failed or could not be run, 2 for wrong arguments, 130 after Ctrl-C.
+It needs Python 3.10 or newer and pip. The first start makes an environment and gets ComfyUI, both in .cache;
+later starts take seconds. COMFYUI_PATH names a ComfyUI of yours to use instead, which is never written to.
+Exit code: 0 if everything ran that could, 1 if a workflow failed or one asked for by name could not run, 2
+for wrong arguments, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -31,15 +32,23 @@ CACHE = ROOT / ".cache"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="workflows to run; all of them if left out")
-    parser.add_argument("--list", action="store_true", help="name the workflows and the model files they need")
+    parser.add_argument(
+        "--list", action="store_true", help="name the workflows and the model files they need"
+    )
     parser.add_argument("--serve", action="store_true", help="start ComfyUI with the pack, for a browser")
     parser.add_argument("--port", type=int, default=8188, help="port of --serve (default: 8188)")
-    parser.add_argument("--output", type=Path, default=CACHE / "gallery", metavar="DIR", help="where the gallery goes")
+    parser.add_argument(
+        "--output", type=Path, default=CACHE / "gallery", metavar="DIR", help="where the gallery goes"
+    )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     parser.add_argument(
-        "--thumbnails", action="store_true", help="also write the picture of each workflow's template (maintainers)"
+        "--thumbnails",
+        action="store_true",
+        help="also write the picture of each workflow's template (maintainers)",
     )
     return parser.parse_args(arguments)
 
@@ -65,13 +74,10 @@ def serve(comfyui: Path, port: int, cpu: bool | None) -> int:
     base = CACHE / "serve"
     with Server(comfyui, base, models=models_folder(comfyui), port=port, cpu=cpu, options=options) as server:
         print(f"ComfyUI is ready: open {server.url} in a browser. Ctrl-C stops it.")
-        print(f"The workflows are under Templates. Pictures go to {base / 'output'}, the log is {server.log}.")
+        print(
+            f"The workflows are under Templates. Pictures go to {base / 'output'}, the log is {server.log}."
+        )
         return server.process.wait()
-
-
-def missing_models(server: Server, workflow: workflows.Workflow) -> list[dict]:
-    """The model files that the workflow names and the server does not have."""
-    return [model for model in workflow.models() if model["name"] not in server.model_names(model["directory"])]
 
 
 class Progress:
@@ -83,7 +89,8 @@ class Progress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.live = None
-        self.total, self.begun = 0, 0
+        self.title, self.total = name, 0
+        self.begun: list[str] = []
         console = Console()
         if console.is_terminal:
             columns = (TextColumn(name), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[node]}"))
@@ -105,28 +112,31 @@ class Progress:
         if kind == "queued":
             self.total = len(event["nodes"])
         elif kind in ("executing", "execution_cached"):
-            self.begun += 1
-            self._draw(self.begun - 1, event["title"])
+            if event["node"] in self.begun:
+                return
+            self.begun.append(event["node"])
+            self.title = event["title"]
+            self._draw(0, self.title)
             if not self.live:
-                print(f"  [{self.begun}/{self.total}] {event['title']}", flush=True)
+                print(f"  [{len(self.begun)}/{self.total}] {self.title}", flush=True)
         elif kind == "progress":
-            part = event["completed"] / max(1, event["total"])
-            self._draw(self.begun - 1 + part, f"{event['completed']}/{event['total']}", keep_title=True)
+            steps = f"{event['completed']}/{event['total']}"
+            self._draw(event["completed"] / max(1, event["total"]), f"{self.title} {steps}")
 
-    def _draw(self, done: float, text: str, keep_title: bool = False) -> None:
-        if not self.live:
-            return
-        self.title = self.title if keep_title else text
-        node = f"{self.title} {text}" if keep_title else text
-        self.live.update(self.task, total=self.total, completed=done, node=node)
+    def _draw(self, part: float, text: str) -> None:
+        if self.live:
+            done = max(0, len(self.begun) - 1) + part
+            self.live.update(self.task, total=max(self.total, len(self.begun)), completed=done, node=text)
 
 
 def run_workflow(server: Server, workflow: workflows.Workflow, output: Path) -> gallery.Entry:
     """Run one workflow and collect what it saved under `output`."""
-    missing = missing_models(server, workflow)
+    missing = server.missing(workflow.models())
     if missing:
         lines = [f"  {model['url']}\n    -> {model['directory']}/{model['name']}" for model in missing]
-        return gallery.Entry(workflow, "skipped", "It needs model files that are not here:\n" + "\n".join(lines))
+        return gallery.Entry(
+            workflow, "skipped", "It needs model files that are not here:\n" + "\n".join(lines)
+        )
     with Progress(workflow.stem) as progress:
         result = execution.run(server, workflow.path, progress.show)
     entry = gallery.Entry(workflow, "failed" if result.error else "done", result.error or "", result.seconds)
@@ -159,7 +169,9 @@ def machine(server: Server) -> str:
     """What the pictures were made on, in one line."""
     stats = server.get("/system_stats")
     device = stats["devices"][0]
-    name = f"CPU, {os.cpu_count()} cores ({platform.machine()})" if device["type"] == "cpu" else device["name"]
+    name = (
+        f"CPU, {os.cpu_count()} cores ({platform.machine()})" if device["type"] == "cpu" else device["name"]
+    )
     system = stats["system"]
     return f"{name}; ComfyUI {system['comfyui_version']}, PyTorch {system['pytorch_version']}"
 

@@ -8,14 +8,14 @@ from ...kernels.spectral_guidance import DISTANCES
 
 APPLY_TO = ("denoised", "latent")
 UPDATES = ("automatic", "per_bin", "gradient")
-# The highest frequency of a plane is sqrt(1/2) cycles per pixel; a cutoff from here on lets every band through.
+# The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
 HIGHEST_CUTOFF = 0.75
 
 
 @dataclass(frozen=True)
 class FrequencyGuidanceConfig:
-    """Scales are fractions of the whole way per step (0 is off, 1 all the way), percents run 0..1 over sampling,
-    and cutoffs are in cycles per latent pixel, both included. Raises ValueError for ranges that hold nothing.
+    """Scales are fractions of the whole way per step (0 off, 1 all the way), percents run 0..1 over sampling, and
+    cutoffs are in cycles per latent pixel, both included. Raises ValueError for ranges that hold nothing.
     """
 
     # Ours: a small pull; on the puppet theatre the amplitude term adds little to the phase term.
@@ -24,7 +24,7 @@ class FrequencyGuidanceConfig:
     phase_scale: float = 0.3
     # Ours: the published |angle| ("paper") cannot tell a picture from its 180 degree rotation.
     phase_distance: str = "circular"
-    # Ours: the denoised estimate, which stays right for multistep samplers and flow models. Published: the latent.
+    # Ours: the estimate, which stays right for multistep samplers and flow models. Published: the latent.
     apply_to: str = "denoised"
     # Published: in every step (the last one of 50 excepted).
     start_percent: float = 0.0

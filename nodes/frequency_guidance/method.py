@@ -1,4 +1,4 @@
-"""Frequency guidance: the source's amplitude spectrum and the driving picture's phase spectrum steer sampling.
+"""Frequency guidance: a source's amplitude spectrum and a driving picture's phase spectrum steer sampling.
 
 Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidance.py.
 """
@@ -13,10 +13,10 @@ import torch
 from ...kernels import spectral_guidance
 from .config import FrequencyGuidanceConfig
 
-# Sigma grids and percents come from different roundings of one schedule; a step that lies on a limit counts as on it.
+# Sigma grids and percents round one schedule differently; a step that lies on a limit counts as on it.
 _SIGMA_TOLERANCE = 1e-5
 
-# Schedulers land on multiples of 1/steps and of 1/1000: the switch lies beside them, so that rounding decides nothing.
+# Schedulers land on multiples of 1/steps and 1/1000: the switch lies beside them, and rounding decides nothing.
 _SWITCH_OFFSET = 0.00037
 # The narrowest step in percent that every model's percent-to-sigma map resolves in fp32.
 _SWITCH_GAP = 1e-6
@@ -27,7 +27,7 @@ Guide = Callable[[torch.Tensor, float], torch.Tensor]
 class FrequencyGuidance:
     """Guidance toward one source and one driving latent; holds no state of any sampling run.
 
-    source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them. One whose scale is 0 is not looked at.
+    source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one with scale 0 is not looked at.
     Raises ValueError, naming the input, for latents that are empty, all zero, not finite, or nested.
     """
 
@@ -37,7 +37,7 @@ class FrequencyGuidance:
         self._driving = _valid("driving", driving) if config.phase_scale > 0 else None
 
     def begin(self, model: Any, shape: torch.Size) -> Guide:
-        """What one sampling run applies to latents of `shape`: guide(latent, sigma) -> latent, same shape and dtype.
+        """What one sampling run applies to latents of `shape`: guide(latent, sigma) -> latent, of like dtype.
 
         `model` gives `process_latent_in`, which takes the latents to the model's space, and `model_sampling`.
         Guidance acts where start >= sigma > end, and returns the same tensor elsewhere.
@@ -56,8 +56,8 @@ class FrequencyGuidance:
                 return latent
             if latent.shape != shape:
                 raise ValueError(
-                    f"the sampler changed the latent from {tuple(shape)} to {tuple(latent.shape)} while sampling: "
-                    "frequency guidance needs a sampler that keeps its size"
+                    f"the sampler changed the latent from {tuple(shape)} to {tuple(latent.shape)}: "
+                    "frequency guidance needs a sampler that keeps the size"
                 )
             if target is None:
                 target = spectral_guidance.prepare(
@@ -80,7 +80,7 @@ def _valid(name: str, latent: torch.Tensor) -> torch.Tensor:
     if latent.numel() == 0:
         raise ValueError(f"{name} is an empty batch: connect at least one VAE-encoded picture to `{name}`")
     if not torch.isfinite(latent).all():
-        raise ValueError(f"{name} holds NaN or infinite values: encode it again, with the VAE in fp32 if need be")
+        raise ValueError(f"{name} holds NaN or infinite values: encode it again, with the VAE in fp32")
     if not latent.any():
         raise ValueError(f"{name} is all zero, as Empty Latent Image makes it: connect a VAE-encoded picture")
     return latent
@@ -98,7 +98,7 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
     if len(shape) == 5 and latent.ndim == 4:
         latent = latent.unsqueeze(2)  # a picture, for a video model
     if latent.ndim != len(shape):
-        raise ValueError(f"{name} is a video latent and the model makes pictures: encode one frame for `{name}`")
+        raise ValueError(f"{name} is a video latent and the model makes pictures: encode one frame of it")
     if latent.shape[1] != shape[1]:
         raise ValueError(
             f"{name} has {latent.shape[1]} channels and the sampled latent has {shape[1]}: "
@@ -108,8 +108,8 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
         ratio = model.latent_format.spacial_downscale_ratio
         height, width = shape[-2] * ratio, shape[-1] * ratio
         raise ValueError(
-            f"{name} is {latent.shape[-1]} x {latent.shape[-2]} and the sampled latent is {shape[-1]} x {shape[-2]}: "
-            f"resize {name} to {width} x {height} pixels (width x height) before VAE Encode"
+            f"{name} is a latent of {latent.shape[-1]} x {latent.shape[-2]} (width x height) and the sampled one "
+            f"is {shape[-1]} x {shape[-2]}: resize {name} to {width} x {height} pixels before VAE Encode"
         )
     if latent.shape[0] not in (1, shape[0]):
         raise ValueError(
@@ -127,9 +127,9 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
 def switch_prompt(driving: list, target: list, switch_percent: float) -> list:
     """A CONDITIONING that is `driving` before `switch_percent` (0..1 of the schedule) and `target` from there on.
 
-    Exactly one of them acts at any sigma, and a step that lies on `switch_percent` takes `target`. The host's ranges
-    include both their ends, so the two leave a gap, the width of a few fp32 sigmas; there `target` fills in as a
-    default conditioning, which the host uses only where no other one is active. Ranges that the conditionings
+    Exactly one of them acts at any sigma, and a step that lies on `switch_percent` takes `target`. The host's
+    ranges include both their ends, so the two leave a gap as wide as a few fp32 sigmas; there `target` fills in as
+    a default conditioning, which the host uses only where no other one is active. Ranges that the conditionings
     already have are kept within their part. The given lists and their entries stay as they are.
     """
     switch = switch_percent - _SWITCH_OFFSET
@@ -137,10 +137,11 @@ def switch_prompt(driving: list, target: list, switch_percent: float) -> list:
         return list(target)
     if switch_percent >= 1.0:
         return list(driving)
+    filler = _within(target, switch, switch + _SWITCH_GAP)
     return [
         *_within(driving, 0.0, switch),
         *_within(target, switch + _SWITCH_GAP, 1.0),
-        *([tensor, {**options, "default": True}] for tensor, options in _within(target, switch, switch + _SWITCH_GAP)),
+        *([tensor, {**options, "default": True}] for tensor, options in filler),
     ]
 
 

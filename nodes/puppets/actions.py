@@ -109,7 +109,8 @@ def _running(t: float) -> Stance:
 def _dancing(t: float) -> Stance:
     s, c = math.sin(TAU * t), math.cos(TAU * t)
     return Stance(lean=11 + 7 * s, tilt=-14 - 8 * s, r_arm=(-86 - 12 * s, -42 + 16 * c),
-                  l_arm=(128 + 10 * s, 168 + 12 * c), r_leg=(-8 - 4 * s, 4), l_leg=(66 + 8 * s, -28 + 8 * s), arms=1.1)
+                  l_arm=(128 + 10 * s, 168 + 12 * c), r_leg=(-8 - 4 * s, 4), l_leg=(66 + 8 * s, -28 + 8 * s),
+                  arms=1.1)
 
 
 def _handstand(t: float) -> Stance:
@@ -133,12 +134,14 @@ def _bowing(t: float) -> Stance:
 def _crawling(t: float) -> Stance:
     s = math.sin(TAU * t)
     return Stance(lean=80, tilt=-58, turn=0.7, narrow=0.6, r_arm=(4 + 16 * s, 2 + 10 * s),
-                  l_arm=(10 - 16 * s, 6 - 10 * s), r_leg=(-2 - 14 * s, -84), l_leg=(8 + 14 * s, -84), arms=0.74, legs=1.2)
+                  l_arm=(10 - 16 * s, 6 - 10 * s), r_leg=(-2 - 14 * s, -84), l_leg=(8 + 14 * s, -84),
+                  arms=0.74, legs=1.2)
 
 
 def _saluting(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(tilt=-3, r_arm=(-124 + 3 * s, -216 + 4 * s), l_arm=(9, 4), r_leg=(-3, -2), l_leg=(3, 2), arms=1.14)
+    return Stance(tilt=-3, r_arm=(-124 + 3 * s, -216 + 4 * s), l_arm=(9, 4), r_leg=(-3, -2), l_leg=(3, 2),
+                  arms=1.14)
 
 
 def _lunging(t: float) -> Stance:
@@ -179,7 +182,8 @@ def _akimbo(t: float) -> Stance:
 
 def _splits(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(tilt=4 * s, r_arm=(-52 - 6 * s, -58), l_arm=(52 + 6 * s, 58), r_leg=(-84, -86), l_leg=(84, 86),
+    return Stance(tilt=4 * s, r_arm=(-52 - 6 * s, -58), l_arm=(52 + 6 * s, 58),
+                  r_leg=(-84, -86), l_leg=(84, 86),
                   legs=1.06)
 
 
@@ -261,7 +265,7 @@ def pose(action: str, phase: float, species: str, seed: int = 0, mirrored: bool 
 
 @functools.lru_cache(maxsize=1024)
 def extent(action: str, species: str, mirrored: bool) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of joints and the tallest hat over a cycle without jitter, in puppet space."""
+    """(left, top, right, bottom) of joints and tallest hat over a cycle without jitter, in puppet space."""
     cycle = np.stack([pose(action, i / 12, species, -1, mirrored) for i in range(12)])
     centre, across = cycle[:, 16:18].mean(1), cycle[:, 15] - cycle[:, 14]
     across /= np.linalg.norm(across, axis=-1, keepdims=True)

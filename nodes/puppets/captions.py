@@ -1,4 +1,4 @@
-"""What is said about a take: a closed vocabulary of plain words. Unnamed actions, details and coats have none."""
+"""What is said of a take, in a closed vocabulary; unnamed actions, details and coats have no words."""
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def _hat(who: Identity) -> str:
 def _subject(who: Identity, shirt: bool, trousers: bool, hat: bool, species: bool = True) -> str:
     noun = who.species if species else "puppet"
     head = f"{_shirt(who)} {noun}" if shirt else noun
-    worn = [text for text, said in ((f"{colour_name(who.trousers)} trousers", trousers), (_hat(who), hat)) if said]
+    worn = [f"{colour_name(who.trousers)} trousers"] * trousers + [_hat(who)] * hat
     text = f"{_article(head)} {head}"
     return f"{text} with {' and '.join(worn)}" if worn else text
 
@@ -76,7 +76,8 @@ def _action(take: Take, sided: bool) -> str:
 
 def caption(take: Take) -> str:
     """All that has words: subject, action with its side, scene."""
-    return " ".join(filter(None, (subject_phrase(take.identity), _action(take, True), SCENE_PHRASES[take.scene])))
+    return " ".join(filter(None, (subject_phrase(take.identity), _action(take, True),
+                                  SCENE_PHRASES[take.scene])))
 
 
 def training_caption(take: Take, rng: np.random.Generator, drop: float = 0.12) -> str:

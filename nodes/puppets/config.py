@@ -55,7 +55,7 @@ COLOURS: dict[str, RGB] = {
     "black": (0.16, 0.16, 0.19),
 }
 
-# (fur or skin, accent) a species comes in; the accent is hair, muzzle, panel or beak. Captions never name them.
+# The (fur or skin, accent) of a species; the accent is hair, muzzle, panel or beak. Captions never name them.
 COATS: dict[str, tuple[tuple[RGB, RGB], ...]] = {
     "person": (
         ((0.96, 0.80, 0.67), (0.36, 0.22, 0.13)), ((0.62, 0.41, 0.27), (0.14, 0.11, 0.12)),
@@ -106,7 +106,7 @@ POSE_COLOURS = (
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a puppet is. Colours are RGB in 0..1; `skin`, `accent`, `detail` and `detail_colour` have no words."""
+    """Who a puppet is. `skin`, `accent`, `detail` and `detail_colour` have no words."""
 
     species: str
     skin: RGB

@@ -19,7 +19,7 @@ _SHIRT = ((0.0, 0.62), (0.07, 0.88), (0.2, 0.98), (0.6, 0.95), (0.92, 1.02), (1.
 
 
 def _half_width(v: float) -> float:
-    for (v0, w0), (v1, w1) in zip(_SHIRT, _SHIRT[1:]):
+    for (v0, w0), (v1, w1) in zip(_SHIRT, _SHIRT[1:], strict=False):
         if v <= v1:
             return w0 + (w1 - w0) * (v - v0) / (v1 - v0)
     return _SHIRT[-1][1]
@@ -98,12 +98,14 @@ def draw_ears(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
             cut(head.points((root[0], tip, root[1])), skin, "ears")
             inner = shade(skin, 0.35) if who.species == "fox" else ROSE
             if folded and side == 1:
-                cut(head.points(((side * 1.05, -0.98), (side * 0.50, -0.96), (side * 1.2, -0.42))), inner, "ears")
+                flap = ((side * 1.05, -0.98), (side * 0.50, -0.96), (side * 1.2, -0.42))
+                cut(head.points(flap), inner, "ears")
             elif who.species == "fox":
-                cut(head.points(((side * 1.06, -0.98), tip, (side * 0.75, -1.16))), inner, "ears", inked=False)
+                point = ((side * 1.06, -0.98), tip, (side * 0.75, -1.16))
+                cut(head.points(point), inner, "ears", inked=False)
             else:
-                cut(head.points(((side * 0.95, -0.5), (side * 0.99, -1.14), (side * 0.52, -0.85))), inner, "ears",
-                    inked=False)
+                lining = ((side * 0.95, -0.5), (side * 0.99, -1.14), (side * 0.52, -0.85))
+                cut(head.points(lining), inner, "ears", inked=False)
     elif who.species == "bear":
         for side in (-1, 1):
             if folded and side == 1:
@@ -121,7 +123,8 @@ def draw_ears(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
             cut(head.ellipse(side * 0.67, -1.22, 0.12, 0.46, side * 16), accent, "ears", inked=False)
     elif who.species == "robot":
         for side in (-1, 1):
-            cut(head.points(((side * 0.9, -0.28), (side * 1.22, -0.22), (side * 1.22, 0.26), (side * 0.9, 0.32))),
+            cut(head.points(((side * 0.9, -0.28), (side * 1.22, -0.22), (side * 1.22, 0.26),
+                             (side * 0.9, 0.32))),
                 shade(skin, 0.72), "ears")
         top = head.at(0.75, -1.1) if folded else head.at(0.72, -1.42)
         foot = head.at(0.72, -0.8)
@@ -146,24 +149,28 @@ def draw_head(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
         w, h, c = 1.02, 0.92, 0.26
         cut(head.points(((-w + c, -h), (w - c, -h), (w, -h + c), (w, h - c), (w - c, h), (-w + c, h),
                          (-w, h - c), (-w, -h + c))), skin, "head")
-        cut(head.points(((turn - 0.72, -0.46), (turn + 0.72, -0.46), (turn + 0.72, 0.26), (turn - 0.72, 0.26))),
+        cut(head.points(((turn - 0.72, -0.46), (turn + 0.72, -0.46), (turn + 0.72, 0.26),
+                         (turn - 0.72, 0.26))),
             accent, "face")
     elif species == "frog":
         for side in (-1, 1):
             cut(head.ellipse(turn * 0.7 + side * 0.60, -0.74, 0.39, 0.39), skin, "head")
         cut(head.ellipse(0, 0.08, 1.28, 0.92), skin, "head")
         if who.detail == "ear":
-            for x, y, r in ((-0.98, -0.06, 0.17), (-0.66, 0.06, 0.13), (-0.30, -0.40, 0.16), (-0.92, 0.34, 0.12)):
+            spots = ((-0.98, -0.06, 0.17), (-0.66, 0.06, 0.13), (-0.30, -0.40, 0.16), (-0.92, 0.34, 0.12))
+            for x, y, r in spots:
                 cut(head.ellipse(x, y, r, r), shade(skin, 0.52), "head", inked=False)
     elif species == "fox":
         cut(head.points(((-0.62, -0.86), (0, -0.98), (0.62, -0.86), (1.02, -0.38), (1.30, 0.34), (0.72, 0.66),
-                         (0.30, 0.98), (-0.30, 0.98), (-0.72, 0.66), (-1.30, 0.34), (-1.02, -0.38))), skin, "head")
+                         (0.30, 0.98), (-0.30, 0.98), (-0.72, 0.66), (-1.30, 0.34), (-1.02, -0.38))), skin,
+                         "head")
         for side in (-1, 1):
             cut(head.points(((turn + side * 0.02, 0.34), (turn + side * 0.38, 0.10), (side * 1.22, 0.34),
                              (side * 0.70, 0.62), (side * 0.28, 0.92), (turn * 0.5, 0.92))), accent, "face",
                 inked=False)
     elif species == "cat":
-        cut(head.points([(x * 1.12, y * 0.94 + (0.06 if y > 0 else 0)) for x, y in _squircle()]), skin, "head")
+        cut(head.points([(x * 1.12, y * 0.94 + (0.06 if y > 0 else 0)) for x, y in _squircle()]), skin,
+            "head")
     elif species == "person":
         cut(head.ellipse(0, 0.06, 0.97, 0.94), skin, "head")
     else:
@@ -203,7 +210,8 @@ def _draw_face(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
         eye_y, spread = -0.76, 0.60
         cut(head.ellipse(turn * 0.7, 0.58, 0.80, 0.34), accent, "face", inked=False)
     if species == "person":
-        fringe = ((-1.0, -0.06), (-0.98, -0.46), (-0.62, -0.86), (0, -0.99), (0.62, -0.86), (0.98, -0.46), (1.0, -0.06),
+        fringe = ((-1.0, -0.06), (-0.98, -0.46), (-0.62, -0.86), (0, -0.99), (0.62, -0.86), (0.98, -0.46),
+                  (1.0, -0.06),
                   (0.70, -0.30), (turn + 0.30, -0.46), (turn - 0.18, -0.36), (-0.66, -0.34))
         cut(head.points(fringe), accent, "ears", inked=False)
     if species == "robot":
@@ -247,7 +255,8 @@ def _draw_face(paper: Paper, head: Frame, turn: float, who: Identity) -> None:
         smile = [(-0.24, 0.44), (-0.12, 0.52), (0, 0.40), (0.12, 0.52), (0.24, 0.44)]
         stroke([head.at(n + x, y) for x, y in smile], mouth, "face", 1.0)
         if species == "rabbit":
-            cut(head.points(((n - 0.10, 0.50), (n + 0.10, 0.50), (n + 0.09, 0.70), (n - 0.09, 0.70))), WHITE, "face",
+            cut(head.points(((n - 0.10, 0.50), (n + 0.10, 0.50), (n + 0.09, 0.70), (n - 0.09, 0.70))), WHITE,
+                "face",
                 edge=mix(skin, INK, 0.5))
         if species == "cat":
             for side in (-1, 1):
@@ -280,7 +289,8 @@ def draw_headwear(paper: Paper, head: Frame, turn: float, who: Identity) -> None
     elif who.headwear == "top hat":
         cut(place(((-0.56, -0.80), (-0.62, -1.72), (0.62, -1.72), (0.56, -0.80))), colour, "headwear")
         band = WHITE if max(colour) < 0.5 else mix(colour, INK, 0.62)
-        cut(place(((-0.565, -0.84), (-0.58, -1.06), (0.58, -1.06), (0.565, -0.84))), band, "headwear", inked=False)
+        cut(place(((-0.565, -0.84), (-0.58, -1.06), (0.58, -1.06), (0.565, -0.84))), band, "headwear",
+            inked=False)
         cut(head.ellipse(0, -0.76 + raised, 0.98, 0.15), colour, "headwear")
     elif who.headwear == "crown":
         cut(place(((-0.66, -0.66), (-0.78, -1.46), (-0.40, -1.10), (0, -1.62), (0.40, -1.10), (0.78, -1.46),
@@ -294,7 +304,8 @@ def draw_tail(paper: Paper, hip: Frame, side: float, who: Identity) -> None:
     """Behind everything; `side` is -1 or 1, `hip` has its origin at the hips and y along the spine."""
     skin, cut = who.skin, paper.cut
     if who.species == "cat":
-        curl = [(side * x, y) for x, y in ((0.0, 0.0), (0.13, 0.02), (0.21, -0.06), (0.22, -0.17), (0.28, -0.23))]
+        curve = ((0.0, 0.0), (0.13, 0.02), (0.21, -0.06), (0.22, -0.17), (0.28, -0.23))
+        curl = [(side * x, y) for x, y in curve]
         paper.stroke(hip.points(curl), mix(skin, INK, 0.55), "extras", 6.4)
         paper.stroke(hip.points(curl), skin, "extras", 4.8)
     elif who.species == "fox":

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from .captions import caption, subject_phrase
 from .config import ACTIONS, NAMED_ACTIONS, SCENES, Identity, Picture, Take
 from .render import draw_pose, render, render_clip
-from .world import check_name, identity_from_words, sample_identity, staged
+from .world import check_name, identity_from_words, pick, sample_identity, staged
 
 _IDENTITY_HELP = (
     "Who it is, in the theatre's words: 'red striped robot with blue trousers and a yellow cap'. 'test 0' to "
@@ -34,9 +34,10 @@ def _identity(words: str, seed: int) -> Identity:
 def _tensors(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """IMAGE float [B, H, W, 3] in 0..1, MASK float [B, H, W], poses like IMAGE."""
     images = np.stack([p.image for p in pictures])
-    poses = np.stack([draw_pose(p.joints, p.image.shape[0]) for p in pictures])
     masks = np.stack([p.mask for p in pictures])
-    return torch.from_numpy(images).float() / 255, torch.from_numpy(masks).float(), torch.from_numpy(poses).float() / 255
+    poses = np.stack([draw_pose(p.joints, p.image.shape[0]) for p in pictures])
+    image, mask, pose = (torch.from_numpy(array).float() for array in (images, masks, poses))
+    return image / 255, mask, pose / 255
 
 
 def _entries(text: str) -> list[str]:
@@ -59,17 +60,20 @@ class UnderstudyPuppet(io.ComfyNode):
             node_id="UnderstudyPuppet",
             display_name="Puppet",
             category="Understudy/Theatre",
-            description="Draws a paper puppet doing something somewhere: a picture or a clip with mask, pose and caption.",
-            search_aliases=["test image", "sample image", "puppet theatre", "paper doll", "reference pose", "openpose"],
+            description="Draws a paper puppet: a picture or a clip with mask, pose and caption.",
+            search_aliases=["test image", "sample image", "puppet theatre", "paper doll", "reference pose",
+                            "openpose"],
             inputs=[
                 io.String.Input("identity", default="red striped robot with blue trousers and a yellow cap",
                                 tooltip=_IDENTITY_HELP),
                 io.Combo.Input("action", options=list(ACTIONS), default="waving",
-                               tooltip="What it does. Actions from 'saluting' on have no words: the caption leaves them out."),
-                io.Combo.Input("scene", options=list(SCENES), default="beach", tooltip="Where it is, with its light."),
+                               tooltip="What it does. From 'saluting' on, captions have no word for it."),
+                io.Combo.Input("scene", options=list(SCENES), default="beach",
+                               tooltip="Where it is, with its light."),
                 io.Int.Input("frames", default=1, min=1, max=257, step=4,
-                             tooltip="1 draws a picture; 4n+1 (17, 33, …) draws one cycle of the action as a clip."),
-                io.Int.Input("seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True, tooltip=_SEED_HELP),
+                             tooltip="1 for a picture; 4n+1 (17, 33, …) for one cycle of the action."),
+                io.Int.Input("seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True,
+                             tooltip=_SEED_HELP),
                 io.Boolean.Input("mirrored", default=False, optional=True,
                                  tooltip="Flips the action to the other side, not what the puppet wears."),
                 _size_input(),
@@ -77,7 +81,8 @@ class UnderstudyPuppet(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The picture, or the frames as a batch."),
                 io.Mask.Output(display_name="mask", tooltip="1 where the puppet is."),
-                io.Image.Output(display_name="pose", tooltip="Its 18 joints as an OpenPose drawing on black."),
+                io.Image.Output(display_name="pose",
+                                tooltip="Its 18 joints as an OpenPose drawing on black."),
                 io.String.Output(display_name="caption", tooltip="All that has words in the picture."),
             ],
         )
@@ -89,9 +94,9 @@ class UnderstudyPuppet(io.ComfyNode):
 
     @classmethod
     def execute(cls, identity, action, scene, frames, seed, mirrored=False, size=128) -> io.NodeOutput:
-        who = _identity(identity, seed)
-        take = staged(who, check_name("action", action, ACTIONS), check_name("scene", scene, SCENES),
-                      np.random.default_rng([0x90DE, seed]))
+        check_name("action", action, ACTIONS)
+        check_name("scene", scene, SCENES)
+        take = staged(_identity(identity, seed), action, scene, np.random.default_rng([0x90DE, seed]))
         take = dataclasses.replace(take, mirrored=mirrored)
         pictures = [render(take, size)] if frames == 1 else render_clip(take, frames, size)
         image, mask, pose = _tensors(pictures)
@@ -105,16 +110,16 @@ class UnderstudyPuppetSet(io.ComfyNode):
             node_id="UnderstudyPuppetSet",
             display_name="Puppet Set",
             category="Understudy/Theatre",
-            description="Draws a set of puppet pictures with captions, as lists: a data set for training without a file.",
+            description="Draws many puppets with captions, as lists: a data set without a file.",
             search_aliases=["test dataset", "training images", "puppet theatre", "sample images", "dataset"],
             inputs=[
                 io.String.Input("identities", default="", multiline=True,
-                                tooltip="Puppets, separated by commas or lines, taken in turn; empty for random ones. "
+                                tooltip="Puppets, one a line, taken in turn; empty for random ones. "
                                         + _IDENTITY_HELP),
                 io.String.Input("actions", default="", multiline=True,
-                                tooltip=f"Actions, taken in turn; empty for random named ones. One of: {', '.join(ACTIONS)}."),
+                                tooltip="In turn; empty for random named ones. Any of " + ", ".join(ACTIONS)),
                 io.String.Input("scenes", default="", multiline=True,
-                                tooltip=f"Scenes, taken in turn; empty for random ones. One of: {', '.join(SCENES)}."),
+                                tooltip="Taken in turn; empty for random ones. Any of " + ", ".join(SCENES)),
                 io.Int.Input("count", default=8, min=1, max=1024, tooltip="Number of pictures."),
                 io.Int.Input("seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True,
                              tooltip="Decides all that the lists leave open. " + _SEED_HELP),
@@ -123,7 +128,8 @@ class UnderstudyPuppetSet(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True, tooltip="One picture an item."),
                 io.Mask.Output(display_name="masks", is_output_list=True, tooltip="1 where the puppet is."),
-                io.Image.Output(display_name="poses", is_output_list=True, tooltip="OpenPose drawings on black."),
+                io.Image.Output(display_name="poses", is_output_list=True,
+                                tooltip="OpenPose drawings on black."),
                 io.String.Output(display_name="captions", is_output_list=True, tooltip="All that has words."),
                 io.String.Output(display_name="subjects", is_output_list=True,
                                  tooltip="The words of each puppet alone, without action and scene."),
@@ -152,7 +158,9 @@ def _takes(identities: list[str], actions: list[str], scenes: list[str], count: 
         rng = np.random.default_rng([0x5E7, seed, i])
         own = int(rng.integers(2**31))
         who = _identity(identities[i % len(identities)] if identities else "random", own)
-        action = actions[i % len(actions)] if actions else NAMED_ACTIONS[int(rng.integers(len(NAMED_ACTIONS)))]
-        scene = scenes[i % len(scenes)] if scenes else SCENES[int(rng.integers(len(SCENES)))]
-        takes.append(staged(who, check_name("action", action, ACTIONS), check_name("scene", scene, SCENES), rng))
+        action = actions[i % len(actions)] if actions else pick(rng, NAMED_ACTIONS)
+        scene = scenes[i % len(scenes)] if scenes else pick(rng, SCENES)
+        check_name("action", action, ACTIONS)
+        check_name("scene", scene, SCENES)
+        takes.append(staged(who, action, scene, rng))
     return takes

@@ -1,4 +1,4 @@
-"""Cut paper: shapes on a supersampled canvas that carries the part label of every point in its alpha channel."""
+"""Cut paper: shapes on a supersampled canvas whose alpha channel holds the part label of every point."""
 
 import math
 from collections.abc import Sequence
@@ -64,7 +64,8 @@ class Paper:
         self.pixel = size * factor / 128  # a hundred-and-twenty-eighth of the frame
         self.ink = max(1, round(1.7 * self.pixel))
 
-    def cut(self, points: list[Point], fill: RGB, part: str, edge: RGB | None = None, inked: bool = True) -> None:
+    def cut(self, points: list[Point], fill: RGB, part: str, edge: RGB | None = None,
+            inked: bool = True) -> None:
         """A piece of card with a darker cut edge."""
         label = PART[part]
         if inked:

@@ -1,4 +1,4 @@
-"""A take as a picture: puppet on backdrop, its part map, its joints and its caption; all a function of the take."""
+"""A take as a picture: puppet on backdrop, part map, joints and caption, all a function of the take."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ _SHADOW = 0.30
 
 
 def placement(take: Take) -> tuple[float, float, float]:
-    """(scale of a unit, x, y of puppet space's origin) in a frame of size 1, constant over the action's cycle."""
+    """(unit, x, y of puppet space's origin) in a frame of size 1, constant over the action's cycle."""
     left, top, right, bottom = extent(take.action, take.identity.species, take.mirrored)
     left, right, top, bottom = left - 0.06, right + 0.06, top - 0.02, max(bottom, 0.0) + 0.02
     unit = min(_HEIGHT * take.scale, (1 - 2 * _MARGIN) / (right - left), (1 - 2 * _MARGIN) / (bottom - top))
@@ -179,7 +179,7 @@ def render(take: Take, size: int = 128) -> Picture:
 
 
 def render_clip(take: Take, frames: int = 17, size: int = 128) -> list[Picture]:
-    """One cycle of the action in `frames` pictures, from the take's phase on; camera and scene stand still."""
+    """One cycle of the action in `frames` pictures from the take's phase on; camera and scene stand still."""
     scene = _scene(take, size)
     return [_compose(take, take.phase + i / frames, size, scene) for i in range(frames)]
 

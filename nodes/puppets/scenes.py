@@ -1,4 +1,4 @@
-"""Paper backdrops: a few layers of plain card, each with a soft edge, in colours that let the puppet stand out."""
+"""Paper backdrops: a few layers of plain card with soft edges, in colours that let the puppet stand out."""
 
 import functools
 import math
@@ -45,8 +45,10 @@ class _Board:
         (px, py), pr = self._scaled([(x, y)], depth)[0], r * self.side
         self.draw.ellipse((px - pr, py - pr, px + pr, py + pr), _byte(colour))
 
-    def hills(self, level: float, height: float, waves: float, phase: float, colour: RGB, depth: float = 1.0) -> None:
-        top = [(x / 24, level - height * math.sin(2 * math.pi * (waves * x / 24 + phase))) for x in range(-5, 30)]
+    def hills(self, level: float, height: float, waves: float, phase: float, colour: RGB,
+              depth: float = 1.0) -> None:
+        top = [(x / 24, level - height * math.sin(2 * math.pi * (waves * x / 24 + phase)))
+               for x in range(-5, 30)]
         self.card([*top, (1.3, 1.2), (-0.3, 1.2)], colour, depth)
 
 
@@ -69,7 +71,8 @@ def _forest(size: int, rng: np.random.Generator, shift: float) -> Image.Image:
     for x in (0.06, 0.24, 0.76, 0.94):
         x += rng.uniform(-0.04, 0.04)
         top = rng.uniform(0.10, 0.26)
-        board.card([(x - 0.02, 0.60), (x + 0.02, 0.60), (x + 0.02, 0.84), (x - 0.02, 0.84)], (0.50, 0.38, 0.28))
+        board.card([(x - 0.02, 0.60), (x + 0.02, 0.60), (x + 0.02, 0.84), (x - 0.02, 0.84)],
+                   (0.50, 0.38, 0.28))
         for row in (0, 1):
             y, w = top + 0.20 * row, 0.10 + 0.035 * row
             board.card([(x, y), (x + w, y + 0.34), (x - w, y + 0.34)], (0.33, 0.56, 0.42), edge=0.8)
@@ -79,7 +82,8 @@ def _forest(size: int, rng: np.random.Generator, shift: float) -> Image.Image:
 
 def _city(size: int, rng: np.random.Generator, shift: float) -> Image.Image:
     board = _Board(size, (0.86, 0.85, 0.93), (0.98, 0.91, 0.86), shift)
-    for row, (colour, depth, low) in enumerate((((0.78, 0.77, 0.86), 0.5, 0.30), ((0.60, 0.62, 0.74), 1.0, 0.42))):
+    rows = (((0.78, 0.77, 0.86), 0.5, 0.30), ((0.60, 0.62, 0.74), 1.0, 0.42))
+    for row, (colour, depth, low) in enumerate(rows):
         x = -0.15 - 0.08 * row
         while x < 1.15:
             width = rng.uniform(0.15, 0.21)
@@ -95,7 +99,8 @@ def _city(size: int, rng: np.random.Generator, shift: float) -> Image.Image:
     board.card([(-0.3, 0.80), (1.3, 0.80), (1.3, 1.2), (-0.3, 1.2)], (0.70, 0.68, 0.70))
     for i in range(-1, 5):
         x = 0.28 * i
-        board.card([(x, 0.925), (x + 0.14, 0.925), (x + 0.13, 0.95), (x - 0.01, 0.95)], (0.96, 0.93, 0.85), edge=1.0)
+        board.card([(x, 0.925), (x + 0.14, 0.925), (x + 0.13, 0.95), (x - 0.01, 0.95)], (0.96, 0.93, 0.85),
+                   edge=1.0)
     return board.image
 
 
@@ -106,7 +111,7 @@ def _snow(size: int, rng: np.random.Generator, shift: float) -> Image.Image:
         board.card([(x - 0.36, 0.8), (x, peak), (x + 0.36, 0.8)], (0.55, 0.65, 0.79), 0.5)
         board.card([(x - 0.10, peak + 0.15), (x, peak), (x + 0.10, peak + 0.15), (x + 0.04, peak + 0.11),
                     (x, peak + 0.17), (x - 0.05, peak + 0.11)], (0.96, 0.98, 1.0), 0.5, 1.0)
-    board.hills(0.70, 0.03, 1.1, rng.random(), (0.86, 0.91, 0.97), 0.8, )
+    board.hills(0.70, 0.03, 1.1, rng.random(), (0.86, 0.91, 0.97), 0.8)
     board.hills(0.80, 0.018, 1.4, rng.random(), (0.97, 0.98, 1.0))
     for x, y in rng.random((16, 2)):
         board.disc(x * 1.2 - 0.1, y * 0.66, 0.013, (1.0, 1.0, 1.0), 0.8)

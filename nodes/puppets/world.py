@@ -1,22 +1,39 @@
 """Which takes there are: seeded sampling, the splits, and the identities kept for tests."""
 
 import functools
+import math
 import re
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from .captions import colour_name
 from .config import (
-    COATS, COLOURS, DETAILS, HEADWEAR, NAMED_ACTIONS, PATTERNS, RGB, SCENES, SPECIES, SPLITS, UNNAMED_ACTIONS,
-    Identity, Take,
+    COATS,
+    COLOURS,
+    DETAILS,
+    HEADWEAR,
+    NAMED_ACTIONS,
+    PATTERNS,
+    RGB,
+    SCENES,
+    SPECIES,
+    SPLITS,
+    UNNAMED_ACTIONS,
+    Identity,
+    Take,
 )
 
-# Pairs of species and named action that no training picture shows, 14 of 96; every action but standing occurs.
+# Pairs of species and named action that no training picture shows: 14 of 96, all actions but standing.
 HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset((
-    ("person", "bowing"), ("person", "cheering"), ("cat", "waving"), ("cat", "running"), ("robot", "crawling"),
-    ("robot", "kicking"), ("bear", "sitting"), ("bear", "jumping"), ("rabbit", "pointing"), ("frog", "cheering"),
+    ("person", "bowing"), ("person", "cheering"), ("cat", "waving"), ("cat", "running"), ("robot",
+                                                                                          "crawling"),
+    ("robot", "kicking"), ("bear", "sitting"), ("bear", "jumping"), ("rabbit", "pointing"), ("frog",
+                                                                                             "cheering"),
     ("frog", "handstand"), ("fox", "dancing"), ("fox", "pointing"), ("penguin", "kicking"),
 ))
+T = TypeVar("T")
 TEST_COUNT = 24
 _SPLIT_KEY = {split: i for i, split in enumerate(SPLITS)}
 _UNNAMED_SHARE, _DETAIL_SHARE, _WHITE_SHARE = 0.25, 0.45, 0.6
@@ -24,13 +41,14 @@ _CLEAR = 0.22  # least distance of a pattern or emblem from the cloth below it
 
 
 def identity_words(identity: Identity) -> tuple[str, ...]:
-    """What words can say of an identity, pattern colour apart: the key by which test identities are kept out."""
+    """What words say of an identity, pattern colour apart: the key by which test identities are kept out."""
     hat = "none" if identity.headwear == "none" else colour_name(identity.headwear_colour)
     return (identity.species, colour_name(identity.shirt), identity.pattern, colour_name(identity.trousers),
             identity.headwear, hat)
 
 
-def _pick(rng: np.random.Generator, options):
+def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of `options`, each as likely."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -45,36 +63,36 @@ def _colour(rng: np.random.Generator, name: str) -> RGB:
 
 
 def _distance(a: RGB, b: RGB) -> float:
-    return float(np.square(np.subtract(a, b)).mean() ** 0.5)
+    return math.dist(a, b) / 3**0.5
 
 
 def _contrasting(rng: np.random.Generator, grounds: tuple[RGB, ...], names: tuple[str, ...]) -> RGB:
     clear = [n for n in names if min(_distance(COLOURS[n], ground) for ground in grounds) > _CLEAR]
-    return _colour(rng, _pick(rng, clear))
+    return _colour(rng, pick(rng, clear))
 
 
 def _identity(rng: np.random.Generator, species: str) -> Identity:
     names = tuple(COLOURS)
-    skin, accent = _pick(rng, COATS[species])
+    coloured = tuple(n for n in names if n != "white")
+    skin, accent = pick(rng, COATS[species])
     skin, accent = (tuple(np.clip(np.add(c, rng.uniform(-0.03, 0.03, 3)), 0, 1).round(4).tolist())
                     for c in (skin, accent))
-    shirt = _colour(rng, _pick(rng, names))
-    pattern = _pick(rng, PATTERNS)
+    shirt = _colour(rng, pick(rng, names))
+    pattern = pick(rng, PATTERNS)
     light = pattern != "plain" and rng.random() < _WHITE_SHARE and colour_name(shirt) != "white"
-    second = _colour(rng, "white") if light else _contrasting(rng, (shirt,), tuple(n for n in names if n != "white"))
+    second = _colour(rng, "white") if light else _contrasting(rng, (shirt,), coloured)
     trousers = _contrasting(rng, (shirt,), names)
-    headwear = _pick(rng, HEADWEAR)
+    headwear = pick(rng, HEADWEAR)
     headwear_colour = _contrasting(rng, (skin, accent) if species == "person" else (skin,), names)
-    detail = _pick(rng, DETAILS[1:]) if rng.random() < _DETAIL_SHARE else "none"
-    grounds = {"odd_trousers": (trousers, shirt), "eye_patch": (skin, (0.16, 0.16, 0.19)), "two_tone": (shirt, second)}
-    detail_colour = _contrasting(rng, grounds.get(detail, (shirt, second)), names)
-    return Identity(species, skin, accent, shirt, pattern, second, trousers, headwear, headwear_colour, detail,
-                    detail_colour)
+    detail = pick(rng, DETAILS[1:]) if rng.random() < _DETAIL_SHARE else "none"
+    below = {"odd_trousers": (trousers, shirt), "eye_patch": (skin, COLOURS["black"])}
+    return Identity(species, skin, accent, shirt, pattern, second, trousers, headwear, headwear_colour,
+                    detail, _contrasting(rng, below.get(detail, (shirt, second)), names))
 
 
 @functools.cache
 def test_identities() -> tuple[Identity, ...]:
-    """24 identities, three of every species; training shows none of them, nor any described by the same words.
+    """24 identities, three of every species; training shows none of them, nor any of the same words.
 
     Of each species one has no detail and two have one; every pattern and piece of headwear occurs.
     """
@@ -99,7 +117,7 @@ def _kept_out() -> frozenset[tuple[str, ...]]:
 def sample_identity(seed: int) -> Identity:
     """A random identity that is none of the test identities, nor described by the words of one."""
     rng = np.random.default_rng([0x1DE, seed])
-    return _training_identity(rng, _pick(rng, SPECIES))
+    return _training_identity(rng, pick(rng, SPECIES))
 
 
 def _training_identity(rng: np.random.Generator, species: str) -> Identity:
@@ -110,20 +128,21 @@ def _training_identity(rng: np.random.Generator, species: str) -> Identity:
 
 
 def sample_take(seed: int, split: str = "train") -> Take:
-    """The take of a seed. "train" and "validation" show seen pairs of species and action, "unseen" the held-out ones.
+    """The take of a seed.
 
-    The same seed gives unrelated takes in different splits. Raises ValueError for an unknown split.
+    "train" and "validation" show seen pairs of species and action, "unseen" the held-out ones. The same seed
+    gives unrelated takes in different splits. Raises ValueError for an unknown split.
     """
     if split not in _SPLIT_KEY:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([0x7A4E, _SPLIT_KEY[split], seed])
     if split == "unseen":
-        species, action = _pick(rng, sorted(HELD_OUT_PAIRS))
+        species, action = pick(rng, sorted(HELD_OUT_PAIRS))
     else:
-        species = _pick(rng, SPECIES)
+        species = pick(rng, SPECIES)
         allowed = [a for a in NAMED_ACTIONS if (species, a) not in HELD_OUT_PAIRS]
-        action = _pick(rng, UNNAMED_ACTIONS if rng.random() < _UNNAMED_SHARE else allowed)
-    return staged(_training_identity(rng, species), action, _pick(rng, SCENES), rng)
+        action = pick(rng, UNNAMED_ACTIONS if rng.random() < _UNNAMED_SHARE else allowed)
+    return staged(_training_identity(rng, species), action, pick(rng, SCENES), rng)
 
 
 def staged(identity: Identity, action: str, scene: str, rng: np.random.Generator) -> Take:
@@ -150,8 +169,8 @@ _HATS = {"cap": "cap", "beanie": "beanie", "crown": "crown", "top_hat": "top hat
 def identity_from_words(words: str) -> Identity:
     """An identity from words: "red striped robot with blue trousers and a yellow cap", "test 3", "random 7".
 
-    Colours are the named ones exactly; what is not said is a plain red shirt, blue trousers and no hat; the coat is
-    the first of the species. Raises ValueError that lists the allowed words.
+    Colours are the named ones exactly; what is not said is a plain red shirt, blue trousers and no hat; the
+    coat is the first of the species. Raises ValueError that lists the allowed words.
     """
     text = " ".join(words.lower().replace(",", " ").split())
     if numbered := re.fullmatch(r"(test|random)(?: (\d{1,18}))?", text):
@@ -171,11 +190,12 @@ def identity_from_words(words: str) -> Identity:
     before, after = _around(tokens, species[0])
     shirt, patterns = [t for t in before if t in COLOURS], [t for t in before if t in PATTERNS]
     if len(shirt) > 2 or len(patterns) > 1 or len(shirt) + len(patterns) < len(before):
-        raise ValueError(f"before {species[0]!r} write one or two shirt colours and a pattern: {_identity_help()}")
+        raise ValueError(f"write shirt colours and a pattern before {species[0]!r}: {_identity_help()}")
     worn: dict[str, str] = {}
-    for colour, thing in zip(after[::2], [*after[1::2], ""]):
+    for i in range(0, len(after), 2):
+        colour, thing = (*after[i:i + 2], "")[:2]
         if colour not in COLOURS or thing not in ("trousers", *_HATS):
-            raise ValueError(f"after {species[0]!r} write a colour before trousers and before a hat: {_identity_help()}")
+            raise ValueError(f"after {species[0]!r} give trousers and hat a colour: {_identity_help()}")
         worn["trousers" if thing == "trousers" else "hat"] = colour
         if thing != "trousers":
             worn["headwear"] = _HATS[thing]
@@ -184,7 +204,8 @@ def identity_from_words(words: str) -> Identity:
     second = shirt[1] if len(shirt) > 1 else "yellow" if first == "white" else "white"
     return Identity(
         species[0], skin, accent, COLOURS[first], patterns[0] if patterns else "plain", COLOURS[second],
-        COLOURS[worn.get("trousers", "blue")], worn.get("headwear", "none"), COLOURS[worn.get("hat", "yellow")],
+        COLOURS[worn.get("trousers", "blue")], worn.get("headwear", "none"),
+        COLOURS[worn.get("hat", "yellow")],
     )
 
 
@@ -195,6 +216,6 @@ def _around(tokens: list[str], word: str) -> tuple[list[str], list[str]]:
 
 
 def _identity_help() -> str:
-    return (f"write for example 'red striped robot with blue trousers and a yellow cap', 'test 3' or 'random'; "
+    return (f"write 'red striped robot with blue trousers and a yellow cap', 'test 3' or 'random'; "
             f"species {', '.join(SPECIES)}; colours {', '.join(COLOURS)}; patterns {', '.join(PATTERNS)}; "
             f"headwear {', '.join(_HATS.values())}, no hat")

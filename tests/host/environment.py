@@ -24,8 +24,8 @@ STAMP = "understudy-installed"
 def enter(root: Path) -> None:
     """Return only inside the environment of the pack at `root`, making it first if need be.
 
-    From any other Python the script is started anew with the environment's. Ends the program with a message if the
-    environment cannot be made.
+    From any other Python the script is started anew with the environment's. Ends the program with a message
+    if the environment cannot be made.
     """
     try:
         check_python(sys.version_info[:2])
@@ -46,8 +46,8 @@ def check_python(version: tuple[int, int]) -> None:
     """Raise SetupError if this Python cannot run ComfyUI."""
     if version < MIN_PYTHON:
         raise source.SetupError(
-            "Python %d.%d is too old: install Python 3.12 (3.10 or newer will do) and start this with it, "
-            "for example `python3.12 workflows/run.py`." % version
+            f"Python {version[0]}.{version[1]} is too old: install Python 3.12 (3.10 or newer will do) and "
+            "start this with it, for example `python3.12 workflows/run.py`."
         )
 
 
@@ -76,7 +76,11 @@ def ensure(root: Path) -> Path:
 
 def requirement_files(comfyui: Path, root: Path) -> list[Path]:
     """The requirement files that are installed together."""
-    return [root / "tests" / "host" / "requirements.txt", root / "requirements.txt", comfyui / "requirements.txt"]
+    return [
+        root / "tests" / "host" / "requirements.txt",
+        root / "requirements.txt",
+        comfyui / "requirements.txt",
+    ]
 
 
 def fingerprint(comfyui: Path, root: Path) -> str:
@@ -88,15 +92,17 @@ def fingerprint(comfyui: Path, root: Path) -> str:
 def is_current(folder: Path, python: Path, comfyui: Path, root: Path) -> bool:
     """True if the environment was installed to its end with the requirements of today."""
     stamp = folder / STAMP
-    return stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint(comfyui, root) and works(python)
+    return (
+        stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint(comfyui, root) and works(python)
+    )
 
 
 def works(python: Path) -> bool:
     """True if this Python starts (its base may have been removed), is new enough and has pip."""
     if not python.exists():
         return False
-    probe = f"import sys, importlib.util as u; sys.exit(sys.version_info < {MIN_PYTHON} or not u.find_spec('pip'))"
-    return subprocess.call([str(python), "-c", probe], stderr=subprocess.DEVNULL) == 0
+    probe = "import sys, importlib.util as u; sys.exit(sys.version_info < %s or not u.find_spec('pip'))"
+    return subprocess.call([str(python), "-c", probe % (MIN_PYTHON,)], stderr=subprocess.DEVNULL) == 0
 
 
 def make(folder: Path) -> None:
@@ -105,8 +111,8 @@ def make(folder: Path) -> None:
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise source.SetupError(
-            f"{result.stdout.strip()}\nPython could not make an environment in {folder}. On Debian and Ubuntu run "
-            "`sudo apt install python3-venv`; elsewhere install Python from its own installer, which includes venv."
+            f"{result.stdout.strip()}\nPython could not make an environment in {folder}. On Debian and "
+            "Ubuntu run `sudo apt install python3-venv`; elsewhere install Python from its own installer."
         )
 
 
@@ -115,8 +121,8 @@ def check_disk(cache: Path, folder: Path) -> None:
     free = shutil.disk_usage(str(cache)).free
     if free < MIN_FREE_BYTES and not (folder / STAMP).exists():
         raise source.SetupError(
-            f"{cache} has {free / 1e9:.1f} GB free and {MIN_FREE_BYTES / 1e9:.0f} GB are needed for PyTorch and "
-            "ComfyUI's requirements. Make room, or clone the pack to a larger disk."
+            f"{cache} has {free / 1e9:.1f} GB free and {MIN_FREE_BYTES / 1e9:.0f} GB are needed for PyTorch "
+            "and ComfyUI's requirements. Make room, or clone the pack to a larger disk."
         )
 
 
@@ -138,8 +144,8 @@ def install(python: Path, files: list[Path], log: Path) -> None:
     if process.returncode:
         last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
         raise source.SetupError(
-            f"{last}\npip could not install the requirements (all of its output: {log}). Check the network, pip's "
-            "settings and the free disk space, then start this again: it goes on where it stopped."
+            f"{last}\npip could not install the requirements (all of its output: {log}). Check the network, "
+            "pip's settings and the free disk space, then start this again: it goes on where it stopped."
         )
 
 

@@ -29,17 +29,24 @@ class Result:
 def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambda event: None) -> Result:
     """Run the workflow file to its end.
 
-    `on_event` gets comfy-cli's events as they come: `queued` with its `nodes`, `executing`, `execution_cached` and
-    `progress` (`completed` of `total`) with their `node` and `title`, and `executed`. `Result.files` are the saved
-    files in order: `filename`, `subfolder`, `type` ("output" or "temp") and the node's `node_id` and `title`.
+    `on_event` gets comfy-cli's events as they come: `queued` with its `nodes`, `executing` and
+    `execution_cached` with their `node` and `title`, `progress` (`completed` of `total`), and `executed`.
+    `Result.files` are the saved files in order: `filename`, `subfolder`, `type` ("output" or "temp"), and the
+    `node_id` and `title` of the node.
     """
     result = Result()
     titles: dict[str, str] = {}
     envelope: dict = {}
     started = time.monotonic()
     process = subprocess.Popen(
-        _command(server, workflow), env=_environment(server), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
+        _command(server, workflow),
+        env=_environment(server),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     try:
         for line in process.stdout:
@@ -71,7 +78,9 @@ def describe(error: dict, titles: dict[str, str]) -> str:
     """comfy-cli's error as text: a line for each node at fault, as `node 3 "Title" (Type): message`."""
     details = error.get("details") or {}
     if "node_id" in details:
-        return f"{titles.get(details['node_id'], 'node ' + details['node_id'])}: {details['exception_message']}"
+        return (
+            f"{titles.get(details['node_id'], 'node ' + details['node_id'])}: {details['exception_message']}"
+        )
     lines = []
     for record in details.get("node_errors") or details.get("errors") or []:
         label = titles.get(record["node_id"], "node " + record["node_id"])
@@ -88,9 +97,25 @@ def _label(node: str, content: dict) -> str:
 
 def _command(server: Server, workflow: Path) -> list[str]:
     return [
-        sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "--json-stream", "run",
-        "--workflow", str(workflow), "--wait", "--host", "127.0.0.1", "--port", str(server.port),
-        "--timeout", str(SILENCE_SECONDS), "--where", "local", "--no-notify",
+        sys.executable,
+        "-m",
+        "comfy_cli",
+        "--skip-prompt",
+        "--no-enable-telemetry",
+        "--json-stream",
+        "run",
+        "--workflow",
+        str(workflow),
+        "--wait",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(server.port),
+        "--timeout",
+        str(SILENCE_SECONDS),
+        "--where",
+        "local",
+        "--no-notify",
     ]
 
 

@@ -20,7 +20,7 @@ THUMBNAIL = 640
 
 @dataclasses.dataclass
 class Entry:
-    """One workflow of a run. `files` are (path, caption); `state` is "done", "skipped" or "failed", `message` why."""
+    """A workflow of a run: `state` is "done", "skipped" or "failed", `message` why; `files` as (path, caption)."""
 
     workflow: Workflow
     state: str
@@ -82,7 +82,7 @@ def write_contact_sheet(entries: list[Entry], target: Path) -> None:
 
 
 def write_page(entries: list[Entry], target: Path, machine: str) -> None:
-    """Write `index.html` with every picture inside it; videos and workflow files are linked from beside it."""
+    """Write `index.html` with every picture inside it; videos are linked from beside it."""
     cards = "\n".join(_card(entry, target.parent) for entry in entries)
     template = string.Template((Path(__file__).parent / "gallery.html").read_text(encoding="utf-8"))
     done = sum(entry.state == "done" for entry in entries)
@@ -116,7 +116,7 @@ def _figure(path: Path, caption: str, is_main: bool, folder: Path) -> str:
         shown = f'<video src="{link}" controls loop muted playsinline></video>'
     else:
         shown = f'<a href="{link}"><img src="{_data_uri(path)}" alt="{text}"></a>'
-    return f'<figure{" class=main" if is_main else ""}>{shown}<figcaption>{text}</figcaption></figure>'
+    return f"<figure{' class=main' if is_main else ''}>{shown}<figcaption>{text}</figcaption></figure>"
 
 
 def _data_uri(path: Path) -> str:

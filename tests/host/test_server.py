@@ -24,7 +24,9 @@ def copy_pack(pack_root, target):
     target.mkdir(parents=True)
     for source_path in (pack_root / name for name in names):
         if source_path.is_dir():
-            shutil.copytree(source_path, target / source_path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                source_path, target / source_path.name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         elif source_path.exists():
             shutil.copy(source_path, target)
     return target

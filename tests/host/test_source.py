@@ -34,7 +34,10 @@ def complete_members():
 
 
 def test_comfyui_path_wins(tmp_path, monkeypatch):
-    named, pack = make_comfyui(tmp_path / "named"), make_comfyui(tmp_path / "around") / "custom_nodes" / "pack"
+    named, pack = (
+        make_comfyui(tmp_path / "named"),
+        make_comfyui(tmp_path / "around") / "custom_nodes" / "pack",
+    )
     pack.mkdir(parents=True)
     monkeypatch.setenv("COMFYUI_PATH", str(named))
     assert source.find(pack) == named
@@ -79,7 +82,8 @@ def test_a_replaced_archive_is_refused_and_leaves_nothing(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "archive", [dict(members={"x/vendor/ComfyUI/../../escaped": b""}), dict(members={}, link="x/vendor/ComfyUI/link")]
+    "archive",
+    [dict(members={"x/vendor/ComfyUI/../../escaped": b""}), dict(members={}, link="x/vendor/ComfyUI/link")],
 )
 def test_unsafe_members_are_refused(tmp_path, archive):
     path = make_archive(tmp_path / "archive.tar.gz", **archive)

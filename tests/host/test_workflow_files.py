@@ -15,7 +15,10 @@ def write(path, nodes, **content):
 
 def test_title_and_description_come_from_the_first_note_with_a_heading(tmp_path):
     plain = {"type": "Note", "widgets_values": ["no heading"]}
-    note = {"type": "MarkdownNote", "widgets_values": ["# The title\n\nFirst *paragraph*,\ngoes on.\n\nSecond."]}
+    note = {
+        "type": "MarkdownNote",
+        "widgets_values": ["# The title\n\nFirst *paragraph*,\ngoes on.\n\nSecond."],
+    }
     workflow = write(tmp_path / "a_b.json", [plain, note])
     assert (workflow.title, workflow.description) == ("The title", "First *paragraph*,\ngoes on.")
     assert write(tmp_path / "c_d.json", [plain]).title == "C d"

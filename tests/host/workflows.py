@@ -1,4 +1,4 @@
-"""What a UI-format workflow file says of itself: its title, its description and the model files that it needs."""
+"""What a UI-format workflow file says of itself: title, description and the model files that it needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTES = ("MarkdownNote", "Note")
 
 
 class Workflow:
-    """One workflow file. Raises SetupError if it cannot be read or is not in the format that ComfyUI's UI saves."""
+    """One workflow file. Raises SetupError if it cannot be read or is not as ComfyUI's UI saves it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -21,7 +21,9 @@ class Workflow:
         except (OSError, ValueError) as error:
             raise source.SetupError(f"{path} cannot be read: {error}") from error
         if not isinstance(self.content, dict) or not isinstance(self.content.get("nodes"), list):
-            raise source.SetupError(f"{path} is no workflow of ComfyUI's UI: it has no `nodes`. Save it with Save.")
+            raise source.SetupError(
+                f"{path} is no workflow of ComfyUI's UI: it has no `nodes`. Save it with Save."
+            )
 
     def nodes(self) -> list[dict]:
         """Every node, those inside subgraphs included."""
@@ -33,7 +35,7 @@ class Workflow:
         return {graph["id"] for graph in self.content.get("definitions", {}).get("subgraphs", [])}
 
     def note(self) -> tuple[str, str]:
-        """Title and description (Markdown): the first heading and the first paragraph of the first note with one."""
+        """Title and description (Markdown): heading and first paragraph of the first note with a heading."""
         for node in self.content["nodes"]:
             text = str((node.get("widgets_values") or [""])[0]).strip() if node["type"] in NOTES else ""
             if text.startswith("# "):
@@ -59,7 +61,7 @@ class Workflow:
 
 
 def find(folder: Path, names: list[str]) -> list[Workflow]:
-    """The workflows of `folder` with these names (stems, file names or paths); all of them if there are no names.
+    """The workflows of `folder` with these names (stems, file names or paths); all of them without names.
 
     Raises SetupError for a name that leads nowhere.
     """

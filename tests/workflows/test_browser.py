@@ -1,4 +1,4 @@
-"""The real frontend in a real browser: every workflow opens as a template, and the first one runs by its button."""
+"""The real frontend in a real browser: every workflow opens as a template, the first one runs."""
 
 import io
 import os
@@ -15,8 +15,13 @@ from playwright.sync_api import sync_playwright
 FILES = sorted((scripts.ROOT / "workflows").glob("*.json"))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 ]
 SCREENSHOTS = scripts.ROOT / ".cache" / "browser"
 
@@ -67,14 +72,25 @@ def test_the_frontend_opens_it_with_every_node_and_widget(path, page, server):
     page.screenshot(path=SCREENSHOTS / f"{path.stem}.png")
     assert page.evaluate(MISSING_NODES) == []
     assert page.get_by_text("Missing node").count() == 0
-    saved = {str(node["id"]): node.get("widgets_values") or [] for node in workflows.Workflow(path).content["nodes"]}
+    saved = {
+        str(node["id"]): node.get("widgets_values") or []
+        for node in workflows.Workflow(path).content["nodes"]
+    }
     assert page.evaluate(WIDGETS) == saved
 
 
 def test_a_missing_node_would_be_seen(page, server):
     page.goto(server.url)
     page.wait_for_function("() => window.app?.graph?.nodes")
-    node = {"id": 1, "type": "NoSuchNode", "pos": [0, 0], "size": [200, 100], "flags": {}, "order": 0, "mode": 0}
+    node = {
+        "id": 1,
+        "type": "NoSuchNode",
+        "pos": [0, 0],
+        "size": [200, 100],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+    }
     graph = {"last_node_id": 1, "last_link_id": 0, "nodes": [node], "links": [], "version": 0.4}
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.get_by_text("Missing node").first.wait_for()
@@ -92,4 +108,6 @@ def test_the_run_button_makes_a_picture(page, server):
     for shown in page.evaluate(SHOWN_PICTURES):
         with urllib.request.urlopen(shown["src"]) as answer:
             picture = np.asarray(Image.open(io.BytesIO(answer.read())).convert("L"))
-        assert picture.shape[1] == shown["width"] and picture.std() > 5, f"{shown['type']} shows a blank picture"
+        assert picture.shape[1] == shown["width"] and picture.std() > 5, (
+            f"{shown['type']} shows a blank picture"
+        )

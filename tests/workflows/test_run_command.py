@@ -11,18 +11,41 @@ import pytest
 from host.server import free_port
 from PIL import Image
 
-MODEL = {"name": "absent.safetensors", "url": "https://example.org/absent.safetensors", "directory": "checkpoints"}
+MODEL = {
+    "name": "absent.safetensors",
+    "url": "https://example.org/absent.safetensors",
+    "directory": "checkpoints",
+}
 
 
 def two_nodes(prefix, size=(64, 48), title="The picture", models=()):
     """EmptyImage -> SaveImage as the UI saves it, with a note."""
     nodes = [
-        {"id": 1, "type": "EmptyImage", "inputs": [], "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}],
-         "properties": {"models": list(models)}, "widgets_values": [*size, 1, 0x3366CC]},
-        {"id": 2, "type": "SaveImage", "title": title, "outputs": [], "properties": {}, "widgets_values": [prefix],
-         "inputs": [{"name": "images", "type": "IMAGE", "link": 1}]},
-        {"id": 3, "type": "MarkdownNote", "inputs": [], "outputs": [], "properties": {},
-         "widgets_values": ["# One <colour>\n\nIt *is* plain."]},
+        {
+            "id": 1,
+            "type": "EmptyImage",
+            "inputs": [],
+            "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}],
+            "properties": {"models": list(models)},
+            "widgets_values": [*size, 1, 0x3366CC],
+        },
+        {
+            "id": 2,
+            "type": "SaveImage",
+            "title": title,
+            "outputs": [],
+            "properties": {},
+            "widgets_values": [prefix],
+            "inputs": [{"name": "images", "type": "IMAGE", "link": 1}],
+        },
+        {
+            "id": 3,
+            "type": "MarkdownNote",
+            "inputs": [],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": ["# One <colour>\n\nIt *is* plain."],
+        },
     ]
     common = {"pos": [0, 0], "size": [200, 100], "flags": {}, "mode": 0}
     nodes = [{**common, **node, "order": order} for order, node in enumerate(nodes)]
@@ -49,7 +72,10 @@ def finished(pack_root, tmp_path_factory):
     gallery = folder / "the gallery"
     names = [folder / f"{stem}.json" for stem in contents]
     process = subprocess.run(
-        command(pack_root, *names, "--output", gallery, "--thumbnails"), capture_output=True, text=True, cwd=folder
+        command(pack_root, *names, "--output", gallery, "--thumbnails"),
+        capture_output=True,
+        text=True,
+        cwd=folder,
     )
     return process, gallery
 
@@ -63,8 +89,10 @@ def test_a_failure_gives_a_non_zero_exit_code_and_names_the_node(finished):
 
 def test_a_workflow_without_its_models_is_skipped_with_the_files_to_download(finished):
     process, _ = finished
-    assert re.search(r"skipped +skipped\n.*\n +https://example.org/absent.safetensors\n +-> checkpoints/absent",
-                     process.stdout)
+    assert re.search(
+        r"skipped +skipped\n.*\n +https://example.org/absent.safetensors\n +-> checkpoints/absent",
+        process.stdout,
+    )
 
 
 def test_the_good_one_runs_all_the_same_and_shows_its_nodes(finished):
@@ -97,7 +125,10 @@ def test_contact_sheet_and_thumbnail_show_the_picture(finished):
 def test_serve_answers_and_control_c_stops_it(pack_root):
     port = free_port()
     process = subprocess.Popen(
-        command(pack_root, "--serve", "--port", port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(pack_root, "--serve", "--port", port),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert f"http://127.0.0.1:{port}" in process.stdout.readline()

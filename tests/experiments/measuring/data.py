@@ -117,7 +117,7 @@ REJECT_KINDS = ("mixture", "half", "noise", "shuffle", "blur", "empty")
 def rejects(images: torch.Tensor, rng: np.random.Generator, kind: str) -> torch.Tensor:
     """Pictures [N, 3, H, W] that show no clear puppet or action; N >= 2.
 
-    `mixture`: two puppets blended; `half`: a half replaced by another picture's; `noise`: drowned in noise;
+    `mixture`: two puppets blended; `half`: a half replaced by another picture's, upside down; `noise`: drowned in noise;
     `shuffle`: the quarters change places; `blur`: 8 pixels across; `empty`: a backdrop alone.
     """
     count, _, height, width = images.shape
@@ -125,12 +125,12 @@ def rejects(images: torch.Tensor, rng: np.random.Generator, kind: str) -> torch.
     if kind == "mixture":
         return torch.lerp(images, other, _uniform(rng, 0.38, 0.62, count))
     if kind == "half":
-        out = images.clone()
+        out, turned = images.clone(), other.flip(-2)
         cut = int(rng.integers(height * 2 // 5, height * 3 // 5))
         if rng.random() < 0.5:
-            out[:, :, cut:] = other[:, :, cut:].flip(-1) if rng.random() < 0.5 else other[:, :, :height - cut]
+            out[:, :, cut:] = turned[:, :, cut:]
         else:
-            out[..., cut:] = other.flip(-2)[..., cut:]
+            out[..., cut:] = turned[..., cut:]
         return out
     if kind == "noise":
         strength = _uniform(rng, 0.6, 3.0, count)

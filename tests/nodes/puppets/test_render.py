@@ -20,7 +20,8 @@ def puppet(species: str, **changes) -> config.Identity:
 
 
 def digest(picture: config.Picture) -> str:
-    return hashlib.sha256(picture.image.tobytes() + picture.parts.tobytes() + picture.joints.tobytes()).hexdigest()
+    content = picture.image.tobytes() + picture.parts.tobytes() + picture.joints.tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 @given(SEEDS)
@@ -50,18 +51,18 @@ def test_picture_parts_and_joints_agree(seed, size):
 def test_every_joint_is_inside_the_frame(scale):
     for i, (action, species) in enumerate(POSES):
         for phase, mirrored in ((0.0, False), (0.3, True), (0.7, False)):
-            take = config.Take(puppet(species), action, phase, mirrored, scale=scale, dx=(-0.12, 0.12)[i % 2], dy=-0.04,
-                               seed=i)
+            take = config.Take(puppet(species), action, phase, mirrored, scale=scale, dx=(-0.12, 0.12)[i % 2],
+                               dy=-0.04, seed=i)
             unit, x, y = render.placement(take)
             joints = actions.pose(action, phase, species, i, mirrored) * unit + (x, y)
-            assert 0 <= joints.min() and joints.max() < 1, (action, species)
+            assert joints.min() >= 0 and joints.max() < 1, (action, species)
 
 
 @pytest.mark.parametrize("part", ["torso", "headwear", "right_leg", "left_leg"])
 def test_part_map_finds_the_colour_of_its_part(part):
     colours = {"torso": (0.85, 0.16, 0.16), "headwear": (0.5, 0.23, 0.68), "right_leg": (0.18, 0.35, 0.82),
                "left_leg": (0.98, 0.83, 0.2)}
-    who = puppet("bear", headwear="cap", headwear_colour=colours["headwear"], detail="odd_trousers",
+    who = puppet("bear", headwear="top hat", headwear_colour=colours["headwear"], detail="odd_trousers",
                  detail_colour=colours["left_leg"])
     picture = render.render(config.Take(who, "standing", scene="city"))
     tint = np.array(render.TINTS["city"])
@@ -79,7 +80,8 @@ def test_every_part_occurs():
 @pytest.mark.parametrize("action", config.ACTIONS)
 def test_mirrored_joints_mirror(action):
     plain, mirrored = (actions.pose(action, 0.37, "cat", 5, flip) for flip in (False, True))
-    swap = [config.JOINTS.index({"r": "l_", "l": "r_"}[n[0]] + n[2:] if n[1] == "_" else n) for n in config.JOINTS]
+    other = {"r_": "l_", "l_": "r_"}
+    swap = [config.JOINTS.index(other.get(name[:2], name[:2]) + name[2:]) for name in config.JOINTS]
     np.testing.assert_allclose(mirrored, plain[swap] * (-1, 1), atol=1e-12)
 
 
@@ -96,17 +98,16 @@ def test_mirroring_flips_the_action_not_what_is_worn():
 
 def test_mean_poses_are_far_apart():
     def mean(action):
-        cycle = [actions.pose(action, i / 16, "person", -1) for i in range(16)]
-        return np.mean(cycle, 0) - np.mean(cycle, (0, 1))
+        return np.mean([actions.pose(action, i / 16, "person", -1) for i in range(16)], 0)
 
     def distance(a, b):
-        mirrored = b[list(config.MIRROR)] * (-1, 1)
-        return min(float(np.sqrt(np.square(a - c).sum(1).mean())) for c in (b, mirrored))
+        """How far the joint moves that moves most, sides and mirror images taken as equal."""
+        return min(np.linalg.norm(a - c, axis=1).max() for c in (b, b[list(config.MIRROR)] * (-1, 1)))
 
     means = {action: mean(action) for action in config.ACTIONS}
     spread = {(a, b): distance(means[a], means[b]) for a, b in itertools.combinations(config.ACTIONS, 2)}
     closest = min(spread, key=spread.get)
-    assert spread[closest] > 0.05, (closest, spread[closest])  # of the puppet's height
+    assert spread[closest] > 0.1, (closest, spread[closest])  # of the puppet's height; jitter moves 0.02
 
 
 @pytest.mark.parametrize("action", config.ACTIONS)
@@ -121,9 +122,10 @@ def test_cycles_close_and_are_smooth(action):
 
 def test_limbs_keep_their_length():
     for action, species in POSES:
-        lengths = [math.dist(p[a], p[b]) for p in (actions.pose(action, t, species, 9) for t in (0.0, 0.4, 0.8))
-                   for a, b in ((2, 3),)]
-        assert max(lengths) - min(lengths) < 1e-9
+        poses = [actions.pose(action, phase, species, 9) for phase in (0.0, 0.4, 0.8)]
+        for a, b in ((2, 3), (3, 4), (5, 6), (8, 9), (12, 13), (14, 15), (1, 8)):
+            lengths = [math.dist(joints[a], joints[b]) for joints in poses]
+            assert max(lengths) - min(lengths) < 1e-9
 
 
 def test_clip_frames():
@@ -143,7 +145,8 @@ def test_every_detail_shows(species, detail):
 
 
 def test_group_shows_both_and_the_first_in_front():
-    takes = [dataclasses.replace(world.sample_take(seed), action="starfish", scene="beach") for seed in (1, 2)]
+    takes = [dataclasses.replace(world.sample_take(seed), action="starfish", scene="beach")
+             for seed in (1, 2)]
     group = render.render_group(takes)
     empty = render.render_group(takes[:1])
     half = group.image.shape[1] // 2

@@ -11,6 +11,13 @@ from pack.nodes.puppets import captions, config, world
 SEEDS = st.integers(0, 2**31 - 1)
 
 
+def said_of(who):
+    """What words say of an identity, whatever the second colour of its pattern."""
+    cloth = [captions.colour_name(colour) for colour in (who.shirt, who.trousers)]
+    hat = captions.colour_name(who.headwear_colour) if who.headwear != "none" else ""
+    return (who.species, who.pattern, *cloth, who.headwear, hat)
+
+
 @pytest.fixture(scope="module")
 def training():
     return [world.sample_take(seed) for seed in range(20_000)]
@@ -19,9 +26,9 @@ def training():
 def test_training_shows_no_held_out_pair_and_no_test_identity(training):
     pairs = Counter((take.identity.species, take.action) for take in training)
     assert not pairs.keys() & world.HELD_OUT_PAIRS
-    kept = {captions.subject_phrase(who) for who in world.test_identities()}
+    kept = {said_of(who) for who in world.test_identities()}
     assert len(kept) == 24
-    assert not kept & {captions.subject_phrase(take.identity) for take in training}
+    assert not kept & {said_of(take.identity) for take in training}
     every = {(species, action) for species in config.SPECIES for action in config.ACTIONS}
     assert every - pairs.keys() == world.HELD_OUT_PAIRS
     assert min(pairs.values()) > 40
@@ -60,7 +67,8 @@ def test_splits():
 def test_test_identities_cover_the_world():
     who = world.test_identities()
     assert Counter(i.species for i in who) == {species: 3 for species in config.SPECIES}
-    assert {i.pattern for i in who} == set(config.PATTERNS) and {i.headwear for i in who} == set(config.HEADWEAR)
+    assert {i.pattern for i in who} == set(config.PATTERNS)
+    assert {i.headwear for i in who} == set(config.HEADWEAR)
     assert sum(i.detail == "none" for i in who) == 8 and len({i.detail for i in who}) >= 6
 
 
@@ -98,10 +106,12 @@ def test_captions_use_the_vocabulary_and_nothing_unnamed():
 
 
 def test_captions_say_what_is_there():
-    who = config.Identity("robot", (0.7, 0.7, 0.7), (0.1, 0.1, 0.1), (0.8, 0.2, 0.15), "striped", (0.95, 0.95, 0.9),
+    who = config.Identity("robot", (0.7, 0.7, 0.7), (0.1, 0.1, 0.1), (0.8, 0.2, 0.15), "striped",
+                          (0.95, 0.95, 0.9),
                           (0.2, 0.3, 0.8), "cap", (0.95, 0.85, 0.2), "heart")
     take = config.Take(who, "waving", scene="beach")
-    assert captions.caption(take) == "a red striped robot with blue trousers and a yellow cap waving on a beach"
+    said = "a red striped robot with blue trousers and a yellow cap"
+    assert captions.caption(take) == f"{said} waving on a beach"
     running = config.Take(who, "running", mirrored=True, scene="night")
     assert captions.caption(running).endswith("a yellow cap running left at night")
     saluting = config.Take(who, "saluting", scene="snow")

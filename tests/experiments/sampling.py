@@ -1,0 +1,78 @@
+"""The theatre's checkpoint in this process: the host's own loader, encoders and samplers, for the experiments."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from host import scripts
+from safetensors import safe_open
+
+CHECKPOINT = scripts.ROOT / "workflows" / "models" / "puppets_sd.safetensors"
+CFG, STEPS, SCHEDULER = 4.5, 25, "normal"
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
+            hashlib.sha256(file.read()).hexdigest())
+
+
+def training_pictures(path: Path) -> int:
+    """How many renders the checkpoint was trained on, as its metadata says; 0 where they do not."""
+    with safe_open(str(path), "pt") as file:
+        return json.loads((file.metadata() or {}).get("config", "{}")).get("pictures", 0)
+
+
+class Theatre:
+    """MODEL, CLIP and VAE of a checkpoint. Pictures are uint8 [N, H, W, 3], latents float [N, 4, H/8, W/8]."""
+
+    def __init__(self, path: Path, state: Path, negative: str = ""):
+        if not path.exists():
+            raise SystemExit(f"{path} is missing: train it with workflows/models/train_puppets_sd.py")
+        scripts.add_comfy_path(state / "host", cpu=not torch.cuda.is_available())
+        import comfy.sample
+        import comfy.samplers
+        import comfy.sd
+        from pack.nodes.puppets import theatre
+
+        self._samplers, self._sample = comfy.samplers, comfy.sample
+        theatre.register()
+        self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+        self.negative = negative
+
+    def prompts(self, texts: Sequence[str]) -> list:
+        """One CONDITIONING whose batch holds one prompt a picture."""
+        encoded = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in texts]
+        options = dict(encoded[0][1])
+        if options.get("pooled_output") is not None:
+            options["pooled_output"] = torch.cat([entry[1]["pooled_output"] for entry in encoded])
+        return [[torch.cat([entry[0] for entry in encoded]), options]]
+
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+        """Latents as the VAE Encode node gives them."""
+        return self.vae.encode(torch.from_numpy(np.ascontiguousarray(pictures)).float() / 255)
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """uint8 [N, H, W, 3]."""
+        return (self.vae.decode(latents).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+    def sampler(self, name: str):
+        """A SAMPLER of the host."""
+        return self._samplers.sampler_object(name)
+
+    def sample(self, sampler, positive: list, seeds: Sequence[int], latents: torch.Tensor | None = None,
+               denoise: float = 1.0, steps: int = STEPS, cfg: float = CFG, size: int = 128) -> torch.Tensor:
+        """Latents from `seeds`, one a picture; with `latents` and `denoise` below 1 it is img2img, `steps` long."""
+        # Every picture has the noise of its own seed, so that a case does not depend on its batch.
+        shape = (4, size // 8, size // 8)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        start = torch.zeros_like(noise) if latents is None else latents
+        sampling = self.model.get_model_object("model_sampling")
+        sigmas = self._samplers.calculate_sigmas(sampling, SCHEDULER, round(steps / denoise))[-(steps + 1):]
+        negative = self.prompts([self.negative] * len(noise))
+        return self._sample.sample_custom(self.model, noise, cfg, sampler, sigmas, positive, negative, start,
+                                          disable_pbar=True, seed=int(seeds[0]))

@@ -1,0 +1,17 @@
+"""A server of their own for the fault tests, with a cache that runs a changed prompt's sampler again."""
+
+import pytest
+
+from faults import prompts
+from host.server import Server
+
+
+@pytest.fixture(scope="session")
+def fault_server(comfy_path, tmp_path_factory):
+    """A headless ComfyUI that remembers the last prompt's results only, so that alternating prompts all sample."""
+    base = tmp_path_factory.mktemp("fault_server")
+    with Server(comfy_path, base, cpu=True, options=("--cache-classic",)) as server:
+        assert prompts.CHECKPOINT in server.model_names("checkpoints"), (
+            f"workflows/models/{prompts.CHECKPOINT} is missing or not listed: make it with its training script"
+        )
+        yield server

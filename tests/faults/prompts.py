@@ -1,0 +1,83 @@
+"""Small API-format prompts on the puppet theatre, and the exact numbers that they left."""
+
+import safetensors.torch
+import torch
+
+from host.server import Server
+
+CHECKPOINT = "puppets_sd.safetensors"
+RESULT = "result"  # the node that saves the latent
+SAMPLER = "sample"
+LOADER = "load"
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def defaults(server: Server, class_type: str) -> dict:
+    """The values a freshly placed node shows in its required widgets."""
+    found = {}
+    for name, (kind, *options) in server.object_info()[class_type]["input"]["required"].items():
+        options = options[0] if options else {}
+        if "default" in options:
+            found[name] = options["default"]
+        elif isinstance(kind, list) or kind == "COMBO":
+            found[name] = (kind if isinstance(kind, list) else options["options"])[0]
+    return found
+
+
+def plain(seed: int = 1, steps: int = 3, name: str = "plain", batch: int = 1) -> dict:
+    """Plain sampling: 128×128 pixels, Euler, its latent saved as output/NAME_….latent."""
+    return {
+        LOADER: node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT),
+        "positive": node("CLIPTextEncode", clip=[LOADER, 1], text="a red striped robot waving on a beach"),
+        "negative": node("CLIPTextEncode", clip=[LOADER, 1], text=""),
+        "empty": node("EmptyLatentImage", width=128, height=128, batch_size=batch),
+        "euler": node("KSamplerSelect", sampler_name="euler"),
+        "sigmas": node("BasicScheduler", model=[LOADER, 0], scheduler="normal", steps=steps, denoise=1.0),
+        SAMPLER: node(
+            "SamplerCustom", model=[LOADER, 0], add_noise=True, noise_seed=seed, cfg=4.0, positive=["positive", 0],
+            negative=["negative", 0], sampler=["euler", 0], sigmas=["sigmas", 0], latent_image=["empty", 0],
+        ),
+        RESULT: node("SaveLatent", samples=[SAMPLER, 0], filename_prefix=name),
+    }
+
+
+def guided(server: Server, seed: int = 1, steps: int = 3, name: str = "guided", batch: int = 1) -> dict:
+    """The same with the frequency guidance sampler, between two puppets, and the stepwise prompt."""
+    prompt = plain(seed, steps, name, batch)
+    for role, action in (("source", "standing"), ("driving", "waving")):
+        puppet = defaults(server, "UnderstudyPuppet") | {"action": action, "seed": 5}
+        prompt[f"{role} puppet"] = node("UnderstudyPuppet", **puppet)
+        prompt[role] = node("VAEEncode", pixels=[f"{role} puppet", 0], vae=[LOADER, 2])
+    widgets = defaults(server, "UnderstudyFrequencyGuidanceSampler")
+    prompt["guidance"] = node(
+        "UnderstudyFrequencyGuidanceSampler",
+        **widgets | {"sampler": ["euler", 0], "source": ["source", 0], "driving": ["driving", 0]},
+    )
+    prompt["driving text"] = node("CLIPTextEncode", clip=[LOADER, 1], text="a blue cat waving on a beach")
+    prompt["stepwise"] = node(
+        "UnderstudyStepwisePrompt", driving=["driving text", 0], target=["positive", 0], switch_percent=0.4
+    )
+    prompt[SAMPLER]["inputs"] |= {"sampler": ["guidance", 0], "positive": ["stepwise", 0]}
+    return prompt
+
+
+def latent(server: Server, entry: dict) -> torch.Tensor:
+    """The latent that an ended prompt saved, [B, 4, H/8, W/8]. Fails with the server's error if it did not."""
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    saved = entry["outputs"][RESULT]["latents"][0]
+    path = server.base / "output" / saved["subfolder"] / saved["filename"]
+    tensor = safetensors.torch.load_file(path)["latent_tensor"]
+    path.unlink()
+    return tensor
+
+
+def run(server: Server, prompt: dict) -> torch.Tensor:
+    return latent(server, server.queue(prompt))
+
+
+def message(entry: dict, kind: str) -> dict:
+    """The details of the first message of that kind in a history entry; {} if there is none."""
+    return next((details for name, details in entry["status"]["messages"] if name == kind), {})

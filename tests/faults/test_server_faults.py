@@ -1,0 +1,175 @@
+"""Faults in a real server: leaks between prompts, memory, cancelling, queues, bad inputs."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from faults import prompts
+from host.server import Server, ServerError
+
+
+def alternate(server: Server, count: int) -> None:
+    """`count` prompts, plain and guided in turn on one cached model: each kind must give its first bits again."""
+    builders = {
+        "plain": lambda: prompts.plain(),
+        "guided": lambda: prompts.guided(server),
+        "other seed": lambda: prompts.guided(server, seed=2),
+    }
+    first = {}
+    for index in range(count):
+        name = list(builders)[index % len(builders)]
+        entry = server.queue(builders[name]())
+        result = prompts.latent(server, entry)
+        cached = prompts.message(entry, "execution_cached").get("nodes", [])
+        assert prompts.SAMPLER not in cached, "the sampler did not run, so this prompt shows nothing"
+        assert index == 0 or prompts.LOADER in cached, "the model was loaded anew, so no patch could leak"
+        assert torch.equal(result, first.setdefault(name, result)), f"prompt {index} ({name}) changed"
+    assert not torch.equal(first["plain"], first["guided"]), "guidance did nothing"
+
+
+def test_patches_do_not_leak_between_prompts(fault_server):
+    alternate(fault_server, 7)
+
+
+@pytest.mark.soak
+def test_patches_do_not_leak_between_two_hundred_prompts(fault_server):
+    alternate(fault_server, 200)
+
+
+def resident_megabytes(server: Server) -> float:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+
+
+@pytest.mark.soak
+def test_memory_is_flat_over_three_hundred_prompts(fault_server):
+    """Medians of the first and the last fifth after a warm-up, since the allocator moves in steps."""
+    used = []
+    for seed in range(330):
+        prompts.run(fault_server, prompts.guided(fault_server, seed=seed, steps=2))
+        used.append(resident_megabytes(fault_server))
+    used = sorted(used[30:90]), sorted(used[-60:])
+    growth = (used[1][30] - used[0][30]) / 240
+    assert growth < 0.1, f"{growth:.3f} MB a prompt"
+
+
+def cancel(server: Server, seconds: float) -> None:
+    """Cancel a guided prompt that would run for minutes, this long after it began."""
+    prompt_id = server.submit(prompts.guided(server, seed=9, steps=5000, name="cancelled"))
+    while not any(item[1] == prompt_id for item in server.get("/queue")["queue_running"]):
+        time.sleep(0.02)
+    time.sleep(seconds)
+    server.interrupt()
+    entry = server.wait(prompt_id, timeout=60)
+    assert prompts.message(entry, "execution_interrupted"), entry["status"]
+    assert prompts.RESULT not in entry["outputs"]
+
+
+def cancel_and_rerun(server: Server, count: int) -> None:
+    clean = prompts.run(server, prompts.guided(server))
+    generator = random.Random(count)
+    for _ in range(count):
+        cancel(server, generator.uniform(0, 1))
+        assert torch.equal(prompts.run(server, prompts.guided(server)), clean)
+
+
+def test_a_cancelled_prompt_leaves_nothing_behind(fault_server):
+    cancel_and_rerun(fault_server, 2)
+
+
+@pytest.mark.soak
+def test_ten_cancelled_prompts_leave_nothing_behind(fault_server):
+    cancel_and_rerun(fault_server, 10)
+
+
+@pytest.mark.soak
+def test_a_rerun_after_cancelling_equals_a_fresh_server(fault_server, comfy_path, tmp_path):
+    cancel(fault_server, 0.5)
+    rerun = prompts.run(fault_server, prompts.guided(fault_server))
+    with Server(comfy_path, tmp_path, cpu=True) as fresh:
+        assert torch.equal(prompts.run(fresh, prompts.guided(fresh)), rerun)
+
+
+def test_queued_prompts_are_independent(fault_server):
+    builders = [
+        lambda name: prompts.guided(fault_server, seed=3, name=name),
+        lambda name: prompts.plain(seed=4, name=name),
+    ]
+    alone = [prompts.run(fault_server, build("alone")) for build in builders]
+    ids = [fault_server.submit(build("together")) for build in builders * 2]
+    results = [prompts.latent(fault_server, fault_server.wait(prompt_id)) for prompt_id in ids]
+    assert all(torch.equal(result, expected) for result, expected in zip(results, alone * 2))
+
+
+# Inputs
+
+
+def save_latent(server: Server, name: str, samples: torch.Tensor) -> dict:
+    """A node that loads these samples, as the host's own Save Latent would have written them."""
+    content = {"latent_tensor": samples, "latent_format_version_0": torch.tensor([])}
+    safetensors.torch.save_file(content, server.base / "input" / f"{name}.latent")
+    return prompts.node("LoadLatent", latent=f"{name}.latent")
+
+
+GOOD = torch.linspace(-1, 1, 4 * 16 * 16).reshape(1, 4, 16, 16)
+BAD_LATENTS = {
+    "NaN": torch.full_like(GOOD, float("nan")),
+    "one infinite value": GOOD.clone().index_fill_(3, torch.tensor([7]), float("inf")),
+    "three for a batch of two": GOOD.repeat(3, 1, 1, 1),
+    "sixteen channels": GOOD.repeat(1, 4, 1, 1),
+    "empty batch": GOOD[:0],
+    "three axes": GOOD[0],
+}
+
+
+@pytest.mark.parametrize("role", ["source", "driving"])
+@pytest.mark.parametrize("case", BAD_LATENTS)
+def test_bad_latents_give_a_node_s_error_and_the_server_lives_on(fault_server, case, role):
+    prompt = prompts.guided(fault_server, batch=2)
+    prompt[role] = save_latent(fault_server, "bad", BAD_LATENTS[case])
+    entry = fault_server.queue(prompt)
+    error = prompts.message(entry, "execution_error")
+    assert error, f"{case} as {role} ran to the end: {entry['status']}"
+    assert error["node_id"] in ("guidance", prompts.SAMPLER)
+    # Our own words, and not those of a tensor operation somewhere inside.
+    assert error["exception_type"] == "ValueError" and role in error["exception_message"]
+    assert torch.isfinite(prompts.run(fault_server, prompts.plain())).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_guide_serves_a_batch(fault_server, batch):
+    result = prompts.run(fault_server, prompts.guided(fault_server, batch=batch))
+    assert result.shape == (batch, 4, 16, 16) and torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
+def test_pictures_with_alpha_and_grey_ones_are_sources(fault_server, mode):
+    """The host's loader turns them into RGB; a transparent and a grey picture guide like any other."""
+    picture = Image.radial_gradient("L").resize((128, 128)).convert(mode)
+    picture.save(fault_server.base / "input" / f"{mode}.png")
+    prompt = prompts.guided(fault_server)
+    prompt["source puppet"] = prompts.node("LoadImage", image=f"{mode}.png")
+    result = prompts.run(fault_server, prompt)
+    assert torch.isfinite(result).all()
+    assert not torch.equal(result, prompts.run(fault_server, prompts.guided(fault_server)))
+
+
+def test_an_image_of_four_channels_is_a_source(fault_server):
+    prompt = prompts.guided(fault_server)
+    opaque = {**prompt, "alpha": prompts.node("SolidMask", value=0.0, width=128, height=128)}
+    opaque["four"] = prompts.node("JoinImageWithAlpha", image=["source puppet", 0], alpha=["alpha", 0])
+    opaque["source"] = prompts.node("VAEEncode", pixels=["four", 0], vae=[prompts.LOADER, 2])
+    assert torch.equal(prompts.run(fault_server, opaque), prompts.run(fault_server, prompt))
+
+
+def test_wrong_words_are_refused_before_anything_runs(fault_server):
+    prompt = prompts.guided(fault_server)
+    prompt["source puppet"]["inputs"]["identity"] = "a purple dragon"
+    with pytest.raises(ServerError, match="dragon"):
+        fault_server.submit(prompt)
+    assert fault_server.alive()
