@@ -11,21 +11,21 @@ spectra: by Parseval a step in the spectrum has the length of the step in the la
     G_p paper    = 1/2 sum_k (|arg X_k| - |arg D_k|)^2                 as published, up to its constant
 
 Sums run over the whole plane, so a loss has one value per plane, shape x.shape[:-2]. `circular` is convex in
-x. `paper` cannot tell an angle from its negative, hence a picture from its 180 degree rotation; it leaves out the
-bins that are real in every real plane (angle 0 or pi), where it is constant and cannot be descended.
+x. `paper` cannot tell an angle from its negative, hence a picture from its 180 degree rotation; it leaves out
+the bins that are real in every real plane (angle 0 or pi), where it is constant and cannot be descended.
 
 Scales. 1.0 always means "all the way", and it is free of units, resolution and model:
 - `per_bin` moves every bin the fraction s of its own way: |X| linearly to |S|, and the angle along the arc to
-  the driving angle (for `paper`, |angle| to |angle| with the bin's own sign). For |X| that is the plain gradient
-  step. For `circular` it is the gradient step preconditioned by |X| per bin, taken along the arc instead of its
-  chord so that amplitudes are kept; s = 1 is a minimiser of either.
-- `gradient` is plain descent, x - s_a t_a grad G_a - s_p t_p grad G_p, with t = 2 G / |grad G|^2 per plane: the
-  step at which a quadratic loss with minimum 0 reaches its minimum. For G_a, t is exactly 1.
+  the driving angle (for `paper`, |angle| to |angle| with the bin's own sign). For |X| that is the plain
+  gradient step. For `circular` it is the gradient step preconditioned by |X| per bin, taken along the arc
+  instead of its chord so that amplitudes are kept; s = 1 is a minimiser of either.
+- `gradient` is plain descent, x - s_a t_a grad G_a - s_p t_p grad G_p, with t = 2 G / |grad G|^2 per plane:
+  the step at which a quadratic loss with minimum 0 reaches its minimum. For G_a, t is exactly 1.
 
-Published scales. The official losses are means of squares over B x C x H x W bins of an unnormalised transform,
-which makes them 2/(B C) G_a and 2/(B C H W) G_p. Plain descent with the published rate r_a is s_a = 2 r_a/(B C)
-here, and with r_p it is s_p = 2 r_p/(B C H W t_p) under `gradient`. The shipped r_a = 1e-6 on four channels is
-s_a = 5e-7: invisible.
+Published scales. The official losses are means of squares over B x C x H x W bins of an unnormalised
+transform, which makes them 2/(B C) G_a and 2/(B C H W) G_p. Plain descent with the published rate r_a is
+s_a = 2 r_a/(B C) here, and with r_p it is s_p = 2 r_p/(B C H W t_p) under `gradient`. The shipped r_a = 1e-6
+on four channels is s_a = 5e-7: invisible.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The only reads and writes of the pack's weight files, and the folders it shares with the host.
 
-Reading trusts nothing: size and header are bounded, `safetensors.safe_open` checks every offset, and only then is
-a tensor touched. Writing is atomic: a temporary file in the same folder, fsync, a link that cannot overwrite.
+Reading trusts nothing: size and header are bounded, `safetensors.safe_open` checks every offset, and only
+then is a tensor touched. Writing is atomic: a temporary file in the same folder, fsync, a link that cannot
+overwrite.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ try:
 except ImportError:  # Windows, where an open file cannot be deleted: the sweep needs no lock there
     fcntl = None
 
-from .files_names import WeightFileError, normalise_prefix, refused
+from .files_names import WeightFileError as WeightFileError
+from .files_names import normalise_prefix, refused
 
 PACK_ROOT = Path(__file__).resolve().parent.parent
 ACTION_IDENTIFIERS = "action_identifiers"
@@ -65,10 +67,10 @@ _TEMPORARY = ".understudy-"
 
 
 def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE) -> None:
-    """Refuse a file that is no sound safetensors file, in bounded time and memory and without reading tensors.
+    """Refuse what is no sound safetensors file, in bounded time and memory and without reading tensors.
 
     Raises WeightFileError: no regular file, truncated, trailing bytes, overlaps or holes, a header over
-    `max_header` bytes, a file over `max_file` bytes, duplicate keys, unknown dtypes, tensors without elements.
+    `max_header` bytes, a file over `max_file` bytes, duplicate keys, unknown dtypes, no elements.
     """
     header = _read_header(path, max_header, max_file)
     try:
@@ -115,7 +117,7 @@ def read(
 
 
 def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE) -> dict[str, torch.Tensor]:
-    """Tensors of an official .ckpt or .pt file, those under `state_dict` where it has one; runs no code in it.
+    """Tensors of an official .ckpt or .pt file, those under `state_dict` if it has one; runs no code in it.
 
     Only torch's zip format without compression is taken, through `torch.load(weights_only=True)`.
     Raises WeightFileError for anything else.
@@ -129,7 +131,8 @@ def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE) -> dict[st
             raise refused(path, f"is no zip file of torch.save ({error})", fix) from error
     stored = sum(info.file_size for info in infos)
     pickled = sum(info.file_size for info in infos if info.filename.endswith(".pkl"))
-    if stored > size or pickled > MAX_HEADER or any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+    packed = any(info.compress_type != zipfile.ZIP_STORED for info in infos)
+    if stored > size or pickled > MAX_HEADER or packed:
         raise refused(path, "unpacks to more than its own size", fix)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -145,7 +148,8 @@ def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE) -> dict[st
         raise refused(path, "holds no tensors under its top level or `state_dict`", fix)
     for key, tensor in tensors.items():
         # A zero stride makes a few bytes pose as terabytes.
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise refused(path, f"gives {key!r} more elements than it stores", fix)
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
@@ -199,9 +203,9 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def save(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folder: str, filename_prefix: str
 ) -> Path:
-    """Write `output/<folder>/<prefix>_00001_.safetensors`, the number being the next free one; returns its path.
+    """Write `output/<folder>/<prefix>_00001_.safetensors`, with the next free number; returns its path.
 
-    `folder` is a key of the host's loaders (`loras`, `action_identifiers`, ...), so that the file shows up there.
+    `folder` is a key of the host's loaders (`loras`, `action_identifiers`, ...), which then lists it.
     Nothing is ever overwritten, and after a crash there is a whole file or none. Shared, strided and
     device tensors are stored by value. Raises WeightFileError for names that lead outside, no tensors, NaN or
     infinite values, metadata that is no text; OSError, leaving nothing behind, when the disk does not do.
@@ -219,7 +223,8 @@ def save(
         return _publish(content, Path(target), name, counter)
     except OSError as error:
         fix = "Free some space or choose another folder, then run the node again; nothing was written"
-        raise OSError(error.errno, f"{prefix!r} could not be saved in {root!r}: {error.strerror}. {fix}") from error
+        problem = f"{prefix!r} could not be saved in {root!r}: {error.strerror}"
+        raise OSError(error.errno, f"{problem}. {fix}") from error
 
 
 def _checked_metadata(metadata: Mapping[str, str], name: str) -> dict[str, str]:
@@ -246,8 +251,8 @@ def _storable(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch
         if tensor.numel() == 0:
             raise refused(name, f"has no element in {key!r}", "Leave the tensor out")
         # fp8 has no isfinite of its own; fp16 holds every value of both kinds.
-        finite = tensor.to(torch.float16) if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
-        if not torch.isfinite(finite).all():
+        narrow = tensor.dtype.itemsize == 1 and tensor.is_floating_point()
+        if not torch.isfinite(tensor.to(torch.float16) if narrow else tensor).all():
             fix = "Train again with a lower learning rate or in fp32"
             raise refused(name, f"has NaN or infinite values in {key!r}", f"{fix}; nothing was written")
         dense = tensor.detach().to("cpu").contiguous()
@@ -355,7 +360,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def register_folders() -> None:
-    """Add the pack's folders to the host's lists: `models/<key>` and `output/<key>`, and the theatre's models."""
+    """Add `models/<key>` and `output/<key>` of the pack's files, and the theatre's models, to the host's."""
     for key in (ACTION_IDENTIFIERS, FUSION_EMBEDDINGS):
         for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
             folder_paths.add_model_folder_path(key, os.path.join(parent, key))
@@ -369,7 +374,7 @@ def register_folders() -> None:
 
 
 def theatre_enabled() -> bool:
-    """Whether the puppet theatre stands in the menus: `UNDERSTUDY_THEATRE`, else the setting `Understudy.Theatre`."""
+    """Whether the theatre is in the menus: `UNDERSTUDY_THEATRE`, else the setting `Understudy.Theatre`."""
     variable = os.environ.get("UNDERSTUDY_THEATRE", "").strip().lower()
     if variable:
         return variable not in ("0", "false", "no", "off")

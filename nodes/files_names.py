@@ -21,8 +21,8 @@ def refused(path: str | os.PathLike, problem: str, fix: str) -> WeightFileError:
 def normalise_prefix(filename_prefix: str) -> str:
     """The file name prefix as it will be used: NFC, `/` between folders, safe on every platform.
 
-    Control characters and those that Windows forbids become `_`, dots and spaces at the ends of a part go, long
-    parts are cut. Raises WeightFileError for absolute paths and `..`: a folder outside cannot be meant.
+    Control characters and those that Windows forbids become `_`, dots and spaces at the ends of a part go,
+    long parts are cut. Raises WeightFileError for absolute paths and `..`: a folder outside cannot be meant.
     """
     text = unicodedata.normalize("NFC", filename_prefix).replace("\\", "/")
     fix = "Use a name such as `anna` or `portraits/anna`, inside the output folder"
@@ -45,4 +45,5 @@ def _safe_part(part: str) -> str:
 
 def _is_control(character: str) -> bool:
     # Zero-width joiners belong to Persian, Indic and emoji spelling; direction marks only disguise names.
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
+    joiner = character in "\u200c\u200d"
+    return not joiner and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")

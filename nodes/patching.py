@@ -40,7 +40,7 @@ def guide_denoised(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.sampl
 def guide_latent(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.samplers.Sampler:
     """A SAMPLER that runs `sampler` and guides the latent itself after every step that ends above sigma 0.
 
-    The guide sees the latent at the scale of the model's input, as in the published variance-preserving sampler,
+    The guide sees the latent at the scale of the model's input, as in the variance-preserving publication,
     and the sigma that the step arrived at. Regions that a latent mask keeps are left alone.
     Raises ValueError, naming the samplers that work, for one that is not in STEPWISE_SAMPLERS.
     """
@@ -67,8 +67,17 @@ class _GuidedDenoised(comfy.samplers.Sampler):
     def max_denoise(self, model_wrap, sigmas):
         return self.sampler.max_denoise(model_wrap, sigmas)
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-               disable_pbar=False):
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
         guide = self.begin(model_wrap.inner_model, noise.shape)
 
         def guide_estimate(args: dict) -> torch.Tensor:
@@ -76,8 +85,14 @@ class _GuidedDenoised(comfy.samplers.Sampler):
 
         options = with_post_cfg_function(extra_args.get("model_options", {}), guide_estimate)
         return self.sampler.sample(
-            model_wrap, sigmas, {**extra_args, "model_options": options}, callback, noise, latent_image,
-            denoise_mask, disable_pbar,
+            model_wrap,
+            sigmas,
+            {**extra_args, "model_options": options},
+            callback,
+            noise,
+            latent_image,
+            denoise_mask,
+            disable_pbar,
         )
 
 
@@ -89,8 +104,17 @@ class _GuidedLatent(comfy.samplers.Sampler):
     def max_denoise(self, model_wrap, sigmas):
         return self.sampler.max_denoise(model_wrap, sigmas)
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-               disable_pbar=False):
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
         model_sampling = model_wrap.inner_model.model_sampling
         guide = self.begin(model_wrap.inner_model, noise.shape)
 
@@ -111,7 +135,7 @@ class _GuidedLatent(comfy.samplers.Sampler):
 
 
 def _step_by_step(sampler_function: Callable, between_steps: Callable) -> Callable:
-    """`sampler_function`, one interval of the sigma grid at a time; the same numbers if nothing is changed."""
+    """`sampler_function`, one interval of the sigma grid at a time; the same numbers if nothing changes."""
     takes_noise = "noise_sampler" in inspect.signature(sampler_function).parameters
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
@@ -122,7 +146,12 @@ def _step_by_step(sampler_function: Callable, between_steps: Callable) -> Callab
             numbered = None if callback is None else (lambda state, i=i: callback({**state, "i": i}))
             # A copy, since CFG++ samplers add a function of their own to extra_args in every call.
             x = sampler_function(
-                model, x, sigmas[i:i + 2], extra_args=dict(extra_args or {}), callback=numbered, disable=True,
+                model,
+                x,
+                sigmas[i : i + 2],
+                extra_args=dict(extra_args or {}),
+                callback=numbered,
+                disable=True,
                 **options,
             )
             if sigmas[i + 1] > 0:

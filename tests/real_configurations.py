@@ -1,7 +1,7 @@
-"""The real models' shapes, built from the host's own classes on the meta device: no weights, seconds, no memory.
+"""The real models' shapes, built from the host's own classes on the meta device: in seconds, without memory.
 
-Configurations as published: Stable Diffusion 1.5 and 2.1 and SDXL (their `unet/config.json`, in the names of the
-original code), Wan 2.1 T2V 1.3B and 14B (their `config.json`).
+Configurations as published: Stable Diffusion 1.5 and 2.1 and SDXL (their `unet/config.json`, in the names of
+the original code), Wan 2.1 T2V 1.3B and 14B (their `config.json`).
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,18 @@ import torch
 _UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": None,
     "dropout": 0, "conv_resample": True, "dims": 2, "num_classes": None, "use_checkpoint": False,
-    "use_spatial_transformer": True, "legacy": False, "adm_in_channels": None, "use_temporal_attention": False,
-    "use_temporal_resblock": False, "transformer_depth_middle": 1,
+    "use_spatial_transformer": True, "legacy": False, "adm_in_channels": None,
+    "use_temporal_attention": False, "use_temporal_resblock": False, "transformer_depth_middle": 1,
 }
 _FOUR_LEVELS = {
     "channel_mult": (1, 2, 4, 4), "num_res_blocks": [2, 2, 2, 2],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
 }
 _WAN = {
     "image_model": "wan2.1", "model_type": "t2v", "patch_size": (1, 2, 2), "in_dim": 16, "out_dim": 16,
-    "freq_dim": 256, "text_dim": 4096, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+    "freq_dim": 256, "text_dim": 4096, "window_size": (-1, -1), "qk_norm": True,
+    "cross_attn_norm": True, "eps": 1e-6,
 }
 
 
@@ -43,7 +45,10 @@ REAL_CONFIGURATIONS = {
     ),
     "SD 2.1": RealConfiguration(
         comfy.supported_models.SD20,
-        {**_UNET, **_FOUR_LEVELS, "context_dim": 1024, "num_head_channels": 64, "use_linear_in_transformer": True},
+        {
+            **_UNET, **_FOUR_LEVELS, "context_dim": 1024, "num_head_channels": 64,
+            "use_linear_in_transformer": True,
+        },
         0.866,
     ),
     "SDXL": RealConfiguration(

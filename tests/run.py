@@ -4,7 +4,6 @@ The first start makes an environment and gets ComfyUI (see tests/host); later st
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,4 +14,5 @@ from host import environment  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
-    sys.exit(subprocess.call([sys.executable, "-m", "pytest", *sys.argv[1:]], cwd=str(ROOT)))
+    os.chdir(str(ROOT))
+    environment.become([sys.executable, "-m", "pytest", *sys.argv[1:]])

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 import pytest
-
 from host.scripts import ROOT
 from shipped import shipped_modules, tree
 
 HOST_MODULES = {
-    "comfy", "comfy_api", "comfy_extras", "comfy_execution", "comfy_config", "folder_paths", "nodes", "server",
-    "execution", "latent_preview", "node_helpers", "app", "utils",
+    "comfy", "comfy_api", "comfy_extras", "comfy_execution", "comfy_config", "folder_paths", "nodes",
+    "server", "execution", "latent_preview", "node_helpers", "app", "utils",
 }
 PATCHING_CALLS = re.compile(
     r"set_model_(?!options)\w+|add_patches|add_object_patch|add_wrapper(_with_key)?|add_callback(_with_key)?"
@@ -65,7 +64,8 @@ def test_formulas_import_without_comfyui(tmp_path):
     code = WITHOUT_HOST.format(host=HOST_MODULES, root=str(ROOT), names=names)
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == names
@@ -120,8 +120,8 @@ def test_one_module_reads_and_writes_weight_files():
 
 
 @pytest.mark.parametrize("call", [
-    "set_model_attn2_patch", "set_model_unet_function_wrapper", "add_patches", "add_object_patch", "add_wrapper",
-    "add_wrapper_with_key",
+    "set_model_attn2_patch", "set_model_unet_function_wrapper", "add_patches", "add_object_patch",
+    "add_wrapper", "add_wrapper_with_key",
 ])
 def test_the_patching_rule_knows_the_host_s_calls(call):
     from comfy.model_patcher import ModelPatcher

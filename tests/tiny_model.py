@@ -1,4 +1,4 @@
-"""Real models of ComfyUI with tiny random weights, and one way to sample them, for tests of nodes on the CPU."""
+"""Real models of ComfyUI with tiny random weights, and one way to sample them, for tests on the CPU."""
 
 from __future__ import annotations
 
@@ -12,25 +12,56 @@ CPU = torch.device("cpu")
 CONTEXT = 16
 
 
-def picture(flow: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """An SD 1.5 UNet of 1 M parameters that predicts noise, or velocity with `flow`; latents [B, 4, H, W]."""
-    config = comfy.supported_models.SD15({
-        **comfy.supported_models.SD15.unet_config, "context_dim": CONTEXT, "model_channels": 32, "image_size": 32,
-        "in_channels": 4, "out_channels": 4, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
-        "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1,
-        "num_heads": 2, "num_head_channels": -1, "use_spatial_transformer": True, "dtype": dtype,
-    })
+def picture(flow: bool = False, dtype=torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """An SD 1.5 UNet of one level that predicts noise, or velocity with `flow`; latents [B, 4, H, W]."""
+    config = comfy.supported_models.SD15(
+        {
+            **comfy.supported_models.SD15.unet_config,
+            "context_dim": CONTEXT,
+            "model_channels": 32,
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_res_blocks": [1],
+            "channel_mult": [1],
+            "transformer_depth": [1],
+            "transformer_depth_output": [1, 1],
+            "transformer_depth_middle": 1,
+            "num_heads": 2,
+            "num_head_channels": -1,
+            "use_spatial_transformer": True,
+            "dtype": dtype,
+        }
+    )
     kind = comfy.model_base.ModelType.FLOW if flow else comfy.model_base.ModelType.EPS
-    return _patcher(config, lambda: comfy.model_base.BaseModel(config, model_type=kind, device=CPU), dtype, seed)
+    return _patcher(
+        config, lambda: comfy.model_base.BaseModel(config, model_type=kind, device=CPU), dtype, seed
+    )
 
 
 def video(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     """A Wan 2.1 transformer of one block; latents [B, 16, T, H, W] with even H and W."""
-    config = comfy.supported_models.WAN21_T2V({
-        "image_model": "wan2.1", "model_type": "t2v", "dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 1,
-        "in_dim": 16, "out_dim": 16, "freq_dim": 32, "text_dim": CONTEXT, "text_len": 8, "patch_size": (1, 2, 2),
-        "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "dtype": torch.float32,
-    })
+    config = comfy.supported_models.WAN21_T2V(
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 128,
+            "ffn_dim": 64,
+            "num_heads": 1,
+            "num_layers": 1,
+            "in_dim": 16,
+            "out_dim": 16,
+            "freq_dim": 32,
+            "text_dim": CONTEXT,
+            "text_len": 8,
+            "patch_size": (1, 2, 2),
+            "window_size": (-1, -1),
+            "qk_norm": True,
+            "cross_attn_norm": True,
+            "eps": 1e-6,
+            "dtype": torch.float32,
+        }
+    )
     return _patcher(config, lambda: config.get_model({}, device=CPU), torch.float32, seed)
 
 
@@ -39,8 +70,21 @@ def conditioning(seed: int, tokens: int = 4) -> list:
     return [[torch.randn(1, tokens, CONTEXT, generator=torch.Generator().manual_seed(seed)), {}]]
 
 
-def sample(patcher, sampler, *, shape=(1, 4, 8, 8), steps=4, scheduler="normal", sigmas=None, seed=3, cfg=2.0,
-           positive=None, latent=None, denoise_mask=None, callback=None) -> torch.Tensor:
+def sample(
+    patcher,
+    sampler,
+    *,
+    shape=(1, 4, 8, 8),
+    steps=4,
+    scheduler="normal",
+    sigmas=None,
+    seed=3,
+    cfg=2.0,
+    positive=None,
+    latent=None,
+    denoise_mask=None,
+    callback=None,
+) -> torch.Tensor:
     """What SamplerCustom does with this SAMPLER: the samples after `process_latent_out`, fp32."""
     if sigmas is None:
         model_sampling = patcher.get_model_object("model_sampling")
@@ -50,7 +94,7 @@ def sample(patcher, sampler, *, shape=(1, 4, 8, 8), steps=4, scheduler="normal",
     guider.set_cfg(cfg)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     latent = torch.zeros(shape) if latent is None else latent
-    torch.manual_seed(seed)  # lms of noise without a seed of their own, such as euler's churn
+    torch.manual_seed(seed)  # for samplers that draw noise without a seed of their own
     with torch.inference_mode():
         return guider.sample(noise, latent, sampler, sigmas, denoise_mask, callback, True, seed)
 

@@ -14,7 +14,7 @@ HIGHEST_CUTOFF = 0.75
 
 @dataclass(frozen=True)
 class FrequencyGuidanceConfig:
-    """Scales are fractions of the whole way per step (0 off, 1 all the way), percents run 0..1 over sampling, and
+    """Scales are fractions of the whole way per step (0 off, 1 all the way), percents run 0..1 over sampling,
     cutoffs are in cycles per latent pixel, both included. Raises ValueError for ranges that hold nothing.
     """
 

@@ -16,7 +16,7 @@ from .config import FrequencyGuidanceConfig
 # Sigma grids and percents round one schedule differently; a step that lies on a limit counts as on it.
 _SIGMA_TOLERANCE = 1e-5
 
-# Schedulers land on multiples of 1/steps and 1/1000: the switch lies beside them, and rounding decides nothing.
+# Schedulers land on multiples of 1/steps and 1/1000; beside them, rounding decides nothing.
 _SWITCH_OFFSET = 0.00037
 # The narrowest step in percent that every model's percent-to-sigma map resolves in fp32.
 _SWITCH_GAP = 1e-6
@@ -108,8 +108,8 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
         ratio = model.latent_format.spacial_downscale_ratio
         height, width = shape[-2] * ratio, shape[-1] * ratio
         raise ValueError(
-            f"{name} is a latent of {latent.shape[-1]} x {latent.shape[-2]} (width x height) and the sampled one "
-            f"is {shape[-1]} x {shape[-2]}: resize {name} to {width} x {height} pixels before VAE Encode"
+            f"{name} is a latent of {latent.shape[-1]} x {latent.shape[-2]} (width x height) and the sampled "
+            f"one is {shape[-1]} x {shape[-2]}: resize {name} to {width} x {height} pixels before VAE Encode"
         )
     if latent.shape[0] not in (1, shape[0]):
         raise ValueError(
@@ -125,12 +125,12 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
 
 
 def switch_prompt(driving: list, target: list, switch_percent: float) -> list:
-    """A CONDITIONING that is `driving` before `switch_percent` (0..1 of the schedule) and `target` from there on.
+    """A CONDITIONING that is `driving` before `switch_percent` (0..1 of the schedule), then `target`.
 
     Exactly one of them acts at any sigma, and a step that lies on `switch_percent` takes `target`. The host's
-    ranges include both their ends, so the two leave a gap as wide as a few fp32 sigmas; there `target` fills in as
-    a default conditioning, which the host uses only where no other one is active. Ranges that the conditionings
-    already have are kept within their part. The given lists and their entries stay as they are.
+    ranges include both their ends, so the two leave a gap as wide as a few fp32 sigmas; `target` fills it
+    as a default conditioning, which the host uses only where no other one is active. Ranges that the
+    conditionings already have are kept within their part. The given lists and their entries stay as they are.
     """
     switch = switch_percent - _SWITCH_OFFSET
     if switch <= 0.0:

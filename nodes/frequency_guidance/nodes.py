@@ -26,16 +26,26 @@ def _scale(id: str, tooltip: str) -> io.Float.Input:
 
 def _choice(id: str, options: tuple[str, ...], tooltip: str, advanced: bool = False) -> io.Combo.Input:
     return io.Combo.Input(
-        id, options=list(options), default=getattr(_DEFAULT, id), tooltip=tooltip,
-        optional=advanced, advanced=advanced or None,
+        id,
+        options=list(options),
+        default=getattr(_DEFAULT, id),
+        tooltip=tooltip,
+        optional=advanced,
+        advanced=advanced or None,
     )
 
 
 def _cutoff(id: str, tooltip: str) -> io.Float.Input:
     return io.Float.Input(
-        id, default=getattr(_DEFAULT, id), min=0.0, max=HIGHEST_CUTOFF, step=0.01, round=0.001,
+        id,
+        default=getattr(_DEFAULT, id),
+        min=0.0,
+        max=HIGHEST_CUTOFF,
+        step=0.01,
+        round=0.001,
         tooltip=f"{tooltip}, in cycles per latent pixel. 0 to {HIGHEST_CUTOFF} is everything.",
-        optional=True, advanced=True,
+        optional=True,
+        advanced=True,
     )
 
 
@@ -48,15 +58,25 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
             node_id="UnderstudyStepwisePrompt",
             display_name="Stepwise Prompt (ImPoster)",
             category=CATEGORY,
-            description="The driving prompt lays out the action in the first steps; then the target prompt takes "
-                        "over.",
-            search_aliases=["prompt switch", "prompt schedule", "timestep range", "ImPoster", "action transfer"],
+            description="The driving prompt lays out the action in the first steps; the target follows.",
+            search_aliases=[
+                "prompt switch",
+                "prompt schedule",
+                "timestep range",
+                "ImPoster",
+                "action transfer",
+            ],
             inputs=[
                 io.Conditioning.Input("driving", tooltip="Prompt of the driving picture, used first."),
-                io.Conditioning.Input("target", tooltip="Prompt of the wanted picture, used from the switch on."),
-                _percent("switch_percent", _SWITCH_PERCENT,
-                         "Where the target prompt takes over, as a fraction of the schedule: 0 uses the target "
-                         "only, 1 the driving prompt only. A step right on it takes the target."),
+                io.Conditioning.Input(
+                    "target", tooltip="Prompt of the wanted picture, used from the switch on."
+                ),
+                _percent(
+                    "switch_percent",
+                    _SWITCH_PERCENT,
+                    "Where the target prompt takes over, as a fraction of the schedule: 0 uses the target "
+                    "only, 1 the driving prompt only. A step right on it takes the target.",
+                ),
             ],
             outputs=[io.Conditioning.Output(tooltip="Connect it to positive.")],
         )
@@ -71,42 +91,77 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        latent_help = "at the size of the result. One latent, or one for each of the batch. Its mask is not used."
+        latent_help = (
+            "at the size of the result. One latent, or one for each of the batch. Its mask is not used."
+        )
         return io.Schema(
             node_id="UnderstudyFrequencyGuidanceSampler",
             display_name="Frequency Guidance Sampler (ImPoster)",
             category=CATEGORY,
-            description="Pulls each step toward the layout of a driving picture (its phases) and the look of a "
-                        "source picture (its amplitudes). Wraps any sampler, for SamplerCustom and its kin.",
-            search_aliases=["ImPoster", "action transfer", "pose transfer", "FFT", "Fourier", "phase", "amplitude"],
+            description="Pulls each step toward the layout of a driving picture (its phases) and the look of "
+            "a source picture (its amplitudes). Wraps any sampler, for SamplerCustom and its kin.",
+            search_aliases=[
+                "ImPoster",
+                "action transfer",
+                "pose transfer",
+                "FFT",
+                "Fourier",
+                "phase",
+                "amplitude",
+            ],
             inputs=[
-                io.Sampler.Input("sampler", tooltip="The sampler to guide, from KSamplerSelect for instance."),
+                io.Sampler.Input(
+                    "sampler", tooltip="The sampler to guide, from KSamplerSelect for instance."
+                ),
                 io.Latent.Input("source", tooltip=f"VAE-encoded picture of who it is, {latent_help}"),
                 io.Latent.Input("driving", tooltip=f"VAE-encoded picture of the action, {latent_help}"),
-                _scale("amplitude_scale",
-                       "How far the amplitudes go to the source's in each step: 0 is off, 1 all the way. Higher "
-                       "keeps more of the source's overall look."),
-                _scale("phase_scale",
-                       "How far the phases go to the driving picture's in each step: 0 is off, 1 all the way. "
-                       "Higher follows the action more and, past that, the driving subject too."),
-                _choice("phase_distance", DISTANCES,
-                        "circular compares angles around the circle. paper is the published |angle|, which cannot "
-                        "tell a picture from its 180 degree rotation."),
-                _choice("apply_to", APPLY_TO,
-                        "denoised guides each step's estimate of the picture and works with every sampler. latent "
-                        "guides the noisy latent between steps, as published, and works with "
-                        f"ddim, {', '.join(patching.STEPWISE_SAMPLERS)}."),
-                _percent("start_percent", _DEFAULT.start_percent,
-                         "Where guidance begins, as a fraction of the schedule."),
-                _percent("end_percent", _DEFAULT.end_percent,
-                         "Where guidance ends, as a fraction of the schedule. Ending early leaves the details to "
-                         "the model."),
-                _choice("update", UPDATES,
-                        "per_bin moves each frequency its own way. gradient is plain descent on the losses. "
-                        "automatic takes per_bin for circular and gradient for paper.", advanced=True),
+                _scale(
+                    "amplitude_scale",
+                    "How far the amplitudes go to the source's in each step: 0 is off, 1 all the way. Higher "
+                    "keeps more of the source's overall look.",
+                ),
+                _scale(
+                    "phase_scale",
+                    "How far the phases go to the driving picture's in each step: 0 is off, 1 all the way. "
+                    "Higher follows the action more and, past that, the driving subject too.",
+                ),
+                _choice(
+                    "phase_distance",
+                    DISTANCES,
+                    "circular compares angles around the circle. paper is the published |angle|, which "
+                    "cannot tell a picture from its 180 degree rotation.",
+                ),
+                _choice(
+                    "apply_to",
+                    APPLY_TO,
+                    "denoised guides each step's estimate of the picture and works with every sampler. "
+                    "latent guides the noisy latent between steps, as published, and works with "
+                    f"ddim, {', '.join(patching.STEPWISE_SAMPLERS)}.",
+                ),
+                _percent(
+                    "start_percent",
+                    _DEFAULT.start_percent,
+                    "Where guidance begins, as a fraction of the schedule.",
+                ),
+                _percent(
+                    "end_percent",
+                    _DEFAULT.end_percent,
+                    "Where guidance ends, as a fraction of the schedule. Ending early leaves the details to "
+                    "the model.",
+                ),
+                _choice(
+                    "update",
+                    UPDATES,
+                    "per_bin moves each frequency its own way. gradient is plain descent on the losses. "
+                    "automatic takes per_bin for circular and gradient for paper.",
+                    advanced=True,
+                ),
                 _cutoff("phase_low", "Lowest frequency of the phase term"),
-                _cutoff("phase_high", "Highest frequency of the phase term; about 0.3 carries the pose without the "
-                        "driving subject's details"),
+                _cutoff(
+                    "phase_high",
+                    "Highest frequency of the phase term; about 0.3 carries the pose without the "
+                    "driving subject's details",
+                ),
                 _cutoff("amplitude_low", "Lowest frequency of the amplitude term"),
                 _cutoff("amplitude_high", "Highest frequency of the amplitude term"),
             ],

@@ -2,9 +2,6 @@
 
 import functools
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
-
 from .captions import VOCABULARY
 
 PAD, START, END, UNKNOWN = "[pad]", "[start]", "[end]", "[unknown]"
@@ -16,8 +13,12 @@ MAX_TOKENS = 40
 
 
 @functools.cache
-def build() -> PreTrainedTokenizerFast:
-    """The tokenizer: lower-cases, splits on spaces and punctuation, wraps in start and end tokens."""
+def build() -> "PreTrainedTokenizerFast":  # noqa: F821
+    """transformers' fast tokenizer: lower-cases, splits on spaces and commas, wraps in start and end tokens."""
+    # Late, since the host starts faster without them.
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

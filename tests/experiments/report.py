@@ -1,6 +1,7 @@
 """What every experiment writes: rows as CSV, a summary as JSON, a contact sheet, and where it ran."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -23,11 +24,15 @@ def machine() -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
+            processor = next(
+                (line.split(":")[1].strip() for line in file if line.startswith("model name")), processor
+            )
     return {
         "processor": f"{processor}, {os.cpu_count()} cores",
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-        "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
     }
 
 
@@ -51,8 +56,12 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else int(v) if isinstance(v, (bool, np.bool_)) else v
-                         for k, v in row.items()})
+        writer.writerow(
+            {
+                k: f"{v:.5g}" if isinstance(v, float) else int(v) if isinstance(v, (bool, np.bool_)) else v
+                for k, v in row.items()
+            }
+        )
     replace(path, text.getvalue().encode())
 
 
@@ -87,6 +96,11 @@ def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: in
         if file.tell() <= budget:
             break
     replace(path, file.getvalue())
+
+
+def fingerprint(*things: object) -> str:
+    """Ten hexadecimal digits that change with the settings, by their `repr`."""
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:10]
 
 
 class Pictures:

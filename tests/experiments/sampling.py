@@ -1,4 +1,4 @@
-"""The theatre's checkpoint in this process: the host's own loader, encoders and samplers, for the experiments."""
+"""The theatre's checkpoint in this process, by the host's own loader, encoders and samplers."""
 
 import hashlib
 import json
@@ -16,9 +16,7 @@ CFG, STEPS, SCHEDULER = 4.5, 25, "normal"
 
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
-            hashlib.sha256(file.read()).hexdigest())
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def training_pictures(path: Path) -> int:
@@ -28,7 +26,7 @@ def training_pictures(path: Path) -> int:
 
 
 class Theatre:
-    """MODEL, CLIP and VAE of a checkpoint. Pictures are uint8 [N, H, W, 3], latents float [N, 4, H/8, W/8]."""
+    """MODEL, CLIP and VAE of a checkpoint. Pictures: uint8 [N, H, W, 3]; latents: [N, 4, H/8, W/8]."""
 
     def __init__(self, path: Path, state: Path, negative: str = ""):
         if not path.exists():
@@ -37,6 +35,7 @@ class Theatre:
         import comfy.sample
         import comfy.samplers
         import comfy.sd
+
         from pack.nodes.puppets import theatre
 
         self._samplers, self._sample = comfy.samplers, comfy.sample
@@ -60,19 +59,42 @@ class Theatre:
         """uint8 [N, H, W, 3]."""
         return (self.vae.decode(latents).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
+    def round_trip(self, pictures: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Pictures `start` to `stop` - 1 through the autoencoder."""
+        return self.decode(self.encode(pictures[start:stop]))
+
     def sampler(self, name: str):
         """A SAMPLER of the host."""
         return self._samplers.sampler_object(name)
 
-    def sample(self, sampler, positive: list, seeds: Sequence[int], latents: torch.Tensor | None = None,
-               denoise: float = 1.0, steps: int = STEPS, cfg: float = CFG, size: int = 128) -> torch.Tensor:
-        """Latents from `seeds`, one a picture; with `latents` and `denoise` below 1 it is img2img, `steps` long."""
+    def sample(
+        self,
+        sampler,
+        positive: list,
+        seeds: Sequence[int],
+        latents: torch.Tensor | None = None,
+        denoise: float = 1.0,
+        steps: int = STEPS,
+        cfg: float = CFG,
+        size: int = 128,
+    ) -> torch.Tensor:
+        """Latents from `seeds`, one a picture; img2img where `latents` are given and `denoise` < 1."""
         # Every picture has the noise of its own seed, so that a case does not depend on its batch.
         shape = (4, size // 8, size // 8)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         start = torch.zeros_like(noise) if latents is None else latents
         sampling = self.model.get_model_object("model_sampling")
-        sigmas = self._samplers.calculate_sigmas(sampling, SCHEDULER, round(steps / denoise))[-(steps + 1):]
+        sigmas = self._samplers.calculate_sigmas(sampling, SCHEDULER, round(steps / denoise))[-(steps + 1) :]
         negative = self.prompts([self.negative] * len(noise))
-        return self._sample.sample_custom(self.model, noise, cfg, sampler, sigmas, positive, negative, start,
-                                          disable_pbar=True, seed=int(seeds[0]))
+        return self._sample.sample_custom(
+            self.model,
+            noise,
+            cfg,
+            sampler,
+            sigmas,
+            positive,
+            negative,
+            start,
+            disable_pbar=True,
+            seed=int(seeds[0]),
+        )

@@ -1,17 +1,16 @@
 """A server of their own for the fault tests, with a cache that runs a changed prompt's sampler again."""
 
 import pytest
-
 from faults import prompts
 from host.server import Server
 
 
 @pytest.fixture(scope="session")
 def fault_server(comfy_path, tmp_path_factory):
-    """A headless ComfyUI that remembers the last prompt's results only, so that alternating prompts all sample."""
+    """ComfyUI that remembers the last prompt's results only, so that prompts in turn all sample."""
     base = tmp_path_factory.mktemp("fault_server")
     with Server(comfy_path, base, cpu=True, options=("--cache-classic",)) as server:
         assert prompts.CHECKPOINT in server.model_names("checkpoints"), (
-            f"workflows/models/{prompts.CHECKPOINT} is missing or not listed: make it with its training script"
+            f"workflows/models/{prompts.CHECKPOINT} is missing or not listed: run its training script"
         )
         yield server

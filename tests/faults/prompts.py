@@ -2,7 +2,6 @@
 
 import safetensors.torch
 import torch
-
 from host.server import Server
 
 CHECKPOINT = "puppets_sd.safetensors"
@@ -37,8 +36,9 @@ def plain(seed: int = 1, steps: int = 3, name: str = "plain", batch: int = 1) ->
         "euler": node("KSamplerSelect", sampler_name="euler"),
         "sigmas": node("BasicScheduler", model=[LOADER, 0], scheduler="normal", steps=steps, denoise=1.0),
         SAMPLER: node(
-            "SamplerCustom", model=[LOADER, 0], add_noise=True, noise_seed=seed, cfg=4.0, positive=["positive", 0],
-            negative=["negative", 0], sampler=["euler", 0], sigmas=["sigmas", 0], latent_image=["empty", 0],
+            "SamplerCustom", model=[LOADER, 0], add_noise=True, noise_seed=seed, cfg=4.0,
+            positive=["positive", 0], negative=["negative", 0], sampler=["euler", 0], sigmas=["sigmas", 0],
+            latent_image=["empty", 0],
         ),
         RESULT: node("SaveLatent", samples=[SAMPLER, 0], filename_prefix=name),
     }
@@ -65,7 +65,7 @@ def guided(server: Server, seed: int = 1, steps: int = 3, name: str = "guided", 
 
 
 def latent(server: Server, entry: dict) -> torch.Tensor:
-    """The latent that an ended prompt saved, [B, 4, H/8, W/8]. Fails with the server's error if it did not."""
+    """The latent that an ended prompt saved, [B, 4, H/8, W/8]. Fails with the server's error otherwise."""
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
     saved = entry["outputs"][RESULT]["latents"][0]
     path = server.base / "output" / saved["subfolder"] / saved["filename"]

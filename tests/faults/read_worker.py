@@ -1,6 +1,7 @@
-"""Reads the files named on standard input, one a line, and answers with what it cost: run as a process of its own.
+"""Reads the files named on standard input, one a line, and answers with what it cost: a process of its own.
 
-Answers one JSON line a file: the error (None if it was read), CPU seconds and the peak of memory in MB over the start.
+Answers one JSON line a file: the error (None if it was read), CPU seconds, and the peak of memory over the
+start in MB.
 """
 
 import json
@@ -34,7 +35,8 @@ def main() -> None:
         except files.WeightFileError as refusal:
             error = str(refusal)
         seconds, megabytes = time.process_time() - start, _memory("VmHWM") - before
-        print(json.dumps({"path": path, "error": error, "seconds": seconds, "megabytes": megabytes}), flush=True)
+        answer = {"path": path, "error": error, "seconds": seconds, "megabytes": megabytes}
+        print(json.dumps(answer), flush=True)
 
 
 main()

@@ -1,8 +1,8 @@
 """Saves weight files in a process that can be killed.
 
     save_worker.py BASE many COUNT VALUE     COUNT files under one name; prints each path
-    save_worker.py BASE kill STAGE ...       one process a STAGE, killed there: a step of saving, each in an output
-                                             folder of that name, or a number of milliseconds, all in `output`
+    save_worker.py BASE kill STAGE ...       one process a STAGE, killed there: a step of saving, each in an
+                                             output folder of that name, or milliseconds, all in `output`
 """
 
 import os
@@ -21,7 +21,6 @@ scripts.add_comfy_path(Path(sys.argv[1]))
 
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
-
 from pack.nodes import files  # noqa: E402
 
 MEBIBYTES = 4

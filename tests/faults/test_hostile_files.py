@@ -1,4 +1,4 @@
-"""Hostile, truncated and strange files are refused in bounded time and memory, in a process that we can measure."""
+"""Hostile, truncated and strange files are refused in bounded time and memory, measured in their own process."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from faults import mutants
 
 WORKER = Path(__file__).with_name("read_worker.py")
@@ -19,7 +18,8 @@ def read_all(paths: list[Path], base: Path) -> list[dict]:
     """What reading each file in one fresh process gave. A crash or a hang of that process is a failure."""
     run = subprocess.run(
         [sys.executable, str(WORKER), str(base)], input="".join(f"{path}\n" for path in paths),
-        capture_output=True, text=True, timeout=120 + SECONDS * len(paths), env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True, text=True, timeout=120 + SECONDS * len(paths),
+        env={**os.environ, "PYTHONPATH": ""},
     )
     answers = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert run.returncode == 0 and len(answers) == len(paths), (
@@ -38,7 +38,7 @@ def write_all(files: list[mutants.Mutant], folder: Path) -> list[Path]:
 
 def check(files: list[mutants.Mutant], folder: Path) -> list[dict]:
     answers = read_all(write_all(files, folder), folder)
-    for (name, _), answer in zip(files, answers):
+    for (name, _), answer in zip(files, answers, strict=True):
         assert answer["error"], f"{name} was read"
         assert Path(answer["path"]).name in answer["error"], f"{name}: the message does not name the file"
         assert answer["megabytes"] < MEGABYTES, f"{name} took {answer['megabytes']:.0f} MB"
@@ -60,7 +60,8 @@ def test_two_hundred_hostile_files_are_refused_in_bounded_time_and_memory(tmp_pa
 
 def test_the_undamaged_files_are_read(tmp_path):
     """Without this, refusing everything would pass."""
-    answers = read_all(write_all([("sound", mutants.build(*mutants.sound(seed))) for seed in range(7)], tmp_path), tmp_path)
+    files = [("sound", mutants.build(*mutants.sound(seed))) for seed in range(7)]
+    answers = read_all(write_all(files, tmp_path), tmp_path)
     assert [answer["error"] for answer in answers] == [None] * 7
 
 

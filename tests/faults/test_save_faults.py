@@ -11,7 +11,6 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-
 from pack.nodes import files
 
 WORKER = Path(__file__).with_name("save_worker.py")
@@ -28,7 +27,8 @@ def output(tmp_path, monkeypatch) -> Path:
 def start(base: Path, *arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(WORKER), str(base), *arguments], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(WORKER), str(base), *arguments], stdout=subprocess.PIPE, text=True,
+        env=environment,
     )
 
 
@@ -87,7 +87,7 @@ def test_two_processes_on_one_name_lose_and_cross_nothing(output):
         f"anna_{number:05}_.safetensors" for number in range(1, 31)
     }
     assert check_whole(output) == 30
-    for value, own in zip(("1", "2"), paths):
+    for value, own in zip(("1", "2"), paths, strict=True):
         assert {files.read(path)[1]["value"] for path in own} == {value}
     assert len(list(output.iterdir())) == 30
 
@@ -120,7 +120,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(output, monkeypatch, step
     else:
         monkeypatch.setattr(os, step, full)
     try:
-        with pytest.raises(OSError, match=r"'anna' could not be saved in .*loras.*nothing was written") as caught:
+        message = r"'anna' could not be saved in .*loras.*nothing was written"
+        with pytest.raises(OSError, match=message) as caught:
             files.save(weights, {}, "loras", "anna")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

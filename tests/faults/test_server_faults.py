@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
-
 from faults import prompts
 from host.server import Server, ServerError
+from PIL import Image
 
 
 def alternate(server: Server, count: int) -> None:
-    """`count` prompts, plain and guided in turn on one cached model: each kind must give its first bits again."""
+    """`count` prompts, plain and guided in turn on one cached model: each kind must repeat its first bits."""
     builders = {
         "plain": lambda: prompts.plain(),
         "guided": lambda: prompts.guided(server),
@@ -103,7 +102,7 @@ def test_queued_prompts_are_independent(fault_server):
     alone = [prompts.run(fault_server, build("alone")) for build in builders]
     ids = [fault_server.submit(build("together")) for build in builders * 2]
     results = [prompts.latent(fault_server, fault_server.wait(prompt_id)) for prompt_id in ids]
-    assert all(torch.equal(result, expected) for result, expected in zip(results, alone * 2))
+    assert all(torch.equal(result, expected) for result, expected in zip(results, alone * 2, strict=True))
 
 
 # Inputs

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from . import source
 
@@ -32,14 +33,20 @@ def enter(root: Path) -> None:
         python = ensure(root)
     except source.SetupError as error:
         sys.exit(f"{error}")
-    if Path(sys.prefix).resolve() == (root / ".cache" / "env").resolve():
-        return
-    arguments = [str(python), *sys.argv]
+    except KeyboardInterrupt:
+        say("\nStopped; the next start goes on from here.")
+        sys.exit(130)
+    if Path(sys.prefix).resolve() != (root / ".cache" / "env").resolve():
+        become([str(python), *sys.argv])
+
+
+def become(command: list[str]) -> NoReturn:
+    """Run `command` in place of this program, so that it gets Ctrl-C and its exit code is ours."""
     sys.stdout.flush()
     if sys.platform == "win32":
         # execv there returns to the shell at once.
-        sys.exit(subprocess.call(arguments))
-    os.execv(str(python), arguments)
+        sys.exit(subprocess.call(command))
+    os.execv(command[0], command)
 
 
 def check_python(version: tuple[int, int]) -> None:

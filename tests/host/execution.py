@@ -123,4 +123,5 @@ def _environment(server: Server) -> dict[str, str]:
     # comfy-cli keeps settings and a job list in the home folder: the user's own stay untouched.
     home = server.base / "comfy-cli"
     home.mkdir(exist_ok=True)
-    return dict(os.environ, HOME=str(home), USERPROFILE=str(home), PYTHONIOENCODING="utf-8", DO_NOT_TRACK="1")
+    changes = {"HOME": str(home), "USERPROFILE": str(home), "PYTHONIOENCODING": "utf-8", "DO_NOT_TRACK": "1"}
+    return {**os.environ, **changes, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}

@@ -20,7 +20,7 @@ THUMBNAIL = 640
 
 @dataclasses.dataclass
 class Entry:
-    """A workflow of a run: `state` is "done", "skipped" or "failed", `message` why; `files` as (path, caption)."""
+    """A workflow of a run: `state` is "done", "skipped" or "failed", `message` why; `files` have captions."""
 
     workflow: Workflow
     state: str

@@ -21,6 +21,8 @@ from .scripts import ROOT
 PACK_NAME = "ComfyUI-Understudy"
 READY_SECONDS = 300
 LOG_LINES = 40
+# This machine's own server is never asked through a proxy.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerError(Exception):
@@ -209,7 +211,7 @@ class Server:
 
     def get(self, path: str, timeout: float = 60):
         """The JSON answer to GET `path`. Raises OSError (urllib's errors) if there is none."""
-        with urllib.request.urlopen(self.url + path, timeout=timeout) as answer:
+        with _OPENER.open(self.url + path, timeout=timeout) as answer:
             return json.load(answer)
 
     def post(self, path: str, body: dict, timeout: float = 60):
@@ -217,7 +219,7 @@ class Server:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with _OPENER.open(request, timeout=timeout) as answer:
             content = answer.read()
         return json.loads(content) if content else None
 
@@ -277,5 +279,5 @@ class Server:
     def view(self, filename: str, subfolder: str = "", type: str = "output") -> bytes:
         """The content of a file that a prompt saved."""
         query = urllib.parse.urlencode({"filename": filename, "subfolder": subfolder, "type": type})
-        with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
+        with _OPENER.open(f"{self.url}/view?{query}", timeout=60) as answer:
             return answer.read()

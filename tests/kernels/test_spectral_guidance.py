@@ -1,4 +1,4 @@
-"""Against an explicit DFT by matrices (numpy and autograd in fp64), finite differences, and the published losses."""
+"""Against an explicit DFT (matrices and autograd in fp64), finite differences, and the published losses."""
 
 import math
 
@@ -11,7 +11,16 @@ from pack.kernels import dispatch
 from pack.kernels import spectral_guidance as sg
 
 SIZES = [
-    (1, 1), (1, 2), (1, 7), (6, 1), (2, 2), (4, 4), (5, 4), (4, 5), (7, 9), (8, 8),
+    (1, 1),
+    (1, 2),
+    (1, 7),
+    (6, 1),
+    (2, 2),
+    (4, 4),
+    (5, 4),
+    (4, 5),
+    (7, 9),
+    (8, 8),
     (16, 12),  # a 96 x 128 theatre latent, halved
 ]
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -59,7 +68,7 @@ def self_conjugate(height, width):
 
 
 def reference_losses(x, s, d, distance, amplitude_band=sg.ALL_BANDS, phase_band=sg.ALL_BANDS):
-    """The formulas over all H x W bins, differentiable; real bins are an angle of 0 or pi, or left out (paper)."""
+    """The formulas over all H x W bins, differentiable; a real bin's angle is 0 or pi, or is left out."""
     X, S, D = spectrum(x), spectrum(s), spectrum(d)
     size = x.shape[-2:]
     amplitude = 0.5 * ((X.abs() - S.abs()) ** 2 * in_band(*size, amplitude_band)).sum((-2, -1))
@@ -92,7 +101,9 @@ def test_losses_and_gradient_match_the_explicit_transform(size, distance):
     amplitude, phase = reference_gradient(x, s, d, distance)
     torch.testing.assert_close(sg.gradient(x, target, 1, 0), amplitude, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(sg.gradient(x, target, 0, 1), phase, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(sg.gradient(x, target, 0.3, 2), 0.3 * amplitude + 2 * phase, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        sg.gradient(x, target, 0.3, 2), 0.3 * amplitude + 2 * phase, rtol=1e-9, atol=1e-9
+    )
 
 
 @given(sizes, seeds, distances, st.floats(0, 0.5), st.floats(0.1, 0.8))
@@ -106,7 +117,9 @@ def test_gradient_matches_autograd_in_any_band(size, seed, distance, low, breadt
     target = sg.prepare(s, d, distance=distance, amplitude_band=band, phase_band=band)
     amplitude, phase = reference_gradient(x, s, d, distance, band, band)
     torch.testing.assert_close(sg.gradient(x, target, 1, 0), amplitude, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(sg.gradient(x, target, 0, 1), phase, rtol=1e-7, atol=1e-9 * (1 + phase.abs().max()))
+    torch.testing.assert_close(
+        sg.gradient(x, target, 0, 1), phase, rtol=1e-7, atol=1e-9 * (1 + phase.abs().max())
+    )
 
 
 @pytest.mark.parametrize("distance", sg.DISTANCES)
@@ -135,7 +148,7 @@ def test_by_hand_on_two_pixels():
 
 
 def reference_update(x, s, d, a, p, distance):
-    """Every bin of the full spectrum by numpy; the mean with its mirrored conjugate is the real part at the end."""
+    """Every bin of the full spectrum by numpy; the real part at the end averages mirrored conjugates."""
     X, S, D = (np.fft.fft2(v.numpy(), norm="ortho") for v in (x, s, d))
     length = np.abs(X) + a * (np.abs(S) - np.abs(X))
     if distance == "circular":
@@ -143,7 +156,9 @@ def reference_update(x, s, d, a, p, distance):
     else:
         turn = (np.abs(np.angle(D)) - np.abs(np.angle(X))) * np.sign(np.angle(X))
         turn[..., self_conjugate(*x.shape[-2:]).numpy()] = 0
-    return torch.from_numpy(np.fft.ifft2(length * np.exp(1j * (np.angle(X) + p * turn)), norm="ortho").real.copy())
+    return torch.from_numpy(
+        np.fft.ifft2(length * np.exp(1j * (np.angle(X) + p * turn)), norm="ortho").real.copy()
+    )
 
 
 @pytest.mark.parametrize("distance", sg.DISTANCES)
@@ -153,6 +168,28 @@ def test_per_bin_update_matches_the_full_spectrum(size, distance, a, p):
     x, s, d = latents(3, 2, *size)
     updated = sg.update(x, sg.prepare(s, d, distance=distance), a, p)
     torch.testing.assert_close(updated, reference_update(x, s, d, a, p, distance), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_inverse_transform_gets_the_spectrum_of_a_real_plane(size, monkeypatch):
+    """Backends differ in what they make of another one, so the numbers alone cannot tell on this machine."""
+    given_spectra = []
+    inverse = torch.fft.irfft2
+    monkeypatch.setattr(
+        torch.fft, "irfft2", lambda v, **k: given_spectra.append(v.clone()) or inverse(v, **k)
+    )
+    x, s, d = latents(4, 2, *size)
+    for distance in sg.DISTANCES:
+        target = sg.prepare(s, d, distance=distance)
+        sg.gradient(x, target)
+        for rule in sg.RULES:
+            sg.update(x, target, 0.2, 0.4, rule)
+    assert len(given_spectra) == 6
+    columns = {0, size[1] // 2} if size[1] % 2 == 0 else {0}
+    for half in given_spectra:
+        for i in range(size[0]):
+            for j in columns:
+                assert torch.equal(half[..., i, j], half[..., -i % size[0], j].conj())
 
 
 @given(sizes, seeds)
@@ -180,7 +217,7 @@ def test_per_bin_losses_fall_all_the_way(size, seed, distance):
 
 @given(sizes, seeds, distances)
 def test_gradient_step_descends_at_the_stated_rate(size, seed, distance):
-    """dG/ds at s = 0 is -t |grad G|^2 = -2 G, for either term: one-sided, in steps far below any curvature."""
+    """dG/ds at s = 0 is -t |grad G|^2 = -2 G, for either term, by a step far below any curvature."""
     x, s, d = latents(seed, 2, *size)
     target = sg.prepare(s, d, distance=distance)
     for term in (0, 1):
@@ -264,7 +301,9 @@ def test_fp32_agrees_with_fp64():
     x, s, d = latents(9, 4, 64, 64)  # an SD 1.5 latent at 512 x 512
     target = sg.prepare(s, d)
     single = sg.prepare(s.float(), d.float())
-    torch.testing.assert_close(sg.gradient(x.float(), single).double(), sg.gradient(x, target), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        sg.gradient(x.float(), single).double(), sg.gradient(x, target), rtol=0, atol=2e-5
+    )
     # 64 x 64 = 4096 bins; the smallest amplitudes have the least certain phase, and weigh as little.
     near = sg.update(x.float(), single, 0.3, 0.3).double()
     torch.testing.assert_close(near, sg.update(x, target, 0.3, 0.3), rtol=0, atol=2e-5)

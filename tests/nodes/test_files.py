@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from pack.nodes import files, files_names
 
 WEIGHTS = {"weight": torch.arange(12.0).reshape(3, 4)}

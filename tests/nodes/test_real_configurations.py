@@ -1,6 +1,6 @@
 """The real models on the meta device: what patches, adapters and loaders of this pack rely on.
 
-Expected counts and widths are those of the published models, written down here and not computed from the host.
+Expected counts and widths are those of the published models, written down here, not computed from the host.
 """
 
 import collections
@@ -9,7 +9,6 @@ import comfy.model_detection
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-
 from real_configurations import REAL_CONFIGURATIONS, build
 
 UNETS = ["SD 1.5", "SD 2.1", "SDXL"]
@@ -22,13 +21,15 @@ PARAMETERS = {
 FOUR_LEVELS = {
     **{("input", block): (1, 320) for block in (1, 2)}, **{("input", block): (1, 640) for block in (4, 5)},
     **{("input", block): (1, 1280) for block in (7, 8)}, ("middle", 0): (1, 1280),
-    **{("output", block): (1, 1280) for block in (3, 4, 5)}, **{("output", block): (1, 640) for block in (6, 7, 8)},
+    **{("output", block): (1, 1280) for block in (3, 4, 5)},
+    **{("output", block): (1, 640) for block in (6, 7, 8)},
     **{("output", block): (1, 320) for block in (9, 10, 11)},
 }
 SDXL = {
     **{("input", block): (2, 640) for block in (4, 5)}, **{("input", block): (10, 1280) for block in (7, 8)},
     ("middle", 0): (10, 1280),
-    **{("output", block): (10, 1280) for block in (0, 1, 2)}, **{("output", block): (2, 640) for block in (3, 4, 5)},
+    **{("output", block): (10, 1280) for block in (0, 1, 2)},
+    **{("output", block): (2, 640) for block in (3, 4, 5)},
 }
 BLOCK_MAPS = {"SD 1.5": FOUR_LEVELS, "SD 2.1": FOUR_LEVELS, "SDXL": SDXL}
 LAYERS = {"SD 1.5": 16, "SD 2.1": 16, "SDXL": 70, "Wan 2.1 1.3B": 30, "Wan 2.1 14B": 40}
@@ -40,7 +41,7 @@ def meta(*shape: int) -> torch.Tensor:
 
 
 def meta_attention(_attention, *arguments, **options) -> torch.Tensor:
-    """PyTorch's attention: the host's default for the CPU asks how much memory the device has, and meta has none."""
+    """PyTorch's attention: the host's default asks how much memory the device has, and meta has none."""
     return attention_pytorch(*arguments, **options)
 
 

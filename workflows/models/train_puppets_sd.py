@@ -18,10 +18,10 @@ import math
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+STATE = ROOT / ".cache" / "training" / "puppets_sd"
 sys.path.insert(0, str(ROOT / "tests"))
 from host import environment, scripts  # noqa: E402
 
@@ -30,24 +30,37 @@ if __name__ == "__main__":
 scripts.alias_pack()
 
 import numpy as np  # noqa: E402
-from pack.nodes.puppets import captions, render, world  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
-STATE = ROOT / ".cache" / "training" / "puppets_sd"
+scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
+from comfy.cli_args import args as host_options  # noqa: E402
+
+host_options.use_pytorch_cross_attention = True
+import comfy.ops  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
+from comfy.taesd import taesd  # noqa: E402
+from diffusers.training_utils import compute_snr  # noqa: E402
+from pack.nodes.puppets import captions, theatre, tokenizer, world  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from timeboxed import Stage, to_tensor  # noqa: E402
+from timeboxed import pictures as render_pictures  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
+
 CHECKPOINT = Path(__file__).with_name("puppets_sd.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    pictures: int = 24_000
+    pictures: int = 16_000
     size: int = 128  # pixels
     seed: int = 7
-    vae_pictures: int = 6_000
-    vae_steps: int = 900
-    vae_batch: int = 48
-    vae_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
-    vae_lr: float = 1e-3
+    vae_steps: int = 2_600
+    vae_batch: int = 8
+    vae_crop: int = 96  # pixels; crops spend the steps on the puppet, not on the sky
+    vae_lr: float = 1.2e-3
     latent_noise: float = 0.05  # deviation added before decoding, against the denoiser's own errors
-    unet_steps: int = 3_000
+    unet_steps: int = 2_000
     unet_batch: int = 48
     unet_lr: float = 6e-4
     ema: float = 0.999
@@ -56,56 +69,6 @@ class Config:
     decoder_steps: int = 600
     decoder_lr: float = 4e-4
 
-
-def load_libraries():
-    """Torch and the host, imported late so that rendering processes stay small."""
-    global torch, F, theatre, tokenizer, taesd, openaimodel, CLIPTextModel, CLIPTextConfig, compute_snr
-    import torch
-
-    scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
-    import comfy.cli_args
-
-    comfy.cli_args.args.use_pytorch_cross_attention = True
-    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
-    import comfy.taesd.taesd as taesd
-    import torch.nn.functional as F
-    from diffusers.training_utils import compute_snr
-    from pack.nodes.puppets import theatre, tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-def _render_range(start: int, stop: int, split: str, size: int) -> np.ndarray:
-    return np.stack([render.render(world.sample_take(i, split), size).image for i in range(start, stop)])
-
-
-def pictures(config: Config, split: str, count: int) -> np.ndarray:
-    """uint8 [count, H, W, 3], rendered once and kept in the state folder."""
-    path = STATE / f"{split}_{count}_{config.size}.npy"
-    if not path.exists():
-        print(f"rendering {count} pictures ({split})", flush=True)
-        temporary = path.with_suffix(".part")
-        chunk = 500
-        with ProcessPoolExecutor(os.cpu_count()) as pool, open(temporary, "wb") as file:
-            shape = (count, config.size, config.size, 3)
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            starts = range(0, count, chunk)
-            stops = [min(start + chunk, count) for start in starts]
-            sizes = [config.size] * len(stops)
-            for part in pool.map(_render_range, starts, stops, [split] * len(stops), sizes):
-                file.write(part.tobytes())
-        os.replace(temporary, path)
-    return np.load(path, mmap_mode="r")
-
-
-def to_tensor(images: np.ndarray, device):
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], the range of TAESD's own encoder and decoder."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    return tensor.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
-
-
-# ------------------------------------------------------------------------------------------------ models
 
 def initialise(module) -> None:
     """PyTorch's own initialisation: the host's layers skip it. Residual branches start at zero, as in LDM."""
@@ -124,16 +87,58 @@ def initialise(module) -> None:
             torch.nn.init.zeros_(layer.bias)
 
 
+class NarrowTAESD(torch.nn.Module):
+    """TAESD with 32 channels where the picture is large (full and half size) and 64 below: a third of the work.
+
+    `widened` fills the other channels with zeros, which gives the host's TAESD with exactly the same outputs.
+    """
+
+    def __init__(self, narrow: int = 32, wide: int = 64):
+        super().__init__()
+        block, conv, up = taesd.Block, taesd.conv, torch.nn.Upsample
+        self.taesd_encoder = torch.nn.Sequential(
+            conv(3, narrow), block(narrow, narrow),
+            conv(narrow, narrow, stride=2, bias=False), *(block(narrow, narrow) for _ in range(3)),
+            conv(narrow, wide, stride=2, bias=False), *(block(wide, wide) for _ in range(3)),
+            conv(wide, wide, stride=2, bias=False), *(block(wide, wide) for _ in range(3)),
+            conv(wide, 4),
+        )
+        self.taesd_decoder = torch.nn.Sequential(
+            taesd.Clamp(), conv(4, wide), torch.nn.ReLU(),
+            *(block(wide, wide) for _ in range(3)), up(scale_factor=2), conv(wide, wide, bias=False),
+            *(block(wide, wide) for _ in range(3)), up(scale_factor=2), conv(wide, narrow, bias=False),
+            *(block(narrow, narrow) for _ in range(3)), up(scale_factor=2), conv(narrow, narrow, bias=False),
+            block(narrow, narrow), conv(narrow, 3),
+        )
+
+    def widened(self) -> taesd.TAESD:
+        full = taesd.TAESD(latent_channels=4)
+        state = {key: torch.zeros_like(value) for key, value in full.state_dict().items()}
+        state["vae_scale"] = torch.ones(())
+        for key, value in self.state_dict().items():
+            state[key][tuple(slice(size) for size in value.shape)] = value
+        full.load_state_dict(state)
+        return full
+
+
 def make_vae(device):
-    vae = taesd.TAESD(latent_channels=4)
-    initialise(vae)
+    vae = NarrowTAESD()
+    for layer in vae.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                torch.nn.init.zeros_(layer.bias)
+        # Without normalisation layers a block learns fastest when it starts as the identity.
+        if isinstance(layer, taesd.Block):
+            layer.conv[-1].weight.data.mul_(0.1)
+    vae.taesd_encoder[-1].weight.data.mul_(0.05)  # latents of about unit deviation
+    vae.taesd_decoder[-1].weight.data.mul_(0.05)
+    torch.nn.init.constant_(vae.taesd_decoder[-1].bias, 0.5)  # mid grey
     return vae.to(device).to(memory_format=torch.channels_last)
 
 
 def make_unet(device):
-    import comfy.ops
-
-    unet = openaimodel.UNetModel(
+    unet = UNetModel(
         image_size=32, in_channels=4, out_channels=4, num_res_blocks=[1, 1], channel_mult=[1, 2],
         transformer_depth=[1, 1], transformer_depth_output=[1] * 4, transformer_depth_middle=1,
         use_spatial_transformer=True, legacy=False, operations=comfy.ops.disable_weight_init,
@@ -164,62 +169,9 @@ def alphas_cumprod(device):
     return torch.cumprod(1 - betas, 0).float().to(device)
 
 
-# ------------------------------------------------------------------------------------------------ running
-
-class Stage:
-    """One stage's steps with its optimiser, saved every few minutes; `step(i)` draws its data from (seed, i)."""
-
-    def __init__(self, name, parameters, rate, steps, modules, device, deadline):
-        self.name, self.steps, self.rate, self.modules, self.deadline = name, steps, rate, modules, deadline
-        self.device, self.path = device, STATE / f"{name}.pt"
-        self.optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99))
-        self.done, self.log = 0, []
-        if self.path.exists():
-            state = torch.load(self.path, map_location=device, weights_only=True)
-            self.done, self.log = state["done"], state["log"]
-            self.optimiser.load_state_dict(state["optimiser"])
-            for key, module in modules.items():
-                module.load_state_dict(state["modules"][key])
-
-    def save(self):
-        state = {"done": self.done, "log": self.log, "optimiser": self.optimiser.state_dict(),
-                 "modules": {key: module.state_dict() for key, module in self.modules.items()}}
-        temporary = self.path.with_suffix(".part")
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
-
-    def run(self, step, report=lambda: "") -> bool:
-        """True when every step is done; False when the deadline came first."""
-        started = saved = time.monotonic()
-        first, losses = self.done, []
-        while self.done < self.steps:
-            if time.monotonic() > self.deadline:
-                self.save()
-                return False
-            warm = min(1.0, (self.done + 1) / 200)
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
-            loss = step(self.done)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"{self.name}: loss {loss.item()} at step {self.done}; nothing was saved")
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
-            self.optimiser.step()
-            self.done += 1
-            losses.append(loss.item())
-            if self.done % 50 == 0 or self.done == self.steps:
-                rate = (self.done - first) / (time.monotonic() - started)
-                extra = report() if self.done % 250 == 0 or self.done == self.steps else ""
-                line = f"{self.name} {self.done}/{self.steps} loss {np.mean(losses):.4f} {rate:.2f} steps/s {extra}"
-                print(line, flush=True)
-                self.log.append([self.done, float(np.mean(losses))])
-                losses.clear()
-            if time.monotonic() - saved > 180:
-                self.save()
-                saved = time.monotonic()
-        self.save()
-        return True
+def pictures(config, split: str, count: int) -> np.ndarray:
+    """uint8 [count, H, W, 3]."""
+    return render_pictures(STATE, split, count, config.size)
 
 
 def rng_for(config: Config, stage: str, step: int) -> np.random.Generator:
@@ -261,13 +213,14 @@ def psnr(vae, config, device, count=256) -> float:
 
 def train_vae(config, device, deadline) -> bool:
     vae = make_vae(device)
-    stage = Stage("vae", vae.parameters(), config.vae_lr, config.vae_steps, {"vae": vae}, device, deadline)
-    images = pictures(config, "train", config.vae_pictures)
+    stage = Stage(STATE / "vae.pt", vae.parameters(), config.vae_lr, config.vae_steps, {"vae": vae}, deadline)
+    images = pictures(config, "train", config.pictures)
 
     def step(index):
         rng = rng_for(config, "vae", index)
         target = to_tensor(crops(images, rng, config)[0], device)
-        noise = torch.from_numpy(rng.standard_normal((len(target), 4, *(s // 8 for s in target.shape[2:])), np.float32))
+        shape = (len(target), 4, target.shape[2] // 8, target.shape[3] // 8)
+        noise = torch.from_numpy(rng.standard_normal(shape, np.float32))
         with autocast(device):
             latent = vae.taesd_encoder(target).float()
             output = vae.taesd_decoder(latent + config.latent_noise * noise.to(device)).float()
@@ -309,8 +262,8 @@ def train_unet(config, device, deadline) -> bool:
     unet, text = make_unet(device), make_text_encoder(device)
     average = copy.deepcopy(torch.nn.ModuleDict({"unet": unet, "text": text})).requires_grad_(False)
     live = torch.nn.ModuleDict({"unet": unet, "text": text})
-    stage = Stage("unet", live.parameters(), config.unet_lr, config.unet_steps,
-                  {"live": live, "average": average}, device, deadline)
+    stage = Stage(STATE / "unet.pt", live.parameters(), config.unet_lr, config.unet_steps,
+                  {"live": live, "average": average}, deadline)
     if stage.done >= config.unet_steps:
         return True
     data, schedule = latents(config, device), alphas_cumprod(device)
@@ -353,8 +306,8 @@ def train_unet(config, device, deadline) -> bool:
 def train_decoder(config, device, deadline) -> bool:
     vae = trained_vae(device)
     vae.taesd_decoder.requires_grad_(True)
-    stage = Stage("decoder", vae.taesd_decoder.parameters(), config.decoder_lr, config.decoder_steps,
-                  {"vae": vae}, device, deadline)
+    stage = Stage(STATE / "decoder.pt", vae.taesd_decoder.parameters(), config.decoder_lr, config.decoder_steps,
+                  {"vae": vae}, deadline)
     images, data = pictures(config, "train", config.pictures), latents(config, device)
 
     def step(index):
@@ -362,7 +315,7 @@ def train_decoder(config, device, deadline) -> bool:
         windows, latent = crops(images, rng, config, data)
         target, latent = to_tensor(windows, device), torch.from_numpy(latent)
         noise = torch.from_numpy(rng.standard_normal(latent.shape, np.float32))
-        noisy = (latent + config.latent_noise * noise).to(device).contiguous(memory_format=torch.channels_last)
+        noisy = (latent + config.latent_noise * noise).to(device, memory_format=torch.channels_last)
         with autocast(device):
             output = vae.taesd_decoder(noisy).float()
         return reconstruction_loss(output, target)
@@ -371,7 +324,7 @@ def train_decoder(config, device, deadline) -> bool:
 
 
 def latent_rgb(config, device) -> np.ndarray:
-    """Least-squares map [5, 3] from latent channels and a one to RGB in [-1, 1], for the host's live previews."""
+    """Least-squares map [5, 3] from latent channels and a one to RGB in [-1, 1], for live previews."""
     data = latents(config, device)[:512]
     images = pictures(config, "train", config.pictures)[:512].astype(np.float32) / 127.5 - 1
     small = images.reshape(len(images), data.shape[2], 8, data.shape[3], 8, 3).mean((2, 4)).reshape(-1, 3)
@@ -381,8 +334,6 @@ def latent_rgb(config, device) -> np.ndarray:
 
 def export(config, device) -> None:
     """fp16 safetensors with the key names of an ordinary SD 1.x checkpoint and our marker."""
-    from safetensors.torch import save_file
-
     state = torch.load(STATE / "unet.pt", map_location="cpu", weights_only=True)
     average = state["modules"]["average"]
     tensors = {f"model.diffusion_model.{theatre.MARKER}": torch.ones(1)}
@@ -394,7 +345,7 @@ def export(config, device) -> None:
             name = name if name.startswith("text_model.") else f"text_model.{name}"
             tensors[f"cond_stage_model.transformer.{name}"] = value
     vae = trained_vae(torch.device("cpu"))
-    tensors |= {f"first_stage_model.{key}": value for key, value in vae.state_dict().items()}
+    tensors |= {f"first_stage_model.{key}": value for key, value in vae.widened().state_dict().items()}
     tensors = {key: value.to(torch.float16).contiguous() for key, value in tensors.items()}
     temporary = CHECKPOINT.with_suffix(".part")
     save_file(tensors, temporary, {"format": "pt", "config": json.dumps(dataclasses.asdict(config)),
@@ -406,19 +357,20 @@ def export(config, device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", choices=["all", "vae", "unet", "decoder", "export"], default="all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
     for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=type(field.default), default=field.default)
     arguments = parser.parse_args()
     config = Config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
     STATE.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
-    wanted = {"vae": config.vae_pictures}.get(arguments.stage, config.pictures)
-    for split, count in (("train", wanted), ("validation", 256)):
+    for split, count in (("train", config.pictures), ("validation", 256)):
         pictures(config, split, count)
-    load_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     stages = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder}

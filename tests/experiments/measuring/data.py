@@ -1,4 +1,4 @@
-"""Renders with their truth, as arrays for training and judging the measuring net, and the damage done to them."""
+"""Renders with their truth, for training and judging the measuring net, and the damage done to them."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from pack.nodes.puppets import render, scenes, world
 from pack.nodes.puppets.config import ACTIONS, HEADWEAR, NAMED_ACTIONS, PATTERNS, SCENES, SPECIES, Take
 
@@ -16,8 +17,11 @@ TEST_KEY = 0xE7E  # seeds the takes of the test identities
 
 @dataclass
 class Renders:
-    """Pictures and truth: images uint8 [N, H, W, 3], parts uint8 [N, H, W], joints float32 [N, 18, 3] as fractions
-    of the frame and visible or not, labels int64 [N, 4] = action, species, pattern, headwear."""
+    """Pictures and truth.
+
+    images uint8 [N, H, W, 3], parts uint8 [N, H, W], joints float32 [N, 18, 3] as fractions of the frame and
+    visible or not, labels int64 [N, 4] = action, species, pattern, headwear.
+    """
 
     images: np.ndarray
     parts: np.ndarray
@@ -44,8 +48,12 @@ def take(index: int, split: str) -> Take:
 def labels(shown: Take) -> tuple[int, int, int, int]:
     """(action, species, pattern, headwear) as positions in the world's tuples."""
     who = shown.identity
-    return (ACTIONS.index(shown.action), SPECIES.index(who.species), PATTERNS.index(who.pattern),
-            HEADWEAR.index(who.headwear))
+    return (
+        ACTIONS.index(shown.action),
+        SPECIES.index(who.species),
+        PATTERNS.index(who.pattern),
+        HEADWEAR.index(who.headwear),
+    )
 
 
 def draw(start: int, stop: int, split: str, size: int) -> Renders:
@@ -53,8 +61,12 @@ def draw(start: int, stop: int, split: str, size: int) -> Renders:
     takes = [take(i, split) for i in range(start, stop)]
     pictures = [render.render(t, size) for t in takes]
     joints = np.stack([p.joints for p in pictures]) / np.array([size, size, 1], np.float32)
-    return Renders(np.stack([p.image for p in pictures]), np.stack([p.parts for p in pictures]),
-                   joints, np.array([labels(t) for t in takes]))
+    return Renders(
+        np.stack([p.image for p in pictures]),
+        np.stack([p.parts for p in pictures]),
+        joints,
+        np.array([labels(t) for t in takes]),
+    )
 
 
 def renders(folder: Path, split: str, count: int, size: int, workers: int = 1) -> Renders:
@@ -64,10 +76,20 @@ def renders(folder: Path, split: str, count: int, size: int, workers: int = 1) -
         folder.mkdir(parents=True, exist_ok=True)
         starts = range(0, count, 250)
         with ProcessPoolExecutor(workers) as pool:
-            parts = list(pool.map(draw, starts, [min(s + 250, count) for s in starts], [split] * len(starts),
-                                  [size] * len(starts)))
+            parts = list(
+                pool.map(
+                    draw,
+                    starts,
+                    [min(s + 250, count) for s in starts],
+                    [split] * len(starts),
+                    [size] * len(starts),
+                )
+            )
         temporary = path.with_suffix(".part.npz")
-        np.savez(temporary, **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Renders)})
+        np.savez(
+            temporary,
+            **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Renders)},
+        )
         os.replace(temporary, path)
     with np.load(path) as stored:
         return Renders(**{f.name: stored[f.name] for f in fields(Renders)})
@@ -95,14 +117,16 @@ def _resized(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def damaged(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Blur, blotches, noise, colour shift and coarse quantisation, mild enough that a person still reads the picture.
+    """Blur, blotches, noise, colour shift and coarse levels, mild enough for a person to read the picture.
 
     images float [N, 3, H, W] in 0..1; each picture of a batch gets strengths of its own.
     """
     count, _, height, width = images.shape
     soft = _resized(images, int(rng.integers(height * 2 // 5, height + 1)))
     out = torch.lerp(images, soft, _uniform(rng, 0, 1, count))
-    blotches = F.interpolate(_normal(rng, (count, 3, height // 8, width // 8)), size=(height, width), mode="bilinear")
+    blotches = F.interpolate(
+        _normal(rng, (count, 3, height // 8, width // 8)), size=(height, width), mode="bilinear"
+    )
     out = out + blotches * _uniform(rng, 0, 0.07, count)
     out = out + _normal(rng, tuple(out.shape)) * _uniform(rng, 0, 0.06, count)
     gain = torch.from_numpy(rng.uniform(0.9, 1.1, (count, 3, 1, 1)).astype(np.float32))
@@ -117,8 +141,8 @@ REJECT_KINDS = ("mixture", "half", "noise", "shuffle", "blur", "empty")
 def rejects(images: torch.Tensor, rng: np.random.Generator, kind: str) -> torch.Tensor:
     """Pictures [N, 3, H, W] that show no clear puppet or action; N >= 2.
 
-    `mixture`: two puppets blended; `half`: a half replaced by another picture's, upside down; `noise`: drowned in noise;
-    `shuffle`: the quarters change places; `blur`: 8 pixels across; `empty`: a backdrop alone.
+    `mixture`: two puppets blended; `half`: a half replaced by another picture's, upside down; `noise`:
+    drowned in noise; `shuffle`: the quarters change places; `blur`: 8 pixels across; `empty`: the scene.
     """
     count, _, height, width = images.shape
     other = images.roll(1, 0)
@@ -134,7 +158,9 @@ def rejects(images: torch.Tensor, rng: np.random.Generator, kind: str) -> torch.
         return out
     if kind == "noise":
         strength = _uniform(rng, 0.6, 3.0, count)
-        return (0.5 + (images - 0.5) / (1 + 2 * strength) + _normal(rng, tuple(images.shape)) * 0.3).clamp(0, 1)
+        return (0.5 + (images - 0.5) / (1 + 2 * strength) + _normal(rng, tuple(images.shape)) * 0.3).clamp(
+            0, 1
+        )
     if kind == "shuffle":
         middle = [t for half in images.chunk(2, 2) for t in half.chunk(2, 3)]
         a, b, c, d = (middle[i] for i in ((3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1))[int(rng.integers(3))])

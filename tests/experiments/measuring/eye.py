@@ -1,7 +1,7 @@
 """The measuring net: what a picture shows, as parts, joints, action and who it is.
 
-Under a million parameters on 64 x 64 pixels. It is trained on renders only (train.py) and may say "reject": no clear
-puppet, or no action that it knows. Its own error is in eye.json.
+1.2 million parameters on 64 x 64 pixels. It is trained on renders only (train.py) and may say "reject": no
+clear puppet, or no action that it knows. Its own error is in eye.json.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pack.nodes.puppets.config import ACTIONS, HEADWEAR, JOINTS, PART_NAMES, PATTERNS, SPECIES
 from safetensors.torch import load_file
 from torch import nn
+
+from pack.nodes.puppets.config import ACTIONS, HEADWEAR, JOINTS, PART_NAMES, PATTERNS, SPECIES
 
 from .data import to_tensor
 
@@ -29,8 +30,11 @@ class Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,23 +47,29 @@ def _down(before: int, after: int) -> nn.Sequential:
 
 
 class Eye(nn.Module):
-    """A small U-Net with heads. `forward` takes float [B, 3, 64, 64] in 0..1 and returns logits and joints."""
+    """A small U-Net with heads. `forward` takes float [B, 3, 64, 64] in 0..1."""
 
     def __init__(self, widths: tuple[int, int, int, int] = (24, 48, 96, 128)):
         super().__init__()
         a, b, c, d = widths
-        self.levels = nn.ModuleList((
-            nn.Sequential(_down(3, a), Residual(a)),  # 32 x 32
-            nn.Sequential(_down(a, b), Residual(b)),  # 16 x 16
-            nn.Sequential(_down(b, c), Residual(c), Residual(c)),  # 8 x 8
-            nn.Sequential(_down(c, d), Residual(d)),  # 4 x 4
-        ))
+        self.levels = nn.ModuleList(
+            (
+                nn.Sequential(_down(3, a), Residual(a)),  # 32 x 32
+                nn.Sequential(_down(a, b), Residual(b)),  # 16 x 16
+                nn.Sequential(_down(b, c), Residual(c), Residual(c)),  # 8 x 8
+                nn.Sequential(_down(c, d), Residual(d)),  # 4 x 4
+            )
+        )
         self.lift = nn.ModuleList((nn.Conv2d(d, c, 1), nn.Conv2d(c, b, 1), nn.Conv2d(b, a, 1)))
         self.join = nn.ModuleList((Residual(c), Residual(b), Residual(a)))
         self.parts = nn.Conv2d(a, 4 * len(PART_NAMES), 1)
         self.heat = nn.Conv2d(a, len(JOINTS), 1)
-        self.squeeze = nn.Sequential(nn.Conv2d(d, 48, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48 * 16, 128), nn.ReLU())
-        self.action = nn.Sequential(nn.Linear(128 + 2 * len(JOINTS), 96), nn.ReLU(), nn.Linear(96, len(ANSWERS)))
+        self.squeeze = nn.Sequential(
+            nn.Conv2d(d, 48, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48 * 16, 128), nn.ReLU()
+        )
+        self.action = nn.Sequential(
+            nn.Linear(128 + 2 * len(JOINTS), 96), nn.ReLU(), nn.Linear(96, len(ANSWERS))
+        )
         self.species = nn.Linear(128, len(SPECIES))
         self.pattern = nn.Linear(128 + b, len(PATTERNS))
         self.headwear = nn.Linear(128, len(HEADWEAR))
@@ -80,12 +90,18 @@ class Eye(nn.Module):
         shirt = F.avg_pool2d(shirt[:, None], 4)
         texture = (passed[1] * shirt).sum((2, 3)) / (shirt.sum((2, 3)) + 1e-3)
         about = torch.cat([deep, (joints - joints[:, 1:2]).flatten(1) * 4], 1)
-        return {"parts": parts, "joints": joints, "action": self.action(about), "species": self.species(deep),
-                "pattern": self.pattern(torch.cat([deep, texture], 1)), "headwear": self.headwear(deep)}
+        return {
+            "parts": parts,
+            "joints": joints,
+            "action": self.action(about),
+            "species": self.species(deep),
+            "pattern": self.pattern(torch.cat([deep, texture], 1)),
+            "headwear": self.headwear(deep),
+        }
 
 
 def soft_argmax(heat: torch.Tensor) -> torch.Tensor:
-    """The mean position under softmax(heat), heat [B, J, H, W]; returns (x, y) [B, J, 2] as fractions of the frame."""
+    """The mean position under softmax(heat [B, J, H, W]): (x, y) [B, J, 2] as fractions of the frame."""
     height, width = heat.shape[-2:]
     weight = heat.float().flatten(2).softmax(-1).view(heat.shape)
     xs = (torch.arange(width, device=heat.device) + 0.5) / width
@@ -109,20 +125,26 @@ class Sight:
 def load(path: Path = WEIGHTS) -> Eye:
     """The trained eye in fp32, ready to look. Raises FileNotFoundError where train.py has not been run."""
     eye = Eye()
-    eye.load_state_dict({key: value.float() if value.is_floating_point() else value
-                         for key, value in load_file(path).items()})
+    eye.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+    )
     return eye.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def look(eye: Eye, images: np.ndarray, batch: int = 64) -> Sight:
-    """What the pictures [N, H, W, 3] (uint8, or float in 0..1) show. H and W must be equal and at least 64."""
+    """What the pictures [N, H, H, 3] (uint8, or float in 0..1), H >= 64, show. Else ValueError."""
     images = np.asarray(images)
-    if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or images.shape[1] < SIZE:
+    if (
+        images.ndim != 4
+        or images.shape[3] != 3
+        or images.shape[1] != images.shape[2]
+        or images.shape[1] < SIZE
+    ):
         raise ValueError(f"pictures of shape {images.shape}: give [N, H, H, 3] with H >= {SIZE}")
     size, found = images.shape[1], []
     for start in range(0, len(images), batch):
-        pictures = to_tensor(images[start:start + batch])
+        pictures = to_tensor(images[start : start + batch])
         found.append(eye(F.interpolate(pictures, size=(SIZE, SIZE), mode="area").clamp(0, 1)))
     seen = {key: torch.cat([f[key].float() for f in found]) for key in found[0]}
     parts = F.interpolate(seen["parts"], size=(size, size), mode="bilinear", align_corners=False).argmax(1)
@@ -131,5 +153,12 @@ def look(eye: Eye, images: np.ndarray, batch: int = 64) -> Sight:
     def named(key: str, names: tuple[str, ...]) -> list[str]:
         return [names[i] for i in seen[key].argmax(-1).tolist()]
 
-    return Sight(parts.to(torch.uint8).numpy(), (seen["joints"] * size).numpy(), named("action", ANSWERS),
-                 scores.numpy(), named("species", SPECIES), named("pattern", PATTERNS), named("headwear", HEADWEAR))
+    return Sight(
+        parts.to(torch.uint8).numpy(),
+        (seen["joints"] * size).numpy(),
+        named("action", ANSWERS),
+        scores.numpy(),
+        named("species", SPECIES),
+        named("pattern", PATTERNS),
+        named("headwear", HEADWEAR),
+    )

@@ -1,8 +1,8 @@
 """Measures of a result whose truth can be drawn: who is shown, what it does, and what became of the rest.
 
-Pictures are uint8 [H, W, 3] (or float in 0..1), part maps uint8 [H, W] of positions in PART_NAMES, joints [18, 2 or 3]
-in pixels. Colours are compared in CIELAB under D65 by the Euclidean distance ΔE76 (2.3 is just noticeable, red
-against blue about 175). Figures are given as (mean, low, high) of a 95 % interval.
+Pictures are uint8 [H, W, 3] (or float in 0..1), part maps uint8 [H, W] of positions in PART_NAMES, joints
+[18, 2 or 3] in pixels. Colours are compared in CIELAB under D65 by the Euclidean distance ΔE76 (2.3 is just
+noticeable, red against blue about 175). Figures are given as (mean, low, high) of a 95 % interval.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
 from pack.nodes.puppets import render, world
 from pack.nodes.puppets.config import NAMED_ACTIONS, PART_NAMES, UNNAMED_ACTIONS, Identity, Picture, Take
 
@@ -32,11 +33,16 @@ def _unit(image: np.ndarray) -> np.ndarray:
 
 
 def lab(image: np.ndarray) -> np.ndarray:
-    """sRGB [..., 3] (uint8, or float in 0..1) to CIELAB under D65, float64 [..., 3] (IEC 61966-2-1, CIE 15)."""
+    """sRGB [..., 3] (uint8, or float in 0..1) to CIELAB under D65, float64 (IEC 61966-2-1, CIE 15)."""
     rgb = _unit(image)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    matrix = np.array(((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750),
-                       (0.0193339, 0.1191920, 0.9503041)))
+    matrix = np.array(
+        (
+            (0.4124564, 0.3575761, 0.1804375),
+            (0.2126729, 0.7151522, 0.0721750),
+            (0.0193339, 0.1191920, 0.9503041),
+        )
+    )
     xyz = linear @ matrix.T / np.array((0.95047, 1.0, 1.08883))
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
@@ -48,7 +54,9 @@ def trained_eye() -> eyes.Eye:
     return eyes.load()
 
 
-def part_colours(image: np.ndarray, parts: np.ndarray, names: Sequence[str] = COLOURED) -> dict[str, np.ndarray]:
+def part_colours(
+    image: np.ndarray, parts: np.ndarray, names: Sequence[str] = COLOURED
+) -> dict[str, np.ndarray]:
     """The mean CIELAB colour of every part in `names` that covers enough of the picture."""
     colours, least = lab(image), PARTS_SEEN * parts.size
     found = {}
@@ -64,24 +72,38 @@ def _reference(take: Take, size: int) -> Picture:
     return render.render(take, size)
 
 
-def identity_error(image: np.ndarray, identity: Identity, parts: np.ndarray | None = None, take: Take | None = None,
-                   names: Sequence[str] = COLOURED) -> dict[str, float]:
+def identity_error(
+    image: np.ndarray,
+    identity: Identity,
+    parts: np.ndarray | None = None,
+    take: Take | None = None,
+    names: Sequence[str] = COLOURED,
+) -> dict[str, float]:
     """ΔE76 of every part of `names`, and under "mean" their mean.
 
-    The right colours are those of `identity` drawn in `take` (its scene, light and action; without one: standing on
-    the stage). `parts` are the true part map; without it the eye's own is used, and a part that is missing or too
-    much counts `MISSING`. Under a true map, a part too small in either is left out.
+    The right colours are those of `identity` drawn in `take` (its scene, light and action; without one:
+    standing on the stage). `parts` is the true part map; without it the eye's own is used, and a part that is
+    missing or too much counts `MISSING`. Under a true map, a part too small in either is left out.
     """
-    size = image.shape[0]
+    if parts is not None:
+        return _part_errors(image, identity, parts, take, names, counts_missing=False)
+    seen = eyes.look(trained_eye(), image[None]).parts[0]
+    return _part_errors(image, identity, seen, take, names, counts_missing=True)
+
+
+def _part_errors(
+    image: np.ndarray,
+    identity: Identity,
+    parts: np.ndarray,
+    take: Take | None,
+    names: Sequence[str],
+    counts_missing: bool,
+) -> dict[str, float]:
     shown = Take(identity, "standing") if take is None else dataclasses.replace(take, identity=identity)
-    reference = _reference(shown, size)
-    right = part_colours(reference.image, reference.parts, names)
-    guessed = parts is None
-    if guessed:
-        parts = eyes.look(trained_eye(), image[None]).parts[0]
-    found = part_colours(image, parts, names)
-    errors = {name: float(np.linalg.norm(found[name] - right[name])) for name in names if name in found and name in right}
-    if guessed:
+    reference = _reference(shown, image.shape[0])
+    right, found = part_colours(reference.image, reference.parts, names), part_colours(image, parts, names)
+    errors = {name: float(np.linalg.norm(found[name] - right[name])) for name in right if name in found}
+    if counts_missing:
         # A part of a few pixels more or less is no error of the picture: it must be plainly there.
         for name in set(found) ^ set(right):
             owner = reference.parts if name in right else parts
@@ -97,10 +119,15 @@ def named_only(identity: Identity) -> Identity:
 
 
 def is_identity(sight: eyes.Sight, index: int, identity: Identity, errors: dict[str, float]) -> bool:
-    """Species and pattern as the eye reads them, hat or none, and the clothes' colours within the limits."""
+    """Species and pattern as the eye reads them, and the colours of what is worn within the limits."""
     worn = [errors[name] for name in CLOTHES if name in errors]
-    return bool(sight.species[index] == identity.species and sight.patterns[index] == identity.pattern
-                and worn and np.mean(worn) <= IDENTITY_LIMIT and max(worn) <= WORST_LIMIT)
+    return bool(
+        sight.species[index] == identity.species
+        and sight.patterns[index] == identity.pattern
+        and worn
+        and np.mean(worn) <= IDENTITY_LIMIT
+        and max(worn) <= WORST_LIMIT
+    )
 
 
 def action_answers(images: np.ndarray, among: str = "all") -> list[str]:
@@ -108,11 +135,16 @@ def action_answers(images: np.ndarray, among: str = "all") -> list[str]:
 
     `among`: "all" actions, or only the "named" or the "unnamed" ones (a rejected picture stays rejected).
     """
+    return _answers(eyes.look(trained_eye(), images), among)
+
+
+def _answers(sight: eyes.Sight, among: str) -> list[str]:
     chosen = {"all": eyes.ANSWERS[:-1], "named": NAMED_ACTIONS, "unnamed": UNNAMED_ACTIONS}[among]
-    sight = eyes.look(trained_eye(), images)
     columns = [eyes.ANSWERS.index(name) for name in chosen]
     best = sight.action_scores[:, columns].argmax(1)
-    return [eyes.REJECT if seen == eyes.REJECT else chosen[i] for seen, i in zip(sight.actions, best, strict=True)]
+    return [
+        eyes.REJECT if seen == eyes.REJECT else chosen[i] for seen, i in zip(sight.actions, best, strict=True)
+    ]
 
 
 def action_accuracy(images: np.ndarray, actions: Sequence[str], among: str = "all") -> float:
@@ -122,7 +154,7 @@ def action_accuracy(images: np.ndarray, actions: Sequence[str], among: str = "al
 
 
 def joint_distances(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Distances [N, 18] between joints [N, 18, 2] and [N, 18, 3]; NaN where the truth lies outside the frame."""
+    """Distances [N, 18] of joints [N, 18, 2] from [N, 18, 3]; NaN where the truth is outside the frame."""
     distance = np.linalg.norm(found[..., :2] - truth[..., :2], axis=-1)
     return np.where(truth[..., 2] > 0, distance, np.nan)
 
@@ -134,7 +166,7 @@ def joint_error(image: np.ndarray, joints: np.ndarray) -> float:
 
 
 def background_error(image: np.ndarray, truth: np.ndarray, subjects: np.ndarray) -> float:
-    """Root mean square of the sRGB difference (0..1) outside `subjects` (bool [H, W], the union of both masks)."""
+    """Root mean square of the sRGB difference (0..1) outside `subjects` (bool [H, W], both masks)."""
     outside = ~np.asarray(subjects, bool)
     if not outside.any():
         raise ValueError("the subjects cover the whole picture: there is no background to compare")
@@ -146,35 +178,49 @@ def composition(image: np.ndarray, take: Take, parts: np.ndarray | None = None, 
     return compositions(image[None], [take], None if parts is None else parts[None], among)[0]["composition"]
 
 
-def compositions(images: np.ndarray, takes: Sequence[Take], parts: np.ndarray | None = None,
-                 among: str = "all") -> list[dict]:
-    """For every picture: identity_error, worn_error (named parts), identity, action, seen_action, composition."""
+def compositions(
+    images: np.ndarray, takes: Sequence[Take], parts: np.ndarray | None = None, among: str = "all"
+) -> list[dict]:
+    """For every picture: its errors, what the eye sees, and whether identity, action and both are right."""
     sight = eyes.look(trained_eye(), images)
-    answers = action_answers(images, among)
+    answers = _answers(sight, among)
     rows = []
     for i, take in enumerate(takes):
         who = take.identity
-        true_parts = None if parts is None else parts[i]
-        everything = identity_error(images[i], who, true_parts, take)
+
+        def errors(asked: Identity, names: Sequence[str], i: int = i, take: Take = take) -> dict[str, float]:
+            if parts is None:
+                return _part_errors(images[i], asked, sight.parts[i], take, names, counts_missing=True)
+            return _part_errors(images[i], asked, parts[i], take, names, counts_missing=False)
+
+        everything = errors(who, COLOURED)
         # A result that shows the detail, which no word asked for, is as right as one that does not.
-        worn = min((identity_error(images[i], asked, true_parts, take, CLOTHES)
-                    for asked in dict.fromkeys((who, named_only(who)))), key=lambda errors: errors["mean"])
+        worn = min((errors(asked, CLOTHES) for asked in (who, named_only(who))), key=lambda e: e["mean"])
         identity = is_identity(sight, i, who, worn)
         action = answers[i] == take.action
-        rows.append({"identity_error": everything["mean"], "worn_error": worn["mean"], "identity": identity,
-                     "action": action, "seen_action": answers[i], "seen_species": sight.species[i],
-                     "seen_pattern": sight.patterns[i], "composition": identity and action})
+        rows.append(
+            {
+                "identity_error": everything["mean"],
+                "worn_error": worn["mean"],
+                "identity": identity,
+                "action": action,
+                "seen_action": answers[i],
+                "seen_species": sight.species[i],
+                "seen_pattern": sight.patterns[i],
+                "composition": identity and action,
+            }
+        )
     return rows
 
 
 def phase_score(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine of the absolute phase spectra of two pictures, as published with ImPoster; chance is about 0.75."""
+    """Cosine of the absolute phase spectra of two pictures, as in ImPoster; chance is about 0.75."""
     first, second = (np.abs(np.angle(np.fft.fft2(_unit(x), axes=(0, 1)))).ravel() for x in (a, b))
     return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
 
 
 def circular_phase_score(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean cosine of the phase difference, weighted by b's amplitude, without the mean: 1 is equal, chance is 0."""
+    """Mean cosine of the phase difference, weighted by b's amplitude, without DC: 1 is equal, chance 0."""
     first, second = (np.fft.fft2(_unit(x), axes=(0, 1)) for x in (a, b))
     weight = np.abs(second)
     weight[0, 0] = 0
@@ -187,8 +233,10 @@ def psnr(image: np.ndarray, truth: np.ndarray) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-def mean_interval(values: Sequence[float] | np.ndarray, resamples: int = 5_000, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of 95 %: Wilson's interval for shares (bool), else the percentile bootstrap over cases."""
+def mean_interval(
+    values: Sequence[float] | np.ndarray, resamples: int = 5_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean, low, high) of 95 %: Wilson's interval for shares (bool), else the percentile bootstrap."""
     values = np.asarray(values)
     if not values.size:
         raise ValueError("no values: an interval needs at least one case")
@@ -204,7 +252,7 @@ def mean_interval(values: Sequence[float] | np.ndarray, resamples: int = 5_000, 
 
 
 def thumbnails(images: np.ndarray, size: int = 32) -> np.ndarray:
-    """float32 [N, size * size * 3] in 0..1 by averaging; the side of the pictures must be a multiple of `size`."""
+    """float32 [N, size * size * 3] in 0..1 by averaging; the pictures' side is a multiple of `size`."""
     images, step = np.asarray(images), images.shape[1] // size
     blocks = images.reshape(len(images), size, step, size, step, 3).mean((2, 4), dtype=np.float32)
     return (blocks / (255 if images.dtype == np.uint8 else 1)).reshape(len(images), -1).astype(np.float32)
@@ -212,12 +260,13 @@ def thumbnails(images: np.ndarray, size: int = 32) -> np.ndarray:
 
 def training_thumbnails(count: int, size: int = 128) -> np.ndarray:
     """`thumbnails` of the first `count` training takes."""
-    return np.concatenate([thumbnails(render.render(world.sample_take(i, "train"), size).image[None])
-                           for i in range(count)])
+    return np.concatenate(
+        [thumbnails(render.render(world.sample_take(i, "train"), size).image[None]) for i in range(count)]
+    )
 
 
 def nearest_training_distance(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Root mean square distance (0..1, on 32 x 32 thumbnails) of each picture to its nearest training picture.
+    """Root mean square distance (0..1, on thumbnails) of each picture to its nearest training picture.
 
     images [N, H, W, 3]; `training` from `training_thumbnails`. Returns (distances [N], positions [N]).
     """

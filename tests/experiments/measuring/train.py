@@ -1,12 +1,12 @@
-"""Trains the measuring net on renders and writes eye.safetensors and eye.json (its own error) beside this file.
+"""Trains the measuring net on renders; writes eye.safetensors and eye.json (its own error) beside this file.
 
     python tests/experiments/measuring/train.py                  # to the end, resuming what is there
     python tests/experiments/measuring/train.py --minutes 4      # stop and save after 4 minutes; call again
     python tests/experiments/measuring/train.py --judge          # only measure the shipped eye again
 
-One thread, CPU, bf16 autocast. Seeded by step: an interrupted run gives the same weights. Where a checkpoint of the
-theatre is present, a second round shows the eye pictures that have gone through its autoencoder. State:
-`.cache/training/measuring`.
+One thread, CPU, bf16 autocast. Seeded by step: an interrupted run gives the same weights. Where a
+checkpoint of the theatre is present, a second round shows pictures that have gone through its autoencoder.
+State: `.cache/training/measuring`.
 """
 
 import argparse
@@ -28,9 +28,10 @@ scripts.alias_pack()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
 from experiments.measuring import data, eye, metrics  # noqa: E402
 from pack.nodes.puppets.config import NAMED_ACTIONS, PART_NAMES  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 
 STATE = ROOT / ".cache" / "training" / "measuring"
 CHECKPOINT = ROOT / "workflows" / "models" / "puppets_sd.safetensors"
@@ -60,8 +61,13 @@ def batch(train: data.Renders, decoded: np.ndarray | None, step: int):
     labels = torch.from_numpy(train.labels[chosen]).clone()
     labels[-count:, 0] = len(eye.ANSWERS) - 1
     good = slice(0, BATCH - count)
-    return (pictures.contiguous(memory_format=torch.channels_last), torch.from_numpy(train.parts[chosen[good]]).long(),
-            torch.from_numpy(train.joints[chosen[good]]), labels, good)
+    return (
+        pictures.contiguous(memory_format=torch.channels_last),
+        torch.from_numpy(train.parts[chosen[good]]).long(),
+        torch.from_numpy(train.joints[chosen[good]]),
+        labels,
+        good,
+    )
 
 
 def loss_of(seen: dict[str, torch.Tensor], parts, joints, labels, good) -> torch.Tensor:
@@ -86,7 +92,7 @@ def round_trips(images: np.ndarray) -> np.ndarray:
     vae = comfy.sd.VAE(sd={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     out = []
     for start in range(0, len(images), 32):
-        pictures = torch.from_numpy(images[start:start + 32]).float() / 255
+        pictures = torch.from_numpy(images[start : start + 32]).float() / 255
         out.append((vae.decode(vae.encode(pictures)).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
     return np.concatenate(out)
 
@@ -98,7 +104,9 @@ def decoded_pictures() -> np.ndarray | None:
         if not CHECKPOINT.exists():
             return None
         large = data.renders(STATE, "train", ROUND_TRIPS, 128)
-        small = F.interpolate(data.to_tensor(round_trips(large.images)), size=(eye.SIZE, eye.SIZE), mode="area")
+        small = F.interpolate(
+            data.to_tensor(round_trips(large.images)), size=(eye.SIZE, eye.SIZE), mode="area"
+        )
         np.save(path, (small * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
     return np.load(path)
 
@@ -146,7 +154,9 @@ def train(minutes: float, steps: int) -> bool:
     temporary = path.with_suffix(".part")
     torch.save({"net": net.state_dict(), "optimiser": optimiser.state_dict(), "done": done}, temporary)
     os.replace(temporary, path)
-    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()}
+    weights = {
+        k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()
+    }
     save_file(weights, eye.WEIGHTS, {"steps": str(done), "round_trips": str(done > steps)})
     return done >= last
 
@@ -157,30 +167,39 @@ def figures_of(net: eye.Eye, images: np.ndarray, truth: data.Renders) -> dict:
     known = truth.labels
     right = np.array([eye.ANSWERS.index(a) for a in seen.actions]) == known[:, 0]
     named = known[:, 0] < len(NAMED_ACTIONS)
-    among = seen.action_scores[:, :len(NAMED_ACTIONS)].argmax(1) == known[:, 0]
+    among = seen.action_scores[:, : len(NAMED_ACTIONS)].argmax(1) == known[:, 0]
     distance = metrics.joint_distances(seen.joints, truth.joints * np.array([size, size, 1])) * 128 / size
     overlap = {}
     for i, name in enumerate(PART_NAMES):
         both = ((seen.parts == i) & (truth.parts == i)).sum()
         overlap[name] = round(float(both / max(1, ((seen.parts == i) | (truth.parts == i)).sum())), 4)
-    names = [("species", seen.species, data.SPECIES, 1), ("pattern", seen.patterns, data.PATTERNS, 2),
-             ("headwear", seen.headwear, data.HEADWEAR, 3)]
+    names = [
+        ("species", seen.species, data.SPECIES, 1),
+        ("pattern", seen.patterns, data.PATTERNS, 2),
+        ("headwear", seen.headwear, data.HEADWEAR, 3),
+    ]
     return {
         "pictures": len(truth),
         "action_accuracy": round(float(right.mean()), 4),
         "named_action_accuracy_12_way": round(float(among[named].mean()), 4),
         "rejected": round(float(np.mean([a == eye.REJECT for a in seen.actions])), 4),
-        **{f"{key}_accuracy": round(float(np.mean([all_.index(s) == k for s, k in zip(said, known[:, column])])), 4)
-           for key, said, all_, column in names},
+        **{
+            f"{key}_accuracy": round(
+                float(np.mean([all_.index(s) == k for s, k in zip(said, known[:, column])])), 4
+            )
+            for key, said, all_, column in names
+        },
         "joint_error_pixels_of_128": round(float(np.nanmean(distance)), 3),
-        "joints_within_5_percent": round(float(np.nanmean(np.where(np.isnan(distance), np.nan, distance <= 6.4))), 4),
+        "joints_within_5_percent": round(
+            float(np.nanmean(np.where(np.isnan(distance), np.nan, distance <= 6.4))), 4
+        ),
         "mean_part_iou": round(float(np.mean(list(overlap.values()))), 4),
         "part_iou": overlap,
     }
 
 
 def judge() -> dict:
-    """The shipped eye's error on held-out renders at 128 pixels: clean, damaged and through the autoencoder."""
+    """The shipped eye's error on held-out renders of 128 pixels: clean, damaged, through the autoencoder."""
     net, figures = eye.load(), {}
     for split, count in JUDGED.items():
         truth = data.renders(STATE, split, count, 128)
@@ -201,7 +220,9 @@ def judge() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--judge", action="store_true", help="only measure the shipped eye")
@@ -213,7 +234,12 @@ def main() -> None:
         return
     figures = judge()
     eye.FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps({key: {k: v for k, v in value.items() if k != "part_iou"} for key, value in figures.items()}, indent=1))
+    print(
+        json.dumps(
+            {key: {k: v for k, v in value.items() if k != "part_iou"} for key, value in figures.items()},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def test_text_encoder_equals_transformers(loaded, pack_root):
     missing, unexpected = reference.load_state_dict(weights, strict=False)
     assert not unexpected and all("position_ids" in key for key in missing)
     text = "a red striped cat waving on a beach"
-    ids = tokenizer.build()(text, padding="max_length", max_length=tokenizer.MAX_TOKENS, return_tensors="pt")["input_ids"]
+    words = tokenizer.build()(text, padding="max_length", max_length=tokenizer.MAX_TOKENS, return_tensors="pt")
+    ids = words["input_ids"]
     with torch.no_grad():
         expected = reference(ids).last_hidden_state
     torch.testing.assert_close(encode(clip, text)[0][0].float(), expected, rtol=0, atol=2e-3)  # fp16 weights

@@ -1,0 +1,229 @@
+"""The wrapped samplers against plain ones, on a tiny real model."""
+
+import copy
+
+import comfy.samplers
+import pytest
+import tiny_model
+import torch
+from comfy_extras.nodes_void import VOID_DDIM
+from pack.nodes import patching
+
+MODEL = tiny_model.picture()
+FLOW = tiny_model.picture(flow=True)
+
+
+def begin_with(guide):
+    return lambda model, shape: guide
+
+
+class Recorder(comfy.samplers.Sampler):
+    """Runs a sampler and keeps what it asks the model for."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+        self.evaluated = []
+        self.functions = []
+        self.grid = []
+
+    def sample(self, model_wrap, sigmas, *args, **kwargs):
+        outer = self
+        self.grid = sigmas.tolist()
+
+        class Model:
+            def __call__(self, x, sigma, model_options, **options):
+                outer.evaluated.append(float(sigma[0]))
+                outer.functions.append(len(model_options.get("sampler_post_cfg_function", [])))
+                return model_wrap(x, sigma, model_options=model_options, **options)
+
+            def __getattr__(self, name):
+                return getattr(model_wrap, name)
+
+        return self.sampler.sample(Model(), sigmas, *args, **kwargs)
+
+
+def test_post_cfg_function_is_added_to_a_copy():
+    def first(args):
+        return args["denoised"]
+
+    given = {
+        "sampler_post_cfg_function": [first],
+        "transformer_options": {"patches": {"attn2_patch": [first]}},
+    }
+    before = copy.deepcopy(given)
+    options = patching.with_post_cfg_function(given, second := (lambda args: args["denoised"]))
+    assert options["sampler_post_cfg_function"] == [first, second]
+    assert given == before and options["transformer_options"] is not given["transformer_options"]
+    assert patching.with_post_cfg_function({}, first) == {"sampler_post_cfg_function": [first]}
+
+
+def test_the_denoised_guide_sees_every_estimate_after_the_models_own_functions():
+    model = MODEL.clone()
+    model.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0 + 5)
+    seen = []
+
+    def guide(estimate, sigma):
+        seen.append((float(estimate.mean()), sigma))
+        return estimate + 1
+
+    sampler = Recorder(comfy.samplers.sampler_object("heun"))
+    result = tiny_model.sample(model, patching.guide_denoised(sampler, begin_with(guide)), steps=3)
+    assert [value for value, _ in seen] == [5.0] * 5
+    assert [sigma for _, sigma in seen] == sampler.evaluated
+    torch.testing.assert_close(result, torch.full_like(result, 6 / 0.18215))
+
+
+def test_wrapping_changes_neither_model_nor_sampler_and_leaves_nothing_behind():
+    sampler = comfy.samplers.ksampler("euler_cfg_pp")
+    options, attributes = copy.deepcopy(MODEL.model_options), dict(vars(sampler))
+    plain = tiny_model.sample(MODEL, sampler)
+    for wrap in (patching.guide_denoised, patching.guide_latent):
+        wrapped = wrap(sampler, begin_with(lambda x, sigma: x + 0.3))
+        guided = tiny_model.sample(MODEL, wrapped)
+        assert not torch.equal(guided, plain)
+        assert torch.equal(tiny_model.sample(MODEL, wrapped), guided)
+        assert torch.equal(tiny_model.sample(MODEL, sampler), plain)
+        assert MODEL.model_options == options and vars(sampler) == attributes
+
+
+def test_begin_is_called_once_a_run_and_before_the_model():
+    runs = []
+
+    def begin(model, shape):
+        runs.append((model, shape))
+        raise ValueError("does not fit")
+
+    for wrap in (patching.guide_denoised, patching.guide_latent):
+        sampler = Recorder(comfy.samplers.sampler_object("euler"))
+        # Only a KSAMPLER can be taken apart, so the recorder goes around the one and inside the other.
+        wrapped = wrap(sampler, begin) if wrap is patching.guide_denoised else wrap(sampler.sampler, begin)
+        with pytest.raises(ValueError, match="does not fit"):
+            tiny_model.sample(MODEL, wrapped, shape=(2, 4, 8, 6))
+        assert sampler.evaluated == []
+    assert [shape for _, shape in runs] == [(2, 4, 8, 6)] * 2
+    assert all(model is MODEL.model for model, _ in runs)
+
+
+@pytest.mark.parametrize("name", comfy.samplers.SAMPLER_NAMES)
+def test_the_list_of_stepwise_samplers_is_what_the_samplers_do(name):
+    """Once a step, on the grid, and equal bit for bit when taken apart: those and no others."""
+    fits = []
+    for model in (MODEL, FLOW):
+        sampler = comfy.samplers.sampler_object(name)
+        recorder = Recorder(sampler)
+        whole = tiny_model.sample(model, recorder, steps=5)
+        apart = copy.copy(sampler)
+        apart.sampler_function = patching._step_by_step(sampler.sampler_function, lambda x, sigma: x)
+        fits.append(
+            recorder.evaluated == recorder.grid[:-1]
+            and torch.equal(tiny_model.sample(model, apart, steps=5), whole)
+        )
+    assert fits == [name in patching.STEPWISE_SAMPLERS or name == "ddim"] * 2
+
+
+@pytest.mark.parametrize("name", comfy.samplers.SAMPLER_NAMES)
+def test_the_latent_of_other_samplers_is_refused_by_name(name):
+    sampler = comfy.samplers.sampler_object(name)
+    if name in patching.STEPWISE_SAMPLERS or name == "ddim":
+        patching.guide_latent(sampler, begin_with(None))
+        return
+    # The two dpm samplers are wrapped by the host in functions of their own, named dpm_..._function.
+    with pytest.raises(
+        ValueError, match=f"{name.removesuffix('_bh2').replace('uni_pc', 'unipc')}.*ddim, euler.*denoised"
+    ):
+        patching.guide_latent(sampler, begin_with(None))
+
+
+def test_the_latent_is_refused_with_options_that_span_the_run():
+    for name, options in (("euler", {"s_churn": 1.0}), ("lcm", {"s_noise": 1.0, "s_noise_end": 0.0})):
+        with pytest.raises(ValueError, match="reset them"):
+            patching.guide_latent(comfy.samplers.ksampler(name, options), begin_with(None))
+    patching.guide_latent(
+        comfy.samplers.ksampler("lcm", {"s_noise": 1.0, "s_noise_end": 1.0}), begin_with(None)
+    )
+    with pytest.raises(ValueError, match="VOID_DDIM"):
+        patching.guide_latent(VOID_DDIM(), begin_with(None))
+
+
+class PublishedLoop(comfy.samplers.Sampler):
+    """DDIM in the paper's variance-preserving latents, updated after each step but the last."""
+
+    def __init__(self, guide):
+        self.guide = guide
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
+        retained = 1 / (1 + sigmas.double() ** 2)  # the cumulative product of alphas
+        z = noise.double()
+        for i in range(len(sigmas) - 1):
+            x = (z / retained[i].sqrt()).float()
+            clean = model_wrap(
+                x, sigmas[i].expand(len(x)), model_options=extra_args["model_options"]
+            ).double()
+            predicted = (z - retained[i].sqrt() * clean) / (1 - retained[i]).sqrt()
+            z = retained[i + 1].sqrt() * clean + (1 - retained[i + 1]).sqrt() * predicted
+            if i < len(sigmas) - 2:
+                z = self.guide(z, float(sigmas[i + 1]))
+        return z.float()
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim"])
+def test_guiding_the_latent_is_the_published_loop(name):
+    def guide(z, sigma):
+        return 0.9 * z + 0.2 / (1 + sigma)
+
+    wrapped = patching.guide_latent(comfy.samplers.sampler_object(name), begin_with(guide))
+    expected = tiny_model.sample(MODEL, PublishedLoop(guide), steps=6)
+    torch.testing.assert_close(tiny_model.sample(MODEL, wrapped, steps=6), expected, rtol=1e-3, atol=2e-3)
+
+
+def test_the_latent_guide_is_called_between_steps_and_previews_count_on():
+    seen, previews = [], []
+
+    def preview(step, estimate, x, total):
+        previews.append((step, total))
+
+    wrapped = patching.guide_latent(
+        comfy.samplers.sampler_object("euler_ancestral_cfg_pp"),
+        begin_with(lambda z, sigma: seen.append(sigma) or z),
+    )
+    grid = comfy.samplers.calculate_sigmas(MODEL.get_model_object("model_sampling"), "karras", 5)
+    tiny_model.sample(MODEL, wrapped, sigmas=grid, callback=preview)
+    assert seen == grid[1:-1].tolist()
+    assert previews == [(i, 5) for i in range(5)]
+
+
+def test_cfg_pp_functions_do_not_pile_up():
+    """The CFG++ samplers add a post-CFG function in every call, and a run taken apart is many calls."""
+    counted = []
+    wrapped = patching.guide_latent(comfy.samplers.ksampler("euler_cfg_pp"), begin_with(lambda z, sigma: z))
+    model = MODEL.clone()
+    model.set_model_sampler_post_cfg_function(
+        lambda args: (
+            counted.append(len(args["model_options"]["sampler_post_cfg_function"])) or args["denoised"]
+        )
+    )
+    tiny_model.sample(model, wrapped, steps=4)
+    assert counted == [2] * 4
+
+
+@pytest.mark.parametrize("wrap", [patching.guide_denoised, patching.guide_latent])
+@pytest.mark.parametrize("model", [MODEL, FLOW], ids=["eps", "flow"])
+def test_a_latent_mask_keeps_its_region(wrap, model):
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    wrapped = wrap(comfy.samplers.sampler_object("ddim"), begin_with(lambda x, sigma: x + 3))
+    result = tiny_model.sample(model, wrapped, latent=latent, denoise_mask=mask)
+    torch.testing.assert_close(result[..., :4], latent[..., :4], rtol=1e-3, atol=1e-3)
+    plain = tiny_model.sample(model, comfy.samplers.sampler_object("ddim"), latent=latent, denoise_mask=mask)
+    assert (result - plain)[..., 4:].abs().mean() > 0.1

@@ -1,0 +1,298 @@
+"""Help pages, translations, the setting and the README say what the nodes and commands are: no more, no less."""
+
+import json
+import re
+import tomllib
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from host.scripts import ROOT
+from host.server import PACK_NAME
+from pack.nodes import patching
+from pack.nodes.extension import METHOD_NODES, THEATRE_NODES
+from pack.nodes.puppets import config
+from shipped import all_files, shipped_files
+
+NODES = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in METHOD_NODES + THEATRE_NODES}
+DOCS = ROOT / "web" / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# English is the page of every language that has none of its own.
+PAGES = {"en": "{}.md", "ja": "{}/ja.md", "zh": "{}/zh.md"}
+TRANSLATIONS = ("ja", "zh")
+HEADINGS = {"en": ("Inputs", "Outputs"), "ja": ("入力", "出力"), "zh": ("输入", "输出")}
+UNIT = {"en": "Unit: ", "ja": "単位：", "zh": "单位："}
+EMPTY = {"en": "empty", "ja": "空欄", "zh": "空"}
+# vue-i18n gives these a meaning in every text but tooltips, which the frontend shows as they are.
+I18N_SYNTAX = set("{}@|")
+EVERY_PAGE = pytest.mark.parametrize(("node_id", "language"), [(i, lang) for i in NODES for lang in PAGES])
+
+
+def locale(language: str, file: str) -> dict:
+    return json.loads((ROOT / "locales" / language / f"{file}.json").read_text(encoding="utf-8"))
+
+
+def page(node_id: str, language: str) -> str:
+    return (DOCS / PAGES[language].format(node_id)).read_text(encoding="utf-8")
+
+
+def section(text: str, heading: str) -> str:
+    """What stands below `## heading`, up to the next one."""
+    return re.split(r"^## ", text.split(f"\n## {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row, headers left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rules = [i for i, line in enumerate(lines) if set(line) <= set("|- ")]
+    kept = [line for i, line in enumerate(lines) if i not in rules and i + 1 not in rules]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in kept]
+
+
+def labelled(cell: str) -> tuple[str, str]:
+    """("label", "name") of "label `name`"; the label may be empty, and a bare word is a name."""
+    match = re.fullmatch(r"(?:([^`]+) )?`(\w+)`", cell)
+    return (match[1] or "", match[2]) if match else ("", cell)
+
+
+def named_values(node_id: str, widget) -> tuple[str, ...]:
+    """The words that a text on this input has to give, in every language."""
+    if widget.id in ("actions", "scenes"):
+        return config.ACTIONS if widget.id == "actions" else config.SCENES
+    options = tuple(getattr(widget, "options", None) or ())
+    if widget.id == "apply_to":
+        return (*options, "ddim", *patching.STEPWISE_SAMPLERS)
+    return options if len(options) < 6 else ()
+
+
+def output_name(output) -> str:
+    return output.display_name or output.io_type
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_schemas_explain_themselves(node_id):
+    schema = NODES[node_id]
+    assert node_id.startswith("Understudy") and schema.category.split("/")[0] == "Understudy"
+    assert schema.display_name and schema.description and schema.search_aliases
+    assert [slot.id for slot in (*schema.inputs, *schema.outputs) if not slot.tooltip] == []
+
+
+@EVERY_PAGE
+def test_help_names_every_input_with_its_default(node_id, language):
+    widgets = NODES[node_id].inputs
+    table = rows(section(page(node_id, language), HEADINGS[language][0]))
+    assert [labelled(row[0])[1] for row in table] == [widget.id for widget in widgets]
+    for row, widget in zip(table, widgets, strict=True):
+        assert len(row) == 3 and all(row), widget.id
+        default = getattr(widget, "default", None)
+        if isinstance(default, float):
+            assert float(row[1]) == default and UNIT[language] in row[2], widget.id
+        else:
+            texts = {None: "–", "": EMPTY[language], False: "false", True: "true"}
+            assert row[1] == (texts[default] if default in ("", None) or isinstance(default, bool) else str(default))
+        if widget.id not in ("actions", "scenes"):  # their words stand below the table
+            assert [word for word in named_values(node_id, widget) if word not in row[2]] == []
+
+
+@EVERY_PAGE
+def test_help_names_every_output(node_id, language):
+    table = rows(section(page(node_id, language), HEADINGS[language][1]))
+    outputs = NODES[node_id].outputs
+    assert [labelled(row[0])[1] for row in table] == [output_name(output) for output in outputs]
+    assert all(output.io_type in row[1] and row[2] for row, output in zip(table, outputs, strict=True))
+
+
+@EVERY_PAGE
+def test_help_has_every_part(node_id, language):
+    text = page(node_id, language)
+    assert text.startswith("# ") and text.count("\n# ") == 0
+    assert len(re.findall("^## ", text, re.MULTILINE)) == 6 and text.count("```") == 2
+    assert labels(node_id, language)[0] in text.splitlines()[0]
+    assert "GPL-3.0-or-later" in text.rsplit("\n## ", 1)[1]
+
+
+def labels(node_id: str, language: str) -> tuple[str, dict]:
+    texts = locale(language, "nodeDefs")[node_id]
+    return texts["display_name"], texts
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+@pytest.mark.parametrize("node_id", NODES)
+def test_translated_help_uses_the_labels_that_the_node_shows(node_id, language):
+    texts = labels(node_id, language)[1]
+    inputs, outputs = (rows(section(page(node_id, language), heading)) for heading in HEADINGS[language])
+    for cell, name in (labelled(row[0]) for row in inputs):
+        assert cell == texts["inputs"][name]["name"]
+    for index, row in enumerate(outputs):
+        assert labelled(row[0])[0] == texts["outputs"][str(index)].get("name", "")
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_help_teaches_the_theatre_s_words(language):
+    words = {
+        "UnderstudyPuppet": (*config.SPECIES, *config.COLOURS, *config.PATTERNS, *config.HEADWEAR[1:], *config.SCENES),
+        "UnderstudyPuppetSet": (*config.ACTIONS, *config.SCENES),
+    }
+    for node_id, needed in words.items():
+        assert [word for word in needed if word not in page(node_id, language)] == []
+
+
+def test_there_is_a_help_page_for_each_node_and_no_other():
+    expected = {form.format(node_id) for node_id in NODES for form in PAGES.values()}
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.*")} == expected
+
+
+def shown_inputs(schema) -> list[str]:
+    """The ids of a node's inputs and of the widget that the frontend adds below a seed."""
+    ids = []
+    for widget in schema.inputs:
+        ids += [widget.id] + ["control_after_generate"] * bool(getattr(widget, "control_after_generate", None))
+    return ids
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_locales_cover_each_node_exactly(language):
+    texts = locale(language, "nodeDefs")
+    assert list(texts) == list(NODES)
+    for node_id, schema in NODES.items():
+        assert list(texts[node_id]) == ["display_name", "description", "inputs", "outputs"]
+        assert list(texts[node_id]["inputs"]) == shown_inputs(schema)
+        assert list(texts[node_id]["outputs"]) == [str(i) for i in range(len(schema.outputs))]
+        for name, text in texts[node_id]["inputs"].items():
+            assert list(text) == ["name", "tooltip"][: 1 if name == "control_after_generate" else 2], (node_id, name)
+        for text, output in zip(texts[node_id]["outputs"].values(), schema.outputs, strict=True):
+            assert list(text) == (["name", "tooltip"] if output.display_name else ["tooltip"])
+    compiled = [
+        text for entry in texts.values() for text in (
+            entry["display_name"], entry["description"],
+            *(slot.get("name", "") for slot in (*entry["inputs"].values(), *entry["outputs"].values())),
+        )
+    ]
+    assert [text for text in compiled if I18N_SYNTAX & set(text)] == []
+
+
+def test_english_locale_is_the_schema():
+    """The frontend shows the locale's text in place of the schema's: the two must not drift apart."""
+    for node_id, text in locale("en", "nodeDefs").items():
+        schema = NODES[node_id]
+        assert (text["display_name"], text["description"]) == (schema.display_name, schema.description)
+        for widget in schema.inputs:
+            assert text["inputs"][widget.id] == {"name": widget.id, "tooltip": widget.tooltip}
+        for slot, output in zip(text["outputs"].values(), schema.outputs, strict=True):
+            assert (slot.get("name"), slot["tooltip"]) == (output.display_name, output.tooltip)
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+@pytest.mark.parametrize("node_id", NODES)
+def test_translations_are_translated_and_keep_the_values_to_type(node_id, language):
+    script = re.compile("[\u3040-\u30ff]" if language == "ja" else "[\u4e00-\u9fff]")
+    text = labels(node_id, language)[1]
+    slots = (*text["inputs"].values(), *text["outputs"].values())
+    tooltips = [slot["tooltip"] for slot in slots if "tooltip" in slot]
+    assert [line for line in (text["display_name"], text["description"], *tooltips) if not script.search(line)] == []
+    for widget in NODES[node_id].inputs:
+        words = re.findall(r"(?<!\w)'([^']+)'", widget.tooltip)
+        words += [word for word in named_values(node_id, widget) if word in widget.tooltip]
+        assert [word for word in words if word not in text["inputs"][widget.id]["tooltip"]] == []
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_locales_cover_categories_and_the_setting(language):
+    assert {path.stem for path in (ROOT / "locales" / language).iterdir()} == {"main", "nodeDefs", "settings"}
+    script = (ROOT / "web" / "understudy.js").read_text(encoding="utf-8")
+    setting = re.search(r'id: "([\w.]+)"', script)[1]
+    groups = json.loads(re.search(r"category: (\[.*\])", script)[1])[:-1]
+    parts = {part for schema in NODES.values() for part in schema.category.split("/")}
+    main = locale(language, "main")
+    assert set(main["nodeCategories"]) == parts and set(main["settingsCategories"]) == set(groups)
+    texts = locale(language, "settings")
+    assert list(texts) == [setting.replace(".", "_")]
+    if language == "en":
+        plain = re.sub(r'"\s*\+\s*"', "", script)
+        assert all(f'"{text}"' in plain for text in texts[setting.replace(".", "_")].values())
+    assert f'"{setting}"' in (ROOT / "nodes" / "files.py").read_text(encoding="utf-8")
+
+
+def test_there_are_three_languages():
+    assert {path.name for path in (ROOT / "locales").iterdir()} == set(PAGES)
+
+
+def test_the_host_serves_script_help_and_translations(server):
+    assert f"/extensions/{PACK_NAME}/understudy.js" in server.get("/extensions")
+    translations = server.get("/i18n")
+    for language in PAGES:
+        served = translations[language]
+        assert served["nodeDefs"] == locale(language, "nodeDefs")
+        assert served["settings"] == locale(language, "settings")
+        assert served["nodeCategories"] == locale(language, "main")["nodeCategories"]
+    for node_id in NODES:
+        for language, form in PAGES.items():
+            with urllib.request.urlopen(f"{server.url}/extensions/{PACK_NAME}/docs/{form.format(node_id)}") as answer:
+                assert answer.headers.get_content_type() != "text/html"  # the frontend takes HTML for "no help"
+                assert answer.read().decode() == page(node_id, language)
+
+
+def test_readme_names_every_command_and_they_exist():
+    scripts = [
+        name for name in all_files() if name.endswith(".py") and name.startswith(("tests/", "workflows/"))
+        and re.search(r"^if __name__ == ", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert {"workflows/run.py", "tests/run.py"} <= set(scripts)
+    assert [name for name in scripts if f"python {name}" not in README] == []
+    for name, options in re.findall(r"^python (\S+)(.*)$", README, re.MULTILINE):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        assert [option for option in re.findall(r"--[\w-]+", options) if option not in source] == []
+
+
+def test_readme_names_every_node_workflow_and_licence():
+    assert [word for node_id, schema in NODES.items() for word in (
+        f"`{node_id}`", schema.display_name.removesuffix(" (ImPoster)")) if word not in README] == []
+    workflows = [path.stem for path in (ROOT / "workflows").glob("*.json")]
+    assert [stem for stem in workflows if stem not in README] == []
+    for family, licence in (
+        ("Theatre", "GPL-3.0-or-later"), ("Stable Diffusion 1.5", "CreativeML Open RAIL-M"),
+        ("Stable Diffusion 2.1, SDXL", "CreativeML Open RAIL++-M"), ("Wan 2.1, Wan 2.2", "Apache-2.0"),
+    ):
+        assert re.search(rf"^\| {re.escape(family)}.*{re.escape(licence)} \|$", README, re.MULTILINE), family
+
+
+def test_what_the_readme_points_to_exists():
+    linked = re.findall(r"\]\(([^)]+)\)", README)
+    ours = re.findall(r"`((?:tests|nodes|kernels|workflows|web|locales)/[^`<>]*)`", README)
+    assert linked and len(ours) > 10
+    assert [name for name in sorted({*linked, *ours}) if not (ROOT / name).exists()] == []
+
+
+def test_readme_and_project_agree():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)
+    required = project["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    assert f"({required} or newer)" in README
+    assert f"Python {project['project']['requires-python'].removeprefix('>=')} or newer" in README
+
+
+TEXT = {".py", ".md", ".json", ".js", ".toml", ".txt", ".html"}
+HOSTS = {"arxiv.org", "github.com", "huggingface.co", "127.0.0.1", "example.org"}
+NAMED_HOSTS = re.compile(
+    r"\b(?:[\w-]+\.)*(?:pypi\.org|pythonhosted\.org|npmjs\.(?:org|com)|debian\.org|ubuntu\.com|conda\.io|docker\.io)\b"
+)
+MACHINE_PATHS = re.compile(r"(?<![\w.:/}])/(?:work|root|home|tmp|mnt|Users|opt|srv)/\w|\b[A-Z]:\\\\?\w")
+
+
+def readable_files() -> list[str]:
+    names = {*shipped_files(), *(name for name in all_files() if name.startswith("tests/host/"))}
+    return sorted(name for name in names | {"workflows/run.py", "README.md"} if Path(name).suffix in TEXT)
+
+
+@pytest.mark.parametrize("text", ["pypi.org/simple", "see /home/me/x", r"C:\Users", "files.pythonhosted.org"])
+def test_the_search_finds(text):
+    assert NAMED_HOSTS.search(text) or MACHINE_PATHS.search(text)
+
+
+@pytest.mark.parametrize("name", readable_files())
+def test_texts_name_no_package_host_and_no_path_of_a_machine(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert NAMED_HOSTS.findall(text) == [] and MACHINE_PATHS.findall(text) == []
+    hosts = {urlsplit(url).hostname for url in re.findall(r"https?://[\w.-]+", text)}
+    assert hosts <= HOSTS

@@ -1,0 +1,18 @@
+import { app } from "../../scripts/app.js";
+
+// The server reads the value from the user's settings when it starts; see theatre_enabled in nodes/files.py.
+app.registerExtension({
+  name: "Understudy",
+  settings: [
+    {
+      id: "Understudy.Theatre",
+      category: ["Understudy", "Theatre", "Show"],
+      name: "Show the puppet theatre",
+      tooltip:
+        "The nodes and checkpoints of the puppet theatre stand in the menus. Takes effect after a restart of " +
+        "ComfyUI. The environment variable UNDERSTUDY_THEATRE goes before this setting.",
+      type: "boolean",
+      defaultValue: true,
+    },
+  ],
+});

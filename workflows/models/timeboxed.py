@@ -1,0 +1,103 @@
+"""What the theatre's training scripts share: rendered pictures kept on disk, and stages that stop and go on."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from pack.nodes.puppets import render, world
+
+SAVE_SECONDS = 180
+REPORT_STEPS = 50
+WARM_UP_STEPS = 200
+
+
+def _render_range(start: int, stop: int, split: str, size: int) -> np.ndarray:
+    return np.stack([render.render(world.sample_take(i, split), size).image for i in range(start, stop)])
+
+
+def pictures(folder: Path, split: str, count: int, size: int) -> np.ndarray:
+    """uint8 [count, H, W, 3] of takes 0..count-1 of a split, rendered once and kept in `folder`."""
+    path = folder / f"{split}_{count}_{size}.npy"
+    if not path.exists():
+        print(f"rendering {count} pictures ({split})", flush=True)
+        temporary = path.with_suffix(".part")
+        starts = range(0, count, 500)
+        stops = [min(start + 500, count) for start in starts]
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+        with ProcessPoolExecutor(os.cpu_count()) as pool, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in pool.map(_render_range, starts, stops, [split] * len(stops), [size] * len(stops)):
+                file.write(part.tobytes())
+        os.replace(temporary, path)
+    return np.load(path, mmap_mode="r")
+
+
+def to_tensor(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 [B, H, W, 3] to channels-last float [B, 3, H, W] in [0, 1], the range of TAESD's own networks."""
+    tensor = torch.from_numpy(np.array(images)).to(device)
+    return tensor.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
+
+
+class Stage:
+    """One stage's steps with its optimiser, saved every few minutes and resumed from what is on disk.
+
+    `modules` are saved whole. The learning rate warms up, then falls to 0 along a cosine over `steps`.
+    """
+
+    def __init__(self, path: Path, parameters, rate: float, steps: int, modules: dict, deadline: float):
+        self.path, self.rate, self.steps, self.modules, self.deadline = path, rate, steps, modules, deadline
+        self.optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99))
+        self.done, self.log = 0, []
+        if path.exists():
+            device = next(iter(modules.values())).parameters().__next__().device
+            state = torch.load(path, map_location=device, weights_only=True)
+            self.done, self.log = state["done"], state["log"]
+            self.optimiser.load_state_dict(state["optimiser"])
+            for key, module in modules.items():
+                module.load_state_dict(state["modules"][key])
+
+    def save(self) -> None:
+        state = {"done": self.done, "log": self.log, "optimiser": self.optimiser.state_dict(),
+                 "modules": {key: module.state_dict() for key, module in self.modules.items()}}
+        temporary = self.path.with_suffix(".part")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+
+    def run(self, step: Callable[[int], torch.Tensor], report: Callable[[], str] = lambda: "") -> bool:
+        """Call `step(i)`, which draws its data from i alone and returns the loss, until done or the deadline.
+
+        True when every step is done. Raises FloatingPointError, saving nothing, when a loss is not finite.
+        """
+        started = saved = time.monotonic()
+        first, losses = self.done, []
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        while self.done < self.steps and time.monotonic() < self.deadline:
+            warm = min(1.0, (self.done + 1) / WARM_UP_STEPS)
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+            loss = step(self.done)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"loss {loss.item()} at step {self.done} of {self.path.stem}; not saved")
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            self.optimiser.step()
+            self.done += 1
+            losses.append(loss.item())
+            if self.done % REPORT_STEPS == 0 or self.done == self.steps:
+                pace = (self.done - first) / (time.monotonic() - started)
+                extra = report() if self.done % (5 * REPORT_STEPS) == 0 or self.done == self.steps else ""
+                print(f"{self.path.stem} {self.done}/{self.steps} loss {np.mean(losses):.4f} "
+                      f"{pace:.2f} steps/s {extra}", flush=True)
+                self.log.append([self.done, float(np.mean(losses))])
+                losses.clear()
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        return self.done >= self.steps
