@@ -123,5 +123,7 @@ def register() -> None:
 
 
 # Least-squares map from latents to RGB in [-1, 1], fitted by the training script, for live previews.
-LATENT_RGB_FACTORS = [[0.1, 0.1, 0.1], [0.1, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.1]]
-LATENT_RGB_BIAS = [0.0, 0.0, 0.0]
+LATENT_RGB_FACTORS = [
+    [-0.0055, -0.1116, -0.1867], [-0.5155, -0.4156, -0.1435], [0.218, -0.1019, -0.3273], [0.1952, 0.2682, 0.1935],
+]
+LATENT_RGB_BIAS = [0.1769, 0.1552, 0.166]

@@ -60,10 +60,10 @@ class Config:
     vae_crop: int = 96  # pixels; crops spend the steps on the puppet, not on the sky
     vae_lr: float = 1.2e-3
     latent_noise: float = 0.05  # deviation added before decoding, against the denoiser's own errors
-    unet_steps: int = 2_000
-    unet_batch: int = 48
+    unet_steps: int = 3_000
+    unet_batch: int = 32
     unet_lr: float = 6e-4
-    ema: float = 0.999
+    ema: float = 0.998
     min_snr: float = 5.0
     drop_caption: float = 0.1
     decoder_steps: int = 600

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pack.nodes.puppets import render, scenes, world
 from pack.nodes.puppets.config import ACTIONS, HEADWEAR, NAMED_ACTIONS, PATTERNS, SCENES, SPECIES, Take
 
-TEST_KEY = 0xE7E  # seeds the takes of the test identities
+TEST_KEY, EYE_KEY = 0xE7E, 0xE7F  # seed the takes of the test identities and of training
 
 
 @dataclass
@@ -40,9 +40,21 @@ def test_take(index: int) -> Take:
     return world.staged(people[index % len(people)], action, SCENES[index % len(SCENES)], rng)
 
 
+def eye_take(index: int) -> Take:
+    """Take `index` that the eye learns from: every species in every action, so that neither tells the other.
+
+    The theatre's held-out pairs are among them; test identities are not.
+    """
+    rng = np.random.default_rng([EYE_KEY, index])
+    who = world.sample_identity(int(rng.integers(2**31)))
+    action, scene = ACTIONS[int(rng.integers(len(ACTIONS)))], SCENES[int(rng.integers(len(SCENES)))]
+    return world.staged(who, action, scene, rng)
+
+
 def take(index: int, split: str) -> Take:
-    """The take of an index in "train", "validation", "unseen" (as the world defines them) or "test"."""
-    return test_take(index) if split == "test" else world.sample_take(index, split)
+    """The take of an index in "eye", "test", or a split of the world: "train", "validation", "unseen"."""
+    own = {"eye": eye_take, "test": test_take}
+    return own[split](index) if split in own else world.sample_take(index, split)
 
 
 def labels(shown: Take) -> tuple[int, int, int, int]:

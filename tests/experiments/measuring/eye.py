@@ -1,7 +1,8 @@
 """The measuring net: what a picture shows, as parts, joints, action and who it is.
 
-1.2 million parameters on 64 x 64 pixels. It is trained on renders only (train.py) and may say "reject": no
-clear puppet, or no action that it knows. Its own error is in eye.json.
+A body net on 64 x 64 pixels finds parts, joints and action; by its joints, the head and the shirt are cut
+out upright and looked at more closely. Trained on renders only (train.py). It may say "reject": no clear
+puppet, or no action that it knows. Its own error is in eye.json.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pack.nodes.puppets.config import ACTIONS, HEADWEAR, JOINTS, PART_NAMES, PAT
 
 from .data import to_tensor
 
-SIZE = 64  # pixels the net looks at
+FULL, SIZE, CROP = 128, 64, 32  # pixels of the picture, of what the body net sees, and of a closer look
 REJECT = "reject"
 ANSWERS = (*ACTIONS, REJECT)
 WEIGHTS = Path(__file__).with_name("eye.safetensors")
@@ -46,8 +47,8 @@ def _down(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU())
 
 
-class Eye(nn.Module):
-    """A small U-Net with heads. `forward` takes float [B, 3, 64, 64] in 0..1."""
+class Body(nn.Module):
+    """A small U-Net for parts, joints and action. `forward` takes float [B, 3, 64, 64] in 0..1."""
 
     def __init__(self, widths: tuple[int, int, int, int] = (24, 48, 96, 128)):
         super().__init__()
@@ -70,12 +71,9 @@ class Eye(nn.Module):
         self.action = nn.Sequential(
             nn.Linear(128 + 2 * len(JOINTS), 96), nn.ReLU(), nn.Linear(96, len(ANSWERS))
         )
-        self.species = nn.Linear(128, len(SPECIES))
-        self.pattern = nn.Linear(128 + b, len(PATTERNS))
-        self.headwear = nn.Linear(128, len(HEADWEAR))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """parts [B, P, 64, 64] and the classes as logits, joints [B, 18, 2] as fractions of the frame."""
+        """parts [B, P, 64, 64] and action as logits, joints [B, 18, 2] as fractions of the frame."""
         x, passed = (x - 0.5) * 2, []
         for level in self.levels:
             x = level(x)
@@ -83,21 +81,76 @@ class Eye(nn.Module):
         deep = self.squeeze(x)
         for lift, join, skip in zip(self.lift, self.join, passed[-2::-1], strict=True):
             x = join(F.interpolate(lift(x), scale_factor=2.0) + skip)
-        parts = F.pixel_shuffle(self.parts(x), 2)
         joints = soft_argmax(self.heat(x))
-        # The pattern is texture: read it where the shirt is, from the level that still resolves it.
-        shirt = parts.float().softmax(1)[:, PART_NAMES.index("torso")].detach()
-        shirt = F.avg_pool2d(shirt[:, None], 4)
-        texture = (passed[1] * shirt).sum((2, 3)) / (shirt.sum((2, 3)) + 1e-3)
         about = torch.cat([deep, (joints - joints[:, 1:2]).flatten(1) * 4], 1)
-        return {
-            "parts": parts,
-            "joints": joints,
-            "action": self.action(about),
-            "species": self.species(deep),
-            "pattern": self.pattern(torch.cat([deep, texture], 1)),
-            "headwear": self.headwear(deep),
-        }
+        return {"parts": F.pixel_shuffle(self.parts(x), 2), "joints": joints, "action": self.action(about)}
+
+
+class Closer(nn.Module):
+    """A classifier of a crop that is turned upright: it cannot tell the action, so it cannot lean on it."""
+
+    def __init__(self, answers: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            _down(3, 24),
+            _down(24, 48),
+            Residual(48),
+            _down(48, 64),
+            nn.Flatten(),
+            nn.Linear(64 * (CROP // 8) ** 2, 64),
+            nn.ReLU(),
+            nn.Linear(64, answers),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Crops float [B, 3, 32, 32] in 0..1 to logits [B, answers]."""
+        return self.body((x - 0.5) * 2)
+
+
+class Eye(nn.Module):
+    """The body first; then, with its joints, a closer look at the head and at the shirt."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Body()
+        self.head = Closer(len(SPECIES) + len(HEADWEAR))
+        self.shirt = Closer(len(PATTERNS))
+
+    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pictures float [B, 3, 128, 128] in 0..1 to Body's answers and logits of the three classes."""
+        small = F.interpolate(pictures, size=(SIZE, SIZE), mode="area")
+        seen = self.body(small)
+        species, headwear = self.head(head_crops(pictures, seen["joints"])).split(
+            (len(SPECIES), len(HEADWEAR)), 1
+        )
+        pattern = self.shirt(shirt_crops(pictures, seen["joints"]))
+        return {**seen, "species": species, "headwear": headwear, "pattern": pattern}
+
+
+def _crops(pictures: torch.Tensor, centre: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
+    """Squares around `centre` [B, 2] that reach `across` [B, 2] to their right, fractions of the frame."""
+    down = torch.stack([-across[:, 1], across[:, 0]], -1)
+    matrix = torch.stack([2 * across, 2 * down, 2 * centre - 1], -1)
+    grid = F.affine_grid(matrix, [len(pictures), 3, CROP, CROP], align_corners=False)
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+
+def head_crops(pictures: torch.Tensor, joints: torch.Tensor) -> torch.Tensor:
+    """The head with its ears and hat, upright: [B, 3, 32, 32]; joints [B, 18, 2] as fractions."""
+    right, left = joints[:, JOINTS.index("r_ear")], joints[:, JOINTS.index("l_ear")]
+    across = left - right
+    across = across * (
+        across.norm(dim=1, keepdim=True).clamp(0.1, 0.4) / (across.norm(dim=1, keepdim=True) + 1e-6)
+    )
+    up = torch.stack([across[:, 1], -across[:, 0]], -1)
+    return _crops(pictures, (right + left) / 2 + 0.3 * up, across)
+
+
+def shirt_crops(pictures: torch.Tensor, joints: torch.Tensor) -> torch.Tensor:
+    """The torso from neck to hips, upright: [B, 3, 32, 32]; joints [B, 18, 2] as fractions."""
+    neck = joints[:, JOINTS.index("neck")]
+    spine = (joints[:, JOINTS.index("r_hip")] + joints[:, JOINTS.index("l_hip")]) / 2 - neck
+    return _crops(pictures, neck + 0.52 * spine, 0.62 * torch.stack([spine[:, 1], -spine[:, 0]], -1))
 
 
 def soft_argmax(heat: torch.Tensor) -> torch.Tensor:
@@ -145,7 +198,10 @@ def look(eye: Eye, images: np.ndarray, batch: int = 64) -> Sight:
     size, found = images.shape[1], []
     for start in range(0, len(images), batch):
         pictures = to_tensor(images[start : start + batch])
-        found.append(eye(F.interpolate(pictures, size=(SIZE, SIZE), mode="area").clamp(0, 1)))
+        if size != FULL:
+            mode = "area" if size > FULL else "bilinear"
+            pictures = F.interpolate(pictures, size=(FULL, FULL), mode=mode)
+        found.append(eye(pictures))
     seen = {key: torch.cat([f[key].float() for f in found]) for key in found[0]}
     parts = F.interpolate(seen["parts"], size=(size, size), mode="bilinear", align_corners=False).argmax(1)
     scores = seen["action"].softmax(-1)

@@ -17,13 +17,17 @@ from pack.nodes.puppets.config import NAMED_ACTIONS, PART_NAMES, UNNAMED_ACTIONS
 
 from . import eye as eyes
 
-# The parts whose colour words name, and those that also have a colour of their own.
-CLOTHES = ("headwear", "torso", "right_arm", "left_arm", "right_leg", "left_leg")
+# What words give a colour to, and all parts that have one.
+GARMENTS = {
+    "shirt": ("torso", "right_arm", "left_arm"),
+    "trousers": ("right_leg", "left_leg"),
+    "headwear": ("headwear",),
+}
+CLOTHES = tuple(part for parts in GARMENTS.values() for part in parts)
 COLOURED = ("head", "ears", *CLOTHES)
 PARTS_SEEN = 20 / 128**2  # of the frame: a smaller part is not judged
 MISSING = 50.0  # ΔE76 of a part that should be there and is not, or is there and should not
-IDENTITY_LIMIT = 20.0  # ΔE76, mean over the named parts, up to which the clothes are right
-WORST_LIMIT = 45.0  # ΔE76 of the worst named part
+GARMENT_LIMIT = 25.0  # ΔE76 up to which the colour of a garment is right
 
 
 def _unit(image: np.ndarray) -> np.ndarray:
@@ -83,7 +87,8 @@ def identity_error(
 
     The right colours are those of `identity` drawn in `take` (its scene, light and action; without one:
     standing on the stage). `parts` is the true part map; without it the eye's own is used, and a part that is
-    missing or too much counts `MISSING`. Under a true map, a part too small in either is left out.
+    missing or too much counts `MISSING` where it is all of a garment. Under a true map, a part too small in
+    either is left out.
     """
     if parts is not None:
         return _part_errors(image, identity, parts, take, names, counts_missing=False)
@@ -104,11 +109,14 @@ def _part_errors(
     right, found = part_colours(reference.image, reference.parts, names), part_colours(image, parts, names)
     errors = {name: float(np.linalg.norm(found[name] - right[name])) for name in right if name in found}
     if counts_missing:
-        # A part of a few pixels more or less is no error of the picture: it must be plainly there.
-        for name in set(found) ^ set(right):
-            owner = reference.parts if name in right else parts
-            if (owner == PART_NAMES.index(name)).sum() >= 3 * PARTS_SEEN * parts.size:
-                errors[name] = MISSING
+        # Limbs hide each other; a garment that is wholly missing or too much is an error, if plainly so.
+        for garment in GARMENTS.values():
+            some, others = ([name for name in garment if name in seen] for seen in (right, found))
+            if bool(some) != bool(others):
+                owner = reference.parts if some else parts
+                area = np.isin(owner, [PART_NAMES.index(name) for name in some or others]).sum()
+                if area >= 3 * PARTS_SEEN * parts.size and set(garment) <= set(names):
+                    errors |= dict.fromkeys(some or others, MISSING)
     errors["mean"] = float(np.mean(list(errors.values()))) if errors else MISSING
     return errors
 
@@ -118,15 +126,19 @@ def named_only(identity: Identity) -> Identity:
     return dataclasses.replace(identity, detail="none")
 
 
-def is_identity(sight: eyes.Sight, index: int, identity: Identity, errors: dict[str, float]) -> bool:
-    """Species and pattern as the eye reads them, and the colours of what is worn within the limits."""
-    worn = [errors[name] for name in CLOTHES if name in errors]
+def garment_errors(errors: dict[str, float]) -> dict[str, float]:
+    """ΔE76 of each garment, the mean over its parts that can be seen."""
+    worn = {name: [errors[part] for part in parts if part in errors] for name, parts in GARMENTS.items()}
+    return {name: float(np.mean(found)) for name, found in worn.items() if found}
+
+
+def is_identity(sight: eyes.Sight, index: int, identity: Identity, garments: dict[str, float]) -> bool:
+    """Species and pattern as the eye reads them, and the colour of every garment within the limit."""
     return bool(
         sight.species[index] == identity.species
         and sight.patterns[index] == identity.pattern
-        and worn
-        and np.mean(worn) <= IDENTITY_LIMIT
-        and max(worn) <= WORST_LIMIT
+        and "shirt" in garments
+        and max(garments.values()) <= GARMENT_LIMIT
     )
 
 
@@ -195,13 +207,16 @@ def compositions(
 
         everything = errors(who, COLOURED)
         # A result that shows the detail, which no word asked for, is as right as one that does not.
-        worn = min((errors(asked, CLOTHES) for asked in (who, named_only(who))), key=lambda e: e["mean"])
+        worn = min(
+            (garment_errors(errors(asked, CLOTHES)) for asked in (who, named_only(who))),
+            key=lambda garments: sum(garments.values()),
+        )
         identity = is_identity(sight, i, who, worn)
         action = answers[i] == take.action
         rows.append(
             {
                 "identity_error": everything["mean"],
-                "worn_error": worn["mean"],
+                "worn_error": float(np.mean([*worn.values()])) if worn else MISSING,
                 "identity": identity,
                 "action": action,
                 "seen_action": answers[i],

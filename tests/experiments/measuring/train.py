@@ -30,135 +30,153 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from experiments import sampling  # noqa: E402
 from experiments.measuring import data, eye, metrics  # noqa: E402
 from pack.nodes.puppets.config import NAMED_ACTIONS, PART_NAMES  # noqa: E402
 
 STATE = ROOT / ".cache" / "training" / "measuring"
 CHECKPOINT = ROOT / "workflows" / "models" / "puppets_sd.safetensors"
-SEED, PICTURES, BATCH, STEPS, RATE = 11, 12_000, 48, 1_000, 3e-3
-# A second, shorter round once there is an autoencoder whose pictures the eye will have to read.
-TUNE_STEPS, TUNE_RATE, ROUND_TRIPS, ROUND_TRIP_SHARE = 300, 1e-3, 1_500, 0.4
+SEED, PICTURES, BATCH = 11, 8_000, 48
+# (steps, learning rate) of the body and of the two closer looks, and of a second, shorter round once there is
+# an autoencoder whose pictures the eye will have to read.
+PLAN = {"head": (700, 3e-3), "shirt": (700, 3e-3), "body": (1_000, 3e-3)}
+TUNE = {"head": (200, 1e-3), "shirt": (200, 1e-3), "body": (300, 1e-3)}
+ROUND_TRIPS, ROUND_TRIP_SHARE = 1_500, 0.4
 REJECT_SHARE = 0.2
+JOINT_NOISE = 0.012  # of the frame, deviation: what the body net is off by, or a little more
 JUDGED = {"validation": 512, "unseen": 512, "test": 512}
 
 
-def batch(train: data.Renders, decoded: np.ndarray | None, step: int):
-    """Damaged pictures [B, 3, 64, 64] and their truth; the last share of the batch is rejects."""
-    rng = np.random.default_rng([SEED, step])
-    chosen = rng.integers(0, len(train), BATCH)
-    images = train.images[chosen].copy()
-    if decoded is not None:
+class Lessons:
+    """Batches of a net, each a function of its step, and their loss."""
+
+    def __init__(self, train: data.Renders, decoded: np.ndarray | None):
+        self.train, self.decoded = train, decoded
+
+    def pictures(self, rng: np.random.Generator, second: bool) -> tuple[np.ndarray, torch.Tensor]:
+        """Positions in the renders and their pictures [B, 3, 128, 128], some through the autoencoder."""
+        chosen = rng.integers(0, len(self.train), BATCH)
         through = rng.random(BATCH) < ROUND_TRIP_SHARE
-        chosen[through] %= len(decoded)
-        images[through] = decoded[chosen[through]]
-    pictures = data.to_tensor(images)
-    count = round(REJECT_SHARE * BATCH)
-    kind = data.REJECT_KINDS[int(rng.integers(len(data.REJECT_KINDS)))]
-    pictures[-count:] = data.rejects(pictures[-count:], rng, kind)
-    # A quarter stays clean; damage on top of a reject keeps it one.
-    clean = BATCH // 4
-    pictures[clean:] = data.damaged(pictures[clean:], rng)
-    labels = torch.from_numpy(train.labels[chosen]).clone()
-    labels[-count:, 0] = len(eye.ANSWERS) - 1
-    good = slice(0, BATCH - count)
-    return (
-        pictures.contiguous(memory_format=torch.channels_last),
-        torch.from_numpy(train.parts[chosen[good]]).long(),
-        torch.from_numpy(train.joints[chosen[good]]),
-        labels,
-        good,
-    )
+        images = self.train.images[chosen]
+        if second and self.decoded is not None:
+            chosen[through] %= len(self.decoded)
+            images[through] = self.decoded[chosen[through]]
+        return chosen, data.to_tensor(images)
 
+    def loss(self, name: str, net: torch.nn.Module, step: int, second: bool) -> torch.Tensor:
+        rng = np.random.default_rng([SEED, list(PLAN).index(name), step, second])
+        chosen, pictures = self.pictures(rng, second)
+        if name == "body":
+            return self.body(net, rng, chosen, pictures)
+        return self.closer(name, net, rng, chosen, pictures)
 
-def loss_of(seen: dict[str, torch.Tensor], parts, joints, labels, good) -> torch.Tensor:
-    """Everything but the action is asked of the pictures that show a puppet."""
-    loss = F.cross_entropy(seen["action"], labels[:, 0], label_smoothing=0.05)
-    for i, key in ((1, "species"), (2, "pattern"), (3, "headwear")):
-        loss = loss + 0.5 * F.cross_entropy(seen[key][good], labels[good, i], label_smoothing=0.05)
-    visible = joints[..., 2:]
-    distance = F.smooth_l1_loss(seen["joints"][good], joints[..., :2], beta=0.02, reduction="none")
-    loss = loss + 20 * (distance * visible).sum() / visible.sum()
-    return loss + 1.5 * F.cross_entropy(seen["parts"][good].float(), parts)
+    def body(self, net, rng, chosen: np.ndarray, pictures: torch.Tensor) -> torch.Tensor:
+        """The last share of the batch is rejects, of which only the answer "reject" is asked."""
+        pictures = F.interpolate(pictures, size=(eye.SIZE, eye.SIZE), mode="area")
+        count, clean = round(REJECT_SHARE * BATCH), BATCH // 4
+        kind = data.REJECT_KINDS[int(rng.integers(len(data.REJECT_KINDS)))]
+        pictures[-count:] = data.rejects(pictures[-count:], rng, kind)
+        # A quarter stays clean; damage on top of a reject keeps it one.
+        pictures[clean:] = data.damaged(pictures[clean:], rng)
+        good = chosen[: BATCH - count]
+        parts = torch.from_numpy(self.train.parts[good][:, ::2, ::2]).long()
+        joints = torch.from_numpy(self.train.joints[good])
+        action = torch.from_numpy(self.train.labels[chosen, 0])
+        action[-count:] = len(eye.ANSWERS) - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = net(pictures.contiguous(memory_format=torch.channels_last))
+        visible = joints[..., 2:]
+        distance = F.smooth_l1_loss(
+            seen["joints"][: len(good)].float(), joints[..., :2], beta=0.02, reduction="none"
+        )
+        return (
+            F.cross_entropy(seen["action"].float(), action, label_smoothing=0.05)
+            + 20 * (distance * visible).sum() / visible.sum()
+            + 1.5 * F.cross_entropy(seen["parts"][: len(good)].float(), parts)
+        )
+
+    def closer(self, name, net, rng, chosen: np.ndarray, pictures: torch.Tensor) -> torch.Tensor:
+        joints = self.train.joints[chosen][..., :2]
+        joints = torch.from_numpy(joints + rng.normal(0, JOINT_NOISE, joints.shape).astype(np.float32))
+        labels = torch.from_numpy(self.train.labels[chosen])
+        crops = (eye.head_crops if name == "head" else eye.shirt_crops)(pictures, joints)
+        crops[BATCH // 4 :] = data.damaged(crops[BATCH // 4 :], rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = net(crops.contiguous(memory_format=torch.channels_last)).float()
+        if name == "shirt":
+            return F.cross_entropy(seen, labels[:, 2], label_smoothing=0.05)
+        species, headwear = seen.split((len(data.SPECIES), len(data.HEADWEAR)), 1)
+        return F.cross_entropy(species, labels[:, 1], label_smoothing=0.05) + F.cross_entropy(
+            headwear, labels[:, 3], label_smoothing=0.05
+        )
 
 
 def round_trips(images: np.ndarray) -> np.ndarray:
     """Pictures uint8 [N, H, W, 3] through the checkpoint's autoencoder, by the host's own code."""
-    scripts.add_comfy_path(STATE / "host")
-    import comfy.sd
-    import comfy.utils
-
-    state = comfy.utils.load_torch_file(str(CHECKPOINT))
-    prefix = "first_stage_model."
-    vae = comfy.sd.VAE(sd={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    out = []
-    for start in range(0, len(images), 32):
-        pictures = torch.from_numpy(images[start : start + 32]).float() / 255
-        out.append((vae.decode(vae.encode(pictures)).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
-    return np.concatenate(out)
+    theatre = sampling.Theatre(CHECKPOINT, STATE)
+    return np.concatenate([theatre.round_trip(images, i, i + 32) for i in range(0, len(images), 32)])
 
 
-def decoded_pictures() -> np.ndarray | None:
-    """Training renders through the autoencoder, reduced to the eye's size; None without a checkpoint."""
+def decoded_pictures(train: data.Renders) -> np.ndarray | None:
+    """The first training renders through the autoencoder; None without a checkpoint."""
     path = STATE / "round_trips.npy"
     if not path.exists():
         if not CHECKPOINT.exists():
             return None
-        large = data.renders(STATE, "train", ROUND_TRIPS, 128)
-        small = F.interpolate(
-            data.to_tensor(round_trips(large.images)), size=(eye.SIZE, eye.SIZE), mode="area"
-        )
-        np.save(path, (small * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        np.save(path, round_trips(train.images[:ROUND_TRIPS]))
     return np.load(path)
 
 
-def rate(step: int, steps: int) -> float:
-    """Warm-up, cosine to near zero, and once more for the second round."""
-    tuning = step - steps
-    share = tuning / TUNE_STEPS if tuning >= 0 else step / steps
-    warm = min(1.0, (tuning + 1) / 30 if tuning >= 0 else (step + 1) / 60)
-    return (TUNE_RATE if tuning >= 0 else RATE) * warm * max(0.5 * (1 + math.cos(math.pi * share)), 0.005)
-
-
-def train(minutes: float, steps: int) -> bool:
-    """True when every step is done."""
-    torch.manual_seed(SEED)
-    net = eye.Eye().to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=1e-3)
-    path, done = STATE / "eye.pt", 0
+def fit(name: str, net: torch.nn.Module, lessons: Lessons, second: bool, deadline: float) -> bool:
+    """Train one net for its first or second round, from where it was; True when every step is done."""
+    steps, rate = (TUNE if second else PLAN)[name]
+    net.train().to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=1e-3)
+    path, done, losses = STATE / f"{name}{'_second' if second else ''}.pt", 0, []
     if path.exists():
         state = torch.load(path, weights_only=True)
         net.load_state_dict(state["net"])
         optimiser.load_state_dict(state["optimiser"])
         done = state["done"]
-    pictures = data.renders(STATE, "train", PICTURES, eye.SIZE)
-    decoded = decoded_pictures()
-    deadline, losses = time.monotonic() + 60 * minutes, []
-    last = steps + (TUNE_STEPS if decoded is not None else 0)
-    while done < last and time.monotonic() < deadline:
-        optimiser.param_groups[0]["lr"] = rate(done, steps)
-        images, *truth = batch(pictures, decoded if done >= steps else None, done)
-        with torch.autocast("cpu", torch.bfloat16):
-            seen = net(images)
-        loss = loss_of({key: value.float() for key, value in seen.items()}, *truth)
+    while done < steps and time.monotonic() < deadline:
+        warm, left = min(1.0, (done + 1) / 50), 0.5 * (1 + math.cos(math.pi * done / steps))
+        optimiser.param_groups[0]["lr"] = rate * warm * max(left, 0.005)
+        loss = lessons.loss(name, net, done, second)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss {loss.item()} at step {done}; nothing was saved")
+            raise FloatingPointError(f"{name}: loss {loss.item()} at step {done}; nothing was saved")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimiser.step()
         done += 1
         losses.append(loss.item())
-        if done % 50 == 0:
-            print(f"step {done}/{last} loss {np.mean(losses):.3f}", flush=True)
+        if done % 50 == 0 or done == steps:
+            print(f"{name} {done}/{steps} loss {np.mean(losses):.3f}", flush=True)
             losses.clear()
-    temporary = path.with_suffix(".part")
-    torch.save({"net": net.state_dict(), "optimiser": optimiser.state_dict(), "done": done}, temporary)
-    os.replace(temporary, path)
+            temporary = path.with_suffix(".part")
+            torch.save(
+                {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "done": done}, temporary
+            )
+            os.replace(temporary, path)
+    return done >= steps
+
+
+def train(minutes: float) -> bool:
+    """True when every net is trained; writes the weights."""
+    deadline = time.monotonic() + 60 * minutes
+    torch.manual_seed(SEED)
+    net = eye.Eye()
+    pictures = data.renders(STATE, "eye", PICTURES, eye.FULL)
+    lessons = Lessons(pictures, decoded_pictures(pictures))
+    for second in (False, True) if lessons.decoded is not None else (False,):
+        for name in PLAN:
+            if not fit(name, getattr(net, name), lessons, second, deadline):
+                return False
     weights = {
         k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()
     }
-    save_file(weights, eye.WEIGHTS, {"steps": str(done), "round_trips": str(done > steps)})
-    return done >= last
+    save_file(weights, eye.WEIGHTS, {"round_trips": str(lessons.decoded is not None)})
+    return True
 
 
 def figures_of(net: eye.Eye, images: np.ndarray, truth: data.Renders) -> dict:
@@ -224,12 +242,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--judge", action="store_true", help="only measure the shipped eye")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     STATE.mkdir(parents=True, exist_ok=True)
-    if not arguments.judge and not train(arguments.minutes, arguments.steps):
+    if not arguments.judge and not train(arguments.minutes):
         print("stopped early; call again to go on")
         return
     figures = judge()

@@ -78,6 +78,8 @@ def test_a_step_on_a_limit_is_on_it_whatever_its_rounding(rounding):
     guide = begin(other, other, x.shape, FrequencyGuidanceConfig(start_percent=0.3, end_percent=0.6))
     assert guide(x, 7.0 * rounding) is not x
     assert guide(x, 4.0 * rounding) is x
+    whole = begin(other, other, x.shape)
+    assert whole(x, 10.0 * rounding) is not x and whole(x, 0.0) is x
 
 
 def test_the_target_is_prepared_once_a_run_and_runs_share_nothing(monkeypatch):
