@@ -1,7 +1,7 @@
 """The tiny Stable Diffusion of the puppet theatre, taught to the host's own Load Checkpoint.
 
 A subclass of the host's SD15 with 64 channels, a two-layer text encoder of width 128 and a TAESD-shaped VAE
-(4 latent channels, factor 8). The host recognises a checkpoint by `MARKER`, which no other model carries.
+(8 latent channels, factor 8). The host recognises a checkpoint by `MARKER`, which no other model carries.
 """
 
 import comfy.clip_model
@@ -14,6 +14,7 @@ import torch
 from . import tokenizer
 
 MARKER = "understudy_puppets_sd"
+LATENT_CHANNELS = 8
 TEXT_WIDTH = 128
 UNET_CONFIG = {
     "model_channels": 64,
@@ -42,10 +43,10 @@ SPECIAL_TOKENS = {
 
 
 class PuppetsLatentFormat(comfy.latent_formats.LatentFormat):
-    """Latents [B, 4, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
+    """Latents [B, 8, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
 
     scale_factor = 1.0
-    latent_channels = 4
+    latent_channels = LATENT_CHANNELS
 
     def __init__(self):
         self.latent_rgb_factors = LATENT_RGB_FACTORS
@@ -104,6 +105,9 @@ class PuppetsSD(comfy.supported_models.SD15):
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     required_keys = {"{}" + MARKER}
     latent_format = PuppetsLatentFormat
+
+    def inpaint_model(self):
+        return False  # the host takes more than four input channels for an inpainting model
 
     def process_unet_state_dict(self, state_dict):
         state_dict.pop(MARKER, None)

@@ -26,7 +26,7 @@ def training_pictures(path: Path) -> int:
 
 
 class Theatre:
-    """MODEL, CLIP and VAE of a checkpoint. Pictures: uint8 [N, H, W, 3]; latents: [N, 4, H/8, W/8]."""
+    """MODEL, CLIP and VAE of a checkpoint. Pictures: uint8 [N, H, W, 3]; latents: [N, 8, H/8, W/8]."""
 
     def __init__(self, path: Path, state: Path, negative: str = ""):
         if not path.exists():

@@ -289,6 +289,25 @@ def test_bins_without_a_phase_are_left_alone(fill, distance, rule):
             assert (spectrum(updated.double()).abs()[empty] < 1e-4).all()
 
 
+@pytest.mark.parametrize("rule", sg.RULES)
+@pytest.mark.parametrize("distance", sg.DISTANCES)
+def test_rounding_of_the_transform_is_no_signal(distance, rule):
+    """A flat plane of an awkward size: its empty bins hold rounding, with a phase that means nothing."""
+    flat = torch.full((7, 11), 1 / 3)
+    rounding = torch.fft.rfft2(flat, norm="ortho").abs().flatten()[1:]
+    assert 0 < rounding.max() < 1e-5
+    s, d, _ = latents(17, 7, 11, dtype=torch.float32)
+    target = sg.prepare(s, d, distance=distance)
+    # Only the mean has a phase, so only the mean moves.
+    updated = sg.update(flat, target, 1.0, 1.0, rule)
+    torch.testing.assert_close(updated, updated.mean().expand_as(updated), rtol=0, atol=1e-5)
+    slope = sg.gradient(flat, target)
+    torch.testing.assert_close(slope, slope.mean().expand_as(slope), rtol=0, atol=1e-5)
+    # And as the driving plane it has a phase to give in its mean alone.
+    moved = sg.update(s, sg.prepare(None, flat, distance=distance), 0.0, 1.0, rule) - s
+    torch.testing.assert_close(moved, moved.mean().expand_as(moved), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_the_fp32_result_cast_once(dtype):
     x, s, d = latents(8, 4, 8, 9, dtype=dtype)

@@ -43,7 +43,7 @@ from comfy.taesd import taesd  # noqa: E402
 from diffusers.training_utils import compute_snr  # noqa: E402
 from pack.nodes.puppets import captions, theatre, tokenizer, world  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from timeboxed import Stage, to_tensor  # noqa: E402
+from timeboxed import Optimiser, Stage, to_tensor  # noqa: E402
 from timeboxed import pictures as render_pictures  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
@@ -55,19 +55,20 @@ class Config:
     pictures: int = 16_000
     size: int = 128  # pixels
     seed: int = 7
-    vae_steps: int = 2_600
+    matrix_lr: float = 0.02  # Muon's own scale; the rates below are AdamW's
+    vae_steps: int = 1_600
     vae_batch: int = 8
     vae_crop: int = 96  # pixels; crops spend the steps on the puppet, not on the sky
-    vae_lr: float = 1.2e-3
-    latent_noise: float = 0.05  # deviation added before decoding, against the denoiser's own errors
-    unet_steps: int = 3_000
+    vae_lr: float = 2e-3
+    latent_noise: float = 0.1  # deviation added before decoding, against the denoiser's own errors
+    colour_weight: float = 0.2  # of the linear readout below
+    unet_steps: int = 2_800
     unet_batch: int = 32
     unet_lr: float = 6e-4
     ema: float = 0.998
     min_snr: float = 5.0
     drop_caption: float = 0.1
     decoder_steps: int = 600
-    decoder_lr: float = 4e-4
 
 
 def initialise(module) -> None:
@@ -101,10 +102,12 @@ class NarrowTAESD(torch.nn.Module):
             conv(narrow, narrow, stride=2, bias=False), *(block(narrow, narrow) for _ in range(3)),
             conv(narrow, wide, stride=2, bias=False), *(block(wide, wide) for _ in range(3)),
             conv(wide, wide, stride=2, bias=False), *(block(wide, wide) for _ in range(3)),
-            conv(wide, 4),
+            conv(wide, theatre.LATENT_CHANNELS),
         )
+        # Keeps colour linear in the latents, which is easier to denoise and to preview; dropped in the end.
+        self.colour = torch.nn.Conv2d(theatre.LATENT_CHANNELS, 3, 1)
         self.taesd_decoder = torch.nn.Sequential(
-            taesd.Clamp(), conv(4, wide), torch.nn.ReLU(),
+            taesd.Clamp(), conv(theatre.LATENT_CHANNELS, wide), torch.nn.ReLU(),
             *(block(wide, wide) for _ in range(3)), up(scale_factor=2), conv(wide, wide, bias=False),
             *(block(wide, wide) for _ in range(3)), up(scale_factor=2), conv(wide, narrow, bias=False),
             *(block(narrow, narrow) for _ in range(3)), up(scale_factor=2), conv(narrow, narrow, bias=False),
@@ -112,10 +115,12 @@ class NarrowTAESD(torch.nn.Module):
         )
 
     def widened(self) -> taesd.TAESD:
-        full = taesd.TAESD(latent_channels=4)
+        full = taesd.TAESD(latent_channels=theatre.LATENT_CHANNELS)
         state = {key: torch.zeros_like(value) for key, value in full.state_dict().items()}
         state["vae_scale"] = torch.ones(())
         for key, value in self.state_dict().items():
+            if key.startswith("colour."):
+                continue
             state[key][tuple(slice(size) for size in value.shape)] = value
         full.load_state_dict(state)
         return full
@@ -139,7 +144,8 @@ def make_vae(device):
 
 def make_unet(device):
     unet = UNetModel(
-        image_size=32, in_channels=4, out_channels=4, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        image_size=32, in_channels=theatre.LATENT_CHANNELS, out_channels=theatre.LATENT_CHANNELS,
+        num_res_blocks=[1, 1], channel_mult=[1, 2],
         transformer_depth=[1, 1], transformer_depth_output=[1] * 4, transformer_depth_middle=1,
         use_spatial_transformer=True, legacy=False, operations=comfy.ops.disable_weight_init,
         **theatre.UNET_CONFIG, **theatre.PuppetsSD.unet_extra_config,
@@ -213,13 +219,14 @@ def psnr(vae, config, device, count=256) -> float:
 
 def train_vae(config, device, deadline) -> bool:
     vae = make_vae(device)
-    stage = Stage(STATE / "vae.pt", vae.parameters(), config.vae_lr, config.vae_steps, {"vae": vae}, deadline)
+    optimiser = Optimiser(vae, config.matrix_lr, config.vae_lr)
+    stage = Stage(STATE / "vae.pt", optimiser, config.vae_steps, {"vae": vae}, deadline)
     images = pictures(config, "train", config.pictures)
 
     def step(index):
         rng = rng_for(config, "vae", index)
         target = to_tensor(crops(images, rng, config)[0], device)
-        shape = (len(target), 4, target.shape[2] // 8, target.shape[3] // 8)
+        shape = (len(target), theatre.LATENT_CHANNELS, target.shape[2] // 8, target.shape[3] // 8)
         noise = torch.from_numpy(rng.standard_normal(shape, np.float32))
         with autocast(device):
             latent = vae.taesd_encoder(target).float()
@@ -227,7 +234,8 @@ def train_vae(config, device, deadline) -> bool:
         mean, deviation = latent.mean((0, 2, 3)), latent.std((0, 2, 3))
         # Zero mean and unit deviation a channel, so that the denoiser needs no scale of its own.
         moments = mean.square().sum() + (deviation - 1).square().sum()
-        return reconstruction_loss(output, target) + 0.01 * moments
+        colour = F.l1_loss(vae.colour(latent), F.avg_pool2d(target, 8))
+        return reconstruction_loss(output, target) + config.colour_weight * colour + 0.01 * moments
 
     return stage.run(step, lambda: f"PSNR {psnr(vae, config, device):.2f} dB")
 
@@ -243,7 +251,7 @@ def trained_vae(device):
 
 
 def latents(config, device):
-    """fp32 [pictures, 4, H/8, W/8], encoded once with the trained encoder."""
+    """fp32 [pictures, 8, H/8, W/8], encoded once with the trained encoder."""
     path = STATE / f"latents_{config.pictures}.npy"
     if not path.exists():
         vae, images = trained_vae(device), pictures(config, "train", config.pictures)
@@ -262,7 +270,7 @@ def train_unet(config, device, deadline) -> bool:
     unet, text = make_unet(device), make_text_encoder(device)
     average = copy.deepcopy(torch.nn.ModuleDict({"unet": unet, "text": text})).requires_grad_(False)
     live = torch.nn.ModuleDict({"unet": unet, "text": text})
-    stage = Stage(STATE / "unet.pt", live.parameters(), config.unet_lr, config.unet_steps,
+    stage = Stage(STATE / "unet.pt", Optimiser(live, config.matrix_lr, config.unet_lr), config.unet_steps,
                   {"live": live, "average": average}, deadline)
     if stage.done >= config.unet_steps:
         return True
@@ -306,8 +314,8 @@ def train_unet(config, device, deadline) -> bool:
 def train_decoder(config, device, deadline) -> bool:
     vae = trained_vae(device)
     vae.taesd_decoder.requires_grad_(True)
-    stage = Stage(STATE / "decoder.pt", vae.taesd_decoder.parameters(), config.decoder_lr, config.decoder_steps,
-                  {"vae": vae}, deadline)
+    stage = Stage(STATE / "decoder.pt", Optimiser(vae.taesd_decoder, config.matrix_lr / 2, config.vae_lr / 2),
+                  config.decoder_steps, {"vae": vae}, deadline)
     images, data = pictures(config, "train", config.pictures), latents(config, device)
 
     def step(index):
