@@ -14,13 +14,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+from host import environment, scripts  # noqa: E402
 
-from host import scripts  # noqa: E402
-
+if __name__ == "__main__":
+    environment.enter(ROOT)
 scripts.alias_pack()
+
+import torch  # noqa: E402
 
 from pack.kernels import dispatch  # noqa: E402
 from pack.kernels import spectral_guidance as sg  # noqa: E402

@@ -62,7 +62,7 @@ class Config:
     vae_lr: float = 2e-3
     latent_noise: float = 0.1  # deviation added before decoding, against the denoiser's own errors
     colour_weight: float = 0.2  # of the linear readout below
-    unet_steps: int = 2_800
+    unet_steps: int = 1_900
     unet_batch: int = 32
     unet_lr: float = 6e-4
     ema: float = 0.998

@@ -41,7 +41,7 @@ SEED, PICTURES, BATCH = 11, 8_000, 48
 # an autoencoder whose pictures the eye will have to read.
 PLAN = {"head": (700, 3e-3), "shirt": (700, 3e-3), "body": (1_000, 3e-3)}
 TUNE = {"head": (200, 1e-3), "shirt": (200, 1e-3), "body": (300, 1e-3)}
-ROUND_TRIPS, ROUND_TRIP_SHARE = 1_500, 0.4
+ROUND_TRIPS, ROUND_TRIP_SHARE = 512, 0.4
 REJECT_SHARE = 0.2
 JOINT_NOISE = 0.012  # of the frame, deviation: what the body net is off by, or a little more
 JUDGED = {"validation": 512, "unseen": 512, "test": 512}
@@ -161,21 +161,28 @@ def fit(name: str, net: torch.nn.Module, lessons: Lessons, second: bool, deadlin
     return done >= steps
 
 
-def train(minutes: float) -> bool:
-    """True when every net is trained; writes the weights."""
-    deadline = time.monotonic() + 60 * minutes
-    torch.manual_seed(SEED)
-    net = eye.Eye()
-    pictures = data.renders(STATE, "eye", PICTURES, eye.FULL)
-    lessons = Lessons(pictures, decoded_pictures(pictures))
-    for second in (False, True) if lessons.decoded is not None else (False,):
-        for name in PLAN:
-            if not fit(name, getattr(net, name), lessons, second, deadline):
-                return False
+def save(net: eye.Eye, rounds: int) -> None:
     weights = {
         k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()
     }
-    save_file(weights, eye.WEIGHTS, {"round_trips": str(lessons.decoded is not None)})
+    save_file(weights, eye.WEIGHTS, {"rounds": str(rounds)})
+
+
+def train(minutes: float) -> bool:
+    """True when every net is trained; writes the weights after either round."""
+    deadline = time.monotonic() + 60 * minutes
+    torch.manual_seed(SEED)
+    net = eye.Eye()
+    lessons = Lessons(data.renders(STATE, "eye", PICTURES, eye.FULL), None)
+    if not all(fit(name, getattr(net, name), lessons, False, deadline) for name in PLAN):
+        return False
+    save(net, 1)
+    lessons.decoded = decoded_pictures(lessons.train)
+    if lessons.decoded is None:
+        return True
+    if not all(fit(name, getattr(net, name), lessons, True, deadline) for name in TUNE):
+        return False
+    save(net, 2)
     return True
 
 
