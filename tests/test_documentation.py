@@ -2,12 +2,12 @@
 
 import json
 import re
-import tomllib
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import tomllib
 from host.scripts import ROOT
 from host.server import PACK_NAME
 from pack.nodes import patching
@@ -131,7 +131,9 @@ def test_translated_help_uses_the_labels_that_the_node_shows(node_id, language):
 @pytest.mark.parametrize("language", PAGES)
 def test_help_teaches_the_theatre_s_words(language):
     words = {
-        "UnderstudyPuppet": (*config.SPECIES, *config.COLOURS, *config.PATTERNS, *config.HEADWEAR[1:], *config.SCENES),
+        "UnderstudyPuppet": (
+            *config.SPECIES, *config.COLOURS, *config.PATTERNS, *config.HEADWEAR[1:], *config.SCENES,
+        ),
         "UnderstudyPuppetSet": (*config.ACTIONS, *config.SCENES),
     }
     for node_id, needed in words.items():

@@ -24,7 +24,6 @@ if __name__ == "__main__":
 scripts.alias_pack()
 
 import torch  # noqa: E402
-
 from pack.kernels import dispatch  # noqa: E402
 from pack.kernels import spectral_guidance as sg  # noqa: E402
 

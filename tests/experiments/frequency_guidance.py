@@ -24,7 +24,6 @@ if __name__ == "__main__":
 scripts.alias_pack()
 
 import numpy as np  # noqa: E402
-
 from experiments import report, sampling  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
 from pack.nodes.puppets import captions, render, world  # noqa: E402

@@ -35,7 +35,6 @@ class Theatre:
         import comfy.sample
         import comfy.samplers
         import comfy.sd
-
         from pack.nodes.puppets import theatre
 
         self._samplers, self._sample = comfy.samplers, comfy.sample

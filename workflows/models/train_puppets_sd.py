@@ -39,10 +39,11 @@ from comfy.cli_args import args as host_options  # noqa: E402
 host_options.use_pytorch_cross_attention = True
 import comfy.ops  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
-from comfy.taesd import taesd  # noqa: E402
+from comfy.taesd.taesd import Block  # noqa: E402
 from diffusers.training_utils import compute_snr  # noqa: E402
+from narrow_taesd import NarrowTAESD  # noqa: E402
 from pack.nodes.puppets import captions, theatre, tokenizer, world  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from timeboxed import Optimiser, Stage, to_tensor  # noqa: E402
 from timeboxed import pictures as render_pictures  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
@@ -68,6 +69,7 @@ class Config:
     ema: float = 0.998
     min_snr: float = 5.0
     drop_caption: float = 0.1
+    warm_start: int = 0  # 1 begins with the weights of the checkpoint beside this file
     decoder_steps: int = 600
 
 
@@ -88,42 +90,13 @@ def initialise(module) -> None:
             torch.nn.init.zeros_(layer.bias)
 
 
-class NarrowTAESD(torch.nn.Module):
-    """TAESD with 32 channels where the picture is large (full and half size) and 64 below: a third of the work.
-
-    `widened` fills the other channels with zeros, which gives the host's TAESD with exactly the same outputs.
-    """
-
-    def __init__(self, narrow: int = 32, wide: int = 64):
-        super().__init__()
-        block, conv, up = taesd.Block, taesd.conv, torch.nn.Upsample
-        self.taesd_encoder = torch.nn.Sequential(
-            conv(3, narrow), block(narrow, narrow),
-            conv(narrow, narrow, stride=2, bias=False), *(block(narrow, narrow) for _ in range(3)),
-            conv(narrow, wide, stride=2, bias=False), *(block(wide, wide) for _ in range(3)),
-            conv(wide, wide, stride=2, bias=False), *(block(wide, wide) for _ in range(3)),
-            conv(wide, theatre.LATENT_CHANNELS),
-        )
-        # Keeps colour linear in the latents, which is easier to denoise and to preview; dropped in the end.
-        self.colour = torch.nn.Conv2d(theatre.LATENT_CHANNELS, 3, 1)
-        self.taesd_decoder = torch.nn.Sequential(
-            taesd.Clamp(), conv(theatre.LATENT_CHANNELS, wide), torch.nn.ReLU(),
-            *(block(wide, wide) for _ in range(3)), up(scale_factor=2), conv(wide, wide, bias=False),
-            *(block(wide, wide) for _ in range(3)), up(scale_factor=2), conv(wide, narrow, bias=False),
-            *(block(narrow, narrow) for _ in range(3)), up(scale_factor=2), conv(narrow, narrow, bias=False),
-            block(narrow, narrow), conv(narrow, 3),
-        )
-
-    def widened(self) -> taesd.TAESD:
-        full = taesd.TAESD(latent_channels=theatre.LATENT_CHANNELS)
-        state = {key: torch.zeros_like(value) for key, value in full.state_dict().items()}
-        state["vae_scale"] = torch.ones(())
-        for key, value in self.state_dict().items():
-            if key.startswith("colour."):
-                continue
-            state[key][tuple(slice(size) for size in value.shape)] = value
-        full.load_state_dict(state)
-        return full
+def from_checkpoint(module, prefix: str) -> None:
+    """Copy what the shipped checkpoint holds under `prefix`; a narrower tensor takes the leading channels."""
+    stored = load_file(CHECKPOINT)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if prefix + name in stored:
+                parameter.copy_(stored[prefix + name][tuple(slice(size) for size in parameter.shape)])
 
 
 def make_vae(device):
@@ -134,7 +107,7 @@ def make_vae(device):
             if layer.bias is not None:
                 torch.nn.init.zeros_(layer.bias)
         # Without normalisation layers a block learns fastest when it starts as the identity.
-        if isinstance(layer, taesd.Block):
+        if isinstance(layer, Block):
             layer.conv[-1].weight.data.mul_(0.1)
     vae.taesd_encoder[-1].weight.data.mul_(0.05)  # latents of about unit deviation
     vae.taesd_decoder[-1].weight.data.mul_(0.05)
@@ -160,6 +133,12 @@ def make_text_encoder(device):
     special = {f"{k}_token_id": v for k, v in (("bos", theatre.SPECIAL_TOKENS["start"]),
                                                ("pad", theatre.SPECIAL_TOKENS["pad"]))}
     return CLIPTextModel(CLIPTextConfig(**config, **special)).to(device)
+
+
+def text_prefix(text) -> str:
+    """The checkpoint's prefix for transformers' parameter names, which may or may not begin with `text_model.`"""
+    inner = "" if next(iter(text.state_dict())).startswith("text_model.") else "text_model."
+    return f"cond_stage_model.transformer.{inner}"
 
 
 def tokens(texts: list[str], device):
@@ -219,6 +198,8 @@ def psnr(vae, config, device, count=256) -> float:
 
 def train_vae(config, device, deadline) -> bool:
     vae = make_vae(device)
+    if config.warm_start:
+        from_checkpoint(vae, "first_stage_model.")
     optimiser = Optimiser(vae, config.matrix_lr, config.vae_lr)
     stage = Stage(STATE / "vae.pt", optimiser, config.vae_steps, {"vae": vae}, deadline)
     images = pictures(config, "train", config.pictures)
@@ -268,6 +249,9 @@ def latents(config, device):
 def train_unet(config, device, deadline) -> bool:
     torch.manual_seed(config.seed)
     unet, text = make_unet(device), make_text_encoder(device)
+    if config.warm_start:
+        from_checkpoint(unet, "model.diffusion_model.")
+        from_checkpoint(text, text_prefix(text))
     average = copy.deepcopy(torch.nn.ModuleDict({"unet": unet, "text": text})).requires_grad_(False)
     live = torch.nn.ModuleDict({"unet": unet, "text": text})
     stage = Stage(STATE / "unet.pt", Optimiser(live, config.matrix_lr, config.unet_lr), config.unet_steps,
@@ -345,13 +329,13 @@ def export(config, device) -> None:
     state = torch.load(STATE / "unet.pt", map_location="cpu", weights_only=True)
     average = state["modules"]["average"]
     tensors = {f"model.diffusion_model.{theatre.MARKER}": torch.ones(1)}
+    prefix = text_prefix(make_text_encoder("cpu"))
     for key, value in average.items():
         kind, name = key.split(".", 1)
         if kind == "unet":
             tensors[f"model.diffusion_model.{name}"] = value
         elif "position_ids" not in name:
-            name = name if name.startswith("text_model.") else f"text_model.{name}"
-            tensors[f"cond_stage_model.transformer.{name}"] = value
+            tensors[prefix + name] = value
     vae = trained_vae(torch.device("cpu"))
     tensors |= {f"first_stage_model.{key}": value for key, value in vae.widened().state_dict().items()}
     tensors = {key: value.to(torch.float16).contiguous() for key, value in tensors.items()}

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from pack.nodes.puppets import render, scenes, world
 from pack.nodes.puppets.config import ACTIONS, HEADWEAR, NAMED_ACTIONS, PATTERNS, SCENES, SPECIES, Take
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pack.nodes.puppets.config import ACTIONS, HEADWEAR, JOINTS, PART_NAMES, PATTERNS, SPECIES
 from safetensors.torch import load_file
 from torch import nn
-
-from pack.nodes.puppets.config import ACTIONS, HEADWEAR, JOINTS, PART_NAMES, PATTERNS, SPECIES
 
 from .data import to_tensor
 

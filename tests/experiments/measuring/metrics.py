@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-
 from pack.nodes.puppets import render, world
 from pack.nodes.puppets.config import NAMED_ACTIONS, PART_NAMES, UNNAMED_ACTIONS, Identity, Picture, Take
 
@@ -26,7 +25,7 @@ GARMENTS = {
 CLOTHES = tuple(part for parts in GARMENTS.values() for part in parts)
 COLOURED = ("head", "ears", *CLOTHES)
 PARTS_SEEN = 20 / 128**2  # of the frame: a smaller part is not judged
-MISSING = 50.0  # ΔE76 of a part that should be there and is not, or is there and should not
+MISSING = 50.0  # ΔE76 of a hat that should be there and is not, or is there and should not
 GARMENT_LIMIT = 25.0  # ΔE76 up to which the colour of a garment is right
 
 
@@ -86,37 +85,39 @@ def identity_error(
     """ΔE76 of every part of `names`, and under "mean" their mean.
 
     The right colours are those of `identity` drawn in `take` (its scene, light and action; without one:
-    standing on the stage). `parts` is the true part map; without it the eye's own is used, and a part that is
-    missing or too much counts `MISSING` where it is all of a garment. Under a true map, a part too small in
-    either is left out.
+    standing on the stage). `parts` is the true part map; without it the eye's own is used, and a hat that is
+    missing or too much counts `MISSING`. A part too small in either picture is left out.
     """
     if parts is not None:
-        return _part_errors(image, identity, parts, take, names, counts_missing=False)
-    seen = eyes.look(trained_eye(), image[None]).parts[0]
-    return _part_errors(image, identity, seen, take, names, counts_missing=True)
+        return _part_errors(image, identity, parts, take, names)
+    sight = eyes.look(trained_eye(), image[None])
+    return _own_errors(image, identity, sight, 0, take, names)
 
 
 def _part_errors(
-    image: np.ndarray,
-    identity: Identity,
-    parts: np.ndarray,
-    take: Take | None,
-    names: Sequence[str],
-    counts_missing: bool,
+    image: np.ndarray, identity: Identity, parts: np.ndarray, take: Take | None, names: Sequence[str]
 ) -> dict[str, float]:
     shown = Take(identity, "standing") if take is None else dataclasses.replace(take, identity=identity)
     reference = _reference(shown, image.shape[0])
     right, found = part_colours(reference.image, reference.parts, names), part_colours(image, parts, names)
     errors = {name: float(np.linalg.norm(found[name] - right[name])) for name in right if name in found}
-    if counts_missing:
-        # Limbs hide each other; a garment that is wholly missing or too much is an error, if plainly so.
-        for garment in GARMENTS.values():
-            some, others = ([name for name in garment if name in seen] for seen in (right, found))
-            if bool(some) != bool(others):
-                owner = reference.parts if some else parts
-                area = np.isin(owner, [PART_NAMES.index(name) for name in some or others]).sum()
-                if area >= 3 * PARTS_SEEN * parts.size and set(garment) <= set(names):
-                    errors |= dict.fromkeys(some or others, MISSING)
+    errors["mean"] = float(np.mean(list(errors.values()))) if errors else MISSING
+    return errors
+
+
+def _own_errors(
+    image: np.ndarray,
+    identity: Identity,
+    sight: eyes.Sight,
+    index: int,
+    take: Take | None,
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Under the eye's own part map. Limbs may hide each other; a hat too many or missing is an error."""
+    errors = _part_errors(image, identity, sight.parts[index], take, names)
+    del errors["mean"]
+    if "headwear" in names and (sight.headwear[index] == "none") != (identity.headwear == "none"):
+        errors["headwear"] = MISSING
     errors["mean"] = float(np.mean(list(errors.values()))) if errors else MISSING
     return errors
 
@@ -202,8 +203,8 @@ def compositions(
 
         def errors(asked: Identity, names: Sequence[str], i: int = i, take: Take = take) -> dict[str, float]:
             if parts is None:
-                return _part_errors(images[i], asked, sight.parts[i], take, names, counts_missing=True)
-            return _part_errors(images[i], asked, parts[i], take, names, counts_missing=False)
+                return _own_errors(images[i], asked, sight, i, take, names)
+            return _part_errors(images[i], asked, parts[i], take, names)
 
         everything = errors(who, COLOURED)
         # A result that shows the detail, which no word asked for, is as right as one that does not.
@@ -222,6 +223,7 @@ def compositions(
                 "seen_action": answers[i],
                 "seen_species": sight.species[i],
                 "seen_pattern": sight.patterns[i],
+                "seen_headwear": sight.headwear[i],
                 "composition": identity and action,
             }
         )

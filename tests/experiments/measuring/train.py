@@ -28,11 +28,10 @@ scripts.alias_pack()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
 from experiments import sampling  # noqa: E402
 from experiments.measuring import data, eye, metrics  # noqa: E402
 from pack.nodes.puppets.config import NAMED_ACTIONS, PART_NAMES  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 STATE = ROOT / ".cache" / "training" / "measuring"
 CHECKPOINT = ROOT / "workflows" / "models" / "puppets_sd.safetensors"

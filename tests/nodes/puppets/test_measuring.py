@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from experiments.measuring import data, eye, metrics
 from hypothesis import given
 from hypothesis import strategies as st
-
-from experiments.measuring import data, eye, metrics
 from pack.nodes.puppets import render, world
 from pack.nodes.puppets.config import COLOURS, NAMED_ACTIONS, PART_NAMES, Take
 
