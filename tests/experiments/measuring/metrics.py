@@ -26,7 +26,7 @@ CLOTHES = tuple(part for parts in GARMENTS.values() for part in parts)
 COLOURED = ("head", "ears", *CLOTHES)
 PARTS_SEEN = 20 / 128**2  # of the frame: a smaller part is not judged
 MISSING = 50.0  # ΔE76 of a hat that should be there and is not, or is there and should not
-GARMENT_LIMIT = 25.0  # ΔE76 up to which the colour of a garment is right
+GARMENT_LIMIT = 20.0  # ΔE76 up to which a garment has its colour; chosen on renders, PROTOCOL.md
 
 
 def _unit(image: np.ndarray) -> np.ndarray:

@@ -193,18 +193,17 @@ def test_nearest_training_picture_is_found(shown):
 def test_the_eye_reads_held_out_renders(shown):
     takes, pictures = shown
     seen = eye.look(metrics.trained_eye(), np.stack([p.image for p in pictures]))
-    truth = np.array([data.labels(take) for take in takes])
     assert all(take.action in NAMED_ACTIONS for take in takes)
     assert np.mean([a == t.action for a, t in zip(seen.actions, takes)]) >= 0.9
     assert np.mean([s == t.identity.species for s, t in zip(seen.species, takes)]) >= 0.9
-    assert np.mean([p == t.identity.pattern for p, t in zip(seen.patterns, takes)]) >= 0.8
+    assert np.mean([h == t.identity.headwear for h, t in zip(seen.headwear, takes)]) >= 0.85
+    assert np.mean([p == t.identity.pattern for p, t in zip(seen.patterns, takes)]) >= 0.9
     distance = metrics.joint_distances(seen.joints, np.stack([p.joints for p in pictures]))
     assert np.nanmean(distance) < 4
     parts = np.stack([p.parts for p in pictures])
-    for name in ("background", "head", "torso", "right_leg"):
-        i = PART_NAMES.index(name)
-        assert ((seen.parts == i) & (parts == i)).sum() / ((seen.parts == i) | (parts == i)).sum() > 0.6
-    assert len(truth) == HELD_OUT
+    for name, least in (("background", 0.9), ("head", 0.5), ("torso", 0.65), ("right_leg", 0.6)):
+        ours, right = seen.parts == PART_NAMES.index(name), parts == PART_NAMES.index(name)
+        assert (ours & right).sum() >= least * (ours | right).sum(), name
 
 
 def test_the_eye_rejects_what_shows_no_puppet(shown):
