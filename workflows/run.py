@@ -217,6 +217,8 @@ def main() -> int:
         return 0
     environment.enter(ROOT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Shells start background jobs with Ctrl-C ignored, and every process of ours would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         comfyui = source.obtain(ROOT)
         if options.serve:

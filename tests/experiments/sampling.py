@@ -79,7 +79,8 @@ class Theatre:
     ) -> torch.Tensor:
         """Latents from `seeds`, one a picture; img2img where `latents` are given and `denoise` < 1."""
         # Every picture has the noise of its own seed, so that a case does not depend on its batch.
-        shape = (4, size // 8, size // 8)
+        channels = self.model.get_model_object("latent_format").latent_channels
+        shape = (channels, size // 8, size // 8)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         start = torch.zeros_like(noise) if latents is None else latents
         sampling = self.model.get_model_object("model_sampling")
