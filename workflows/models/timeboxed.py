@@ -43,6 +43,42 @@ def to_tensor(images: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is orthogonalised (Jordan 2024), matrices of one shape together.
+
+    torch.optim.Muon iterates in bf16, one matrix at a time: twenty times slower on a CPU without bf16.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[tuple, list] = {}
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                nesterov = parameter.grad.lerp(momentum, group["momentum"])
+                shapes.setdefault(tuple(parameter.shape), []).append((parameter, nesterov))
+            for (rows, columns), pairs in shapes.items():
+                steps = orthogonalised(torch.stack([step for _, step in pairs]))
+                scale = max(1.0, rows / columns) ** 0.5
+                for (parameter, _), step in zip(pairs, steps, strict=True):
+                    parameter.add_(step, alpha=-group["lr"] * scale)
+
+
+def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
+    """[N, rows, columns] with singular values near 1: five quintic Newton-Schulz steps, Jordan's coefficients."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
 class Optimiser:
     """Muon for hidden weight matrices (convolutions flattened to [out, in * k * k]), AdamW for everything else.
 
@@ -56,10 +92,10 @@ class Optimiser:
             hidden = parameter.ndim in (2, 4) and min(parameter.shape[:2]) > 8 and "embedding" not in name
             if parameter.requires_grad:
                 (self.matrices if hidden else others).append(parameter)
-        # Views of the same storage, since torch's Muon takes matrices only.
+        # Views of the same storage, since Muon takes matrices only.
         self.views = [torch.nn.Parameter(_flat(parameter.data)) for parameter in self.matrices]
         self.parts = {
-            "muon": torch.optim.Muon(self.views, lr=matrix_rate, weight_decay=0.0),
+            "muon": Muon(self.views, lr=matrix_rate),
             "adamw": torch.optim.AdamW(others, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99)),
         }
         self.parameters = [*self.matrices, *others]
