@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
 import torch
@@ -22,17 +21,11 @@ Begin = Callable[[Any, torch.Size], Guide]
 STEPWISE_SAMPLERS = ("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "ddpm", "lcm")
 
 
-def with_post_cfg_function(model_options: dict, function: Callable[[dict], torch.Tensor]) -> dict:
-    """A copy of `model_options` whose post-CFG functions end with `function`."""
-    options = comfy.model_patcher.create_model_options_clone(model_options)
-    return comfy.model_patcher.set_model_options_post_cfg_function(options, function)
-
-
 def guide_denoised(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.samplers.Sampler:
     """A SAMPLER that runs `sampler`, any of the host's, and guides each denoised estimate it asks for.
 
-    The guide sees the estimate after CFG and the model's own post-CFG functions, in the model's latent space,
-    before a latent mask is applied, and the sigma of that evaluation, on the sampler's grid or off it.
+    The guide sees the guider's answer, after CFG and all that belongs to it, in the model's latent space, before
+    a latent mask is applied, and the sigma of that evaluation, on the sampler's grid or off it.
     """
     return _GuidedDenoised(sampler, begin)
 
@@ -78,22 +71,33 @@ class _GuidedDenoised(comfy.samplers.Sampler):
         denoise_mask=None,
         disable_pbar=False,
     ):
-        guide = self.begin(model_wrap.inner_model, noise.shape)
-
-        def guide_estimate(args: dict) -> torch.Tensor:
-            return guide(args["denoised"], float(args["sigma"].flatten()[0]))
-
-        options = with_post_cfg_function(extra_args.get("model_options", {}), guide_estimate)
         return self.sampler.sample(
-            model_wrap,
+            _Guided(model_wrap, self.begin(model_wrap.inner_model, noise.shape)),
             sigmas,
-            {**extra_args, "model_options": options},
+            extra_args,
             callback,
             noise,
             latent_image,
             denoise_mask,
             disable_pbar,
         )
+
+
+class _Guided:
+    """A guider whose every answer is guided; everything else is the guider's own.
+
+    Post-CFG functions would miss some: DualModel skips them at CFG 1, DualCFG goes on calculating after them.
+    """
+
+    def __init__(self, guider: Any, guide: Guide):
+        self._guider = guider
+        self._guide = guide
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return self._guide(self._guider(x, sigma, *args, **kwargs), float(sigma.flatten()[0]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guider, name)
 
 
 class _GuidedLatent(comfy.samplers.Sampler):
@@ -171,4 +175,5 @@ def _input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:
 
 def _sampler_name(sampler: Any) -> str:
     function = getattr(sampler, "sampler_function", None)
-    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+    name = getattr(function, "__name__", type(sampler).__name__)
+    return name.removeprefix("sample_").removesuffix("_function")

@@ -2,12 +2,18 @@
 
 import json
 import re
+import sys
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import tomllib
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from host.scripts import ROOT
 from host.server import PACK_NAME
 from pack.nodes import patching

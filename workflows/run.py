@@ -29,6 +29,8 @@ from host import environment, execution, gallery, source, workflows  # noqa: E40
 from host.server import Server, ServerError  # noqa: E402
 
 CACHE = ROOT / ".cache"
+# In every folder of pictures that a run made, and may empty again.
+MARK = ".understudy-gallery"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -137,12 +139,14 @@ def run_workflow(server: Server, workflow: workflows.Workflow, output: Path) -> 
         return gallery.Entry(
             workflow, "skipped", "It needs model files that are not here:\n" + "\n".join(lines)
         )
+    folder = output / workflow.stem
+    check_own(folder)
     with Progress(workflow.stem) as progress:
         result = execution.run(server, workflow.path, progress.show)
     entry = gallery.Entry(workflow, "failed" if result.error else "done", result.error or "", result.seconds)
-    folder = output / workflow.stem
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    (folder / MARK).touch()
     last_node = next((file["node_id"] for file in reversed(result.files) if file["type"] == "output"), None)
     for file in result.files:
         path = folder / f"{len(entry.files) + 1:02d}_{file['filename']}"
@@ -155,6 +159,12 @@ def run_workflow(server: Server, workflow: workflows.Workflow, output: Path) -> 
     if entry.files and not entry.main:
         entry.main = entry.files[-1][0]
     return entry
+
+
+def check_own(folder: Path) -> None:
+    """Raise SetupError where `folder`, which a run empties, holds what no run made."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise source.SetupError(f"{folder} holds files that no run made: choose another --output.")
 
 
 def report(entry: gallery.Entry) -> None:

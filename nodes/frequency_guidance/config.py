@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...kernels.spectral_guidance import DISTANCES
+from ...kernels.spectral_guidance import DISTANCES, RULES
 
 APPLY_TO = ("denoised", "latent")
-UPDATES = ("automatic", "per_bin", "gradient")
 # The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
 HIGHEST_CUTOFF = 0.75
 
@@ -29,8 +28,8 @@ class FrequencyGuidanceConfig:
     # Published: in every step (the last one of 50 excepted).
     start_percent: float = 0.0
     end_percent: float = 1.0
-    # Ours: `per_bin` for the circular distance; `paper` keeps the published plain gradient.
-    update: str = "automatic"
+    # Ours: every frequency its own way, so that 1 is all the way. Published: the plain gradient.
+    update: str = "per_bin"
     # Published: all bands.
     phase_low: float = 0.0
     phase_high: float = HIGHEST_CUTOFF
@@ -41,7 +40,7 @@ class FrequencyGuidanceConfig:
         for name, value, allowed in (
             ("phase_distance", self.phase_distance, DISTANCES),
             ("apply_to", self.apply_to, APPLY_TO),
-            ("update", self.update, UPDATES),
+            ("update", self.update, RULES),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
@@ -59,13 +58,18 @@ class FrequencyGuidanceConfig:
                 )
 
     @property
-    def rule(self) -> str:
-        """The kernel's update rule, with `automatic` resolved."""
-        if self.update == "automatic":
-            return "gradient" if self.phase_distance == "paper" else "per_bin"
-        return self.update
-
-    @property
     def off(self) -> bool:
         """True where guidance changes nothing."""
         return self.amplitude_scale == 0 and self.phase_scale == 0
+
+
+@dataclass(frozen=True)
+class SourceDrivingPairConfig:
+    """Fine-tuning on the two pictures: `steps` iterations, each one step on the source and one on the driving one."""
+
+    # Published: 500 iterations.
+    steps: int = 500
+    # Ours, for a LoRA alone. Published: 2e-6, which belongs to training the whole UNet.
+    learning_rate: float = 1e-3
+    # Published: rank 4.
+    rank: int = 4

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ...kernels.spectral_guidance import DISTANCES
+from ...kernels.spectral_guidance import DISTANCES, RULES
 from .. import patching
 from . import method
-from .config import APPLY_TO, HIGHEST_CUTOFF, UPDATES, FrequencyGuidanceConfig
+from .config import APPLY_TO, HIGHEST_CUTOFF, FrequencyGuidanceConfig
 
 CATEGORY = "Understudy/Frequency guidance"
 _DEFAULT = FrequencyGuidanceConfig()
@@ -151,9 +151,9 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
                 ),
                 _choice(
                     "update",
-                    UPDATES,
-                    "per_bin moves each frequency its own way. gradient is plain descent on the losses. "
-                    "automatic takes per_bin for circular and gradient for paper.",
+                    RULES,
+                    "per_bin moves each frequency its own way, 1 all the way. gradient is plain descent on the "
+                    "losses, as published; its phase steps are far rougher: use 0.03 or less.",
                     advanced=True,
                 ),
                 _cutoff("phase_low", "Lowest frequency of the phase term"),

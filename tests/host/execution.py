@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,12 +39,13 @@ def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambd
     titles: dict[str, str] = {}
     envelope: dict = {}
     started = time.monotonic()
+    problems = tempfile.TemporaryFile()  # a pipe nobody reads meanwhile would fill up
     process = subprocess.Popen(
         _command(server, workflow),
         env=_environment(server),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=problems,
         text=True,
         encoding="utf-8",
         errors="replace",
@@ -58,18 +60,20 @@ def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambd
             elif event.get("type") == "executed":
                 result.files += event["outputs"]
             on_event(event)
-        problems = process.stderr.read()
         process.wait()
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
+        problems.seek(0)
+        complaint = problems.read().decode(errors="replace").strip()
+        problems.close()
     # The time of the run itself, without comfy-cli's start, where it says it.
     result.seconds = (envelope.get("data") or {}).get("elapsed_seconds", time.monotonic() - started)
     if not server.alive():
         result.error = f"ComfyUI itself ended; its last lines:\n{server.tail()}"
     elif process.returncode:
-        error = envelope.get("error") or {"message": problems.strip() or "comfy-cli ended without a result."}
+        error = envelope.get("error") or {"message": complaint or "comfy-cli ended without a result."}
         result.error = describe(error, titles)
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,6 +35,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    """True if something on this machine listens on the port."""
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def has_accelerator() -> bool:
@@ -98,6 +106,14 @@ class Server:
         for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         link_folder(self.pack, self.base / "custom_nodes" / self.name)
+        # ComfyUI's own examples, which a workflow may start from before a user chooses pictures.
+        for picture in (self.comfyui / "input").glob("example.*"):
+            if not (self.base / "input" / picture.name).exists():
+                shutil.copy(str(picture), str(self.base / "input"))
+        if self.port and answers(self.port):
+            raise ServerError(
+                f"Port {self.port} is in use, maybe by another ComfyUI: stop that one, or choose another with --port."
+            )
         self.port = self.port or free_port()
         with open(str(self.log), "wb") as log:
             self.process = subprocess.Popen(

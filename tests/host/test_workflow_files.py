@@ -32,6 +32,18 @@ def test_models_are_found_inside_subgraphs_and_named_once(tmp_path):
     assert workflow.subgraph_ids() == {subgraph["id"]}
 
 
+def test_pictures_that_workflows_load_come_with_comfyui(pack_root, comfy_path):
+    """`run.py` offers ComfyUI's own examples and nothing else."""
+    loaded = [
+        node["widgets_values"][0]
+        for path in (pack_root / "workflows").glob("*.json")
+        for node in json.loads(path.read_text())["nodes"]
+        if node["type"] in ("LoadImage", "LoadImageMask")
+    ]
+    offered = {path.name for path in (comfy_path / "input").glob("example.*")}
+    assert loaded and set(loaded) <= offered
+
+
 def test_workflows_are_found_by_stem_file_name_and_path(tmp_path):
     for stem in ("one", "two"):
         write(tmp_path / f"{stem}.json", [])

@@ -6,6 +6,8 @@ import comfy.samplers
 import pytest
 import tiny_model
 import torch
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG, Guider_DualModel
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_void import VOID_DDIM
 from pack.nodes import patching
 
@@ -23,7 +25,6 @@ class Recorder(comfy.samplers.Sampler):
     def __init__(self, sampler):
         self.sampler = sampler
         self.evaluated = []
-        self.functions = []
         self.grid = []
 
     def sample(self, model_wrap, sigmas, *args, **kwargs):
@@ -33,28 +34,12 @@ class Recorder(comfy.samplers.Sampler):
         class Model:
             def __call__(self, x, sigma, model_options, **options):
                 outer.evaluated.append(float(sigma[0]))
-                outer.functions.append(len(model_options.get("sampler_post_cfg_function", [])))
                 return model_wrap(x, sigma, model_options=model_options, **options)
 
             def __getattr__(self, name):
                 return getattr(model_wrap, name)
 
         return self.sampler.sample(Model(), sigmas, *args, **kwargs)
-
-
-def test_post_cfg_function_is_added_to_a_copy():
-    def first(args):
-        return args["denoised"]
-
-    given = {
-        "sampler_post_cfg_function": [first],
-        "transformer_options": {"patches": {"attn2_patch": [first]}},
-    }
-    before = copy.deepcopy(given)
-    options = patching.with_post_cfg_function(given, second := (lambda args: args["denoised"]))
-    assert options["sampler_post_cfg_function"] == [first, second]
-    assert given == before and options["transformer_options"] is not given["transformer_options"]
-    assert patching.with_post_cfg_function({}, first) == {"sampler_post_cfg_function": [first]}
 
 
 def test_the_denoised_guide_sees_every_estimate_after_the_models_own_functions():
@@ -71,6 +56,41 @@ def test_the_denoised_guide_sees_every_estimate_after_the_models_own_functions()
     assert [value for value, _ in seen] == [5.0] * 5
     assert [sigma for _, sigma in seen] == sampler.evaluated
     torch.testing.assert_close(result, torch.full_like(result, 6 / 0.18215))
+
+
+def guider(kind, cfg):
+    positive, negative, third = (tiny_model.conditioning(i) for i in (1, 2, 4))
+    if kind == "CFG":
+        made = comfy.samplers.CFGGuider(MODEL)
+        made.set_conds(positive, negative)
+        made.set_cfg(cfg)
+    elif kind == "PerpNeg":
+        made = Guider_PerpNeg(MODEL)
+        made.set_conds(positive, negative, third)
+        made.set_cfg(cfg, 1.0)
+    elif kind == "DualModel":
+        made = Guider_DualModel(MODEL, MODEL.clone())
+        made.set_conds(positive, negative)
+        made.set_cfg(cfg)
+    else:
+        made = Guider_DualCFG(MODEL)
+        made.set_conds(positive, third, negative)
+        made.set_cfg(cfg, 8.0, kind == "nested DualCFG")
+    return made
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("kind", ["CFG", "PerpNeg", "DualModel", "DualCFG", "nested DualCFG"])
+def test_the_denoised_guide_has_the_last_word_with_every_guider(kind, cfg):
+    """A guide that answers a constant makes euler end on it, whatever the guider calculates."""
+    grid = comfy.samplers.calculate_sigmas(MODEL.get_model_object("model_sampling"), "normal", 4)
+    wanted = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    sampler = patching.guide_denoised(
+        comfy.samplers.sampler_object("euler"), begin_with(lambda _x, _sigma: MODEL.model.process_latent_in(wanted))
+    )
+    with torch.inference_mode():
+        result = guider(kind, cfg).sample(torch.randn(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), sampler, grid, seed=3)
+    torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_wrapping_changes_neither_model_nor_sampler_and_leaves_nothing_behind():
@@ -127,7 +147,6 @@ def test_the_latent_of_other_samplers_is_refused_by_name(name):
     if name in patching.STEPWISE_SAMPLERS or name == "ddim":
         patching.guide_latent(sampler, begin_with(None))
         return
-    # The two dpm samplers are wrapped by the host in functions of their own, named dpm_..._function.
     with pytest.raises(
         ValueError, match=f"{name.removesuffix('_bh2').replace('uni_pc', 'unipc')}.*ddim, euler.*denoised"
     ):

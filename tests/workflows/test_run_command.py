@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -98,10 +99,23 @@ def test_a_workflow_without_its_models_is_skipped_with_the_files_to_download(fin
 def test_the_good_one_runs_all_the_same_and_shows_its_nodes(finished):
     process, gallery = finished
     assert re.search(r"\[1/2\] Empty Image\n +\[2/2\] The picture\ndone +good", process.stdout)
-    pictures = list((gallery / "good").iterdir())
+    pictures = list((gallery / "good").glob("*.*"))
     assert len(pictures) == 1
     with Image.open(pictures[0]) as picture:
         assert picture.size == (64, 48) and picture.getpixel((0, 0)) == (0x33, 0x66, 0xCC)
+
+
+def test_a_folder_of_somebody_else_is_not_emptied(pack_root, tmp_path):
+    run = runpy.run_path(str(pack_root / "workflows" / "run.py"))
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        run["check_own"](folder)
+        (folder / "notes.txt").write_text("kept")
+    (ours / run["MARK"]).touch()
+    run["check_own"](ours)
+    with pytest.raises(run["source"].SetupError, match="theirs holds files that no run made: .*--output"):
+        run["check_own"](theirs)
 
 
 def test_the_gallery_page_needs_no_other_file_and_lets_no_markup_through(finished):

@@ -153,7 +153,7 @@ def test_a_sampler_that_changes_the_size_is_named():
         ({"amplitude_scale": float("nan")}, "amplitude_scale"),
         ({"phase_distance": "angle"}, "circular, paper"),
         ({"apply_to": "noise"}, "denoised, latent"),
-        ({"update": "adam"}, "automatic, per_bin, gradient"),
+        ({"update": "adam"}, "per_bin, gradient"),
         ({"phase_low": 0.5, "phase_high": 0.3}, "phase band is empty"),
         ({"amplitude_low": 0.5, "amplitude_high": 0.5}, "amplitude band is empty"),
     ],
