@@ -4,12 +4,14 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import files
 from .frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
+from .frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
 from .puppets import theatre
 from .puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
 
 METHOD_NODES: list[type[io.ComfyNode]] = [
     UnderstudyFrequencyGuidanceSampler,
     UnderstudyStepwisePrompt,
+    UnderstudyTrainSourceDrivingPair,
 ]
 
 THEATRE_NODES: list[type[io.ComfyNode]] = [

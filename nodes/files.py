@@ -33,6 +33,7 @@ from .files_names import normalise_prefix, refused
 PACK_ROOT = Path(__file__).resolve().parent.parent
 ACTION_IDENTIFIERS = "action_identifiers"
 FUSION_EMBEDDINGS = "fusion_embeddings"
+TRAINING_CHECKPOINTS = "training_checkpoints"
 EXTENSION = ".safetensors"
 
 # The theatre's own files, by the host's list that should show them; one folder holds them all.
@@ -326,7 +327,9 @@ def _sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        # Some network folders cannot; the file itself is on the disk by now.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -361,7 +364,7 @@ def _lock(descriptor: int) -> bool:
 
 def register_folders() -> None:
     """Add `models/<key>` and `output/<key>` of the pack's files, and the theatre's models, to the host's."""
-    for key in (ACTION_IDENTIFIERS, FUSION_EMBEDDINGS):
+    for key in (ACTION_IDENTIFIERS, FUSION_EMBEDDINGS, TRAINING_CHECKPOINTS):
         for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
             folder_paths.add_model_folder_path(key, os.path.join(parent, key))
         paths, _ = folder_paths.folder_names_and_paths[key]
@@ -387,8 +390,11 @@ def theatre_enabled() -> bool:
 
 
 def list_files(folder: str) -> list[str]:
-    """Names, relative to their folder, of the files that the host lists under the key `folder`."""
-    return folder_paths.get_filename_list(folder)
+    """Names, relative to their folder, of the files that the host lists under the key `folder`; [] before
+    `register_folders` has told it the key.
+    """
+    known = folder in folder_paths.folder_names_and_paths
+    return folder_paths.get_filename_list(folder) if known else []
 
 
 def find(folder: str, name: str) -> Path:

@@ -5,12 +5,13 @@ Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ...kernels import spectral_guidance
+from ..training.loop import step_seed
 from .config import FrequencyGuidanceConfig
 
 # Sigma grids and percents round one schedule differently; a step that lies on a limit counts as on it.
@@ -68,7 +69,7 @@ class FrequencyGuidance:
                     phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),
                 )
             return spectral_guidance.update(
-                latent, target, config.amplitude_scale, config.phase_scale, config.rule
+                latent, target, config.amplitude_scale, config.phase_scale, config.update
             )
 
         return guide
@@ -154,3 +155,23 @@ def _within(conditioning: list, start: float, end: float) -> list:
         if first < last:
             kept.append([tensor, {**options, "start_percent": first, "end_percent": last}])
     return kept
+
+
+class PairObjective:
+    """ImPoster's fine-tuning: steps take the source and the driving picture in turn, two with one noise and level.
+
+    loss(latent, conditions, generator) -> [B] is the denoising error; `samples` are the source and the driving
+    one, each with `latent` and `conditions`.
+    """
+
+    def __init__(self, loss: Callable[..., torch.Tensor], samples: Sequence[Any], seed: int):
+        self.loss = loss
+        self.samples = samples
+        self.seed = seed
+
+    def __call__(self, step: int, _generator: torch.Generator) -> torch.Tensor:
+        iteration, turn = divmod(step, len(self.samples))
+        sample = self.samples[turn]
+        # The iteration's generator, not the step's: both pictures meet the same noise and noise level.
+        generator = torch.Generator().manual_seed(step_seed(self.seed, iteration))
+        return self.loss(sample.latent, [sample.conditions], generator).mean()

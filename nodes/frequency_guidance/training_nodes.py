@@ -1,0 +1,136 @@
+"""Node of frequency guidance's fine-tuning (ImPoster): a LoRA that knows the source and the driving picture."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..training import checkpoints, inputs, lora_training
+from ..training.config import DTYPES, LoraConfig, TrainingConfig
+from . import method
+from .config import SourceDrivingPairConfig
+from .nodes import CATEGORY
+
+_DEFAULT = SourceDrivingPairConfig()
+_TURNS = 2  # optimiser steps an iteration: source, driving
+_MAX_SEED = 2**63 - 1
+
+
+class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
+    """Trains a LoRA on one source and one driving picture, each with its text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyTrainSourceDrivingPair",
+            display_name="Train Source and Driving Pair (ImPoster)",
+            category=CATEGORY,
+            description="Learns one source and one driving picture, so that their texts mean just these two. "
+            "Then let frequency guidance and the prompt switch put the action on the source.",
+            search_aliases=["ImPoster", "train LoRA", "fine-tune", "action transfer", "DreamBooth"],
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model to learn beside. It is not changed."),
+                io.Clip.Input("clip", tooltip="Encodes the two texts. It is not trained."),
+                io.Vae.Input("vae", tooltip="Encodes the two pictures, and decodes previews where memory allows."),
+                io.Image.Input("source", tooltip="One picture of who it is, at the size to generate."),
+                io.String.Input(
+                    "source_text", multiline=True, tooltip="What the source picture shows: subject, action, place."
+                ),
+                io.Image.Input("driving", tooltip="One picture of the action, at the size to generate."),
+                io.String.Input(
+                    "driving_text", multiline=True, tooltip="What the driving picture shows: subject, action, place."
+                ),
+                io.Int.Input(
+                    "steps", default=_DEFAULT.steps, min=1, max=100_000,
+                    tooltip="Iterations; each is one optimiser step on the source and one on the driving picture.",
+                ),
+                io.Float.Input(
+                    "learning_rate", default=_DEFAULT.learning_rate, min=1e-7, max=0.1, step=1e-5, round=False,
+                    tooltip="Of AdamW. The default is ours, for a LoRA; the published 2e-6 is for a whole UNet.",
+                ),
+                io.Int.Input(
+                    "rank", default=_DEFAULT.rank, min=1, max=256,
+                    tooltip="Rank of the LoRA: more learns more, and takes more memory.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True,
+                    tooltip="Decides the start, the noise and the order: the same seed trains the same LoRA.",
+                ),
+                io.Combo.Input(
+                    "resume_from", options=checkpoints.choices(), default=checkpoints.NONE,
+                    tooltip="A checkpoint of a run with the same settings to go on from. A cancelled run leaves one.",
+                ),
+                io.Combo.Input(
+                    "dtype", options=list(DTYPES), default="model", optional=True, advanced=True,
+                    tooltip="What the model computes in. model is its own type, but bf16 or fp32 instead of fp16.",
+                ),
+                io.Float.Input(
+                    "min_snr_gamma", default=0.0, min=0.0, max=100.0, step=0.5, optional=True, advanced=True,
+                    tooltip="Min-SNR weighting of the noise levels: 0 is off, 5 the published value.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing", default=False, optional=True, advanced=True,
+                    tooltip="Computes blocks twice to save memory: about a third slower, far less memory.",
+                ),
+                io.Int.Input(
+                    "preview_every", default=0, min=0, max=100_000, optional=True, advanced=True,
+                    tooltip="Iterations between preview pictures of the source text, with a fixed noise; 0 is never.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every", default=100, min=0, max=100_000, optional=True, advanced=True,
+                    tooltip="Iterations between checkpoints on disk; 0 is only when the run is cancelled.",
+                ),
+            ],
+            outputs=[
+                io.Custom("LORA_MODEL").Output(
+                    display_name="lora", tooltip="Connect it to Load LoRA Model, or to Save LoRA Weights."
+                ),
+                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Connect it to Plot Loss Graph."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, **lists) -> io.NodeOutput:
+        source, driving = (inputs.one_picture(lists.pop(name), name) for name in ("source", "driving"))
+        texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in ("source", "driving")]
+        given = {name: values[0] for name, values in lists.items()}
+        config, lora = _configs(given)
+        latents = lora_training.encode_pictures(given["vae"], [source, driving])
+        conditionings = lora_training.encode_texts(given["clip"], [*texts, ""])
+        lora_weights, loss_map = lora_training.train_lora(
+            given["model"],
+            latents,
+            conditionings[:2],
+            config,
+            lora,
+            checkpoints=checkpoints.Checkpoints("source_driving_pair", _settings(config, lora, texts, latents)),
+            resume_from=given["resume_from"],
+            make_objective=lambda denoising, samples: method.PairObjective(denoising.loss, samples, config.seed),
+            preview=lora_training.preview_of(
+                given["vae"], conditionings[0], conditionings[2], latents[0].shape, config.seed
+            ),
+        )
+        return io.NodeOutput(lora_weights, loss_map)
+
+
+def _configs(given: dict) -> tuple[TrainingConfig, LoraConfig]:
+    config = TrainingConfig(
+        steps=given["steps"] * _TURNS,
+        learning_rate=given["learning_rate"],
+        seed=given["seed"],
+        dtype=given.get("dtype", "model"),
+        min_snr_gamma=given.get("min_snr_gamma", 0.0),
+        gradient_checkpointing=given.get("gradient_checkpointing", False),
+        preview_every=given.get("preview_every", 0) * _TURNS,
+        checkpoint_every=given.get("checkpoint_every", 100) * _TURNS,
+    )
+    return config, LoraConfig(rank=given["rank"])
+
+
+def _settings(config: TrainingConfig, lora: LoraConfig, texts: list[str], latents: list) -> dict:
+    """What a resumed run must share with the one it goes on from."""
+    return {
+        "pictures": inputs.digest(latents), "dtype": config.dtype,
+        "source_text": texts[0], "driving_text": texts[1], "rank": lora.rank, "seed": config.seed,
+        "learning_rate": config.learning_rate, "min_snr_gamma": config.min_snr_gamma,
+    }

@@ -1,0 +1,59 @@
+"""A run's state on disk: one safetensors file a run, renewed as it goes on, listed by `resume_from`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from .. import files
+from .loop import State
+
+NONE = "none"
+_KIND = "understudy training checkpoint"
+
+
+def choices() -> list[str]:
+    """What `resume_from` offers: "none" and every checkpoint, the newest last."""
+    return [NONE, *files.list_files(files.TRAINING_CHECKPOINTS)]
+
+
+class Checkpoints:
+    """The file of one run. `settings` are plain values that say what was trained, compared on resuming."""
+
+    def __init__(self, name: str, settings: dict):
+        self.name = name
+        self.settings = settings
+        self.path: Path | None = None
+
+    def save(self, state: State) -> None:
+        """Write the state, then delete the one before it: a whole file stands at any moment."""
+        tensors = {**state.tensors, "losses": torch.tensor(state.losses, dtype=torch.float64)}
+        metadata = {"kind": _KIND, "step": str(state.step), "settings": json.dumps(self.settings)}
+        before = self.path
+        self.path = files.save(tensors, metadata, files.TRAINING_CHECKPOINTS, self.name)
+        if before is not None:
+            before.unlink(missing_ok=True)
+
+    def resume(self, name: str) -> State | None:
+        """The state of a listed checkpoint, or None for "none".
+
+        Raises WeightFileError for another kind of file; ValueError, naming the setting, where it was made with
+        other settings than this run's.
+        """
+        if name == NONE:
+            return None
+        path = files.find(files.TRAINING_CHECKPOINTS, name)
+        tensors, metadata = files.read(path)
+        if metadata.get("kind") != _KIND or "losses" not in tensors:
+            raise files.refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
+        made_with = json.loads(metadata["settings"])
+        for key in sorted(self.settings.keys() | made_with.keys()):
+            here, there = self.settings.get(key), made_with.get(key)
+            if here != there:
+                raise ValueError(
+                    f"{name} was made with {key} {there!r} and this run has {here!r}: set it as it was, "
+                    f"or set resume_from to {NONE}"
+                )
+        return State(int(metadata["step"]), tensors.pop("losses").tolist(), tensors)

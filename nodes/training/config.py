@@ -1,0 +1,65 @@
+"""Settings of a training run that every method shares. Defaults name their source, or "ours"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPES = ("model", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run of `steps` optimiser steps. Raises ValueError, naming the field, for values that train nothing."""
+
+    steps: int
+    learning_rate: float
+    seed: int = 0
+    batch_size: int = 1
+    # AdamW's own default (Loshchilov and Hutter, arXiv 1711.05101, as PyTorch ships it).
+    weight_decay: float = 0.01
+    # Ours, as common in diffusion training: the longest gradient that one step may follow.
+    max_gradient_norm: float = 1.0
+    # Min-SNR weighting (Hang et al., arXiv 2303.09556): 5 is the published value, 0 is off.
+    min_snr_gamma: float = 0.0
+    gradient_checkpointing: bool = False
+    # Ours: what the model computes in, but never fp16, whose small gradients vanish.
+    dtype: str = "model"
+    # Steps between previews and between checkpoints; 0 is never.
+    preview_every: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: use 1 or more")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate is {self.learning_rate}: use a number above 0 and below 1, say 1e-4")
+        for name, value in (
+            ("min_snr_gamma", self.min_snr_gamma),
+            ("weight_decay", self.weight_decay),
+            ("preview_every", self.preview_every),
+            ("checkpoint_every", self.checkpoint_every),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} is {value}: use 0 (off) or more")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of linear layers: W + (alpha / rank) up @ down (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = 8
+    # Ours: a scale of 1 for every rank, so that a learning rate keeps its meaning.
+    alpha: float | None = None
+    # Which layers, by a regular expression on their names in the model; attention alone by default.
+    layers: str = r"attn.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out)$"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}: use 1 or more")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank

@@ -1,0 +1,65 @@
+"""Training data as a graph gives it: batches, lists, single pictures and lines of text, all alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[torch.Tensor]:
+    """Each picture as [1, H, W, 3] in 0..1, alpha dropped and grey repeated, in the order given.
+
+    Raises ValueError, naming the input, when there is none or its values are not finite.
+    """
+    batches = [images] if isinstance(images, torch.Tensor) else list(images)
+    single = []
+    for batch in batches:
+        if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"{name} has shape {tuple(batch.shape)}: connect pictures, [B, H, W, 3]")
+        if not torch.isfinite(batch).all():
+            raise ValueError(f"{name} holds NaN or infinite values: load or render the picture again")
+        colour = batch.expand(-1, -1, -1, 3) if batch.shape[-1] == 1 else batch[..., :3]
+        single.extend(colour.clone().split(1))
+    if not single:
+        raise ValueError(f"{name} holds no picture: connect at least one")
+    return single
+
+
+def lines(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
+    """One text for each of `count` pictures: a list item or a line each, or one for all.
+
+    Raises ValueError, naming the input, for any other number.
+    """
+    items = [texts] if isinstance(texts, str) else list(texts)
+    if len(items) == 1:
+        items = [line.strip() for line in items[0].splitlines() if line.strip()] or [""]
+    if len(items) == 1:
+        items = items * count
+    if len(items) != count:
+        raise ValueError(f"{name} has {len(items)} texts for {count} pictures: give one a picture, or one for all")
+    return items
+
+
+def digest(latents: Sequence[torch.Tensor]) -> str:
+    """A short name for these very latents, to tell whether a resumed run learns the same pictures."""
+    content = hashlib.sha256()
+    for latent in latents:
+        content.update(latent.detach().cpu().float().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
+def one_picture(images: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """The only picture of an input, [1, H, W, 3]. Raises ValueError, naming the input, for more than one."""
+    found = pictures(images, name)
+    if len(found) > 1:
+        raise ValueError(f"{name} holds {len(found)} pictures: connect one, Image From Batch picks it")
+    return found[0]
+
+
+def one_text(texts: Sequence[str], name: str) -> str:
+    """The only text of an input, its lines joined. Raises ValueError, naming the input, for more than one."""
+    if len(texts) != 1:
+        raise ValueError(f"{name} holds {len(texts)} texts: connect one")
+    return " ".join(texts[0].split())

@@ -1,0 +1,149 @@
+"""The one training loop: seeded, cancellable, resumed bit for bit, and stopped by the first bad number.
+
+It knows no model and no host. A method gives the trainable parameters and an objective; the room's session.py
+makes a host's model trainable meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .config import TrainingConfig
+
+# objective(step, generator) -> scalar loss with a graph to the parameters
+Objective = Callable[[int, torch.Generator], torch.Tensor]
+Parameters = dict[str, torch.nn.Parameter]
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or a gradient that is not finite; names the step. Nothing after the last good step is kept."""
+
+
+@dataclass
+class State:
+    """All that a run needs to go on: finished steps, their losses, the parameters and AdamW's moments by name."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Monitor(Protocol):
+    """What a run tells its surroundings."""
+
+    def check(self) -> None:
+        """Called before every step; raises to stop the run."""
+
+    def progress(self, step: int, loss: float) -> None:
+        """`step` steps are done; `loss` is the last one's."""
+
+    def checkpoint(self, state: State) -> None:
+        """A state worth keeping: every `checkpoint_every` steps, and where the run is stopped between them."""
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step's random numbers: a function of both alone, so that a resumed run repeats them."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def train(
+    objective: Objective,
+    parameters: Parameters,
+    config: TrainingConfig,
+    monitor: Monitor,
+    resume: State | None = None,
+) -> list[float]:
+    """Train `parameters` in place for `config.steps` steps and return every step's loss.
+
+    Random numbers come from the generator given to the objective, or from torch's global one, which is seeded
+    for the step and restored in the end. Raises TrainingDiverged; whatever else stops the run leaves a checkpoint
+    of the last finished step behind.
+    """
+    optimiser = torch.optim.AdamW(
+        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    state = State() if resume is None else resume
+    if state.step:
+        _restore(state, parameters, optimiser, config)
+    devices = {parameter.device for parameter in parameters.values() if parameter.device.type != "cpu"}
+    kind = next(iter(devices)).type if devices else "cuda"
+    losses = list(state.losses)
+    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices), device_type=kind):
+        saved = state.step
+        try:
+            while len(losses) < config.steps:
+                monitor.check()
+                losses.append(_one_step(len(losses), objective, optimiser, parameters, config))
+                monitor.progress(len(losses), losses[-1])
+                if config.checkpoint_every and len(losses) % config.checkpoint_every == 0:
+                    saved = len(losses)
+                    monitor.checkpoint(_snapshot(losses, parameters, optimiser))
+        except TrainingDiverged:
+            raise
+        except BaseException:
+            # Cancelled, out of memory, ...: a step that did not finish has not moved a parameter.
+            if len(losses) > saved:
+                monitor.checkpoint(_snapshot(losses, parameters, optimiser))
+            raise
+    return losses
+
+
+def _one_step(step, objective, optimiser, parameters, config) -> float:
+    seed = step_seed(config.seed, step)
+    torch.manual_seed(seed)
+    optimiser.zero_grad(set_to_none=True)
+    loss = objective(step, torch.Generator().manual_seed(seed))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise TrainingDiverged(_advice("loss", value, step, config))
+    loss.backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm))
+    if not math.isfinite(norm):
+        raise TrainingDiverged(_advice("gradient", norm, step, config))
+    optimiser.step()
+    return value
+
+
+def _advice(what: str, value: float, step: int, config: TrainingConfig) -> str:
+    return (
+        f"the {what} became {value} at step {step + 1} of {config.steps}, so training stopped and saved nothing "
+        f"of it: lower learning_rate ({config.learning_rate:g}), or train in fp32"
+    )
+
+
+def _snapshot(losses, parameters, optimiser) -> State:
+    tensors = {f"parameter.{name}": parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimiser.state[parameter].items():
+            tensors[f"{key}.{name}"] = value.detach().cpu().clone()
+    return State(len(losses), list(losses), tensors)
+
+
+def _restore(state: State, parameters: Parameters, optimiser: torch.optim.Optimizer, config: TrainingConfig) -> None:
+    if state.step > config.steps:
+        raise ValueError(
+            f"the checkpoint has {state.step} steps done and this run is to have {config.steps}: raise steps"
+        )
+    for name, parameter in parameters.items():
+        stored = state.tensors.get(f"parameter.{name}")
+        if stored is None or stored.shape != parameter.shape:
+            found = "nothing" if stored is None else f"shape {tuple(stored.shape)}"
+            raise ValueError(
+                f"the checkpoint has {found} for {name}, where this run has shape {tuple(parameter.shape)}: "
+                "resume with the model and the rank that it was made with"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state.tensors[f"parameter.{name}"])
+            moments = {key: state.tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimiser.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter, copy=True)
+                for key, value in moments.items()
+                if value is not None
+            }

@@ -1,0 +1,86 @@
+"""Low-rank adapters beside a model's linear layers, as forward hooks: no weight is merged, copied or replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+
+from .config import LoraConfig
+from .loop import Parameters, step_seed
+
+
+class LowRank(torch.nn.Module):
+    """up(down(x)) * scale in x's own dtype; the matrices stay fp32. down: [rank, in], up: [out, rank]."""
+
+    def __init__(self, in_features: int, out_features: int, config: LoraConfig, generator: torch.Generator):
+        super().__init__()
+        # Uniform with the deviation of a linear layer's own start, as in the published implementation; up is zero.
+        bound = in_features**-0.5
+        down = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
+        self.down = torch.nn.Parameter(down)
+        self.up = torch.nn.Parameter(torch.zeros(out_features, config.rank))
+        self.scale = config.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.linear(x, self.down.to(x.dtype))
+        return torch.nn.functional.linear(hidden, self.up.to(x.dtype)) * self.scale
+
+
+class Adapters:
+    """One adapter for each chosen linear layer of `network`, by the layer's name.
+
+    Works with every module that has `in_features` and `out_features`, quantised ones included, since only its
+    input and output are looked at. Raises ValueError where no layer matches.
+    """
+
+    def __init__(self, network: torch.nn.Module, config: LoraConfig, seed: int, device: torch.device):
+        self.config = config
+        wanted = re.compile(config.layers)
+        self.layers = {
+            name: module
+            for name, module in network.named_modules()
+            if wanted.search(name) and hasattr(module, "in_features") and hasattr(module, "out_features")
+        }
+        if not self.layers:
+            raise ValueError(
+                f"no linear layer of {type(network).__name__} matches {config.layers!r}: this model names its "
+                "attention otherwise; give another pattern of layers"
+            )
+        self.modules = {
+            name: LowRank(
+                layer.in_features,
+                layer.out_features,
+                config,
+                torch.Generator().manual_seed(step_seed(seed, 1_000_000_007 + i)),
+            ).to(device)
+            for i, (name, layer) in enumerate(self.layers.items())
+        }
+
+    def parameters(self) -> Parameters:
+        return {
+            f"{name}.{part}": getattr(module, part)
+            for name, module in self.modules.items()
+            for part in ("down", "up")
+        }
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """The network computes with the adapters inside this context, and without a trace of them after it."""
+        handles = []
+        try:
+            for name, layer in self.layers.items():
+                handles.append(layer.register_forward_hook(_adding(self.modules[name])))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adding(adapter: LowRank):
+    def add(_layer, inputs, output):
+        return output + adapter(inputs[0]).to(output.dtype)
+
+    return add

@@ -1,0 +1,111 @@
+"""From pictures and texts of a graph to a trained LORA_MODEL: the path that every LoRA-training node takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import numpy as np
+import torch
+from PIL import Image
+
+from . import loop
+from .checkpoints import Checkpoints
+from .config import LoraConfig, TrainingConfig
+from .lora import Adapters
+from .lora_files import lora_model
+from .monitor import HostMonitor
+from .objective import DenoisingObjective, Sample
+from .session import Denoiser, no_training, session
+
+_PREVIEW_STEPS = 12
+_PREVIEW_CFG = 4.5
+
+# make(denoising objective, samples) -> the method's objective
+MakeObjective = Callable[[DenoisingObjective, Sequence[Sample]], loop.Objective]
+
+
+def encode_pictures(vae, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One latent [1, C, ...] for each picture [1, H, W, 3], as VAE Encode makes it."""
+    return [vae.encode(picture).clone() for picture in pictures]
+
+
+def encode_texts(clip, texts: Sequence[str]) -> list[list]:
+    """One CONDITIONING for each text, as CLIP Text Encode makes it."""
+    known: dict[str, list] = {}
+    for text in texts:
+        if text not in known:
+            known[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return [known[text] for text in texts]
+
+
+def train_lora(
+    model,
+    latents: Sequence[torch.Tensor],
+    conditionings: Sequence[list],
+    config: TrainingConfig,
+    lora: LoraConfig,
+    *,
+    checkpoints: Checkpoints,
+    resume_from: str,
+    make_objective: MakeObjective | None = None,
+    preview: Callable[[Denoiser], Image.Image] | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+    """Train adapters of `model` on pairs of latents (as VAE Encode gives them) and CONDITIONINGs.
+
+    Returns the host's LORA_MODEL and LOSS_MAP. The model is used, not changed.
+    Raises loop.TrainingDiverged, ValueError as `session` does, and the host's interruption.
+    """
+    resume = checkpoints.resume(resume_from)
+    largest = max(latents, key=lambda latent: latent.numel())
+    shape = [config.batch_size, *largest.shape[1:]]
+    with session(model, shape, config) as denoiser:
+        samples = [
+            Sample(denoiser.model.process_latent_in(latent.clone()).float(), denoiser.prepare(conditioning, latent))
+            for latent, conditioning in zip(latents, conditionings, strict=True)
+        ]
+        objective: loop.Objective = DenoisingObjective(denoiser, samples, config)
+        if make_objective is not None:
+            objective = make_objective(objective, samples)
+        adapters = Adapters(denoiser.network, lora, config.seed, denoiser.device)
+        monitor = HostMonitor(config, checkpoints, None if preview is None else lambda: preview(denoiser))
+        with adapters.attached():
+            losses = loop.train(objective, adapters.parameters(), config, monitor, resume)
+        unet_config = denoiser.model.model_config.unet_config
+    return lora_model(adapters, unet_config), {"loss": losses}
+
+
+def preview_of(vae, positive: list, negative: list, shape: Sequence[int], seed: int):
+    """A preview for `train_lora`: one picture of `shape` [1, C, ...] with a fixed prompt and a fixed noise."""
+
+    def preview(denoiser: Denoiser) -> Image.Image:
+        with no_training():
+            latent = torch.zeros(tuple(shape))
+            noise = comfy.sample.prepare_noise(latent, seed)
+            samples = comfy.sample.sample(
+                denoiser.patcher, noise, _PREVIEW_STEPS, _PREVIEW_CFG, "dpmpp_2m", "normal",
+                positive, negative, latent, disable_pbar=True, seed=seed,
+            )
+            denoiser.patcher.pre_run()
+            return _picture(vae, samples, denoiser)
+
+    return preview
+
+
+def _picture(vae, samples: torch.Tensor, denoiser: Denoiser) -> Image.Image:
+    """Decoded where the VAE fits beside the training, else the latent's own colours."""
+    needed = vae.memory_used_decode(samples.shape, vae.vae_dtype) + vae.patcher.model_size()
+    if comfy.model_management.get_free_memory(vae.device) > 1.5 * needed:
+        pixels = vae.decode(samples)
+    else:
+        latent_format = denoiser.model.latent_format
+        factors = torch.tensor(latent_format.latent_rgb_factors)
+        bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0] * 3)
+        latent = denoiser.model.process_latent_in(samples).movedim(1, -1).float().cpu()
+        pixels = (latent @ factors + bias + 1) / 2
+    frame = pixels.reshape(-1, *pixels.shape[-3:])[0]
+    image = Image.fromarray((frame.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8))
+    side = max(image.size)
+    return image if side >= 256 else image.resize([n * 256 // side for n in image.size], Image.Resampling.BICUBIC)

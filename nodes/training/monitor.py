@@ -1,0 +1,82 @@
+"""What a person sees of a training: progress bar, loss curve, preview pictures, cancel."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.utils
+from PIL import Image, ImageDraw
+
+from .checkpoints import Checkpoints
+from .config import TrainingConfig
+from .loop import State
+
+_CURVE = 96  # pixels, height of the loss curve under a preview
+_UPDATES = 50  # loss curves sent over a whole run
+
+
+class HostMonitor:
+    """Reports to the host's progress bar, obeys its cancel button and keeps checkpoints.
+
+    `preview()` gives a picture of what has been learnt so far; it is called every `preview_every` steps.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, checkpoints: Checkpoints, preview: Callable[[], Image.Image] | None = None
+    ):
+        self.config = config
+        self.checkpoints = checkpoints
+        self.preview = preview
+        self.picture: Image.Image | None = None
+        self.bar = comfy.utils.ProgressBar(config.steps)
+        self.losses: list[float] = []
+
+    def check(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def progress(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
+        config = self.config
+        due = config.preview_every and (step % config.preview_every == 0 or step == config.steps)
+        if due and self.preview is not None:
+            self.picture = self.preview()
+        shown = due or step % max(1, config.steps // _UPDATES) == 0 or step == config.steps
+        image = ("JPEG", self._card(), None) if shown else None
+        self.bar.update_absolute(step, config.steps, image)
+        if shown:
+            recent = self.losses[-max(1, len(self.losses) // 10) :]
+            logging.info("[Understudy] step %d of %d, loss %.4f", step, config.steps, sum(recent) / len(recent))
+
+    def checkpoint(self, state: State) -> None:
+        self.checkpoints.save(state)
+
+    def _card(self) -> Image.Image:
+        """The latest preview with the loss curve under it."""
+        width = 256 if self.picture is None else max(256, self.picture.width)
+        top = 0 if self.picture is None else self.picture.height
+        card = Image.new("RGB", (width, top + _CURVE), "white")
+        if self.picture is not None:
+            card.paste(self.picture, ((width - self.picture.width) // 2, 0))
+        draw = ImageDraw.Draw(card)
+        curve = smoothed(self.losses)
+        low, high = min(curve), max(curve)
+        span = (high - low) or 1.0
+        points = [
+            (i * (width - 1) / max(1, len(curve) - 1), top + 4 + (_CURVE - 8) * (high - value) / span)
+            for i, value in enumerate(curve)
+        ]
+        draw.line(points if len(points) > 1 else points * 2, fill=(40, 90, 200), width=2)
+        draw.text((4, top + 2), f"loss {curve[-1]:.4f}", fill="black")
+        return card
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """An exponential mean over about a twentieth of the run, for the eye."""
+    share = 1 / max(1.0, len(losses) / 20)
+    value, curve = losses[0], []
+    for loss in losses:
+        value += share * (loss - value)
+        curve.append(value)
+    return curve

@@ -1,0 +1,103 @@
+"""The denoising objective: predict the noise (or the velocity) that was mixed into a latent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .config import TrainingConfig
+
+# The host's kinds of prediction by class name, most special first in a class's own order; None is refused.
+_PREDICTIONS = {
+    "EPS": "noise", "V_PREDICTION": "v", "EDM": "v", "CONST": "flow",
+    "V_PREDICTION_DDPM": None, "X0": None, "IMG_TO_IMG": None, "IMG_TO_IMG_FLOW": None, "COSMOS_RFLOW": None,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture or video to learn: latent [1, C, ...] in the model's space, and its prepared conditions."""
+
+    latent: torch.Tensor
+    conditions: dict[str, Any]
+
+
+class DenoisingObjective:
+    """Mean square error of the model's own prediction target on seeded batches of `samples`.
+
+    Noise levels are uniform over the model's own table of sigmas. Each batch has one shape: shapes are drawn
+    by how many samples have them, then samples without repetition, all from the step's generator.
+    """
+
+    def __init__(self, denoiser, samples: Sequence[Sample], config: TrainingConfig):
+        self.denoiser = denoiser
+        self.config = config
+        self.error = PredictionError(denoiser.model.model_sampling, config.min_snr_gamma)
+        shapes: dict[tuple, list[Sample]] = {}
+        for sample in samples:
+            shapes.setdefault(tuple(sample.latent.shape[1:]), []).append(sample)
+        self.buckets = list(shapes.values())
+
+    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
+        weights = torch.tensor([float(len(bucket)) for bucket in self.buckets])
+        bucket = self.buckets[int(torch.multinomial(weights, 1, generator=generator))]
+        order = torch.randperm(len(bucket), generator=generator)[: self.config.batch_size]
+        chosen = [bucket[int(i)] for i in order]
+        clean = torch.cat([sample.latent for sample in chosen])
+        return self.loss(clean, [sample.conditions for sample in chosen], generator).mean()
+
+    def loss(self, clean: torch.Tensor, conditions: list[dict], generator: torch.Generator) -> torch.Tensor:
+        """Weighted error of each of B latents, [B]; one forward pass."""
+        noise = torch.randn(clean.shape, generator=generator)
+        level = torch.randint(len(self.denoiser.sigmas), (len(clean),), generator=generator)
+        return self.loss_at(clean, conditions, noise, level)
+
+    def loss_at(self, clean, conditions, noise, level) -> torch.Tensor:
+        """`loss` with given noise, like `clean`, and given noise levels [B], indices into the sigmas."""
+        device = self.denoiser.device
+        clean, noise = clean.to(device), noise.to(device)
+        sigma = self.denoiser.sigmas[level.to(device)]
+        sampling = self.denoiser.model.model_sampling
+        noisy = sampling.noise_scaling(sigma.reshape(-1, *[1] * (clean.ndim - 1)), noise, clean)
+        denoised = self.denoiser.denoise(noisy, sigma, conditions)
+        return self.error(denoised, clean, sigma)
+
+
+class PredictionError:
+    """The mean square error of the prediction target, from the error of the denoised estimate.
+
+    For ε-prediction |ε̂ - ε|² = |x̂ - x|² / σ²; for v-prediction with unit data variance
+    |v̂ - v|² = |x̂ - x|² (σ² + 1) / σ²; for flow models |v̂ - v|² = |x̂ - x|² / σ². `min_snr_gamma` weighs by
+    min(SNR, γ) / SNR for ε and / (SNR + 1) for v (Hang et al., arXiv 2303.09556), as diffusers does.
+    """
+
+    def __init__(self, model_sampling: Any, min_snr_gamma: float):
+        kind = next((cls.__name__ for cls in type(model_sampling).__mro__ if cls.__name__ in _PREDICTIONS), "")
+        if _PREDICTIONS.get(kind) is None:
+            raise ValueError(
+                f"training is not known for a model of {kind or 'this'} prediction: use one that predicts noise, "
+                "v or flow"
+            )
+        self.flow, self.velocity = _PREDICTIONS[kind] == "flow", _PREDICTIONS[kind] == "v"
+        if min_snr_gamma and self.flow:
+            raise ValueError("min_snr_gamma is for noise and v prediction: set it to 0 for a flow model")
+        self.gamma = min_snr_gamma
+
+    def __call__(self, denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """[B] for latents [B, C, ...] and sigma [B], in fp32."""
+        error = (denoised.float() - clean.float()).square().flatten(1).mean(1)
+        error = error / sigma.square()
+        if self.velocity:
+            error = error * (sigma.square() + 1)
+        return error * self.weight(sigma)
+
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Min-SNR's factor, [B]; 1 where it is off."""
+        if not self.gamma:
+            return torch.ones_like(sigma)
+        snr = sigma.pow(-2)
+        clipped = snr.clamp(max=self.gamma)
+        return clipped / (snr + 1) if self.velocity else clipped / snr

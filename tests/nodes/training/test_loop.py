@@ -1,0 +1,198 @@
+"""The loop alone, on a small regression: resume, cancel, bad numbers, seeds, the host's random state."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pack.nodes.training import loop
+from pack.nodes.training.config import LoraConfig, TrainingConfig
+
+STEPS = 12
+
+
+class Stop(Exception):
+    pass
+
+
+class Recorder:
+    """A monitor that stops before step `stop_at` and keeps what it is told."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at, self.checks, self.progressed, self.states = stop_at, 0, [], []
+
+    def check(self):
+        if self.checks == self.stop_at:
+            raise Stop
+        self.checks += 1
+
+    def progress(self, step, loss):
+        self.progressed.append((step, loss))
+
+    def checkpoint(self, state):
+        self.states.append(state)
+
+
+def parameters():
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.nn.Parameter(torch.randn(4, 3, generator=generator)) for name in ("a", "b")}
+
+
+def objective_of(weights):
+    """Noise from the generator and dropout from the global stream: both must repeat."""
+
+    def objective(_step, generator):
+        x = torch.randn(5, 3, generator=generator)
+        hidden = torch.nn.functional.dropout(x @ weights["a"].T, 0.5)
+        return (hidden - x @ weights["b"].T - 1).square().mean()
+
+    return objective
+
+
+def run(stop_at=None, resume=None, **settings):
+    weights = parameters()
+    monitor = Recorder(stop_at)
+    config = TrainingConfig(**{"steps": STEPS, "learning_rate": 1e-2, "seed": 5, **settings})
+    try:
+        losses = loop.train(objective_of(weights), weights, config, monitor, resume)
+    except Stop:
+        losses = None
+    return weights, losses, monitor
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@given(stop=st.integers(1, STEPS - 1))
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop):
+    whole, losses, _ = run()
+    _, _, stopped = run(stop_at=stop)
+    (state,) = stopped.states
+    assert state.step == stop and state.losses == losses[:stop]
+    resumed, again, _ = run(resume=copy.deepcopy(state))
+    assert again == losses
+    assert same(whole, resumed)
+
+
+def test_a_resumed_run_without_its_moments_is_another_one():
+    whole, _, _ = run()
+    state = run(stop_at=6)[2].states[0]
+    state.tensors = {key: value for key, value in state.tensors.items() if key.startswith("parameter.")}
+    assert not same(whole, run(resume=state)[0])
+
+
+def test_cancel_acts_before_the_next_step_and_cancel_at_once_keeps_nothing():
+    _, _, monitor = run(stop_at=4)
+    assert [step for step, _ in monitor.progressed] == [1, 2, 3, 4]
+    assert run(stop_at=0)[2].states == []
+
+
+def test_a_run_stopped_inside_a_step_keeps_the_steps_before_it():
+    """Out of memory, say, or the host's cancel in the middle of the model."""
+    weights, monitor = parameters(), Recorder()
+    good = objective_of(weights)
+
+    def objective(step, generator):
+        if step == 3:
+            raise MemoryError
+        return good(step, generator)
+
+    with pytest.raises(MemoryError):
+        loop.train(objective, weights, TrainingConfig(steps=STEPS, learning_rate=1e-2, seed=5), monitor)
+    (state,) = monitor.states
+    whole, losses, _ = run()
+    assert state.step == 3 and same(whole, run(resume=state)[0])
+
+
+def test_checkpoints_come_at_their_steps():
+    monitor = run(checkpoint_every=4)[2]
+    assert [state.step for state in monitor.states] == [4, 8, 12]
+    assert [state.step for state in run(stop_at=8, checkpoint_every=4)[2].states] == [4, 8]
+    assert monitor.states[0].tensors["parameter.a"].data_ptr() != monitor.states[1].tensors["parameter.a"].data_ptr()
+
+
+def test_the_seed_decides_and_the_global_stream_is_left_as_it_was():
+    torch.manual_seed(99)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    first = run()[0]
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(1)
+    assert same(first, run()[0])
+    assert not same(first, run(seed=6)[0])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_bad_number_stops_the_run_and_names_the_step(what, value):
+    weights, monitor = parameters(), Recorder()
+    kept = {}
+
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(_context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_context, gradient):
+            return gradient * value
+
+    def objective(step, _generator):
+        if step < 3:
+            return weights["a"].square().mean() + weights["b"].square().mean()
+        kept.update({name: weight.detach().clone() for name, weight in weights.items()})
+        total = weights["a"].sum()
+        return total * value if what == "loss" else Bad.apply(total)
+
+    with pytest.raises(loop.TrainingDiverged, match=f"{what} became .* at step 4 of 12.*learning_rate"):
+        loop.train(objective, weights, TrainingConfig(steps=STEPS, learning_rate=1e-2), monitor)
+    assert same(weights, kept)
+    assert monitor.states == []
+
+
+def test_a_checkpoint_of_other_parameters_is_refused_by_name():
+    state = run(stop_at=3)[2].states[0]
+    state.tensors["parameter.b"] = torch.zeros(7, 3)
+    with pytest.raises(ValueError, match=r"shape \(7, 3\) for b, where this run has shape \(4, 3\)"):
+        run(resume=state)
+    with pytest.raises(ValueError, match="raise steps"):
+        run(resume=loop.State(step=STEPS + 1))
+
+
+def test_it_is_adamw_step_by_step():
+    """Against the formulas of Loshchilov and Hutter, written out for one parameter and no clipping."""
+    weight = torch.nn.Parameter(torch.tensor([2.0, -3.0], dtype=torch.float64))
+    config = TrainingConfig(steps=3, learning_rate=0.1, weight_decay=0.2, max_gradient_norm=1e9)
+    loop.train(lambda _step, _generator: (weight**2).sum(), {"w": weight}, config, Recorder())
+    w, m, v = torch.tensor([2.0, -3.0], dtype=torch.float64), 0.0, 0.0
+    for t in range(1, 4):
+        g = 2 * w
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        w = w - 0.1 * 0.2 * w - 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    torch.testing.assert_close(weight.detach(), w, rtol=1e-12, atol=0)
+
+
+@given(seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
+def test_step_seeds_are_valid_and_differ_from_step_to_step(seed, step):
+    assert 0 <= loop.step_seed(seed, step) < 2**63
+    assert loop.step_seed(seed, step) != loop.step_seed(seed, step + 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "named"),
+    [
+        (TrainingConfig, {"steps": 0}, "steps"),
+        (TrainingConfig, {"batch_size": 0}, "batch_size"),
+        (TrainingConfig, {"learning_rate": 0.0}, "learning_rate"),
+        (TrainingConfig, {"learning_rate": float("nan")}, "learning_rate"),
+        (TrainingConfig, {"min_snr_gamma": -1.0}, "min_snr_gamma"),
+        (TrainingConfig, {"dtype": "fp16"}, "dtype"),
+        (LoraConfig, {"rank": 0}, "rank"),
+    ],
+)
+def test_settings_that_train_nothing_are_refused_by_name(config, settings, named):
+    base = {"steps": 1, "learning_rate": 1e-4} if config is TrainingConfig else {}
+    with pytest.raises(ValueError, match=named):
+        config(**{**base, **settings})

@@ -1,0 +1,263 @@
+"""Training through real tiny models of the host: gradients, LoRA files, host state, batches, interruptions."""
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sd
+import diffusers
+import diffusers.training_utils
+import pytest
+import tiny_model
+import torch
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from pack.nodes.training import loop, lora_training, objective
+from pack.nodes.training.checkpoints import Checkpoints
+from pack.nodes.training.config import LoraConfig, TrainingConfig
+from pack.nodes.training.lora import Adapters
+from pack.nodes.training.lora_files import lora_model
+from pack.nodes.training.session import session
+
+SHAPE = (1, 4, 8, 8)
+
+
+def latents(count=2):
+    return [torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def config(**settings):
+    return TrainingConfig(**{"steps": 4, "learning_rate": 1e-2, "checkpoint_every": 0, **settings})
+
+
+def trained(model, count=2, checkpoints=None, resume_from="none", lora=LoraConfig(rank=4), **settings):
+    checkpoints = checkpoints or Checkpoints("test", {})
+    conditionings = [tiny_model.conditioning(i) for i in range(count)]
+    with torch.inference_mode():
+        return lora_training.train_lora(
+            model, latents(count), conditionings, config(**settings), lora,
+            checkpoints=checkpoints, resume_from=resume_from,
+        )
+
+
+def inference_model(**options):
+    """A model as the host's loaders make it: its weights are inference tensors."""
+    with torch.inference_mode():
+        model = tiny_model.picture(**options)
+        for module in model.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+    assert all(parameter.is_inference() for parameter in model.model.parameters())
+    return model
+
+
+@pytest.mark.parametrize(
+    "model", [inference_model(), tiny_model.picture(flow=True), tiny_model.picture(dtype=torch.bfloat16)]
+)
+def test_it_learns_and_leaves_the_model_as_it_was(model):
+    before = {name: parameter for name, parameter in model.model.named_parameters()}
+    values = {name: parameter.clone() for name, parameter in before.items()}
+    lora, loss_map = trained(model, steps=60)
+    first, last = (torch.tensor(loss_map["loss"][part]).mean() for part in (slice(0, 20), slice(40, 60)))
+    assert last < first
+    assert any(weight.abs().max() > 0 for key, weight in lora.items() if "lora_up" in key)
+    for name, parameter in model.model.named_parameters():
+        assert parameter is before[name]
+        assert torch.equal(parameter, values[name])
+    assert not any(module._forward_hooks for module in model.model.modules())
+    assert comfy.model_management.in_training is False
+
+
+def test_the_host_gets_its_state_back_after_an_error_too():
+    model = inference_model()
+    before = list(model.model.parameters())
+    with pytest.raises(loop.TrainingDiverged):
+        with session(model, SHAPE, config(gradient_checkpointing=True)) as denoiser:
+            assert comfy.model_management.in_training
+            with Adapters(denoiser.network, LoraConfig(), 0, denoiser.device).attached():
+                raise loop.TrainingDiverged
+    assert comfy.model_management.in_training is False
+    assert all(a is b for a, b in zip(before, model.model.parameters(), strict=True))
+    assert not any("forward" in module.__dict__ or module._forward_hooks for module in model.model.modules())
+
+
+def gradients(model, **settings):
+    samples_of = lambda denoiser: [  # noqa: E731
+        objective.Sample(latent, denoiser.prepare(tiny_model.conditioning(i), latent))
+        for i, latent in enumerate(latents())
+    ]
+    with session(model, SHAPE, config(batch_size=2, **settings)) as denoiser:
+        adapters = Adapters(denoiser.network, LoraConfig(rank=2), 3, denoiser.device)
+        with torch.no_grad():
+            for name, parameter in adapters.parameters().items():
+                if name.endswith("up"):
+                    parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+        with adapters.attached():
+            loss = objective.DenoisingObjective(denoiser, samples_of(denoiser), config(batch_size=2, **settings))(
+                0, torch.Generator().manual_seed(1)
+            )
+            loss.backward()
+        return loss.item(), {name: parameter.grad for name, parameter in adapters.parameters().items()}
+
+
+def test_gradients_equal_those_of_an_ordinary_model_and_survive_checkpointing():
+    loss, expected = gradients(tiny_model.picture())
+    for model, settings in ((inference_model(), {}), (inference_model(), {"gradient_checkpointing": True})):
+        found_loss, found = gradients(model, **settings)
+        assert found_loss == pytest.approx(loss, rel=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+    assert all(gradient.abs().max() > 0 for name, gradient in expected.items())
+
+
+def test_gradients_equal_finite_differences():
+    model = inference_model()
+    with session(model, SHAPE, config()) as denoiser:
+        adapters = Adapters(denoiser.network, LoraConfig(rank=2), 3, denoiser.device)
+        sample = objective.Sample(latents()[0], denoiser.prepare(tiny_model.conditioning(0), latents()[0]))
+        goal = objective.DenoisingObjective(denoiser, [sample], config())
+        up = next(iter(adapters.modules.values())).up
+        with adapters.attached():
+            goal(0, torch.Generator().manual_seed(1)).backward()
+            place = divmod(int(up.grad.abs().argmax()), up.shape[1])
+            values = []
+            for shift in (0.05, -0.05):
+                with torch.no_grad():
+                    up[place] = shift
+                    values.append(float(goal(0, torch.Generator().manual_seed(1))))
+    assert (values[0] - values[1]) / 0.1 == pytest.approx(float(up.grad[place]), rel=0.05)
+
+
+def test_a_batch_costs_one_forward():
+    model = inference_model()
+    calls = []
+    handle = model.model.diffusion_model.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
+    trained(model, count=6, batch_size=4, steps=3)
+    handle.remove()
+    assert calls == [4, 4, 4]
+
+
+def test_pictures_of_several_sizes_train_in_batches_of_one_size():
+    model = inference_model()
+    sizes = [(1, 4, 8, 8), (1, 4, 8, 8), (1, 4, 16, 8)]
+    seen = set()
+    network = model.model.diffusion_model
+    handle = network.register_forward_hook(lambda _m, inputs, _o: seen.add(tuple(inputs[0].shape)))
+    with torch.inference_mode():
+        lora_training.train_lora(
+            model, [torch.randn(size) for size in sizes], [tiny_model.conditioning(i) for i in range(3)],
+            config(batch_size=2, steps=12), LoraConfig(rank=2),
+            checkpoints=Checkpoints("test", {}), resume_from="none",
+        )
+    handle.remove()
+    assert seen == {(2, 4, 8, 8), (1, 4, 16, 8)}
+
+
+def test_the_native_lora_loader_gives_what_was_trained():
+    model = inference_model()
+    x, sigma = torch.randn(SHAPE), torch.tensor([2.0])
+    with session(model, SHAPE, config()) as denoiser:
+        adapters = Adapters(denoiser.network, LoraConfig(rank=4, alpha=2.0), 0, denoiser.device)
+        for module in adapters.modules.values():
+            torch.nn.init.normal_(module.up, 0, 0.2)
+        conditions = [denoiser.prepare(tiny_model.conditioning(0), x)]
+        with torch.no_grad():
+            plain = denoiser.denoise(x, sigma, conditions)
+            with adapters.attached():
+                expected = denoiser.denoise(x, sigma, conditions)
+        lora = lora_model(adapters, denoiser.model.model_config.unet_config)
+    with torch.inference_mode():
+        patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
+        assert len(patched.patches) == len(adapters.modules)
+    with session(patched, SHAPE, config()) as denoiser, torch.no_grad():
+        found = denoiser.denoise(x, sigma, conditions)
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_diffusers_reads_the_file_through_its_converter():
+    """A UNet of the same shape in diffusers takes every matrix of the file, at its place."""
+    lora, _ = trained(inference_model())
+    keys = {key.rsplit(".", 2)[0] if "lora_" in key.rsplit(".", 2)[-2] else key[: -len(".alpha")] for key in lora}
+    found, alphas = _convert_non_diffusers_lora_to_diffusers(dict(lora))
+    assert len(found) == 2 * len(keys)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), mid_block_type="UNetMidBlock2DCrossAttn",
+        cross_attention_dim=tiny_model.CONTEXT, attention_head_dim=2,
+    )
+    unet.load_lora_adapter(found, prefix="unet", network_alphas=alphas)
+    loaded = {name: p for name, p in unet.named_parameters() if "lora_" in name}
+    assert len(loaded) == 2 * len(keys)
+    for key in keys:
+        layer = key.removeprefix("lora_unet_")
+        twins = [p for name, p in loaded.items() if name.replace(".", "_").startswith(f"{layer}_lora_B")]
+        assert len(twins) == 1 and torch.equal(twins[0], lora[f"{key}.lora_up.weight"])
+
+
+def test_video_models_train_and_load_under_their_own_names():
+    model = tiny_model.video()
+    video = torch.randn(1, 16, 3, 4, 4)
+    with torch.inference_mode():
+        lora, loss_map = lora_training.train_lora(
+            model, [video], [tiny_model.conditioning(0)], config(steps=30), LoraConfig(rank=2),
+            checkpoints=Checkpoints("test", {}), resume_from="none",
+        )
+        patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
+    assert "diffusion_model.blocks.0.self_attn.q.lora_up.weight" in lora
+    assert len(patched.patches) == len(lora) // 3
+    assert all(torch.isfinite(torch.tensor(loss_map["loss"])))
+
+
+def test_a_model_without_named_attention_is_refused():
+    with pytest.raises(ValueError, match="give another pattern of layers"):
+        trained(inference_model(), lora=LoraConfig(layers="no such layer"))
+
+
+class Sampling:
+    """The host's model_sampling of a kind, over SD's sigmas."""
+
+    @staticmethod
+    def of(kind):
+        class ModelSampling(comfy.model_sampling.ModelSamplingDiscrete, kind):
+            pass
+
+        return ModelSampling()
+
+
+@pytest.mark.parametrize("kind", ["EPS", "V_PREDICTION"])
+def test_the_loss_is_the_error_of_the_prediction_with_diffusers_weights(kind):
+    """From the denoised estimate we get what diffusers' training scripts write down in ε or v."""
+    sampling = Sampling.of(getattr(comfy.model_sampling, kind))
+    clean, noise, output = (torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    level = torch.tensor([30, 400, 980])
+    sigma = sampling.sigmas[level]
+    noisy = sampling.noise_scaling(sigma, noise, clean)
+    denoised = sampling.calculate_denoised(sigma, output, noisy)
+    scheduler = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type="epsilon" if kind == "EPS" else "v_prediction",
+    )
+    target = noise if kind == "EPS" else scheduler.get_velocity(clean, noise, level)
+    snr = diffusers.training_utils.compute_snr(scheduler, level)
+    for gamma in (0.0, 5.0):
+        expected = (output - target).square().mean((1, 2, 3))
+        if gamma:
+            weight = snr.clamp(max=gamma)
+            expected = expected * (weight / snr if kind == "EPS" else weight / (snr + 1))
+        found = objective.PredictionError(sampling, gamma)(denoised, clean, sigma)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
+
+
+def test_flow_loss_is_the_error_of_the_velocity():
+    sampling = Sampling.of(comfy.model_sampling.CONST)
+    clean, noise, output = (torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    sigma = torch.tensor([0.2, 0.9])
+    denoised = sampling.calculate_denoised(sigma, output, sampling.noise_scaling(sigma, noise, clean))
+    found = objective.PredictionError(sampling, 0.0)(denoised, clean, sigma)
+    torch.testing.assert_close(found, (output - (noise - clean)).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="min_snr_gamma"):
+        objective.PredictionError(sampling, 5.0)
+
+
+def test_models_that_predict_the_picture_are_refused():
+    with pytest.raises(ValueError, match="X0 prediction"):
+        objective.PredictionError(Sampling.of(comfy.model_sampling.X0), 0.0)
