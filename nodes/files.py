@@ -31,8 +31,7 @@ from .files_names import WeightFileError as WeightFileError
 from .files_names import normalise_prefix, refused
 
 PACK_ROOT = Path(__file__).resolve().parent.parent
-ACTION_IDENTIFIERS = "action_identifiers"
-FUSION_EMBEDDINGS = "fusion_embeddings"
+ACTION_IDENTIFIERS, FUSION_EMBEDDINGS = "action_identifiers", "fusion_embeddings"
 TRAINING_CHECKPOINTS = "training_checkpoints"
 EXTENSION = ".safetensors"
 
@@ -326,12 +325,10 @@ def _sync_folder(folder: Path) -> None:
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network folders cannot; the file itself is on the disk by now.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Some network folders cannot; the file itself is on the disk by now.
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _sweep(folder: str | os.PathLike) -> None:
@@ -390,11 +387,8 @@ def theatre_enabled() -> bool:
 
 
 def list_files(folder: str) -> list[str]:
-    """Names, relative to their folder, of the files that the host lists under the key `folder`; [] before
-    `register_folders` has told it the key.
-    """
-    known = folder in folder_paths.folder_names_and_paths
-    return folder_paths.get_filename_list(folder) if known else []
+    """The files that the host lists under the key `folder`, by relative name; none before it knows the key."""
+    return folder_paths.get_filename_list(folder) if folder in folder_paths.folder_names_and_paths else []
 
 
 def find(folder: str, name: str) -> Path:

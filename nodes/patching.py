@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
 import torch
@@ -19,6 +20,13 @@ Begin = Callable[[Any, torch.Size], Guide]
 # Samplers that call the model once a step, at the grid's sigma, and keep nothing but x from step to step.
 # `ddim` is euler with its own noise under a latent mask.
 STEPWISE_SAMPLERS = ("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "ddpm", "lcm")
+
+
+def with_compute_dtype(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype):
+    """A clone of `model` that computes in `dtype`, its weights stored as they are."""
+    patcher = model.clone()
+    patcher.set_model_compute_dtype(dtype)
+    return patcher
 
 
 def guide_denoised(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.samplers.Sampler:

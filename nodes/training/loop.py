@@ -61,9 +61,8 @@ def train(
 ) -> list[float]:
     """Train `parameters` in place for `config.steps` steps and return every step's loss.
 
-    Random numbers come from the generator given to the objective, or from torch's global one, which is seeded
-    for the step and restored in the end. Raises TrainingDiverged; whatever else stops the run leaves a checkpoint
-    of the last finished step behind.
+    Random numbers come from the generator given to the objective alone. Raises TrainingDiverged; whatever else
+    stops the run leaves a checkpoint of the last finished step behind.
     """
     optimiser = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -71,34 +70,30 @@ def train(
     state = State() if resume is None else resume
     if state.step:
         _restore(state, parameters, optimiser, config)
-    devices = {parameter.device for parameter in parameters.values() if parameter.device.type != "cpu"}
-    kind = next(iter(devices)).type if devices else "cuda"
     losses = list(state.losses)
-    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices), device_type=kind):
-        saved = state.step
-        try:
-            while len(losses) < config.steps:
-                monitor.check()
-                losses.append(_one_step(len(losses), objective, optimiser, parameters, config))
-                monitor.progress(len(losses), losses[-1])
-                if config.checkpoint_every and len(losses) % config.checkpoint_every == 0:
-                    saved = len(losses)
-                    monitor.checkpoint(_snapshot(losses, parameters, optimiser))
-        except TrainingDiverged:
-            raise
-        except BaseException:
-            # Cancelled, out of memory, ...: a step that did not finish has not moved a parameter.
-            if len(losses) > saved:
+    kept = state.step
+    try:
+        while len(losses) < config.steps:
+            monitor.check()
+            losses.append(_one_step(len(losses), objective, optimiser, parameters, config))
+            monitor.progress(len(losses), losses[-1])
+            if config.checkpoint_every and len(losses) % config.checkpoint_every == 0:
+                kept = len(losses)
                 monitor.checkpoint(_snapshot(losses, parameters, optimiser))
-            raise
+        kept = len(losses)
+    except TrainingDiverged:
+        kept = len(losses)
+        raise
+    finally:
+        # Cancelled, out of memory, ...: a step that did not finish has not moved a parameter.
+        if len(losses) > kept:
+            monitor.checkpoint(_snapshot(losses, parameters, optimiser))
     return losses
 
 
 def _one_step(step, objective, optimiser, parameters, config) -> float:
-    seed = step_seed(config.seed, step)
-    torch.manual_seed(seed)
     optimiser.zero_grad(set_to_none=True)
-    loss = objective(step, torch.Generator().manual_seed(seed))
+    loss = objective(step, torch.Generator().manual_seed(step_seed(config.seed, step)))
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingDiverged(_advice("loss", value, step, config))

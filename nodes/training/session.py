@@ -13,6 +13,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
+from .. import patching
 from .config import TrainingConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -113,7 +114,7 @@ def _trainable_clone(model: comfy.model_patcher.ModelPatcher, dtype: str) -> com
         if patcher.model.get_dtype_inference() == torch.float16:
             dtype = "bf16" if comfy.model_management.should_use_bf16(patcher.load_device) else "fp32"
     if dtype in _DTYPES and patcher.model.get_dtype_inference() != _DTYPES[dtype]:
-        patcher.set_model_compute_dtype(_DTYPES[dtype])
+        return patching.with_compute_dtype(patcher, _DTYPES[dtype])
     return patcher
 
 

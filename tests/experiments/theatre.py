@@ -41,6 +41,9 @@ MEASURES = (
     "action",
     "composition",
     "rejected",
+    "species_read",
+    "pattern_read",
+    "headwear_read",
     "psnr",
     "nearest_training_distance",
 )
@@ -84,6 +87,10 @@ def rows_of(arm: str, takes: list[Take], pictures: np.ndarray) -> list[dict]:
             "asked": take.action,
             **row,
             "rejected": row["seen_action"] == "reject",
+            **{
+                f"{name}_read": row[f"seen_{name}"] == getattr(take.identity, name)
+                for name in ("species", "pattern", "headwear")
+            },
         }
         for i, (take, row) in enumerate(zip(takes, measured))
     ]

@@ -1,5 +1,6 @@
 """Training in a real server: cancel, resume, two in a queue, bad numbers, and what comes after them."""
 
+import itertools
 import random
 import time
 
@@ -12,8 +13,11 @@ TRAIN = "train"
 CHECKPOINTS = "training_checkpoints"
 
 
-def training(server, steps=6, seed=0, name="trained", **widgets) -> dict:
-    """A pair of puppets trained on for a few steps; the LoRA is saved as output/loras/NAME_….safetensors."""
+NUMBERS = itertools.count()
+
+
+def training(server, steps=6, seed=0, **widgets) -> dict:
+    """A pair of puppets trained on for a few steps; the LoRA is saved under a name of this prompt alone."""
     prompt = {prompts.LOADER: prompts.node("CheckpointLoaderSimple", ckpt_name=prompts.CHECKPOINT)}
     settings = prompts.defaults(server, "UnderstudyTrainSourceDrivingPair") | {
         "model": [prompts.LOADER, 0], "clip": [prompts.LOADER, 1], "vae": [prompts.LOADER, 2],
@@ -24,11 +28,13 @@ def training(server, steps=6, seed=0, name="trained", **widgets) -> dict:
         prompt[f"{role} puppet"] = prompts.node("UnderstudyPuppet", **puppet)
         settings |= {role: [f"{role} puppet", 0], f"{role}_text": [f"{role} puppet", 3]}
     prompt[TRAIN] = prompts.node("UnderstudyTrainSourceDrivingPair", **settings | widgets)
-    prompt["save"] = prompts.node("SaveLoRA", lora=[TRAIN, 0], prefix=f"loras/{name}")
+    prompt["save"] = prompts.node("SaveLoRA", lora=[TRAIN, 0], prefix=f"loras/pair{next(NUMBERS)}")
     return prompt
 
 
-def loras(server, name):
+def loras(server, prompt=None):
+    """The LoRA files of a prompt, or of all."""
+    name = "pair*" if prompt is None else prompt["save"]["inputs"]["prefix"].removeprefix("loras/")
     return sorted((server.base / "output" / "loras").glob(f"{name}_*.safetensors"))
 
 
@@ -36,13 +42,12 @@ def checkpoints(server):
     return sorted((server.base / "output" / CHECKPOINTS).glob("*.safetensors"))
 
 
-def trained(server, entry, name="trained"):
-    """The LoRA that an ended prompt saved; its file is taken away."""
+def trained(server, prompt, prompt_id=None):
+    """The LoRA that a prompt saves, queued now or before."""
+    entry = server.wait(prompt_id) if prompt_id else server.queue(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
-    (path,) = loras(server, name)
-    weights = safetensors.torch.load_file(path)
-    path.unlink()
-    return weights
+    (path,) = loras(server, prompt)
+    return safetensors.torch.load_file(path)
 
 
 def same(a, b):
@@ -52,28 +57,27 @@ def same(a, b):
 @pytest.fixture(autouse=True)
 def no_files_left(fault_server):
     yield
-    for path in (*checkpoints(fault_server), *loras(fault_server, "*")):
+    for path in (*checkpoints(fault_server), *loras(fault_server)):
         path.unlink()
 
 
 def cancel(server, seconds, **settings):
     """Cancel a training that would run for many minutes, this long after its first step."""
-    prompt_id = server.submit(training(server, steps=10_000, name="cancelled", checkpoint_every=1, **settings))
+    prompt = training(server, steps=10_000, checkpoint_every=1, **settings)
+    prompt_id = server.submit(prompt)
     deadline = time.monotonic() + 120
     while not checkpoints(server) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(seconds)
     server.interrupt()
-    asked = time.monotonic()
     entry = server.wait(prompt_id, timeout=120)
     assert prompts.message(entry, "execution_interrupted"), entry["status"]
-    assert not loras(server, "cancelled")
-    return time.monotonic() - asked
+    assert not loras(server, prompt)
 
 
 def cancel_and_go_on(server, count):
     plain = prompts.run(server, prompts.plain())
-    whole = trained(server, server.queue(training(server)))
+    whole = trained(server, training(server))
     generator = random.Random(count)
     for _ in range(count):
         cancel(server, generator.uniform(0, 1))
@@ -83,7 +87,7 @@ def cancel_and_go_on(server, count):
         assert {int(value) for key, value in tensors.items() if key.startswith("step.")} == {len(tensors["losses"])}
         state.unlink()
         assert torch.equal(prompts.run(server, prompts.plain()), plain), "the model was left changed"
-        assert same(trained(server, server.queue(training(server))), whole)
+        assert same(trained(server, training(server)), whole)
 
 
 def test_a_cancelled_training_keeps_its_state_and_leaves_the_model_alone(fault_server):
@@ -96,13 +100,12 @@ def test_twenty_cancelled_trainings_leave_nothing_behind(fault_server):
 
 
 def test_a_training_resumed_from_its_checkpoint_equals_the_whole_one(fault_server):
-    whole = trained(fault_server, fault_server.queue(training(fault_server, steps=6)))
-    trained(fault_server, fault_server.queue(training(fault_server, steps=5, checkpoint_every=4)))
+    whole = trained(fault_server, training(fault_server, steps=6))
+    trained(fault_server, training(fault_server, steps=5, checkpoint_every=4))
     (state,) = checkpoints(fault_server)
     options = fault_server.object_info()["UnderstudyTrainSourceDrivingPair"]["input"]["required"]["resume_from"]
     assert state.name in str(options), "the node does not list it"
-    entry = fault_server.queue(training(fault_server, steps=6, resume_from=state.name))
-    assert same(trained(fault_server, entry), whole)
+    assert same(trained(fault_server, training(fault_server, steps=6, resume_from=state.name)), whole)
     refused = fault_server.queue(training(fault_server, steps=6, rank=3, resume_from=state.name))
     error = prompts.message(refused, "execution_error")
     assert "made with rank 2 and this run has 3" in error["exception_message"]
@@ -110,11 +113,12 @@ def test_a_training_resumed_from_its_checkpoint_equals_the_whole_one(fault_serve
 
 def test_two_trainings_in_a_queue_and_a_picture_after_them_are_as_alone(fault_server):
     plain = prompts.run(fault_server, prompts.plain())
-    alone = [trained(fault_server, fault_server.queue(training(fault_server, seed=seed))) for seed in (1, 2)]
-    ids = [fault_server.submit(training(fault_server, seed=seed, name=f"queued{seed}")) for seed in (1, 2)]
+    alone = [trained(fault_server, training(fault_server, seed=seed)) for seed in (1, 2)]
+    queued = [training(fault_server, seed=seed) for seed in (1, 2)]
+    ids = [fault_server.submit(prompt) for prompt in queued]
     last = fault_server.submit(prompts.plain())
-    for seed, prompt_id, expected in zip((1, 2), ids, alone, strict=True):
-        assert same(trained(fault_server, fault_server.wait(prompt_id), f"queued{seed}"), expected)
+    for prompt, prompt_id, expected in zip(queued, ids, alone, strict=True):
+        assert same(trained(fault_server, prompt, prompt_id), expected)
     assert torch.equal(prompts.latent(fault_server, fault_server.wait(last)), plain)
     assert not same(*alone)
 

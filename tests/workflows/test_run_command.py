@@ -99,7 +99,7 @@ def test_a_workflow_without_its_models_is_skipped_with_the_files_to_download(fin
 def test_the_good_one_runs_all_the_same_and_shows_its_nodes(finished):
     process, gallery = finished
     assert re.search(r"\[1/2\] Empty Image\n +\[2/2\] The picture\ndone +good", process.stdout)
-    pictures = list((gallery / "good").glob("*.*"))
+    pictures = list((gallery / "good").glob("*.png"))
     assert len(pictures) == 1
     with Image.open(pictures[0]) as picture:
         assert picture.size == (64, 48) and picture.getpixel((0, 0)) == (0x33, 0x66, 0xCC)

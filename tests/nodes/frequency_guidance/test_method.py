@@ -163,9 +163,9 @@ def test_settings_that_hold_nothing_are_refused(settings, message):
         FrequencyGuidanceConfig(**settings)
 
 
-def test_paper_keeps_the_published_plain_gradient():
+def test_paper_with_gradient_is_the_published_step():
     x, d = noise(1, 1, 4, 6, 6), noise(2, 1, 4, 6, 6)
-    config = FrequencyGuidanceConfig(amplitude_scale=0.0, phase_scale=0.1, phase_distance="paper")
+    config = FrequencyGuidanceConfig(amplitude_scale=0.0, phase_scale=0.1, phase_distance="paper", update="gradient")
     leaf = x.double().requires_grad_()
     angles = [torch.fft.fft2(v).angle().abs() for v in (leaf, d.double())]
     slope = torch.autograd.grad(((angles[0] - angles[1]) ** 2).mean(), leaf)[0].float()

@@ -40,12 +40,9 @@ def parameters():
 
 
 def objective_of(weights):
-    """Noise from the generator and dropout from the global stream: both must repeat."""
-
     def objective(_step, generator):
         x = torch.randn(5, 3, generator=generator)
-        hidden = torch.nn.functional.dropout(x @ weights["a"].T, 0.5)
-        return (hidden - x @ weights["b"].T - 1).square().mean()
+        return (x @ weights["a"].T - (x @ weights["b"].T).relu() - 1).square().mean()
 
     return objective
 
