@@ -19,20 +19,20 @@ class FrequencyGuidanceConfig:
 
     # Ours: a small pull; on the puppet theatre the amplitude term adds little to the phase term.
     amplitude_scale: float = 0.1
-    # Ours: 30 % of the way in every step was the best of the first trials on the puppet theatre.
-    phase_scale: float = 0.3
+    # Ours: all the way, in low bands and early steps; all bands in every step bring the driving subject too.
+    phase_scale: float = 1.0
     # Ours: the published |angle| ("paper") cannot tell a picture from its 180 degree rotation.
     phase_distance: str = "circular"
     # Ours: the estimate, which stays right for multistep samplers and flow models. Published: the latent.
     apply_to: str = "denoised"
-    # Published: in every step (the last one of 50 excepted).
     start_percent: float = 0.0
-    end_percent: float = 1.0
+    # Ours, with the low band. Published: every step (the last one of 50 excepted).
+    end_percent: float = 0.4
     # Ours: every frequency its own way, so that 1 is all the way. Published: the plain gradient.
     update: str = "per_bin"
-    # Published: all bands.
+    # Ours: low frequencies carry the pose. Published: all bands.
     phase_low: float = 0.0
-    phase_high: float = HIGHEST_CUTOFF
+    phase_high: float = 0.3
     amplitude_low: float = 0.0
     amplitude_high: float = HIGHEST_CUTOFF
 
