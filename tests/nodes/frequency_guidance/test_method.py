@@ -18,7 +18,14 @@ MODEL = types.SimpleNamespace(
     model_sampling=types.SimpleNamespace(percent_to_sigma=lambda percent: 10.0 * (1 - percent)),
     latent_format=types.SimpleNamespace(spacial_downscale_ratio=8),
 )
-FULL = FrequencyGuidanceConfig(amplitude_scale=1.0, phase_scale=1.0)
+
+
+def everywhere(**settings) -> FrequencyGuidanceConfig:
+    """Settings of a guide that acts in all bands and steps, where a test does not say otherwise."""
+    return FrequencyGuidanceConfig(**{"phase_scale": 0.3, "phase_high": 0.75, "end_percent": 1.0, **settings})
+
+
+FULL = everywhere(amplitude_scale=1.0, phase_scale=1.0)
 
 
 def noise(seed, *shape):
@@ -39,7 +46,7 @@ def test_guides_in_the_space_of_the_model():
 
 def test_one_latent_serves_the_batch_and_n_latents_serve_one_each():
     x, source, driving = noise(1, 3, 4, 5, 5), noise(2, 3, 4, 5, 5), noise(3, 3, 4, 5, 5)
-    config = FrequencyGuidanceConfig(amplitude_scale=0.4, phase_scale=0.6)
+    config = everywhere(amplitude_scale=0.4, phase_scale=0.6)
     together = begin(source, driving, x.shape, config)(x, 5.0)
     for i in range(3):
         alone = begin(source[i : i + 1], driving[i : i + 1], (1, 4, 5, 5), config)(x[i : i + 1], 5.0)
@@ -63,19 +70,19 @@ def test_acts_where_start_is_at_least_sigma_and_sigma_is_above_end(start, end, s
     x, other = noise(1, 1, 4, 4, 4), noise(2, 1, 4, 4, 4)
     if not start < end:
         with pytest.raises(ValueError, match="start_percent"):
-            FrequencyGuidanceConfig(start_percent=start, end_percent=end)
+            everywhere(start_percent=start, end_percent=end)
         return
     limits = (10 * (1 - start), 10 * (1 - end))
     if any(abs(sigma - limit) < 1e-3 * limit for limit in limits):
         return
-    guide = begin(other, other, x.shape, FrequencyGuidanceConfig(start_percent=start, end_percent=end))
+    guide = begin(other, other, x.shape, everywhere(start_percent=start, end_percent=end))
     assert (guide(x, sigma) is not x) == (limits[0] >= sigma > limits[1])
 
 
 @pytest.mark.parametrize("rounding", [1 - 2e-7, 1.0, 1 + 2e-7])
 def test_a_step_on_a_limit_is_on_it_whatever_its_rounding(rounding):
     x, other = noise(1, 1, 4, 4, 4), noise(2, 1, 4, 4, 4)
-    guide = begin(other, other, x.shape, FrequencyGuidanceConfig(start_percent=0.3, end_percent=0.6))
+    guide = begin(other, other, x.shape, everywhere(start_percent=0.3, end_percent=0.6))
     assert guide(x, 7.0 * rounding) is not x
     assert guide(x, 4.0 * rounding) is x
     whole = begin(other, other, x.shape)
@@ -118,7 +125,7 @@ def test_refuses_latents_that_cannot_guide(latent, message):
         with pytest.raises(ValueError, match=f"{name} .*{message}"):
             method.FrequencyGuidance(*pair, FULL)
     # A term that is off does not look at its latent.
-    off = FrequencyGuidanceConfig(amplitude_scale=0.0, phase_scale=0.5)
+    off = everywhere(amplitude_scale=0.0, phase_scale=0.5)
     method.FrequencyGuidance(latent, good, off)
 
 
@@ -135,7 +142,7 @@ def test_refuses_latents_that_cannot_guide(latent, message):
     ],
 )
 def test_errors_for_latents_that_do_not_fit_name_the_fix(shape, target, message):
-    config = FrequencyGuidanceConfig(amplitude_scale=0.0, phase_scale=0.5)
+    config = everywhere(amplitude_scale=0.0, phase_scale=0.5)
     with pytest.raises(ValueError, match=message):
         begin(noise(1, 1, 4, 8, 8), noise(2, *shape), target, config)
 
@@ -160,12 +167,12 @@ def test_a_sampler_that_changes_the_size_is_named():
 )
 def test_settings_that_hold_nothing_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        FrequencyGuidanceConfig(**settings)
+        everywhere(**settings)
 
 
 def test_paper_with_gradient_is_the_published_step():
     x, d = noise(1, 1, 4, 6, 6), noise(2, 1, 4, 6, 6)
-    config = FrequencyGuidanceConfig(amplitude_scale=0.0, phase_scale=0.1, phase_distance="paper", update="gradient")
+    config = everywhere(amplitude_scale=0.0, phase_scale=0.1, phase_distance="paper", update="gradient")
     leaf = x.double().requires_grad_()
     angles = [torch.fft.fft2(v).angle().abs() for v in (leaf, d.double())]
     slope = torch.autograd.grad(((angles[0] - angles[1]) ** 2).mean(), leaf)[0].float()
