@@ -69,7 +69,7 @@ class SourceDrivingPairConfig:
 
     # Published: 500 iterations.
     steps: int = 500
-    # Ours, for a LoRA alone. Published: 2e-6, which belongs to training the whole UNet.
+    # Ours, for a LoRA alone, and not tuned yet. Published: 2e-6, which belongs to training the whole UNet.
     learning_rate: float = 1e-3
     # Published: rank 4.
     rank: int = 4

@@ -70,7 +70,7 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "gradient_checkpointing", default=False, optional=True, advanced=True,
-                    tooltip="Computes blocks twice to save memory: about a third slower, far less memory.",
+                    tooltip="Computes blocks twice in order to save memory: slower, with less memory.",
                 ),
                 io.Int.Input(
                     "preview_every", default=0, min=0, max=100_000, optional=True, advanced=True,

@@ -111,6 +111,14 @@ def test_a_training_resumed_from_its_checkpoint_equals_the_whole_one(fault_serve
     assert "made with rank 2 and this run has 3" in error["exception_message"]
 
 
+def test_previews_change_nothing_of_what_is_learnt(fault_server):
+    plain = prompts.run(fault_server, prompts.plain(seed=3))
+    alone = trained(fault_server, training(fault_server, seed=7))
+    watched = trained(fault_server, training(fault_server, seed=7, preview_every=2))
+    assert same(watched, alone)
+    assert torch.equal(prompts.run(fault_server, prompts.plain(seed=3)), plain)
+
+
 def test_two_trainings_in_a_queue_and_a_picture_after_them_are_as_alone(fault_server):
     plain = prompts.run(fault_server, prompts.plain())
     alone = [trained(fault_server, training(fault_server, seed=seed)) for seed in (1, 2)]

@@ -46,7 +46,8 @@ def to_tensor(images: np.ndarray, device: torch.device) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is orthogonalised (Jordan 2024), matrices of one shape together.
 
-    torch.optim.Muon iterates in bf16, one matrix at a time: twenty times slower on a CPU without bf16.
+    torch.optim.Muon iterates in bf16, one matrix at a time: on two CPU cores without bf16 a step of the UNet took
+    5.3 s with it and 1.2 s with this.
     """
 
     def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95):
