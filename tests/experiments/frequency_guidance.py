@@ -2,10 +2,11 @@
 
     python tests/experiments/frequency_guidance.py --develop    # chooses settings on development cases
     python tests/experiments/frequency_guidance.py              # the chosen settings on the test cases
-    python tests/experiments/frequency_guidance.py --cases 8 --checkpoint other.safetensors --name trial
+    python tests/experiments/frequency_guidance.py --half named # makes the pictures of a half, writes no result
 
-As PROTOCOL.md says; resumes what is there. Writes results/frequency_guidance.csv (one row a case and arm),
-.json (means with 95 % intervals) and .jpg; development writes results/frequency_guidance_development.*.
+As PROTOCOL.md says; resumes what is there, so that the halves can be made side by side, each with
+OMP_NUM_THREADS=1. Writes results/frequency_guidance.csv (one row a case and arm), .json (means with 95 %
+intervals) and .jpg; development writes results/frequency_guidance_development.*.
 """
 
 import argparse
@@ -24,30 +25,24 @@ if __name__ == "__main__":
 scripts.alias_pack()
 
 import numpy as np  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
 from experiments import report, sampling  # noqa: E402
-from experiments.measuring import metrics  # noqa: E402
-from pack.nodes.puppets import captions, render, world  # noqa: E402
-from pack.nodes.puppets.config import NAMED_ACTIONS, SCENES, UNNAMED_ACTIONS, Take  # noqa: E402
+from experiments.action_transfer import HALVES, MEASURES, Stage, measured, staged  # noqa: E402
 
 STATE = ROOT / ".cache" / "experiments"
-SAMPLER, BATCH = "ddim", 32
-TEST_KEY, DEVELOPMENT_KEY, SEED = 0xF4EA, 0xDE5, 2_000_000
-CASES, DEVELOPMENT_CASES = 64, 32
-HALVES = {"named": NAMED_ACTIONS[1:], "unnamed": UNNAMED_ACTIONS}
-MEASURES = (
-    "error",
-    "error_over_plain",
-    "nearer_truth",
-    "identity_error",
-    "worn_error",
-    "identity",
-    "action",
-    "composition",
-    "joint_error",
-    "background_error",
-    "phase_score",
-    "circular_phase_score",
-)
+SAMPLER, BATCH, TRAINED_BATCH, SEED = "ddim", 32, 8, 2_000_000
+CASES, DEVELOPMENT_CASES = 64, 16
+COMPARED = ("error", "composition", "identity", "action", "identity_error", "background_error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """A run of UnderstudyTrainSourceDrivingPair before sampling, with its other defaults."""
+
+    learning_rate: float
+    whole_unet: bool = False
+    steps: int = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,133 +52,80 @@ class Arm:
     switch: float = 0.0  # switch_percent of UnderstudyStepwisePrompt: the driving prompt before it
     denoise: float = 1.0  # below 1: img2img from the driving picture
     guide: tuple[tuple[str, float | str], ...] | None = None
+    learning: Learning | None = None
 
 
-def guided(switch: float = 0.0, **inputs) -> Arm:
-    return Arm(switch=switch, guide=tuple(inputs.items()))
+def guided(switch: float = 0.0, learning: Learning | None = None, **inputs) -> Arm:
+    return Arm(switch=switch, guide=tuple(inputs.items()), learning=learning)
 
 
-PHASE, NONE = {"amplitude_scale": 0.0}, {"phase_scale": 0.0}
+PHASE, NONE, ALL_BANDS = {"amplitude_scale": 0.0}, {"phase_scale": 0.0}, {"phase_high": 0.75, "end_percent": 1.0}
+PUBLISHED_SWITCH = 0.13  # 6 of 50 steps
 # At most six settings a family; the best on development cases is chosen, `rank` says by what.
 FAMILIES: dict[str, dict[str, Arm]] = {
     "plain prompt": {"plain prompt": Arm()},
-    "img2img": {f"img2img {d:g}": Arm(denoise=d) for d in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)},
-    "prompt switch": {f"prompt switch {s:g}": Arm(switch=s) for s in (0.07, 0.13, 0.2, 0.27, 0.4)},
+    "img2img": {f"img2img {d:g}": Arm(denoise=d) for d in (0.5, 0.6, 0.7, 0.8, 0.9)},
+    "prompt switch": {f"prompt switch {s:g}": Arm(switch=s) for s in (PUBLISHED_SWITCH, 0.2, 0.27, 0.4)},
     "phase, all bands": {
-        f"phase {s:g} until {e:g}": guided(phase_scale=s, end_percent=e, **PHASE)
-        for s, e in ((0.1, 1.0), (0.2, 1.0), (0.3, 1.0), (0.5, 1.0), (0.3, 0.5), (1.0, 0.3))
+        f"phase {s:g}, all bands": guided(phase_scale=s, **PHASE, **ALL_BANDS) for s in (0.1, 0.3, 0.5)
     },
     "phase, low band early": {
         f"phase {s:g} up to {b:g} until {e:g}": guided(phase_scale=s, phase_high=b, end_percent=e, **PHASE)
-        for s, b, e in (
-            (1.0, 0.3, 0.4),
-            (1.0, 0.2, 0.4),
-            (1.0, 0.3, 0.6),
-            (0.5, 0.3, 0.6),
-            (1.0, 0.2, 0.6),
-            (0.5, 0.3, 1.0),
-        )
+        for s, b, e in ((1.0, 0.3, 0.4), (1.0, 0.2, 0.4), (1.0, 0.3, 0.6), (0.5, 0.3, 0.6), (1.0, 0.2, 0.6))
     },
-    "amplitude": {f"amplitude {s:g}": guided(amplitude_scale=s, **NONE) for s in (0.1, 0.3, 0.6, 1.0)},
+    "amplitude": {
+        f"amplitude {s:g}": guided(amplitude_scale=s, end_percent=1.0, **NONE) for s in (0.1, 0.3, 1.0)
+    },
     "both": {
         f"amplitude {a:g}, phase {p:g} up to {b:g} until {e:g}": guided(
             amplitude_scale=a, phase_scale=p, phase_high=b, end_percent=e
         )
-        for a, p, b, e in (
-            (0.1, 0.3, 0.75, 1.0),
-            (0.3, 0.3, 0.75, 1.0),
-            (0.1, 1.0, 0.3, 0.4),
-            (0.3, 1.0, 0.3, 0.4),
-            (0.1, 1.0, 0.3, 0.6),
-            (0.1, 0.5, 0.3, 0.6),
-        )
+        for a, p, b, e in ((0.1, 0.3, 0.75, 1.0), (0.1, 1.0, 0.3, 0.4), (0.3, 1.0, 0.3, 0.4), (0.1, 1.0, 0.3, 0.6))
     },
     "switch and phase": {
         f"switch {w:g}, phase {p:g} up to {b:g} until {e:g}": guided(
             switch=w, phase_scale=p, phase_high=b, end_percent=e, **PHASE
         )
-        for w, p, b, e in (
-            (0.13, 0.3, 0.75, 1.0),
-            (0.13, 1.0, 0.3, 0.4),
-            (0.13, 1.0, 0.3, 0.6),
-            (0.27, 0.3, 0.75, 1.0),
-            (0.27, 1.0, 0.3, 0.4),
-        )
+        for w, p, b, e in ((0.13, 0.3, 0.75, 1.0), (0.13, 1.0, 0.3, 0.4), (0.27, 1.0, 0.3, 0.4))
     },
     "published distance": {
-        f"paper phase {s:g}": guided(phase_scale=s, phase_distance="paper", **PHASE) for s in (0.1, 0.3, 1.0)
+        f"paper phase {s:g}": guided(phase_scale=s, phase_distance="paper", **PHASE, **ALL_BANDS)
+        for s in (0.3, 1.0)
+    },
+    # One more choice, of a learning rate, by what the whole method makes with it.
+    "learning": {
+        f"learnt at {rate:g}": guided(PUBLISHED_SWITCH, Learning(rate), **PHASE) for rate in (3e-4, 1e-3, 3e-3)
+    },
+    "learning, whole UNet": {
+        f"whole UNet learnt at {rate:g}": guided(PUBLISHED_SWITCH, Learning(rate, whole_unet=True), **PHASE)
+        for rate in (1e-5, 5e-5)
     },
 }
-# Run on the test cases whatever development says.
-FIXED = {
-    "plain prompt": Arm(),
-    "prompt switch 0.13": Arm(switch=0.13),
-    "prompt switch 0.27": Arm(switch=0.27),
-    "phase 0.3, all bands": guided(phase_scale=0.3, **PHASE),
-    "phase 1 up to 0.3 until 0.4": guided(phase_scale=1.0, phase_high=0.3, end_percent=0.4, **PHASE),
-    "amplitude 0.3": guided(amplitude_scale=0.3, **NONE),
-    "node defaults": guided(),
-}
+FIXED = {"plain prompt": Arm(), "node defaults": guided()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Source standing, driver in action, and the truth: the source in that action, scene and camera."""
-
-    source: Take
-    driving: Take
-    truth: Take
-
-
-def case(index: int, half: str, develop: bool) -> Case:
-    """Case `index`: identities and actions cycle, the driver is of another species."""
-    key = DEVELOPMENT_KEY if develop else TEST_KEY
-    rng = np.random.default_rng([key, half == "unnamed", index])
-    actions = HALVES[half]
-    if develop:
-        who = world.sample_identity(700_000 + index)
-        others = [world.sample_identity(800_000 + 20 * index + i) for i in range(20)]
-    else:
-        everybody = world.test_identities()
-        who, others = everybody[index % len(everybody)], everybody
-    drivers = [other for other in others if other.species != who.species]
-    driver = drivers[int(rng.integers(len(drivers)))]
-    action, scene = actions[(index + index // 24) % len(actions)], SCENES[int(rng.integers(len(SCENES)))]
-    truth = world.staged(who, action, scene, rng)
-    return Case(
-        dataclasses.replace(truth, action="standing"), dataclasses.replace(truth, identity=driver), truth
-    )
-
-
-@dataclasses.dataclass
-class Stage:
-    """The cases of a run, drawn, with their prompts."""
-
-    cases: list[Case]
-    source: np.ndarray
-    driving: np.ndarray
-    truth: np.ndarray
-    masks: np.ndarray  # bool, the union of the truth's and the driver's
-    parts: np.ndarray  # of the truth
-    joints: np.ndarray
-    target_text: list[str]
-    driving_text: list[str]
-
-
-def staged(count: int, half: str, develop: bool) -> Stage:
-    cases = [case(i, half, develop) for i in range(count)]
-    source, driving, truth = (
-        [render.render(getattr(c, name)) for c in cases] for name in ("source", "driving", "truth")
-    )
-    return Stage(
-        cases,
-        *(np.stack([p.image for p in pictures]) for pictures in (source, driving, truth)),
-        masks=np.stack([d.mask | t.mask for d, t in zip(driving, truth)]),
-        parts=np.stack([p.parts for p in truth]),
-        joints=np.stack([p.joints for p in truth]),
-        target_text=[captions.caption(c.truth) for c in cases],
-        driving_text=[captions.caption(c.driving) for c in cases],
-    )
+def trained_arms(chosen: dict[str, str]) -> dict[str, Arm]:
+    """The method part by part: what was learnt, then the prompt switch, then guidance, each as chosen untrained."""
+    best = {family: FAMILIES[family][name] for family, name in chosen.items()}
+    switch = best["prompt switch"].switch
+    amplitude, phase = dict(best["amplitude"].guide), dict(best["phase, all bands"].guide)
+    both = phase | {"amplitude_scale": amplitude["amplitude_scale"]}
+    bands = best["phase, low band early"].guide
+    arms = {}
+    for title, family in (("learnt", "learning"), ("whole UNet learnt", "learning, whole UNet")):
+        learning = best[family].learning
+        arms |= {
+            title: Arm(learning=learning),
+            f"{title}, switch": Arm(switch=switch, learning=learning),
+            f"{title}, switch, low bands": Arm(switch=switch, learning=learning, guide=bands),
+        }
+    learning = best["learning"].learning
+    return arms | {
+        "learnt, switch, amplitude": guided(switch, learning, **amplitude),
+        "learnt, switch, phase": guided(switch, learning, **phase),
+        "learnt, switch, both": guided(switch, learning, **both),
+        "learnt, low bands": Arm(learning=learning, guide=bands),
+    }
 
 
 def node_inputs(arm: Arm) -> dict[str, float | str]:
@@ -195,8 +137,37 @@ def node_inputs(arm: Arm) -> dict[str, float | str]:
     return {**defaults, **dict(arm.guide or ())}
 
 
-def make(theatre: sampling.Theatre, arm: Arm, stage: Stage, steps: int, start: int, stop: int) -> np.ndarray:
+def learnt(theatre: sampling.Theatre, learning: Learning, stage: Stage, i: int, folder: Path):
+    """The theatre's MODEL after it has learnt the two pictures of case `i`; kept as a file between runs."""
+    import comfy.sd
+    from pack.nodes.frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair as Train
+
+    case = stage.cases[i]
+    path = folder / f"learnt_{report.fingerprint(case, learning)}.safetensors"
+    if not path.exists():
+        given = {
+            "model": theatre.model, "clip": theatre.clip, "vae": theatre.vae, "seed": i,
+            "source": torch.from_numpy(stage.source[i : i + 1]) / 255, "source_text": stage.source_text[i],
+            "driving": torch.from_numpy(stage.driving[i : i + 1]) / 255, "driving_text": stage.driving_text[i],
+            "rank": 4, "resume_from": "none", "checkpoint_every": 0, **dataclasses.asdict(learning),
+        }
+        with torch.inference_mode():
+            weights = Train.execute(**{name: [value] for name, value in given.items()}).result[0]
+        report.replace(path, safetensors.torch.save(weights))
+    return comfy.sd.load_lora_for_models(theatre.model, None, safetensors.torch.load_file(path), 1.0, 0)[0]
+
+
+def make(theatre: sampling.Theatre, arm: Arm, stage: Stage, folder: Path, start: int, stop: int) -> np.ndarray:
     """The arm's pictures of cases `start` to `stop` - 1, through our node classes and the host's sampler."""
+    if arm.learning is None:
+        return sampled(theatre, theatre.model, arm, stage, start, stop)
+    return np.concatenate([
+        sampled(theatre, learnt(theatre, arm.learning, stage, i, folder), arm, stage, i, i + 1)
+        for i in range(start, stop)
+    ])
+
+
+def sampled(theatre: sampling.Theatre, model, arm: Arm, stage: Stage, start: int, stop: int) -> np.ndarray:
     from pack.nodes.frequency_guidance import nodes
 
     some = slice(start, stop)
@@ -215,38 +186,7 @@ def make(theatre: sampling.Theatre, arm: Arm, stage: Stage, steps: int, start: i
             **node_inputs(arm),
         ).result[0]
     seeds = [SEED + i for i in range(start, stop)]
-    return theatre.decode(theatre.sample(sampler, positive, seeds, begin, arm.denoise, steps))
-
-
-def measured(name: str, half: str, stage: Stage, pictures: np.ndarray) -> list[dict]:
-    """One row a case. `error` is the mean square of the difference to the true picture, channels in 0..1."""
-    own = metrics.compositions(pictures, [c.truth for c in stage.cases])
-    rows = []
-    for i, (c, seen) in enumerate(zip(stage.cases, own)):
-        picture, truth = pictures[i] / 255, stage.truth[i] / 255
-        error = float(np.square(picture - truth).mean())
-        rows.append(
-            {
-                "arm": name,
-                "half": half,
-                "case": i,
-                "action_asked": c.truth.action,
-                "source": c.source.identity.species,
-                "driver": c.driving.identity.species,
-                "error": error,
-                "nearer_truth": bool(error < np.square(picture - stage.driving[i] / 255).mean()),
-                **seen,
-                # Under the true masks, since here the result has one right pose.
-                "identity_error": metrics.identity_error(
-                    pictures[i], c.truth.identity, stage.parts[i], c.truth
-                )["mean"],
-                "joint_error": metrics.joint_error(pictures[i], stage.joints[i]),
-                "background_error": metrics.background_error(pictures[i], stage.truth[i], stage.masks[i]),
-                "phase_score": metrics.phase_score(pictures[i], stage.driving[i]),
-                "circular_phase_score": metrics.circular_phase_score(pictures[i], stage.driving[i]),
-            }
-        )
-    return rows
+    return theatre.decode(theatre.sample(sampler, positive, seeds, begin, arm.denoise, model=model))
 
 
 def rank(rows: list[dict], arm: str) -> tuple[float, float]:
@@ -255,13 +195,54 @@ def rank(rows: list[dict], arm: str) -> tuple[float, float]:
     return -sum(row["composition"] for row in own), float(np.mean([row["error"] for row in own]))
 
 
-def chosen_arms(path: Path) -> dict[str, Arm]:
-    """The settings to run: the fixed ones, and the best of every family where development has been run."""
-    arms = dict(FIXED)
-    if path.exists():
-        for family, best in json.loads(path.read_text())["chosen"].items():
-            arms.setdefault(best, FAMILIES[family][best])
-    return arms
+def comparisons(rows: list[dict], chosen: dict[str, str]) -> dict:
+    """What each option adds: paired differences of an arm to the arm without it, [mean, low, high], all cases."""
+    pairs = [
+        (chosen["prompt switch"], "plain prompt"), (chosen["amplitude"], "plain prompt"),
+        (chosen["phase, all bands"], "plain prompt"), (chosen["phase, low band early"], "plain prompt"),
+        (chosen["phase, low band early"], chosen["phase, all bands"]), ("node defaults", "plain prompt"),
+        ("node defaults", chosen["phase, low band early"]),
+        ("learnt", "plain prompt"), ("learnt, switch", "learnt"), ("learnt, switch, amplitude", "learnt, switch"),
+        ("learnt, switch, phase", "learnt, switch"), ("learnt, switch, both", "learnt, switch, phase"),
+        ("learnt, switch, low bands", "learnt, switch"), ("learnt, switch, low bands", "learnt, switch, phase"),
+        ("learnt, switch, low bands", "learnt, low bands"), ("learnt, low bands", "learnt"),
+        ("learnt, low bands", chosen["phase, low band early"]), ("whole UNet learnt", "learnt"),
+        ("whole UNet learnt, switch, low bands", "learnt, switch, low bands"),
+    ]
+    by_arm: dict[str, dict] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], {})[row["half"], row["case"]] = row
+    found = {}
+    for arm, without in pairs:
+        differences = [
+            {m: float(row[m]) - float(by_arm[without][key][m]) for m in COMPARED} for key, row in by_arm[arm].items()
+        ]
+        found[f"{arm} - {without}"] = report.summary(differences, COMPARED)
+    return found
+
+
+def chosen_arms(chosen: dict[str, str]) -> dict[str, Arm]:
+    """The settings to run on the test cases, from the names that development chose for each family."""
+    best = {name: FAMILIES[family][name] for family, name in chosen.items() if not family.startswith("learning")}
+    return FIXED | best | trained_arms(chosen)
+
+
+def pictures(theatre, arms: dict[str, Arm], stage: Stage, kept: report.Pictures) -> dict[str, np.ndarray]:
+    """Every arm's pictures, and what they are to be compared with."""
+    count = len(stage.cases)
+    key = report.fingerprint(stage.cases, stage.target_text, stage.driving_text, stage.source_text)
+    decode = functools.partial(theatre.round_trip, stage.truth)
+    results = {
+        "source itself": stage.source,
+        "driving picture itself": stage.driving,
+        "truth through the autoencoder": kept.get(f"autoencoder_{key}", count, BATCH, decode),
+    }
+    for label, arm in arms.items():
+        setting = report.fingerprint(key, arm, node_inputs(arm), sampling.STEPS, sampling.CFG, SAMPLER, SEED)
+        run = functools.partial(make, theatre, arm, stage, kept.folder)
+        results[label] = kept.get(setting, count, TRAINED_BATCH if arm.learning else BATCH, run)
+        print(f"{label}, {count} pictures", flush=True)
+    return results
 
 
 def main() -> None:
@@ -271,11 +252,10 @@ def main() -> None:
     parser.add_argument(
         "--develop", action="store_true", help="choose each family's setting on development cases"
     )
+    parser.add_argument("--half", choices=list(HALVES), help="make this half's pictures alone, write no result")
     parser.add_argument("--cases", type=int, help="a half; by default as the protocol says")
-    parser.add_argument("--half", choices=[*HALVES, "all"], default="all")
     parser.add_argument("--checkpoint", type=Path, default=sampling.CHECKPOINT)
     parser.add_argument("--name", default="frequency_guidance", help="of the result files")
-    parser.add_argument("--steps", type=int, default=sampling.STEPS)
     arguments = parser.parse_args()
     theatre = sampling.Theatre(arguments.checkpoint, STATE)
     digest = sampling.sha256(arguments.checkpoint)
@@ -283,30 +263,20 @@ def main() -> None:
     if arguments.develop:
         arms = {name: arm for family in FAMILIES.values() for name, arm in family.items()}
         count, name = arguments.cases or DEVELOPMENT_CASES, choice.stem
-        halves = ["named"]
     else:
-        arms, count, name = chosen_arms(choice), arguments.cases or CASES, arguments.name
-        halves = list(HALVES) if arguments.half == "all" else [arguments.half]
+        if not choice.exists():
+            raise SystemExit(f"{choice.name} is missing: run with --develop first, it chooses the settings")
+        arms = chosen_arms(json.loads(choice.read_text())["chosen"])
+        count, name = arguments.cases or CASES, arguments.name
     kept = report.Pictures(STATE / f"{name}_{digest[:12]}")
     rows: list[dict] = []
     shown: list[tuple[str, np.ndarray]] = []
-    for half in halves:
+    for half in [arguments.half] if arguments.half else HALVES:
         stage = staged(count, half, arguments.develop)
-        key = report.fingerprint(stage.cases, stage.target_text, stage.driving_text)
-        decode = functools.partial(theatre.round_trip, stage.truth)
-        results = {
-            "source itself": stage.source,
-            "driving picture itself": stage.driving,
-            "truth through the autoencoder": kept.get(f"autoencoder_{key}", count, BATCH, decode),
-        }
-        for label, arm in arms.items():
-            setting = report.fingerprint(
-                key, arm, node_inputs(arm), arguments.steps, sampling.CFG, SAMPLER, SEED
-            )
-            run = functools.partial(make, theatre, arm, stage, arguments.steps)
-            results[label] = kept.get(setting, count, BATCH, run)
-            print(f"{half}: {label}, {count} pictures", flush=True)
-        found = {label: measured(label, half, stage, pictures) for label, pictures in results.items()}
+        results = pictures(theatre, arms, stage, kept)
+        if arguments.half:
+            continue
+        found = {label: measured(label, half, stage, made) for label, made in results.items()}
         for label, measures in found.items():
             # Paired with the same case's plain result: the cases' own spread leaves the interval.
             for row, before in zip(measures, found["plain prompt"], strict=True):
@@ -314,7 +284,9 @@ def main() -> None:
             rows.extend(measures)
             print(half, label, report.summary(measures, MEASURES), flush=True)
         shown.append((f"{half}: truth", stage.truth[:10]))
-        shown.extend((f"{half}: {label}", pictures[:10]) for label, pictures in results.items())
+        shown.extend((f"{half}: {label}", made[:10]) for label, made in results.items())
+    if arguments.half:
+        return
     report.write_csv(report.RESULTS / f"{name}.csv", rows)
     report.contact_sheet(report.RESULTS / f"{name}.jpg", shown)
     summary = {
@@ -324,7 +296,7 @@ def main() -> None:
         "sampling": {
             "sampler": SAMPLER,
             "scheduler": sampling.SCHEDULER,
-            "steps": arguments.steps,
+            "steps": sampling.STEPS,
             "cfg": sampling.CFG,
             "first_seed": SEED,
         },
@@ -335,7 +307,7 @@ def main() -> None:
                 arm: report.summary([r for r in rows if r["arm"] == arm and r["half"] == half], MEASURES)
                 for arm in results
             }
-            for half in halves
+            for half in HALVES
         },
     }
     if arguments.develop:
@@ -343,6 +315,8 @@ def main() -> None:
             family: min(settings, key=functools.partial(rank, rows)) for family, settings in FAMILIES.items()
         }
         print("chosen:", summary["chosen"])
+    else:
+        summary["comparisons"] = comparisons(rows, json.loads(choice.read_text())["chosen"])
     report.write_json(report.RESULTS / f"{name}.json", summary)
 
 

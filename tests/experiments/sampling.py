@@ -76,8 +76,12 @@ class Theatre:
         steps: int = STEPS,
         cfg: float = CFG,
         size: int = 128,
+        model=None,
     ) -> torch.Tensor:
-        """Latents from `seeds`, one a picture; img2img where `latents` are given and `denoise` < 1."""
+        """Latents from `seeds`, one a picture; img2img where `latents` are given and `denoise` < 1.
+
+        `model` is a patched clone of the theatre's to use instead of it.
+        """
         # Every picture has the noise of its own seed, so that a case does not depend on its batch.
         channels = self.model.get_model_object("latent_format").latent_channels
         shape = (channels, size // 8, size // 8)
@@ -87,7 +91,7 @@ class Theatre:
         sigmas = self._samplers.calculate_sigmas(sampling, SCHEDULER, round(steps / denoise))[-(steps + 1) :]
         negative = self.prompts([self.negative] * len(noise))
         return self._sample.sample_custom(
-            self.model,
+            self.model if model is None else model,
             noise,
             cfg,
             sampler,
