@@ -12,8 +12,13 @@ CPU = torch.device("cpu")
 CONTEXT = 16
 
 
-def picture(flow: bool = False, dtype=torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """An SD 1.5 UNet of one level that predicts noise, or velocity with `flow`; latents [B, 4, H, W]."""
+def picture(
+    flow: bool = False, dtype=torch.float32, seed: int = 0, compute=None, operations=None
+) -> comfy.model_patcher.ModelPatcher:
+    """An SD 1.5 UNet of one level that predicts noise, or velocity with `flow`; latents [B, 4, H, W].
+
+    Stored in `dtype`, computed in `compute` where that is another, with layers of the host's `operations`.
+    """
     config = comfy.supported_models.SD15(
         {
             **comfy.supported_models.SD15.unet_config,
@@ -34,9 +39,9 @@ def picture(flow: bool = False, dtype=torch.float32, seed: int = 0) -> comfy.mod
         }
     )
     kind = comfy.model_base.ModelType.FLOW if flow else comfy.model_base.ModelType.EPS
-    return _patcher(
-        config, lambda: comfy.model_base.BaseModel(config, model_type=kind, device=CPU), dtype, seed
-    )
+    config.custom_operations = operations
+    config.set_inference_dtype(dtype, compute)
+    return _patcher(lambda: comfy.model_base.BaseModel(config, model_type=kind, device=CPU), dtype, seed)
 
 
 def video(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
@@ -62,7 +67,19 @@ def video(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
             "dtype": torch.float32,
         }
     )
-    return _patcher(config, lambda: config.get_model({}, device=CPU), torch.float32, seed)
+    config.set_inference_dtype(torch.float32, None)
+    return _patcher(lambda: config.get_model({}, device=CPU), torch.float32, seed)
+
+
+def as_loaded(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """`model` as the host's loaders leave it: its weights are inference tensors."""
+    with torch.inference_mode():
+        for module in model.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+    assert all(parameter.is_inference() for parameter in model.model.parameters())
+    return model
 
 
 def conditioning(seed: int, tokens: int = 4) -> list:
@@ -99,8 +116,7 @@ def sample(
         return guider.sample(noise, latent, sampler, sigmas, denoise_mask, callback, True, seed)
 
 
-def _patcher(config, build, dtype, seed) -> comfy.model_patcher.ModelPatcher:
-    config.set_inference_dtype(dtype, None)
+def _patcher(build, dtype, seed) -> comfy.model_patcher.ModelPatcher:
     model = build().eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

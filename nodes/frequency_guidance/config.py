@@ -69,7 +69,13 @@ class SourceDrivingPairConfig:
 
     # Published: 500 iterations.
     steps: int = 500
-    # Ours, for a LoRA alone, and not tuned yet. Published: 2e-6, which belongs to training the whole UNet.
+    # Ours, for a LoRA alone, and not tuned yet.
     learning_rate: float = 1e-3
+    # Published, for the whole UNet.
+    whole_unet_learning_rate: float = 2e-6
     # Published: rank 4.
     rank: int = 4
+
+
+# Ours: a whole UNet that takes steps longer than these forgets what it knew.
+HIGHEST_WHOLE_UNET_LEARNING_RATE = 1e-4

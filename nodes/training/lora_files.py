@@ -1,4 +1,4 @@
-"""Trained adapters as the LORA_MODEL that the host, diffusers and kohya tools read."""
+"""What was trained as the LORA_MODEL that the host reads; adapters also in names of diffusers and kohya tools."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import comfy.utils
 import torch
 
 from .lora import Adapters
+from .whole_network import WholeNetwork
 
 PREFIX = "diffusion_model."
 
 
-def lora_model(adapters: Adapters, unet_config: dict) -> dict[str, torch.Tensor]:
-    """Weights by key: kohya's names of diffusers' layers for UNets, the host's own for every other model.
+def lora_model(trained: Adapters | WholeNetwork, unet_config: dict) -> dict[str, torch.Tensor]:
+    """Weights by key, fp32 on the CPU.
 
-    `…lora_down.weight` [rank, in], `…lora_up.weight` [out, rank] and `…alpha` (no dimensions), fp32 on the CPU.
+    Adapters: `…lora_down.weight` [rank, in], `…lora_up.weight` [out, rank] and `…alpha` (no dimensions), under
+    kohya's names of diffusers' layers for UNets and the host's own for every other model. A whole network:
+    differences to its own weights, `….diff` and for a bias `….diff_b`, under the host's names.
     """
+    if isinstance(trained, WholeNetwork):
+        return {_difference_key(name): difference for name, difference in trained.differences().items()}
     diffusers = {ours: theirs for theirs, ours in comfy.utils.unet_to_diffusers(unet_config).items()}
     weights = {}
-    for name, adapter in adapters.modules.items():
+    for name, adapter in trained.modules.items():
         theirs = diffusers.get(f"{name}.weight")
         if theirs is None:
             key = f"{PREFIX}{name}"
@@ -25,5 +30,11 @@ def lora_model(adapters: Adapters, unet_config: dict) -> dict[str, torch.Tensor]
             key = "lora_unet_" + theirs.removesuffix(".weight").replace(".", "_")
         weights[f"{key}.lora_down.weight"] = adapter.down.detach().cpu().clone()
         weights[f"{key}.lora_up.weight"] = adapter.up.detach().cpu().clone()
-        weights[f"{key}.alpha"] = torch.tensor(float(adapter.scale * adapters.config.rank))
+        weights[f"{key}.alpha"] = torch.tensor(float(adapter.scale * trained.config.rank))
     return weights
+
+
+def _difference_key(name: str) -> str:
+    if name.endswith(".bias"):
+        return f"{PREFIX}{name.removesuffix('.bias')}.diff_b"
+    return f"{PREFIX}{name.removesuffix('.weight')}.diff"

@@ -19,6 +19,7 @@ from .lora_files import lora_model
 from .monitor import HostMonitor
 from .objective import DenoisingObjective, Sample
 from .session import Denoiser, no_training, session
+from .whole_network import WholeNetwork
 
 _PREVIEW_STEPS = 12
 _PREVIEW_CFG = 4.5
@@ -46,22 +47,22 @@ def train_lora(
     latents: Sequence[torch.Tensor],
     conditionings: Sequence[list],
     config: TrainingConfig,
-    lora: LoraConfig,
+    lora: LoraConfig | None,
     *,
     checkpoints: Checkpoints,
     resume_from: str,
     make_objective: MakeObjective | None = None,
     preview: Callable[[Denoiser], Image.Image] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
-    """Train adapters of `model` on pairs of latents (as VAE Encode gives them) and CONDITIONINGs.
+    """Train adapters of `model`, or its whole network where `lora` is None, on latents and their CONDITIONINGs.
 
-    Returns the host's LORA_MODEL and LOSS_MAP. The model is used, not changed.
+    Latents are as VAE Encode gives them. Returns the host's LORA_MODEL and LOSS_MAP. The model is used, not changed.
     Raises loop.TrainingDiverged, ValueError as `session` does, and the host's interruption.
     """
     resume = checkpoints.resume(resume_from)
     largest = max(latents, key=lambda latent: latent.numel())
     shape = [config.batch_size, *largest.shape[1:]]
-    with session(model, shape, config) as denoiser:
+    with session(model, shape, config, whole=lora is None) as denoiser:
         samples = [
             Sample(denoiser.model.process_latent_in(latent.clone()).float(), denoiser.prepare(conditioning, latent))
             for latent, conditioning in zip(latents, conditionings, strict=True)
@@ -69,12 +70,16 @@ def train_lora(
         objective: loop.Objective = DenoisingObjective(denoiser, samples, config)
         if make_objective is not None:
             objective = make_objective(objective, samples)
-        adapters = Adapters(denoiser.network, lora, config.seed, denoiser.device)
+        trained: Adapters | WholeNetwork
+        if lora is None:
+            trained = WholeNetwork(denoiser.network)
+        else:
+            trained = Adapters(denoiser.network, lora, config.seed, denoiser.device)
         monitor = HostMonitor(config, checkpoints, None if preview is None else lambda: preview(denoiser))
-        with adapters.attached():
-            losses = loop.train(objective, adapters.parameters(), config, monitor, resume)
+        with trained.attached():
+            losses = loop.train(objective, trained.parameters(), config, monitor, resume)
         unet_config = denoiser.model.model_config.unet_config
-    return lora_model(adapters, unet_config), {"loss": losses}
+        return lora_model(trained, unet_config), {"loss": losses}
 
 
 def preview_of(vae, positive: list, negative: list, shape: Sequence[int], seed: int):

@@ -15,6 +15,7 @@ import torch
 
 from .. import patching
 from .config import TrainingConfig
+from .whole_network import BYTES_A_WEIGHT
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Ours: a backward pass keeps activations that the host's estimate for sampling does not count.
@@ -64,14 +65,17 @@ class Denoiser:
 
 @contextlib.contextmanager
 def session(
-    model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig
+    model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, whole: bool = False
 ) -> Iterator[Denoiser]:
     """Load `model` for batches of `shape` and make it differentiable; nothing of it stays when the block ends.
 
-    Weights are neither merged nor copied. Raises ValueError where a model cannot be trained through.
+    Weights are neither merged nor copied. `whole` leaves room for fp32 copies of them all, and lets the model
+    compute with such copies in its own type. Raises ValueError where a model cannot be trained through.
     """
-    patcher = _trainable_clone(model, config.dtype)
+    patcher = _trainable_clone(model, config.dtype, whole)
     required = patcher.memory_required(list(shape)) * _MEMORY_FACTOR
+    if whole:
+        required += BYTES_A_WEIGHT * sum(weight.numel() for weight in patcher.model.diffusion_model.parameters())
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -98,7 +102,9 @@ def no_training() -> Iterator[None]:
         comfy.model_management.in_training = before
 
 
-def _trainable_clone(model: comfy.model_patcher.ModelPatcher, dtype: str) -> comfy.model_patcher.ModelPatcher:
+def _trainable_clone(
+    model: comfy.model_patcher.ModelPatcher, dtype: str, whole: bool
+) -> comfy.model_patcher.ModelPatcher:
     if model.is_dynamic():
         try:
             patcher = model.clone(disable_dynamic=True)
@@ -109,12 +115,14 @@ def _trainable_clone(model: comfy.model_patcher.ModelPatcher, dtype: str) -> com
             ) from error
     else:
         patcher = model.clone()
-    if dtype == "model":
+    own = patcher.model.get_dtype_inference()
+    wanted = _DTYPES.get(dtype, own)
+    if dtype == "model" and own == torch.float16:
         # fp16 gradients vanish; the host computes such a model in bf16 just as well.
-        if patcher.model.get_dtype_inference() == torch.float16:
-            dtype = "bf16" if comfy.model_management.should_use_bf16(patcher.load_device) else "fp32"
-    if dtype in _DTYPES and patcher.model.get_dtype_inference() != _DTYPES[dtype]:
-        return patching.with_compute_dtype(patcher, _DTYPES[dtype])
+        bf16 = comfy.model_management.should_use_bf16(patcher.load_device)
+        wanted = torch.bfloat16 if bf16 else torch.float32
+    if whole or wanted != own:
+        return patching.with_compute_dtype(patcher, wanted)
     return patcher
 
 

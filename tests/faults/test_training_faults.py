@@ -131,6 +131,17 @@ def test_two_trainings_in_a_queue_and_a_picture_after_them_are_as_alone(fault_se
     assert not same(*alone)
 
 
+def test_a_whole_unet_learns_and_leaves_the_model_alone(fault_server):
+    plain = prompts.run(fault_server, prompts.plain(seed=4))
+    settings = {"whole_unet": True, "seed": 9, "learning_rate": 2e-6}
+    whole = trained(fault_server, training(fault_server, steps=3, **settings))
+    assert whole and all(key.endswith((".diff", ".diff_b")) for key in whole)
+    assert all(0 < value.abs().max() <= 1.3e-5 for value in whole.values()), "six steps of Adam at this rate"
+    assert torch.equal(prompts.run(fault_server, prompts.plain(seed=4)), plain)
+    refused = fault_server.queue(training(fault_server, **settings | {"learning_rate": 1e-3}))
+    assert "published 0.000002" in prompts.message(refused, "execution_error")["exception_message"]
+
+
 def test_more_than_one_picture_is_refused_by_name(fault_server):
     prompt = training(fault_server)
     prompt["source puppet"]["inputs"]["frames"] = 5

@@ -38,15 +38,7 @@ def trained(model, count=2, checkpoints=None, resume_from="none", lora=LoraConfi
 
 
 def inference_model(**options):
-    """A model as the host's loaders make it: its weights are inference tensors."""
-    with torch.inference_mode():
-        model = tiny_model.picture(**options)
-        for module in model.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
-    assert all(parameter.is_inference() for parameter in model.model.parameters())
-    return model
+    return tiny_model.as_loaded(tiny_model.picture(**options))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""All weights of a network, learnt as fp32 copies that stand in for its own: nothing of the model is changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from .loop import Parameters
+
+# fp32 copy, gradient and AdamW's two moments
+BYTES_A_WEIGHT = 16
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class WholeNetwork:
+    """A trainable copy of every parameter of `network`, by the parameter's name.
+
+    Raises ValueError, naming the first one, where a weight is quantised: it has no gradient to follow.
+    """
+
+    def __init__(self, network: torch.nn.Module):
+        self.network = network
+        self.originals: dict[str, torch.Tensor] = {}
+        for name, weight in network.named_parameters():
+            if type(weight) is not torch.nn.Parameter or weight.dtype not in _PLAIN:
+                raise ValueError(
+                    f"weight {name} is {weight.dtype}, and a whole UNet trains from fp32, bf16 or fp16 alone: load "
+                    "such a file of this model, or switch whole_unet off to learn a LoRA"
+                )
+            self.originals[name] = weight
+        self.trained = {
+            name: torch.nn.Parameter(weight.detach().to(torch.float32, copy=True))
+            for name, weight in self.originals.items()
+        }
+
+    def parameters(self) -> Parameters:
+        return self.trained
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """The network computes with the copies inside this context, and with its own weights after it."""
+        try:
+            self._place(self.trained)
+            yield
+        finally:
+            self._place(self.originals)
+
+    def _place(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            module, _, leaf = name.rpartition(".")
+            self.network.get_submodule(module)._parameters[leaf] = weight
+
+    def differences(self) -> dict[str, torch.Tensor]:
+        """What was learnt: trained minus original weight, by name, fp32 on the CPU."""
+        return {
+            name: (trained.detach() - self.originals[name].detach().float()).cpu()
+            for name, trained in self.trained.items()
+        }
