@@ -21,7 +21,7 @@ def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[t
         if not torch.isfinite(batch).all():
             raise ValueError(f"{name} holds NaN or infinite values: load or render the picture again")
         colour = batch.expand(-1, -1, -1, 3) if batch.shape[-1] == 1 else batch[..., :3]
-        single.extend(colour.clone().split(1))
+        single.extend(colour[i : i + 1].clone() for i in range(len(colour)))
     if not single:
         raise ValueError(f"{name} holds no picture: connect at least one")
     return single
@@ -34,7 +34,8 @@ def lines(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
     """
     items = [texts] if isinstance(texts, str) else list(texts)
     if len(items) == 1:
-        items = [line.strip() for line in items[0].splitlines() if line.strip()] or [""]
+        lines_of_it = [line.strip() for line in items[0].splitlines() if line.strip()] or [""]
+        items = [" ".join(lines_of_it)] if count == 1 else lines_of_it
     if len(items) == 1:
         items = items * count
     if len(items) != count:
