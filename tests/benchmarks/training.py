@@ -1,11 +1,14 @@
 """LoRA training: samples per second of the pack's loop, ComfyUI's TrainLoraNode and a plain PEFT loop.
 
 `python tests/benchmarks/training.py [--rounds 10] [--steps 8] [--model theatre|sd15]`, on a GPU where there is
-one. All three train on the same latents with equal rank, batch and numeric type, in interleaved rounds. `sd15`
-has SD 1.5's dimensions and random weights. TrainLoraNode always trains every layer, hence the row "all linear
-layers" of ours beside the row "attention", which PEFT is compared with. Every loss is checked to be finite, and
-ours and PEFT's to start from the same value, before anything is timed. Only steps are timed, not what a run sets
-up before its first one (TrainLoraNode reads the checkpoint again).
+one. All three train on the same latents with equal rank, batch and numeric type, in interleaved rounds. `theatre`
+learns eight rendered puppets; `sd15` has SD 1.5's dimensions and random weights. TrainLoraNode always trains every
+layer, hence the row "all linear layers" of ours beside the row "attention", which PEFT is compared with. Only steps
+are timed, not what a run sets up before its first one (TrainLoraNode reads the checkpoint again).
+
+Before anything is timed, every loss is checked to be finite, and ours and PEFT's, from the same start, to be the same
+at every step. On the theatre the learning itself is compared too: the error of the predicted noise on the eight
+pictures, with the same noises and levels for all, after so many steps from the start.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import peft  # noqa: E402
 from comfy_extras.nodes_train import TrainLoraNode  # noqa: E402
-from pack.nodes.puppets import theatre  # noqa: E402
+from pack.nodes.puppets import captions, render, theatre, world  # noqa: E402
 from pack.nodes.training import loop, objective  # noqa: E402
 from pack.nodes.training.config import LoraConfig, TrainingConfig  # noqa: E402
 from pack.nodes.training.lora import Adapters  # noqa: E402
@@ -46,11 +49,14 @@ from pack.nodes.training.session import session  # noqa: E402
 
 CHECKPOINT = ROOT / "workflows" / "models" / "puppets_sd.safetensors"
 RANK, RATE, PICTURES, BATCHES = 8, 1e-4, 8, (1, 4)
+CURVE_STEPS, CURVE_RATE, CURVE_LEVELS = (0, 25, 50, 100), 1e-3, 24
 ATTENTION = LoraConfig().layers
 comfy.utils.PROGRESS_BAR_ENABLED = False
 
-# run(steps, clock) -> every step's loss
-Run = Callable[[int, "Clock"], list[float]]
+# finish(denoiser) -> a figure of what was learnt, taken while it is attached
+Finish = Callable[[object], float]
+# run(steps, clock, rate, finish) -> every step's loss, or the figure of `finish`
+Run = Callable[..., list[float] | float]
 
 
 class Clock:
@@ -75,15 +81,18 @@ class Clock:
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
-def theatre_model():
-    """The shipped model; latents [1, 8, 16, 16], prompts [1, 40, 128]."""
+def theatre_data():
+    """The shipped model, eight rendered puppets as latents [1, 8, 16, 16], and their captions encoded."""
     theatre.register()
-    model = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT), output_vae=False, output_clip=False)[0]
-    return model, (1, theatre.LATENT_CHANNELS, 16, 16), (1, 40, theatre.TEXT_WIDTH)
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3]
+    takes = [world.sample_take(i, "validation") for i in range(PICTURES)]
+    latents = [vae.encode(torch.from_numpy(render.render(take).image)[None].float() / 255) for take in takes]
+    texts = [clip.encode_from_tokens_scheduled(clip.tokenize(captions.caption(take))) for take in takes]
+    return model, [model.model.process_latent_in(latent) for latent in latents], texts
 
 
-def sd15_model():
-    """SD 1.5's dimensions with random weights; latents [1, 4, 64, 64], prompts [1, 77, 768]."""
+def sd15_data():
+    """SD 1.5's dimensions with random weights, random latents [1, 4, 64, 64] and prompts [1, 77, 768]."""
     settings = {
         **comfy.supported_models.SD15.unet_config, **comfy.supported_models.SD15.unet_extra_config,
         "image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2, 2],
@@ -98,52 +107,77 @@ def sd15_model():
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
         parameter.requires_grad_(False)
-    return comfy.model_patcher.ModelPatcher(model, device, device), (1, 4, 64, 64), (1, 77, 768)
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(1, 4, 64, 64, generator=generator) for _ in range(PICTURES)]
+    prompts = [[[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(PICTURES)]
+    return comfy.model_patcher.ModelPatcher(model, device, device), latents, prompts
+
+
+def samples_of(denoiser, latents, prompts) -> list[objective.Sample]:
+    return [
+        objective.Sample(latent.to(denoiser.device), denoiser.prepare(prompt, latent))
+        for latent, prompt in zip(latents, prompts, strict=True)
+    ]
+
+
+def noise_error(latents, prompts) -> Finish:
+    """Mean error of the predicted noise on all pictures, at fixed noises and levels."""
+
+    def figure(denoiser) -> float:
+        goal = objective.DenoisingObjective(denoiser, [], TrainingConfig(steps=1, learning_rate=RATE))
+        generator = torch.Generator().manual_seed(12345)
+        total = 0.0
+        with torch.no_grad():
+            for sample in samples_of(denoiser, latents, prompts):
+                for level in torch.linspace(10, len(denoiser.sigmas) - 10, CURVE_LEVELS).long():
+                    noise = torch.randn(sample.latent.shape, generator=generator)
+                    total += float(goal.loss_at(sample.latent, [sample.conditions], noise, level[None]))
+        return total / (CURVE_LEVELS * len(latents))
+
+    return figure
 
 
 def ours(model, latents, prompts, batch: int, layers: str) -> Run:
-    def run(steps: int, clock: Clock) -> list[float]:
-        config = TrainingConfig(steps=steps, learning_rate=RATE, batch_size=batch, checkpoint_every=0)
+    def run(steps: int, clock: Clock, rate: float = RATE, finish: Finish | None = None):
+        config = TrainingConfig(steps=max(1, steps), learning_rate=rate, batch_size=batch, checkpoint_every=0)
         with session(model, (batch, *latents[0].shape[1:]), config) as denoiser:
-            samples = [
-                objective.Sample(x.to(denoiser.device), denoiser.prepare(c, x)) for x, c in zip(latents, prompts)
-            ]
             adapters = Adapters(denoiser.network, LoraConfig(RANK, layers=layers), 0, denoiser.device)
-            goal = objective.DenoisingObjective(denoiser, samples, config)
+            goal = objective.DenoisingObjective(denoiser, samples_of(denoiser, latents, prompts), config)
             with adapters.attached():
-                return loop.train(goal, adapters.parameters(), config, clock)
+                losses = loop.train(goal, adapters.parameters(), config, clock) if steps else []
+                return finish(denoiser) if finish else losses
 
     return run
 
 
 def with_peft(model, latents, prompts, batch: int) -> Run:
-    """The same objective and optimiser, with PEFT's own layers in the network."""
+    """The same objective, optimiser and start, with PEFT's own layers in the network and a loop written out."""
 
-    def run(steps: int, clock: Clock) -> list[float]:
-        config = TrainingConfig(steps=steps, learning_rate=RATE, batch_size=batch, checkpoint_every=0)
+    def run(steps: int, clock: Clock, rate: float = RATE, finish: Finish | None = None):
+        config = TrainingConfig(steps=max(1, steps), learning_rate=rate, batch_size=batch, checkpoint_every=0)
         with session(model, (batch, *latents[0].shape[1:]), config) as denoiser:
-            names = list(Adapters(denoiser.network, LoraConfig(RANK), 0, denoiser.device).layers)
-            settings = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names)
+            start = Adapters(denoiser.network, LoraConfig(RANK), 0, denoiser.device).modules
+            settings = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(start))
             peft.inject_adapter_in_model(settings, denoiser.network)
             try:
-                weights = [p for name, p in denoiser.network.named_parameters() if "lora_" in name]
-                for weight in weights:
-                    weight.data = weight.data.float()
-                optimiser = torch.optim.AdamW(weights, lr=RATE, weight_decay=config.weight_decay)
-                samples = [
-                    objective.Sample(x.to(denoiser.device), denoiser.prepare(c, x)) for x, c in zip(latents, prompts)
-                ]
-                goal, losses = objective.DenoisingObjective(denoiser, samples, config), []
+                weights = []
+                for name, adapter in start.items():
+                    layer = denoiser.network.get_submodule(name)
+                    for part, matrix in ((layer.lora_A, adapter.down), (layer.lora_B, adapter.up)):
+                        part["default"].weight.data = matrix.detach().clone()
+                        weights.append(part["default"].weight)
+                optimiser = torch.optim.AdamW(weights, lr=rate, weight_decay=config.weight_decay)
+                goal = objective.DenoisingObjective(denoiser, samples_of(denoiser, latents, prompts), config)
+                losses = []
                 for step in range(steps):
                     optimiser.zero_grad(set_to_none=True)
-                    seed = loop.step_seed(config.seed, step)
-                    loss = goal(step, torch.Generator().manual_seed(seed))
+                    loss = goal(step, torch.Generator().manual_seed(loop.step_seed(config.seed, step)))
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(weights, config.max_gradient_norm)
                     optimiser.step()
                     losses.append(float(loss.detach()))
                     clock.progress()
-                return losses
+                return finish(denoiser) if finish else losses
             finally:
                 for name, module in list(denoiser.network.named_modules()):
                     if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -156,23 +190,31 @@ def with_peft(model, latents, prompts, batch: int) -> Run:
 def native(model, latents, prompts, batch: int, dtype: str) -> Run:
     """ComfyUI's node in its faster mode, bypass."""
 
-    def run(steps: int, clock: Clock) -> list[float]:
+    def run(steps: int, clock: Clock, rate: float = RATE, finish: Finish | None = None):
         settings = {
-            "batch_size": batch, "grad_accumulation_steps": 1, "steps": steps, "learning_rate": RATE, "rank": RANK,
+            "batch_size": batch, "grad_accumulation_steps": 1, "steps": steps, "learning_rate": rate, "rank": RANK,
             "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": dtype, "lora_dtype": "fp32",
             "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": False,
             "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]", "bucket_mode": False,
             "bypass_mode": True,
         }
+        if not steps:
+            with session(model, latents[0].shape, TrainingConfig(steps=1, learning_rate=rate)) as denoiser:
+                return finish(denoiser)
         comfy.utils.set_progress_bar_global_hook(clock.progress)
         try:
             result = TrainLoraNode.execute(
-                model=[model], latents=[{"samples": x} for x in latents], positive=list(prompts),
+                model=[model], positive=list(prompts),
+                latents=[{"samples": model.model.process_latent_out(x)} for x in latents],
                 **{name: [value] for name, value in settings.items()},
             )
         finally:
             comfy.utils.set_progress_bar_global_hook(None)
-        return result.args[1]["loss"]
+        if finish is None:
+            return result.args[1]["loss"]
+        learnt, _ = comfy.sd.load_lora_for_models(model, None, result.args[0], 1.0, 0)
+        with session(learnt, latents[0].shape, TrainingConfig(steps=1, learning_rate=rate)) as denoiser:
+            return finish(denoiser)
 
     return run
 
@@ -186,10 +228,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {name}, {arguments.model}, rank {RANK}, {arguments.rounds} rounds")
-    model, shape, text = theatre_model() if arguments.model == "theatre" else sd15_model()
-    generator = torch.Generator().manual_seed(0)
-    latents = [torch.randn(shape, generator=generator) for _ in range(PICTURES)]
-    prompts = [[[torch.randn(text, generator=generator), {}]] for _ in range(PICTURES)]
+    model, latents, prompts = theatre_data() if arguments.model == "theatre" else sd15_data()
     for batch in BATCHES:
         runs = {
             "ours, attention": ours(model, latents, prompts, batch, ATTENTION),
@@ -197,11 +236,17 @@ def main() -> None:
             "ours, all linear layers": ours(model, latents, prompts, batch, "."),
             "TrainLoraNode": native(model, latents, prompts, batch, "bf16" if cuda else "fp32"),
         }
-        first = {}
-        for title, run in runs.items():
-            first[title] = run(2, Clock())
-            assert all(map(torch.isfinite, torch.tensor(first[title]))), title
-        assert abs(first["ours, attention"][0] - first["PEFT, attention"][0]) < 1e-3 * first["PEFT, attention"][0]
+        first = {title: run(20, Clock()) for title, run in runs.items()}
+        assert all(torch.isfinite(torch.tensor(losses)).all() for losses in first.values())
+        a, b = (torch.tensor(first[f"{name}, attention"]) for name in ("ours", "PEFT"))
+        print(f"batch {batch}  losses of 20 steps, ours and PEFT's: {((a - b).abs() / b).max():.1e} apart at most")
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+        if arguments.model == "theatre" and batch == BATCHES[0]:
+            figure = noise_error(latents, prompts)
+            for title, run in runs.items():
+                curve = [run(steps, Clock(), CURVE_RATE, figure) for steps in CURVE_STEPS]
+                print(f"  noise error after {CURVE_STEPS} steps at {CURVE_RATE:g}  {title:<24}"
+                      + "  ".join(f"{value:.4f}" for value in curve))
         times: dict[str, list[float]] = {title: [] for title in runs}
         for _ in range(arguments.rounds):
             for title, run in runs.items():
