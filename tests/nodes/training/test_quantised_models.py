@@ -42,7 +42,7 @@ def quantised():
             packed = (weight / scale).to(torch.float8_e4m3fn)
             state |= {
                 name: packed, f"{layer}.weight_scale": scale,
-                f"{layer}.comfy_quant": torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8),
+                f"{layer}.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8),
             }
             unpacked[f"diffusion_model.{name}"] = packed.float() * scale
         else:
