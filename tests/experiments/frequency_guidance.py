@@ -32,7 +32,7 @@ from experiments.action_transfer import HALVES, MEASURES, Stage, measured, stage
 
 STATE = ROOT / ".cache" / "experiments"
 SAMPLER, BATCH, TRAINED_BATCH, SEED = "ddim", 32, 8, 2_000_000
-CASES, DEVELOPMENT_CASES = 64, 16
+CASES, DEVELOPMENT_CASES = 40, 16
 COMPARED = ("error", "composition", "identity", "action", "identity_error", "background_error")
 
 

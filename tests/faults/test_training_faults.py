@@ -1,8 +1,10 @@
 """Training in a real server: cancel, resume, two in a queue, bad numbers, and what comes after them."""
 
+import contextlib
 import itertools
 import random
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -48,6 +50,11 @@ def trained(server, prompt, prompt_id=None):
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
     (path,) = loras(server, prompt)
     return safetensors.torch.load_file(path)
+
+
+def resident_megabytes(server) -> float:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
 
 
 def same(a, b):
@@ -140,6 +147,61 @@ def test_a_whole_unet_learns_and_leaves_the_model_alone(fault_server):
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=4)), plain)
     refused = fault_server.queue(training(fault_server, **settings | {"learning_rate": 1e-3}))
     assert "published 0.000002" in prompts.message(refused, "execution_error")["exception_message"]
+
+
+@contextlib.contextmanager
+def little_memory(server, megabytes):
+    """The server's process may take this much more memory than it has."""
+    import resource  # not on Windows
+
+    process = server.process.pid
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (megabytes << 20)
+    before = resource.prlimit(process, resource.RLIMIT_AS)
+    resource.prlimit(process, resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_AS, before)
+
+
+def run_out_of_memory(server, count):
+    """A whole UNet needs 16 bytes a weight, 70 MB here; a small LoRA fits."""
+    plain = prompts.run(server, prompts.plain(seed=6))
+    small = trained(server, training(server, seed=11))
+    trained(server, training(server, steps=1, seed=12, whole_unet=True, learning_rate=1e-6))
+    for i in range(count):
+        prompt = training(server, steps=50, seed=13 + i, whole_unet=True, learning_rate=1e-6)
+        server.post("/free", {"unload_models": False, "free_memory": True})
+        with little_memory(server, 24):
+            error = prompts.message(server.queue(prompt), "execution_error")
+        assert error["node_type"] == "UnderstudyTrainSourceDrivingPair"
+        assert "memory" in error["exception_message"]
+        assert not loras(server, prompt)
+        assert torch.equal(prompts.run(server, prompts.plain(seed=6)), plain), "the model was left changed"
+        assert same(trained(server, training(server, seed=11)), small)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits a process's memory as Linux does")
+def test_out_of_memory_is_an_error_and_a_smaller_training_works(fault_server):
+    run_out_of_memory(fault_server, 1)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits a process's memory as Linux does")
+def test_out_of_memory_ten_times(fault_server):
+    run_out_of_memory(fault_server, 10)
+
+
+@pytest.mark.soak
+def test_memory_is_flat_over_sixty_trainings(fault_server):
+    """Medians of the second and the last fifth, since the allocator moves in steps."""
+    used = []
+    for seed in range(60):
+        trained(fault_server, training(fault_server, steps=1, seed=seed))
+        used.append(resident_megabytes(fault_server))
+    growth = (sorted(used[-12:])[6] - sorted(used[12:24])[6]) / 36
+    assert growth < 0.1, f"{growth:.3f} MB a training"
 
 
 def test_more_than_one_picture_is_refused_by_name(fault_server):
