@@ -94,11 +94,11 @@ FAMILIES: dict[str, dict[str, Arm]] = {
     },
     # One more choice, of a learning rate, by what the whole method makes with it.
     "learning": {
-        f"learnt at {rate:g}": guided(PUBLISHED_SWITCH, Learning(rate), **PHASE) for rate in (3e-4, 1e-3, 3e-3)
+        f"learnt at {rate:g}": guided(PUBLISHED_SWITCH, Learning(rate), **PHASE) for rate in (3e-4, 1e-3, 3e-3, 1e-2)
     },
     "learning, whole UNet": {
         f"whole UNet learnt at {rate:g}": guided(PUBLISHED_SWITCH, Learning(rate, whole_unet=True), **PHASE)
-        for rate in (1e-5, 5e-5)
+        for rate in (1e-5, 5e-5, 1e-4)
     },
 }
 FIXED = {"plain prompt": Arm(), "node defaults": guided()}
