@@ -1,4 +1,4 @@
-"""Training in a real server: cancel, resume, two in a queue, bad numbers, and what comes after them."""
+"""Training in a real server: cancel, resume, two in a queue, no memory, and what comes after them."""
 
 import contextlib
 import itertools
