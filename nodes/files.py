@@ -45,7 +45,7 @@ THEATRE_FILES = {
 
 MAX_HEADER = 8 << 20  # bytes; a 14-billion-parameter model's header is under one tenth of it
 MAX_ENTRIES = 300_000  # objects, lists and keys in a header: what bounds the memory of parsing it
-MAX_FILE = 16 << 30  # bytes; the whole UNet of SDXL in fp32 is 10 GiB
+MAX_FILE = 64 << 30  # bytes; a checkpoint of training the whole UNet of SDXL is 29 GiB
 MAX_RANK = 8
 
 DTYPES = {

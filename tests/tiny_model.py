@@ -13,7 +13,7 @@ CONTEXT = 16
 
 
 def picture(
-    flow: bool = False, dtype=torch.float32, seed: int = 0, compute=None, operations=None
+    flow: bool = False, dtype=torch.float32, seed: int = 0, compute=None, operations=None, in_channels: int = 4
 ) -> comfy.model_patcher.ModelPatcher:
     """An SD 1.5 UNet of one level that predicts noise, or velocity with `flow`; latents [B, 4, H, W].
 
@@ -25,7 +25,7 @@ def picture(
             "context_dim": CONTEXT,
             "model_channels": 32,
             "image_size": 32,
-            "in_channels": 4,
+            "in_channels": in_channels,
             "out_channels": 4,
             "num_res_blocks": [1],
             "channel_mult": [1],

@@ -45,7 +45,7 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
                     tooltip="Iterations; each is one optimiser step on the source and one on the driving picture.",
                 ),
                 io.Float.Input(
-                    "learning_rate", default=_DEFAULT.learning_rate, min=1e-7, max=0.1, step=1e-5, round=False,
+                    "learning_rate", default=_DEFAULT.learning_rate, min=1e-7, max=0.1, step=1e-7, round=False,
                     tooltip="Of AdamW. The default is ours, for a LoRA. With whole_unet use the published 0.000002.",
                 ),
                 io.Int.Input(
@@ -53,7 +53,7 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
                     tooltip="Rank of the LoRA: more learns more, and takes more memory.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True,
+                    "seed", default=0, min=0, max=_MAX_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Decides the start, the noise and the order: the same seed trains the same LoRA.",
                 ),
                 io.Combo.Input(

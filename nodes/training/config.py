@@ -54,7 +54,7 @@ class LoraConfig:
     # Ours: a scale of 1 for every rank, so that a learning rate keeps its meaning.
     alpha: float | None = None
     # Which layers, by a regular expression on their names in the model; attention alone by default.
-    layers: str = r"attn.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out)$"
+    layers: str = r"att(?:entio)?n.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out)$"
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -46,8 +46,8 @@ class Adapters:
         }
         if not self.layers:
             raise ValueError(
-                f"no linear layer of {type(network).__name__} matches {config.layers!r}: this model names its "
-                "attention otherwise; give another pattern of layers"
+                f"no linear layer of {type(network).__name__} matches {config.layers!r}: training of this kind of "
+                "model is not supported; use an SD, SDXL or Wan model"
             )
         self.modules = {
             name: LowRank(

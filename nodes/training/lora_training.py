@@ -52,7 +52,7 @@ def train_lora(
     checkpoints: Checkpoints,
     resume_from: str,
     make_objective: MakeObjective | None = None,
-    preview: Callable[[Denoiser], Image.Image] | None = None,
+    preview: Callable[[Denoiser], Image.Image | None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
     """Train adapters of `model`, or its whole network where `lora` is None, on latents and their CONDITIONINGs.
 
@@ -83,9 +83,14 @@ def train_lora(
 
 
 def preview_of(vae, positive: list, negative: list, shape: Sequence[int], seed: int):
-    """A preview for `train_lora`: one picture of `shape` [1, C, ...] with a fixed prompt and a fixed noise."""
+    """A preview for `train_lora`: one picture of `shape` [1, C, ...] with a fixed prompt and a fixed noise.
 
-    def preview(denoiser: Denoiser) -> Image.Image:
+    It gives None where the device has no room to sample beside the training.
+    """
+
+    def preview(denoiser: Denoiser) -> Image.Image | None:
+        if not _room_to_sample(denoiser, shape):
+            return None
         with no_training():
             latent = torch.zeros(tuple(shape))
             noise = comfy.sample.prepare_noise(latent, seed)
@@ -99,9 +104,17 @@ def preview_of(vae, positive: list, negative: list, shape: Sequence[int], seed: 
     return preview
 
 
+def _room_to_sample(denoiser: Denoiser, shape: Sequence[int]) -> bool:
+    """Whether the host would sample without unloading a part of the model that is being trained."""
+    management = comfy.model_management
+    needed = denoiser.patcher.memory_required([2 * shape[0], *shape[1:]]) + management.extra_reserved_memory()
+    return management.get_free_memory(denoiser.device) > 1.1 * max(needed, management.minimum_inference_memory())
+
+
 def _picture(vae, samples: torch.Tensor, denoiser: Denoiser) -> Image.Image:
     """Decoded where the VAE fits beside the training, else the latent's own colours."""
     needed = vae.memory_used_decode(samples.shape, vae.vae_dtype) + vae.patcher.model_size()
+    needed = max(needed, comfy.model_management.minimum_inference_memory())
     if comfy.model_management.get_free_memory(vae.device) > 1.5 * needed:
         pixels = vae.decode(samples)
     else:

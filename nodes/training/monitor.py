@@ -13,6 +13,8 @@ from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .loop import State
 
+Preview = Callable[[], Image.Image | None]
+
 _CURVE = 96  # pixels, height of the loss curve under a preview
 _UPDATES = 50  # loss curves sent over a whole run
 
@@ -20,11 +22,11 @@ _UPDATES = 50  # loss curves sent over a whole run
 class HostMonitor:
     """Reports to the host's progress bar, obeys its cancel button and keeps checkpoints.
 
-    `preview()` gives a picture of what has been learnt so far; it is called every `preview_every` steps.
+    `preview()` gives a picture of what has been learnt so far, or None; it is called every `preview_every` steps.
     """
 
     def __init__(
-        self, config: TrainingConfig, checkpoints: Checkpoints, preview: Callable[[], Image.Image] | None = None
+        self, config: TrainingConfig, checkpoints: Checkpoints, preview: Preview | None = None
     ):
         self.config = config
         self.checkpoints = checkpoints
@@ -41,7 +43,7 @@ class HostMonitor:
         config = self.config
         due = config.preview_every and (step % config.preview_every == 0 or step == config.steps)
         if due and self.preview is not None:
-            self.picture = self.preview()
+            self.picture = self.preview() or self.picture
         shown = due or step % max(1, config.steps // _UPDATES) == 0 or step == config.steps
         image = ("JPEG", self._card(), None) if shown else None
         self.bar.update_absolute(step, config.steps, image)

@@ -12,7 +12,7 @@ from .config import TrainingConfig
 
 # The host's kinds of prediction by class name, most special first in a class's own order; None is refused.
 _PREDICTIONS = {
-    "EPS": "noise", "V_PREDICTION": "v", "EDM": "v", "CONST": "flow",
+    "EPS": "noise", "V_PREDICTION": "v", "EDM": "v", "CONST": "flow", "LCM": None,
     "V_PREDICTION_DDPM": None, "X0": None, "IMG_TO_IMG": None, "IMG_TO_IMG_FLOW": None, "COSMOS_RFLOW": None,
 }
 

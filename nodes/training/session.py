@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sampler_helpers
@@ -46,7 +47,11 @@ class Denoiser:
             )
         entries = comfy.sampler_helpers.convert_cond(conditioning)
         noise = torch.zeros_like(latent, device=self.device)
-        entries = comfy.samplers.process_conds(self.model, noise, {"positive": entries}, self.device)["positive"]
+        # As the latent image, too: inpainting models make their mask and picture of it, here empty ones.
+        processed = comfy.samplers.process_conds(
+            self.model, noise, {"positive": entries}, self.device, latent_image=noise
+        )
+        entries = processed["positive"]
         conditions = {key: copy.copy(value) for key, value in entries[0]["model_conds"].items()}
         for condition in conditions.values():
             condition.cond = _outside_inference(condition.cond)
@@ -59,8 +64,16 @@ class Denoiser:
             device=self.device,
         )
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)["transformer_options"]
-        options |= {"cond_or_uncond": [0] * len(conditions), "sigmas": sigma}
+        options |= {
+            "cond_or_uncond": [0] * len(conditions), "sigmas": sigma,
+            "optimized_attention_override": _attention_with_gradient,
+        }
         return self.model.apply_model(noisy, sigma, transformer_options=options, **batched)
+
+
+def _attention_with_gradient(_users_own, *args, **kwargs):
+    """PyTorch's attention: others, such as SageAttention, have no backward pass, and some do not say so."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -145,10 +158,9 @@ def _frozen_normal_parameters(model: torch.nn.Module) -> Iterator[None]:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
-                    # Subclasses (quantised, GGUF-like) unpack into new tensors in their own forward.
+                    # Subclasses (quantised, GGUF-like) unpack into new tensors in their own forward. All others,
+                    # since a tensor that the host moved between devices hides that it is of inference mode.
                     if tensor is None or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-                        continue
-                    if not tensor.is_inference() and not tensor.requires_grad:
                         continue
                     plain = _alias(tensor)
                     if tensors is module._parameters:
