@@ -26,7 +26,7 @@ from timeboxed import Optimiser, Stage, autocast, pictures, reconstruction_loss
 
 FRAMES = 17  # one cycle of an action: 4n + 1
 FIRST_CLIP = 1_000_000  # seed of the first clip, so that clips show other takes than the pictures
-CLIPS_A_PART = 50
+PART = {"pictures": 2_000, "clips": 50}  # of the latents, a file
 CHECKED_PICTURES, CHECKED_CLIPS = 64, 6  # of "validation", for the figures while it trains
 
 
@@ -34,7 +34,7 @@ CHECKED_PICTURES, CHECKED_CLIPS = 64, 6  # of "validation", for the figures whil
 class Config:
     size: int = 96  # pixels; 128 costs 1.8 times as much in every stage
     pictures: int = 16_000
-    clips: int = 2_000
+    clips: int = 3_000
     seed: int = 7
     matrix_lr: float = 0.02  # Muon's own scale; the rates below are AdamW's
     vae_dim: int = 16
@@ -44,7 +44,7 @@ class Config:
     vae_lr: float = 2e-3
     latent_noise: float = 0.03  # deviation added before decoding; more costs detail
     colour_weight: float = 0.2  # of the linear readout
-    motion_steps: int = 500
+    motion_steps: int = 800
     motion_batch: int = 2  # never 1: torch then takes a convolution that is several times slower on a CPU
     motion_frames: int = 9  # of the cycle: two groups of four after the first
     motion_crop: int = 48
@@ -199,48 +199,56 @@ def trained_vae(state: Path, config: Config, device, stages=("vae", "motion")) -
 # Latents
 
 
-def _latent_file(state: Path, config: Config, start: int | None) -> Path:
-    kind = f"pictures_{config.pictures}" if start is None else f"clips_{start:06}"
-    return state / f"latents_{config.size}" / f"{kind}.npy"
-
-
-def _encoded(vae, images: np.ndarray, device) -> np.ndarray:
-    with torch.no_grad(), autocast(device):
-        return whole_clip.encode(vae, to_pixels(images, device)).to(torch.float16).cpu().numpy()
+def _parts(state: Path, config: Config, kind: str) -> Iterator[tuple[Path, int, int]]:
+    """(file, first, end) of the parts in which the latents of "pictures" or "clips" are kept."""
+    count, folder = getattr(config, kind), state / f"latents_{config.size}"
+    for start in range(0, count, PART[kind]):
+        stop = min(start + PART[kind], count)
+        yield folder / f"{kind}_{start:06}_{stop:06}.npy", start, stop
 
 
 def encode_all(state: Path, config: Config, device, deadline: float) -> bool:
-    """Latents of every picture and clip as the trained encoder gives them, kept in parts. True when all are there."""
+    """Latents of every picture and clip as the trained encoder gives them. True when all are there."""
     vae = None
-    for start in (None, *range(0, config.clips, CLIPS_A_PART)):
-        path = _latent_file(state, config, start)
-        if path.exists():
-            continue
-        if time.monotonic() >= deadline:
-            return False
-        if vae is None:
-            vae = trained_vae(state, config, device)["vae"]
-        if start is None:
-            images = pictures(state, "train", config.pictures, config.size)
-            parts = [_encoded(vae, images[i:i + 32][:, None], device) for i in range(0, len(images), 32)]
-        else:
-            stop = min(start + CLIPS_A_PART, config.clips)
-            parts = []
-            for i in range(start, stop, 2):  # two at a time, for the reason given at `motion_batch`
-                pair = [clip_frames(clip_take(j), config.size) for j in range(i, min(i + 2, stop))]
-                parts.append(_encoded(vae, np.stack(pair), device))
-            print(f"latents of clips {stop}/{config.clips}", flush=True)
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".part.npy")
-        np.save(temporary, np.concatenate(parts))
-        os.replace(temporary, path)
+    for kind in PART:
+        for path, start, stop in _parts(state, config, kind):
+            if path.exists():
+                continue
+            if time.monotonic() >= deadline:
+                return False
+            if vae is None:
+                vae = trained_vae(state, config, device)["vae"]
+            _keep(path, _encoded(vae, state, config, kind, start, stop, device))
+            print(f"latents of {kind} {stop}/{getattr(config, kind)}", flush=True)
     return True
+
+
+def _encoded(vae, state: Path, config: Config, kind: str, start: int, stop: int, device) -> np.ndarray:
+    images = pictures(state, "train", config.pictures, config.size) if kind == "pictures" else None
+    batch = 2 if images is None else 32  # two clips rather than one, for the reason given at `motion_batch`
+    found = []
+    for first in range(start, stop, batch):
+        chosen = range(first, min(first + batch, stop))
+        if images is None:
+            clips = np.stack([clip_frames(clip_take(i), config.size) for i in chosen])
+        else:
+            clips = images[chosen.start:chosen.stop][:, None]
+        with torch.no_grad(), autocast(device):
+            found.append(whole_clip.encode(vae, to_pixels(clips, device)).to(torch.float16).cpu().numpy())
+    return np.concatenate(found)
+
+
+def _keep(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".part.npy")
+    np.save(temporary, array)
+    os.replace(temporary, path)
 
 
 def latents(state: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """fp16 [pictures, 16, 1, H/8, W/8] and [clips, 16, 5, H/8, W/8], as the encoder gave them."""
-    clips = [np.load(_latent_file(state, config, i)) for i in range(0, config.clips, CLIPS_A_PART)]
-    return np.load(_latent_file(state, config, None)), np.concatenate(clips)
+    images, clips = (np.concatenate([np.load(path) for path, _, _ in _parts(state, config, kind)]) for kind in PART)
+    return images, clips
 
 
 def statistics(clips: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,6 +87,17 @@ def test_native_loaders_sample_and_decode_seventeen_frames(loaded):
     assert denoise(model, clip, frames=1).shape == (1, 16, 1, 4, 4)
 
 
+def test_the_live_preview_is_the_theatre_s_own(loaded):
+    import latent_preview
+
+    latent_format = loaded[0].get_model_object("latent_format")
+    assert latent_format.taesd_decoder_name is None
+    previewer = latent_preview.Latent2RGBPreviewer(
+        latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+    )
+    assert previewer.decode_latent_to_preview(torch.zeros(1, 16, 5, 4, 6)).size == (6, 4)
+
+
 def test_the_prompt_reaches_the_transformer(loaded):
     model, clip, _ = loaded
     latent, sigma = torch.randn(1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
@@ -231,7 +242,7 @@ def tensors(state):
 
 
 def test_interrupted_stages_give_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(wan_stages, "CLIPS_A_PART", 2)
+    monkeypatch.setattr(wan_stages, "PART", {"pictures": 4, "clips": 2})
     monkeypatch.setattr(wan_stages, "CHECKED_PICTURES", 2)
     monkeypatch.setattr(wan_stages, "CHECKED_CLIPS", 1)
     folders = [tmp_path / name for name in ("straight", "interrupted")]
