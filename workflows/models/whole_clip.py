@@ -1,6 +1,6 @@
 """The host's Wan VAE as it is trained: a clip in one pass instead of frame pairs, on the same modules.
 
-The host walks through a clip in pairs of frames with caches, which saves memory and costs a CPU three times the
+The host walks through a clip in pairs of frames with caches, which saves memory and costs a CPU several times the
 time. Here every layer sees the whole clip at once; `tests/nodes/puppets/test_theatre_wan.py` compares the two.
 """
 
