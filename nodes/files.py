@@ -39,7 +39,6 @@ EXTENSION = ".safetensors"
 THEATRE_FILES = {
     "checkpoints": "puppets_sd.safetensors",
     "diffusion_models": "puppets_wan.safetensors",
-    "text_encoders": "puppets_text.safetensors",
     "vae": "puppets_wan_vae.safetensors",
 }
 

@@ -1,7 +1,9 @@
-"""The tiny Stable Diffusion of the puppet theatre, taught to the host's own Load Checkpoint.
+"""The tiny models of the puppet theatre, taught to the host's own loaders.
 
-A subclass of the host's SD15 with 64 channels, a two-layer text encoder of width 128 and a TAESD-shaped VAE
-(8 latent channels, factor 8). The host recognises a checkpoint by `MARKER`, which no other model carries.
+`PuppetsSD`, for Load Checkpoint: a subclass of the host's SD15 with 64 channels, a two-layer text encoder of width
+128 and a TAESD-shaped VAE (8 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: the host's Wan 2.1
+with six blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is the host's, of width 16. The
+host recognises each by its marker, a tensor that no other model carries.
 """
 
 import comfy.clip_model
@@ -35,6 +37,9 @@ TEXT_CONFIG = {
     "eos_token_id": tokenizer.WORDS.index(tokenizer.END),
     "projection_dim": TEXT_WIDTH,
 }
+WAN_MARKER = "understudy_puppets_wan"
+WAN_CONFIG = {"dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 6}
+WAN_SHIFT = 3.0  # of the flow schedule, in training and as the sampler's default; the host's 8 is for larger clips
 SPECIAL_TOKENS = {
     "start": tokenizer.WORDS.index(tokenizer.START),
     "end": tokenizer.WORDS.index(tokenizer.END),
@@ -120,10 +125,41 @@ class PuppetsSD(comfy.supported_models.SD15):
         return comfy.supported_models_base.ClipTarget(PuppetsTokenizer, PuppetsClipModel)
 
 
+class PuppetsWanLatentFormat(comfy.latent_formats.Wan21):
+    """Latents [B, 16, 1 + T/4, H/8, W/8] with Wan's own constants, which the VAE's weights were made to fit."""
+
+    def __init__(self):
+        super().__init__()
+        self.latent_rgb_factors = WAN_LATENT_RGB_FACTORS
+        self.latent_rgb_factors_bias = WAN_LATENT_RGB_BIAS
+        self.taesd_decoder_name = None  # the preview decoder of the real Wan would show noise
+
+
+class PuppetsWan(comfy.supported_models.WAN21_T2V):
+    """Wan 2.1 text to video of the theatre's size; matched before the host's own, by size and `WAN_MARKER`."""
+
+    unet_config = {**comfy.supported_models.WAN21_T2V.unet_config, **WAN_CONFIG}
+    unet_extra_config = {"text_dim": TEXT_WIDTH}
+    required_keys = {"{}" + WAN_MARKER}
+    sampling_settings = {"shift": WAN_SHIFT}
+    latent_format = PuppetsWanLatentFormat
+
+    def process_unet_state_dict(self, state_dict):
+        state_dict.pop(WAN_MARKER, None)
+        return state_dict
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        return super().process_unet_state_dict_for_saving({**state_dict, WAN_MARKER: torch.ones(1)})
+
+    def clip_target(self, state_dict=None):
+        return comfy.supported_models_base.ClipTarget(PuppetsTokenizer, PuppetsClipModel)
+
+
 def register() -> None:
-    """Put the theatre's architecture in front of the host's list, once."""
-    if PuppetsSD not in comfy.supported_models.models:
-        comfy.supported_models.models.insert(0, PuppetsSD)
+    """Put the theatre's architectures in front of the host's list, once."""
+    for architecture in (PuppetsSD, PuppetsWan):
+        if architecture not in comfy.supported_models.models:
+            comfy.supported_models.models.insert(0, architecture)
 
 
 # Least-squares map from latents to RGB in [-1, 1], fitted by the training script, for live previews.
@@ -132,3 +168,6 @@ LATENT_RGB_FACTORS = [
     [0.2644, 1.2743, 0.4853], [0.9896, -0.0431, -0.3513], [-1.4628, -0.156, 1.3964], [-0.5137, -0.9102, -1.6581],
 ]
 LATENT_RGB_BIAS = [-0.2655, -0.3584, -0.4192]
+# The same for the video model, in the model's own space; Wan's own until the file is trained.
+WAN_LATENT_RGB_FACTORS = comfy.latent_formats.Wan21.latent_rgb_factors
+WAN_LATENT_RGB_BIAS = comfy.latent_formats.Wan21.latent_rgb_factors_bias

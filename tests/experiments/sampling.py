@@ -28,6 +28,8 @@ def training_pictures(path: Path) -> int:
 class Theatre:
     """MODEL, CLIP and VAE of a checkpoint. Pictures: uint8 [N, H, W, 3]; latents: [N, 8, H/8, W/8]."""
 
+    scheduler = SCHEDULER
+
     def __init__(self, path: Path, state: Path, negative: str = ""):
         if not path.exists():
             raise SystemExit(f"{path} is missing: train it with workflows/models/train_puppets_sd.py")
@@ -62,6 +64,10 @@ class Theatre:
         """Pictures `start` to `stop` - 1 through the autoencoder."""
         return self.decode(self.encode(pictures[start:stop]))
 
+    def latent_shape(self, size: int) -> tuple[int, ...]:
+        """Of one picture of `size` pixels square."""
+        return self.model.get_model_object("latent_format").latent_channels, size // 8, size // 8
+
     def sampler(self, name: str):
         """A SAMPLER of the host."""
         return self._samplers.sampler_object(name)
@@ -83,12 +89,11 @@ class Theatre:
         `model` is a patched clone of the theatre's to use instead of it.
         """
         # Every picture has the noise of its own seed, so that a case does not depend on its batch.
-        channels = self.model.get_model_object("latent_format").latent_channels
-        shape = (channels, size // 8, size // 8)
+        shape = self.latent_shape(size)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         start = torch.zeros_like(noise) if latents is None else latents
         sampling = self.model.get_model_object("model_sampling")
-        sigmas = self._samplers.calculate_sigmas(sampling, SCHEDULER, round(steps / denoise))[-(steps + 1) :]
+        sigmas = self._samplers.calculate_sigmas(sampling, self.scheduler, round(steps / denoise))[-(steps + 1) :]
         negative = self.prompts([self.negative] * len(noise))
         return self._sample.sample_custom(
             self.model if model is None else model,
@@ -102,3 +107,28 @@ class Theatre:
             disable_pbar=True,
             seed=int(seeds[0]),
         )
+
+
+class VideoTheatre(Theatre):
+    """The theatre's Wan by the native loaders. Clips: uint8 [N, T, H, W, 3]; latents: [N, 16, 1 + T/4, H/8, W/8]."""
+
+    scheduler = "simple"
+
+    def __init__(self, transformer: Path, autoencoder: Path, state: Path, frames: int):
+        for path in (transformer, autoencoder):
+            if not path.exists():
+                raise SystemExit(f"{path} is missing: train it with workflows/models/train_puppets_wan.py")
+        super().__init__(CHECKPOINT, state)
+        import comfy.sd
+        import comfy.utils
+
+        self.frames = frames
+        self.model = comfy.sd.load_diffusion_model(str(transformer))
+        weights, metadata = comfy.utils.load_torch_file(str(autoencoder), return_metadata=True)
+        self.vae = comfy.sd.VAE(sd=weights, metadata=metadata)
+
+    def latent_shape(self, size: int) -> tuple[int, ...]:
+        return 16, 1 + self.frames // 4, size // 8, size // 8
+
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+        return torch.cat([super(VideoTheatre, self).encode(clip) for clip in pictures])

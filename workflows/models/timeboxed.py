@@ -43,6 +43,19 @@ def to_tensor(images: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
 
 
+def autocast(device):
+    """bf16 where the processor has it; elsewhere it is emulated, several times slower than fp32."""
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+
+
+def reconstruction_loss(output, target):
+    """Colours, and the differences of neighbours: the ink lines are few pixels, and all of the drawing."""
+    difference = output - target
+    edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+    return difference.abs().mean() + 2 * difference.square().mean() + 0.5 * edges
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is orthogonalised (Jordan 2024), matrices of one shape together.
 
@@ -90,7 +103,8 @@ class Optimiser:
         self.matrices, others = [], []
         for name, parameter in module.named_parameters():
             # Embeddings, the first and the last layers are no hidden matrices; Muon's authors leave them to AdamW.
-            hidden = parameter.ndim in (2, 4) and min(parameter.shape[:2]) > 8 and "embedding" not in name
+            outer = "embedding" in name or name.endswith("head.head.weight")
+            hidden = parameter.ndim in (2, 4, 5) and min(parameter.shape[:2]) > 8 and not outer
             if parameter.requires_grad:
                 (self.matrices if hidden else others).append(parameter)
         # Views of the same storage, since Muon takes matrices only.
@@ -126,8 +140,9 @@ class Optimiser:
 def _flat(weight: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
     """[out, ...] as [out, n] in the element order of `like`: a view of a weight in either memory layout."""
     like = weight if like is None else like
-    channels_last = like.ndim == 4 and not like.is_contiguous()
-    return (weight.permute(0, 2, 3, 1) if channels_last else weight).flatten(1)
+    if like.ndim > 3 and not like.is_contiguous():  # channels last
+        weight = weight.movedim(1, -1)
+    return weight.flatten(1)
 
 
 class Stage:

@@ -43,11 +43,11 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E4
 from comfy.taesd.taesd import Block  # noqa: E402
 from diffusers.training_utils import compute_snr  # noqa: E402
 from narrow_taesd import NarrowTAESD  # noqa: E402
-from pack.nodes.puppets import captions, theatre, tokenizer, world  # noqa: E402
+from pack.nodes.puppets import theatre, world  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from timeboxed import Optimiser, Stage, to_tensor  # noqa: E402
+from text_encoder import make_text_encoder, text_prefix, tokens, training_text  # noqa: E402
+from timeboxed import Optimiser, Stage, autocast, reconstruction_loss, to_tensor  # noqa: E402
 from timeboxed import pictures as render_pictures  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 CHECKPOINT = Path(__file__).with_name("puppets_sd.safetensors")
 
@@ -129,27 +129,6 @@ def make_unet(device):
     return unet.to(device)
 
 
-def make_text_encoder(device):
-    """transformers' CLIP, whose key names the host's Load Checkpoint reads."""
-    config = {k: v for k, v in theatre.TEXT_CONFIG.items() if k != "architectures"}
-    special = {f"{k}_token_id": v for k, v in (("bos", theatre.SPECIAL_TOKENS["start"]),
-                                               ("pad", theatre.SPECIAL_TOKENS["pad"]))}
-    return CLIPTextModel(CLIPTextConfig(**config, **special)).to(device)
-
-
-def text_prefix(text) -> str:
-    """The checkpoint's prefix for transformers' parameter names, which may or may not begin with `text_model.`"""
-    inner = "" if next(iter(text.state_dict())).startswith("text_model.") else "text_model."
-    return f"cond_stage_model.transformer.{inner}"
-
-
-def tokens(texts: list[str], device):
-    """int64 [B, MAX_TOKENS]."""
-    return tokenizer.build()(
-        texts, padding="max_length", max_length=tokenizer.MAX_TOKENS, truncation=True, return_tensors="pt"
-    )["input_ids"].to(device)
-
-
 def alphas_cumprod(device):
     """SD 1.5's scaled-linear schedule, [1000]."""
     betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
@@ -163,19 +142,6 @@ def pictures(config, split: str, count: int) -> np.ndarray:
 
 def rng_for(config: Config, stage: str, step: int) -> np.random.Generator:
     return np.random.default_rng([config.seed, sum(map(ord, stage)), step])
-
-
-def autocast(device):
-    """bf16 where the processor has it; elsewhere it is emulated, several times slower than fp32."""
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
-
-
-def reconstruction_loss(output, target):
-    """Colours, and the differences of neighbours: the ink lines are few pixels, and all of the drawing."""
-    difference = output - target
-    edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
-    return difference.abs().mean() + 2 * difference.square().mean() + 0.5 * edges
 
 
 def crops(images, rng, config, data=None):
@@ -271,14 +237,6 @@ def train_unet(config, device, deadline) -> bool:
     class Schedule:
         alphas_cumprod = schedule
 
-    def text_for(take, rng):
-        if rng.random() < config.drop_caption:
-            return ""
-        words = captions.training_caption(take, rng).split()
-        if rng.random() < 0.05:  # free words appear without a meaning, so that an untaught one is harmless
-            words.insert(rng.integers(0, len(words) + 1), str(rng.choice(tokenizer.FREE_WORDS)))
-        return " ".join(words)
-
     def step(index):
         rng = rng_for(config, "unet", index)
         chosen = rng.integers(0, len(data), config.unet_batch)
@@ -288,7 +246,8 @@ def train_unet(config, device, deadline) -> bool:
         alpha = schedule[moments][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         with autocast(device):
-            context = text(tokens([text_for(takes[i], rng) for i in chosen], device)).last_hidden_state
+            texts = [training_text(takes[i], rng, config.drop_caption) for i in chosen]
+            context = text(tokens(texts, device)).last_hidden_state
             output = unet(noisy, moments.float(), context=context).float()
         snr = compute_snr(Schedule, moments)
         weight = torch.clamp(snr, max=config.min_snr) / snr

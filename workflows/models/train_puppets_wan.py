@@ -1,0 +1,99 @@
+"""Trains the theatre's tiny Wan; writes `puppets_wan.safetensors` and `puppets_wan_vae.safetensors` beside this file.
+
+    python workflows/models/train_puppets_wan.py                 # every stage to its end, resuming what is there
+    python workflows/models/train_puppets_wan.py --minutes 20    # stop (and save) after 20 minutes; call again
+    python workflows/models/train_puppets_wan.py --stage export  # write both files from what has been trained
+
+Stages: `vae` (Wan's autoencoder on single frames), `motion` (on short clips), `latents`, `dit` (the transformer on
+single frames, then on clips of 17), `export`. Captions are read by the text encoder of `puppets_sd.safetensors`,
+which stays as it is: one encoder serves both models. Seeded by step number, the same on a GPU and on a CPU. A
+stage's length is fixed when it begins, since learning rates fall to 0 at its end. State lies under
+`.cache/training/puppets_wan`; delete what follows a stage that is trained again.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = ROOT / ".cache" / "training" / "puppets_wan"
+sys.path.insert(0, str(ROOT / "tests"))
+from host import environment, scripts  # noqa: E402
+
+if __name__ == "__main__":
+    environment.enter(ROOT)
+scripts.alias_pack()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
+from comfy.cli_args import args as host_options  # noqa: E402
+
+host_options.use_pytorch_cross_attention = True
+import wan_export  # noqa: E402
+import wan_stages as stages  # noqa: E402
+
+ENCODER = Path(__file__).with_name("puppets_sd.safetensors")
+TRANSFORMER = Path(__file__).with_name("puppets_wan.safetensors")
+AUTOENCODER = Path(__file__).with_name("puppets_wan_vae.safetensors")
+
+
+def preview(config: stages.Config, clips: np.ndarray, mean, deviation) -> np.ndarray:
+    """The map of `wan_export.latent_rgb`, fitted to 48 training clips."""
+    takes = [stages.clip_take(i) for i in range(min(48, len(clips)))]
+    pixels = stages.to_pixels(np.stack([stages.clip_frames(take, config.size) for take in takes]), "cpu")
+    normalised = (clips[:len(takes)] - mean[:, None, None, None]) / deviation[:, None, None, None]
+    return wan_export.latent_rgb(normalised, stages.grouped(pixels).numpy())
+
+
+def export(config: stages.Config, device) -> None:
+    """Both files, and what SOURCES.md and nodes/puppets/theatre.py say of them."""
+    _, clips = stages.latents(STATE, config)
+    mean, deviation = stages.statistics(clips)
+    vae = stages.trained_vae(STATE, config, device)["vae"]
+    state = torch.load(STATE / "dit.pt", map_location="cpu", weights_only=True)
+    training = {**dataclasses.asdict(config), "steps": state["done"], "text_encoder": wan_export.sha256(ENCODER)}
+    wan_export.save_vae(AUTOENCODER, vae, mean, deviation, training)
+    wan_export.save_dit(TRANSFORMER, state["modules"]["average"], training)
+    for path in (TRANSFORMER, AUTOENCODER):
+        print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, sha256 {wan_export.sha256(path)}")
+    print(f"transformer step {state['done']}, last losses {[round(loss, 4) for _, loss in state['log'][-3:]]}")
+    print(f"PSNR {stages.picture_psnr(vae, STATE, config, device):.2f} dB on pictures, "
+          f"{stages.clip_psnr(vae, config, device):.2f} dB on clips")
+    print("latent to RGB:", np.round(preview(config, clips, mean.numpy(), deviation.numpy()), 4).tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", choices=["all", "vae", "motion", "latents", "dit", "export"], default="all")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
+    for field in dataclasses.fields(stages.Config):
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=type(field.default), default=field.default)
+    arguments = parser.parse_args()
+    config = stages.Config(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(stages.Config)})
+    STATE.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {
+        "vae": lambda: stages.train_vae(STATE, config, device, deadline),
+        "motion": lambda: stages.train_motion(STATE, config, device, deadline),
+        "latents": lambda: stages.encode_all(STATE, config, device, deadline),
+        "dit": lambda: stages.train_dit(STATE, config, device, deadline, ENCODER),
+    }
+    for name, train in steps.items():
+        if arguments.stage in ("all", name) and not train():
+            print(f"stopped in stage {name}; call again to go on")
+            return
+    if arguments.stage in ("all", "export"):
+        export(config, device)
+
+
+if __name__ == "__main__":
+    main()

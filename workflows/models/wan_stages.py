@@ -1,0 +1,345 @@
+"""The stages that train the theatre's Wan: autoencoder on pictures, then on clips, latents, transformer.
+
+Every stage takes the folder of its state, so that a test can run two steps of each in a temporary one.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.model_management
+import comfy.ops
+import numpy as np
+import text_encoder
+import torch
+import torch.nn.functional as F
+import whole_clip
+from comfy.ldm.wan.model import WanModel
+from pack.nodes.puppets import render, theatre, world
+from pack.nodes.puppets.config import Take
+from timeboxed import Optimiser, Stage, autocast, pictures, reconstruction_loss
+
+FRAMES = 17  # one cycle of an action: 4n + 1
+FIRST_CLIP = 1_000_000  # seed of the first clip, so that clips show other takes than the pictures
+PART = {"pictures": 2_000, "clips": 50}  # of the latents, a file
+CHECKED_PICTURES, CHECKED_CLIPS = 64, 6  # of "validation", for the figures while it trains
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    size: int = 96  # pixels; 128 costs 1.8 times as much in every stage
+    pictures: int = 16_000
+    clips: int = 2_400
+    seed: int = 7
+    matrix_lr: float = 0.02  # Muon's own scale; the rates below are AdamW's
+    vae_dim: int = 16
+    vae_steps: int = 2_500
+    vae_batch: int = 8
+    vae_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
+    vae_lr: float = 2e-3
+    latent_noise: float = 0.03  # deviation added before decoding; more costs detail
+    colour_weight: float = 0.2  # of the linear readout
+    motion_steps: int = 600
+    motion_batch: int = 2  # never 1: torch then takes a convolution that is several times slower on a CPU
+    motion_frames: int = 9  # of the cycle: two groups of four after the first
+    motion_crop: int = 48
+    motion_lr: float = 1e-3
+    motion_noise: float = 0.06  # the decoder learns to forgive the transformer's errors, too
+    image_steps: int = 1_200  # of the transformer, on single frames; a frame is a fifth of a clip's work
+    image_batch: int = 48
+    clip_steps: int = 1_500  # after those, on clips
+    clip_batch: int = 12
+    dit_lr: float = 6e-4
+    ema: float = 0.998
+    drop_caption: float = 0.1
+
+
+def rng_for(config: Config, stage: str, step: int) -> np.random.Generator:
+    """The random numbers of one step, the same whether the run was interrupted or not."""
+    return np.random.default_rng([config.seed, sum(map(ord, stage)), step])
+
+
+def clip_take(index: int, split: str = "train") -> Take:
+    """The take whose action clip `index` shows from its phase on."""
+    return world.sample_take(FIRST_CLIP + index, split)
+
+
+def clip_frames(take: Take, size: int, frames: int = FRAMES) -> np.ndarray:
+    """uint8 [frames, H, W, 3]: the first frames of the take's cycle."""
+    return np.stack([picture.image for picture in render.render_clip(take, FRAMES, size)[:frames]])
+
+
+def to_pixels(images: np.ndarray, device) -> torch.Tensor:
+    """uint8 [B, T, H, W, 3] to float [B, 3, T, H, W] in [-1, 1], the range of Wan's VAE."""
+    tensor = torch.from_numpy(np.array(images)).to(device).movedim(-1, 1).float()
+    return tensor.div(127.5).sub(1).contiguous(memory_format=torch.channels_last_3d)
+
+
+def corner(rng: np.random.Generator, size: int, crop: int) -> tuple[int, int]:
+    """Top and left of a window on the latent grid, nearer the middle than the rim."""
+    # The mean of two uniform draws: a triangular density over the possible corners.
+    top, left = np.rint(rng.random((2, 2)).mean(1) * (size - crop) / whole_clip.STRIDE).astype(int)
+    return whole_clip.STRIDE * int(top), whole_clip.STRIDE * int(left)
+
+
+# Autoencoder
+
+
+def make_vae(config: Config, device) -> torch.nn.ModuleDict:
+    """The autoencoder, and a linear readout of colour that makes latents easier to denoise and to preview."""
+    torch.manual_seed(config.seed)
+    readout = torch.nn.Conv3d(whole_clip.CHANNELS, 3, 1)
+    return torch.nn.ModuleDict({"vae": whole_clip.build(config.vae_dim), "colour": readout}).to(device)
+
+
+def _in_time(vae: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What single frames do not reach."""
+    return [parameter for name, parameter in vae.named_parameters() if ".time_conv." in name]
+
+
+def grouped(pixels: torch.Tensor) -> torch.Tensor:
+    """The mean colour [B, 3, 1 + T/4, H/8, W/8] of the pixels that a latent stands for."""
+    first = F.avg_pool3d(pixels[:, :, :1], (1, 8, 8))
+    return torch.cat([first, F.avg_pool3d(pixels[:, :, 1:], (4, 8, 8))], 2) if pixels.shape[2] > 1 else first
+
+
+def autoencoder_loss(modules: torch.nn.ModuleDict, pixels, rng, deviation: float, colour_weight: float):
+    """Reconstruction through noisy latents, of single frames and of what moves between them."""
+    device = pixels.device
+    with autocast(device):
+        latent = whole_clip.encode(modules["vae"], pixels).float()
+        noise = torch.from_numpy(rng.standard_normal(latent.shape, np.float32)).to(device)
+        output = whole_clip.decode(modules["vae"], latent + deviation * noise).float()
+    mean, spread = latent.mean((0, 2, 3, 4)), latent.std((0, 2, 3, 4))
+    # Near zero mean and unit deviation a channel while it trains; exact once they are measured.
+    moments = mean.square().sum() + (spread - 1).square().sum()
+    colour = F.l1_loss(modules["colour"](latent), grouped(pixels)) / 2
+    output, target = ((x.transpose(1, 2) + 1) / 2 for x in (output, pixels))  # [B, T, 3, H, W] in 0..1
+    motion = (output.diff(dim=1) - target.diff(dim=1)).abs().mean() if output.shape[1] > 1 else 0.0
+    drawn = reconstruction_loss(output.flatten(0, 1), target.flatten(0, 1))
+    return drawn + 0.5 * motion + colour_weight * colour + 0.01 * moments
+
+
+def psnr(vae, clips: Iterator[np.ndarray], device) -> float:
+    """dB over uint8 [B, T, H, W, 3] batches, decoded without noise."""
+    errors = []
+    with torch.no_grad(), autocast(device):
+        for images in clips:
+            target = to_pixels(images, device)
+            output = whole_clip.decode(vae, whole_clip.encode(vae, target)).float().clamp(-1, 1)
+            errors.append(F.mse_loss(output, target).item() / 4)
+    return -10 * math.log10(np.mean(errors))
+
+
+def picture_psnr(vae, state: Path, config: Config, device) -> float:
+    images = pictures(state, "validation", CHECKED_PICTURES, config.size)
+    return psnr(vae, (images[i:i + 8][:, None] for i in range(0, len(images), 8)), device)
+
+
+def clip_psnr(vae, config: Config, device) -> float:
+    clips = [clip_frames(clip_take(i, "validation"), config.size) for i in range(CHECKED_CLIPS)]
+    return psnr(vae, (np.stack(clips[i:i + 2]) for i in range(0, len(clips), 2)), device)
+
+
+def train_vae(state: Path, config: Config, device, deadline: float) -> bool:
+    """On windows of single frames."""
+    modules = make_vae(config, device)
+    for parameter in _in_time(modules):
+        parameter.requires_grad_(False)
+    optimiser = Optimiser(modules, config.matrix_lr, config.vae_lr)
+    stage = Stage(state / "vae.pt", optimiser, config.vae_steps, {"modules": modules}, deadline)
+    images = pictures(state, "train", config.pictures, config.size)
+
+    def step(index):
+        rng, windows = rng_for(config, "vae", index), []
+        for chosen in np.sort(rng.integers(0, len(images), config.vae_batch)):
+            top, left = corner(rng, config.size, config.vae_crop)
+            windows.append(images[chosen, top:top + config.vae_crop, left:left + config.vae_crop])
+        pixels = to_pixels(np.stack(windows)[:, None], device)
+        return autoencoder_loss(modules, pixels, rng, config.latent_noise, config.colour_weight)
+
+    return stage.run(step, lambda: f"PSNR {picture_psnr(modules['vae'], state, config, device):.2f} dB")
+
+
+def train_motion(state: Path, config: Config, device, deadline: float) -> bool:
+    """The same autoencoder on windows of short clips, drawn anew in every step."""
+    modules = trained_vae(state, config, device, ("vae",)).train().requires_grad_(True)
+    for layer in (modules["vae"].conv1, modules["vae"].conv2):
+        layer.requires_grad_(False)
+    optimiser = Optimiser(modules, config.matrix_lr / 2, config.motion_lr)
+    stage = Stage(state / "motion.pt", optimiser, config.motion_steps, {"modules": modules}, deadline)
+
+    def step(index):
+        rng, crop = rng_for(config, "motion", index), config.motion_crop
+        windows = []
+        for chosen in rng.integers(0, config.clips, config.motion_batch):
+            frames = clip_frames(clip_take(int(chosen)), config.size, config.motion_frames)
+            top, left = corner(rng, config.size, crop)
+            windows.append(frames[:, top:top + crop, left:left + crop])
+        pixels = to_pixels(np.stack(windows), device)
+        return autoencoder_loss(modules, pixels, rng, config.motion_noise, config.colour_weight)
+
+    return stage.run(step, lambda: f"clip PSNR {clip_psnr(modules['vae'], config, device):.2f} dB")
+
+
+def trained_vae(state: Path, config: Config, device, stages=("vae", "motion")) -> torch.nn.ModuleDict:
+    """The autoencoder as far as it has been trained, frozen."""
+    modules = make_vae(config, device)
+    for name in stages:
+        if (path := state / f"{name}.pt").exists():
+            modules.load_state_dict(torch.load(path, map_location=device, weights_only=True)["modules"]["modules"])
+    return modules.eval().requires_grad_(False)
+
+
+# Latents
+
+
+def _parts(state: Path, config: Config, kind: str) -> Iterator[tuple[Path, int, int]]:
+    """(file, first, end) of the parts in which the latents of "pictures" or "clips" are kept."""
+    count, folder = getattr(config, kind), state / f"latents_{config.size}"
+    for start in range(0, count, PART[kind]):
+        stop = min(start + PART[kind], count)
+        yield folder / f"{kind}_{start:06}_{stop:06}.npy", start, stop
+
+
+def encode_all(state: Path, config: Config, device, deadline: float) -> bool:
+    """Latents of every picture and clip as the trained encoder gives them. True when all are there."""
+    vae = None
+    for kind in PART:
+        for path, start, stop in _parts(state, config, kind):
+            if path.exists():
+                continue
+            if time.monotonic() >= deadline:
+                return False
+            if vae is None:
+                vae = trained_vae(state, config, device)["vae"]
+            _keep(path, _encoded(vae, state, config, kind, start, stop, device))
+            print(f"latents of {kind} {stop}/{getattr(config, kind)}", flush=True)
+    return True
+
+
+def _encoded(vae, state: Path, config: Config, kind: str, start: int, stop: int, device) -> np.ndarray:
+    images = pictures(state, "train", config.pictures, config.size) if kind == "pictures" else None
+    batch = 2 if images is None else 32  # two clips rather than one, for the reason given at `motion_batch`
+    found = []
+    for first in range(start, stop, batch):
+        chosen = range(first, min(first + batch, stop))
+        if images is None:
+            clips = np.stack([clip_frames(clip_take(i), config.size) for i in chosen])
+        else:
+            clips = images[chosen.start:chosen.stop][:, None]
+        with torch.no_grad(), autocast(device):
+            found.append(whole_clip.encode(vae, to_pixels(clips, device)).to(torch.float16).cpu().numpy())
+    return np.concatenate(found)
+
+
+def _keep(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".part.npy")
+    np.save(temporary, array)
+    os.replace(temporary, path)
+
+
+def latents(state: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """fp16 [pictures, 16, 1, H/8, W/8] and [clips, 16, 5, H/8, W/8], as the encoder gave them."""
+    images, clips = (np.concatenate([np.load(path) for path, _, _ in _parts(state, config, kind)]) for kind in PART)
+    return images, clips
+
+
+def statistics(clips: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [16] of every latent channel over clips."""
+    values = np.moveaxis(clips[:1000], 1, 0).reshape(clips.shape[1], -1).astype(np.float64)
+    return torch.from_numpy(values.mean(1)).float(), torch.from_numpy(values.std(1)).float()
+
+
+# Transformer
+
+
+def make_dit(config: Config, device) -> WanModel:
+    """The host's class with the theatre's size, initialised as DiT's authors found best: gates nearly closed."""
+    torch.manual_seed(config.seed)
+    dit = WanModel(
+        model_type="t2v", text_dim=theatre.TEXT_WIDTH, operations=comfy.ops.disable_weight_init,
+        dtype=torch.float32, device="cpu", **theatre.WAN_CONFIG,
+    )
+    for layer in dit.modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv3d)):
+            torch.nn.init.xavier_uniform_(layer.weight.data.flatten(1))
+            torch.nn.init.zeros_(layer.bias)
+        elif isinstance(layer, (torch.nn.LayerNorm, torch.nn.RMSNorm)) and layer.weight is not None:
+            torch.nn.init.ones_(layer.weight)
+            if getattr(layer, "bias", None) is not None:
+                torch.nn.init.zeros_(layer.bias)
+    for block in dit.blocks:
+        torch.nn.init.zeros_(block.modulation)
+        block.modulation.data[:, (2, 5)] = 0.1
+        torch.nn.init.zeros_(block.cross_attn.o.weight)
+    torch.nn.init.zeros_(dit.time_projection[1].weight)
+    torch.nn.init.zeros_(dit.head.modulation)
+    torch.nn.init.zeros_(dit.head.head.weight)
+    return dit.to(device)
+
+
+@contextlib.contextmanager
+def kernels_with_gradients() -> Iterator[None]:
+    """The host's fast rotary embedding has no gradient; it takes the plain one while this flag is set."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+def noise_levels(rng: np.random.Generator, count: int) -> np.ndarray:
+    """float32 [count] in 0..1, one from each equal part of the shifted schedule that sampling goes through."""
+    even = (rng.permutation(count) + rng.random(count)) / count
+    return (theatre.WAN_SHIFT * even / (1 + (theatre.WAN_SHIFT - 1) * even)).astype(np.float32)
+
+
+def flow_loss(dit, clean, noise, sigma, context):
+    """Flow matching: the velocity from latents to noise at clean + sigma * (noise - clean). All [B, 16, T, h, w]."""
+    level = sigma[:, None, None, None, None]
+    with autocast(clean.device):
+        output = dit(torch.lerp(clean, noise, level), sigma * 1000, context=context).float()
+    return F.mse_loss(output, noise - clean)
+
+
+def train_dit(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
+    """On single frames, then on clips; `encoder` is the checkpoint whose text encoder reads the captions."""
+    dit = make_dit(config, device)
+    average = copy.deepcopy(dit).requires_grad_(False)
+    steps = config.image_steps + config.clip_steps
+    stage = Stage(state / "dit.pt", Optimiser(dit, config.matrix_lr, config.dit_lr), steps,
+                  {"live": dit, "average": average}, deadline)
+    if stage.done >= steps:
+        return True
+    text = text_encoder.trained(encoder, device)
+    images, clips = latents(state, config)
+    mean, deviation = (value[:, None, None, None].to(device) for value in statistics(clips))
+
+    def step(index):
+        rng = rng_for(config, "dit", index)
+        if index:
+            decay = min(config.ema, (1 + index) / (10 + index))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(dit.parameters()), 1 - decay)
+        moving = index >= config.image_steps
+        data = clips if moving else images
+        chosen = rng.integers(0, len(data), config.clip_batch if moving else config.image_batch)
+        takes = [clip_take(int(i)) if moving else world.sample_take(int(i), "train") for i in chosen]
+        clean = (torch.from_numpy(data[chosen]).to(device).float() - mean) / deviation
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
+        sigma = torch.from_numpy(noise_levels(rng, len(clean))).to(device)
+        texts = [text_encoder.training_text(take, rng, config.drop_caption) for take in takes]
+        with torch.no_grad():
+            context = text(text_encoder.tokens(texts, device)).last_hidden_state
+        return flow_loss(dit, clean, noise, sigma, context)
+
+    with kernels_with_gradients():
+        return stage.run(step)
