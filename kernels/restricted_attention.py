@@ -39,9 +39,9 @@ _ROWS = 4096
 
 
 class Reference(NamedTuple):
-    """Keys and values of one reference, [B or 1, R, H, D], and the weight of each video token: [N], [B, N] or None.
+    """Keys and values of one reference, [B or 1, R, H, D], and its weight for each video token, [N] or [B, N].
 
-    None is a weight of 1 everywhere.
+    [1] is one weight for all of them, and None a weight of 1.
     """
 
     k: torch.Tensor

@@ -1,0 +1,466 @@
+"""Tiny Wan models of the host with references: against the published formulas, and beside everything else."""
+
+import threading
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+import published_wan
+import pytest
+import tiny_model
+import torch
+from comfy.patcher_extension import WrappersMP
+from pack.nodes import patching
+from pack.nodes.video_identity import method, running
+from pack.nodes.video_identity.config import VideoIdentityConfig
+
+MODEL = tiny_model.wan()
+ADAPTER = method.adapter_from(tiny_model.video_adapter(MODEL))
+EULER = comfy.samplers.sampler_object("euler")
+SHAPE = (1, 16, 3, 8, 6)  # 9 video frames; 3 x 4 x 3 tokens
+
+
+def draw(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(seed=1, height=6, width=4, channels=16):
+    return draw(seed, 1, channels, 1, height, width)
+
+
+def identity(seed=1, adapter=ADAPTER, mask=None, latent=None, **settings):
+    latent = reference(seed) if latent is None else latent
+    return method.identity(adapter, latent, VideoIdentityConfig(**settings), mask)
+
+
+def shown(model=MODEL, *identities, **settings):
+    for one in identities or (identity(**settings),):
+        model = running.apply(model, one)
+    return model
+
+
+def call(patcher, x, sigma=0.7, context=None, options=None, cleanup=True, **conditions):
+    """One call of the model as a sampling run makes it: x minus sigma times the velocity."""
+    sigma = torch.full((len(x),), sigma)
+    context = draw(9, len(x), 4, tiny_model.CONTEXT) if context is None else context
+    model_options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+    comfy.sampler_helpers.prepare_model_patcher(patcher, {}, model_options)
+    with torch.inference_mode():
+        patcher.pre_run()
+        try:
+            return patcher.model.apply_model(
+                x, sigma, c_crossattn=context, **conditions,
+                transformer_options={**model_options["transformer_options"], **(options or {})},
+            )
+        finally:
+            if cleanup:
+                patcher.cleanup()
+
+
+def sample(patcher, shape=SHAPE, **options):
+    sampler = options.pop("sampler", EULER)
+    return tiny_model.sample(patcher, sampler, shape=shape, scheduler="simple", steps=3, **options)
+
+
+def published(x, references, sigma=0.7, adapter=None, model=MODEL):
+    """The published velocity as a denoised estimate, of one reference or of none."""
+    base = model.model
+    wan = published_wan.Wan(base.diffusion_model.state_dict(), 2, 32, (adapter or ADAPTER).tensors())
+    sigma = torch.full((len(x),), sigma)
+    latent = base.process_latent_in(references.clone()) if references is not None else None
+    velocity = wan(x, base.model_sampling.timestep(sigma), draw(9, len(x), 4, tiny_model.CONTEXT), latent)
+    return x - sigma.reshape(-1, 1, 1, 1, 1) * velocity
+
+
+def relative(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+# Parity
+
+
+@pytest.mark.parametrize(("shape", "size"), [
+    ((1, 16, 3, 8, 6), (6, 4)), ((2, 16, 1, 4, 4), (4, 4)), ((1, 16, 2, 2, 10), (2, 8)), ((3, 16, 2, 6, 4), (8, 8)),
+])
+def test_the_model_with_a_reference_is_the_published_model(shape, size):
+    """5e-6 of fp32 rounding separate the host's plain model from the same formulas in fp64."""
+    x = draw(2, *shape)
+    assert relative(call(MODEL, x), published(x, None)) < 1e-5
+    with_reference = call(shown(latent=reference(1, *size)), x)
+    assert relative(with_reference, published(x, reference(1, *size))) < 1e-5
+    assert relative(with_reference, call(MODEL, x)) > 0.02
+
+
+def test_a_sampling_run_is_the_published_one():
+    result = sample(shown(), cfg=1.0, positive=tiny_model.conditioning(9))
+    base = MODEL.model
+    grid = comfy.samplers.calculate_sigmas(base.model_sampling, "simple", 3).double()
+    wan = published_wan.Wan(base.diffusion_model.state_dict(), 2, 32, ADAPTER.tensors())
+    latent = base.process_latent_in(reference())
+    x = draw(3, *SHAPE).double()
+    context = tiny_model.conditioning(9)[0][0]
+    for sigma, after in zip(grid[:-1], grid[1:], strict=True):
+        # Every token of the reference passes every block again in every step: nothing is cached here.
+        x = x + (after - sigma) * wan(x, base.model_sampling.timestep(sigma[None]), context, latent)
+    assert relative(result, base.process_latent_out(x)) < 1e-5
+
+
+def test_positions_of_the_reference(monkeypatch):
+    seen = []
+    embedder = MODEL.model.diffusion_model.rope_embedder
+    handle = embedder.register_forward_pre_hook(lambda _m, given: seen.append(given[0].clone()))
+    try:
+        call(shown(), draw(2, *SHAPE))
+        call(shown(), draw(2, 1, 16, 3, 7, 5))  # padded to 8 x 6
+        call(shown(), draw(2, *SHAPE), options={"rope_options": {"shift_t": 2.0, "scale_y": 3.0, "shift_x": 0.5}})
+    finally:
+        handle.remove()
+    references = [ids for ids in seen if ids.shape[1] == 6]
+    assert len(references) == 3
+    expected = [[-1.0, 4.0 + h, 3.0 + w] for h in range(3) for w in range(2)]
+    assert references[0][0].tolist() == expected == references[1][0].tolist()
+    # Stretched rows end at 9, so the reference begins at 10; shifts move both alike.
+    assert references[2][0, 0].tolist() == [1.0, 10.0, 3.5]
+
+
+# The cache
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """The latents of every pass over a reference."""
+    passes, prefill = [], method.prefill
+
+    def counted(network, adapter, latent, *rest):
+        rows = prefill(network, adapter, latent, *rest)
+        passes.append(latent)
+        return rows
+
+    monkeypatch.setattr(method, "prefill", counted)
+    return passes
+
+
+def test_the_reference_passes_once_a_run_and_the_cache_changes_no_bit(prefills, monkeypatch):
+    model = shown()
+    result = sample(model)
+    assert len(prefills) == 1 and len(patching.parts(model, running.KEY).cache) == 0
+    assert torch.equal(sample(model), result) and len(prefills) == 2
+    monkeypatch.setattr(method.ReferenceCache, "get", lambda self, owner, key, fill: fill())
+    assert torch.equal(sample(model), result)
+    assert len(prefills) == 2 + 3  # once a step: both halves of CFG are one call
+
+
+def test_split_and_batched_guidance_agree_and_share_the_reference(prefills, monkeypatch):
+    model = shown()
+    batched = sample(model)
+    free = comfy.model_management.get_free_memory
+    # The sampler asks for one number, attention for two.
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda d=None, both=False: free(d, True) if both else 0
+    )
+    calls = []
+    counting = model.clone()
+    counting.add_wrapper(WrappersMP.APPLY_MODEL, lambda run, x, *a, **k: calls.append(len(x)) or run(x, *a, **k))
+    split = sample(counting)
+    assert calls == [1] * 6 and len(prefills) == 2
+    assert relative(split, batched) < 1e-5
+
+
+def test_another_reference_size_or_weight_is_never_stale(prefills):
+    """Kept on purpose after the run, the worst that a host without cleanup could do."""
+    x, model = draw(2, *SHAPE), shown()
+    first = call(model, x, cleanup=False)
+    assert torch.equal(call(model, x, cleanup=False), first) and len(prefills) == 1
+    other = call(shown(MODEL, identity(seed=5)), x, cleanup=False)
+    assert not torch.equal(other, first)
+    wide = draw(2, 1, 16, 3, 8, 10)
+    assert torch.equal(call(model, wide, cleanup=False), call(shown(), wide))
+    patched = lora(model)
+    assert torch.equal(call_loaded(patched, x, cleanup=False), call_loaded(lora(shown()), x))
+    MODEL.unpatch_model(comfy.model_management.torch.device("cpu"))
+    assert torch.equal(call_loaded(model, x), first)
+
+
+def lora(model, strength=0.7):
+    """`model` with a low-rank patch on a query and a feed-forward weight."""
+    patched = model.clone()
+    parts = {}
+    for i, name in enumerate(("blocks.0.self_attn.q", "blocks.1.ffn.0")):
+        weight = model.model.diffusion_model.get_submodule(name).weight
+        update = comfy.weight_adapter.LoRAAdapter(
+            set(), (draw(20 + i, weight.shape[0], 2), draw(30 + i, 2, weight.shape[1]), None, None, None, None)
+        )
+        parts[f"diffusion_model.{name}.weight"] = update
+    assert len(patched.add_patches(parts, strength)) == 2
+    return patched
+
+
+def call_loaded(patcher, x, **options):
+    comfy.model_management.load_models_gpu([patcher])
+    try:
+        return call(patcher, x, **options)
+    finally:
+        patcher.detach()
+
+
+def test_two_hundred_runs_by_turns_differ_in_no_bit():
+    """A short form of it: three models, in turns, each the same every time."""
+    models = [MODEL, shown(), shown(MODEL, identity(seed=5), identity(seed=6, strength=0.5))]
+    first = [sample(model) for model in models]
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    for turn in (2, 0, 1, 2, 1, 0):
+        assert torch.equal(sample(models[turn]), first[turn])
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_an_interrupt_in_the_prefill_leaves_nothing_and_a_rerun_is_clean(block, monkeypatch, prefills):
+    model, expected = shown(), sample(shown())
+    checks = []
+
+    def interrupt():
+        checks.append(1)
+        if len(checks) == block + 1:
+            raise comfy.model_management.InterruptProcessingException
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            call(model, draw(2, *SHAPE), cleanup=False)
+    assert len(checks) == block + 1 and len(patching.parts(model, running.KEY).cache) == 0
+    assert torch.equal(sample(model), expected)
+
+
+def test_threads_of_several_devices_keep_to_their_own_model(prefills):
+    """Two loaded copies of a model share the patches, as the host's multi-GPU clones do."""
+    model = shown()
+    twin = model.clone()
+    twin.model = tiny_model.wan(seed=8).model
+    x = draw(2, *SHAPE)
+    expected = [call(model, x), call(twin, x)]
+    prefills.clear()
+    results, start = {}, threading.Barrier(2)
+
+    def work(index, patcher):
+        start.wait()
+        results[index] = [call(patcher, x, cleanup=False) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate((model, twin))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(prefills) == 2
+    for index, wanted in enumerate(expected):
+        assert all(torch.equal(result, wanted) for result in results[index])
+
+
+def test_the_cache_is_in_the_memory_estimate():
+    asked = []
+    model = shown(MODEL, identity(), identity(seed=2, blocks="0-1"))
+
+    def estimate(run, patcher, shape, *args, **kwargs):
+        asked.append(patcher.model.memory_required(shape))
+        return run(patcher, shape, *args, **kwargs)
+
+    plain = MODEL.clone()
+    for patcher in (plain, model):
+        patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, estimate)  # runs inside ours, which came first
+        sample(patcher)
+    wanted = (3 + 2) * 2 * 6 * 48 * 4  # blocks, K and V, tokens, width, bytes
+    assert patching.parts(model, running.KEY).cache_bytes(MODEL.model) == wanted
+    assert wanted <= asked[1] - asked[0]
+
+
+# What is exactly off, and what acts where
+
+
+def test_applying_changes_no_input_and_twice_is_two_references():
+    before = dict(MODEL.wrappers), dict(MODEL.callbacks), dict(MODEL.attachments)
+    options = comfy.model_patcher.create_model_options_clone(MODEL.model_options)
+    first = shown()
+    held = [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()]
+    second = running.apply(first, identity(seed=2))
+    assert (dict(MODEL.wrappers), dict(MODEL.callbacks), dict(MODEL.attachments)) == before
+    assert MODEL.model_options == options
+    assert [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()] == held
+    assert [len(patching.parts(model, running.KEY).identities) for model in (first, second)] == [1, 2]
+    groups = [group for kind in (second.wrappers, second.callbacks) for group in kind.values()]
+    counts = [len(group[running.KEY]) for group in groups if running.KEY in group]
+    assert counts == [1, 1, 1]
+
+
+def test_zero_is_bit_identical_to_the_plain_model():
+    plain = sample(MODEL)
+    for settings in ({"strength": 0.0}, {"mask": torch.zeros(1, 16, 12)}, {"mask": torch.zeros(9, 4, 4)}):
+        assert shown(MODEL, identity(**settings)) is MODEL
+    # Patched all the same: no step of this schedule lies in the range.
+    idle = shown(MODEL, identity(start_percent=0.0001, end_percent=0.0002))
+    assert idle is not MODEL and torch.equal(sample(idle), plain)
+    # Zero in every latent frame of a window, though not in the mask.
+    mask = torch.zeros(9, 16, 12)
+    mask[8] = 1
+    window = Window([0, 1], 3)
+    x = draw(2, 1, 16, 2, 8, 6)
+    masked = shown(MODEL, identity(mask=mask))
+    assert torch.equal(call(masked, x, options={"context_window": window}), call(MODEL, x))
+
+
+def Window(frames, total):
+    from comfy.context_windows import IndexListContextWindow
+
+    return IndexListContextWindow(frames, dim=2, total_frames=total)
+
+
+def test_an_all_one_mask_is_the_unmasked_model():
+    expected = sample(shown())
+    for mask in (torch.ones(1, 3, 5), torch.ones(9, 16, 12), torch.ones(3, 2, 2)):
+        assert torch.equal(sample(shown(MODEL, identity(mask=mask))), expected)
+
+
+def weighed(x, weights, identities, adapter=ADAPTER):
+    """The published model with several references and weights, by the definition, in the host's own blocks."""
+    model = MODEL.clone()
+    rows = []
+    for one in identities:
+        model_with = shown(MODEL, one)
+        call(model_with, x, cleanup=False)
+        cache = patching.parts(model_with, running.KEY).cache
+        rows.append(next(value for key, (_, value) in cache._entries.items() if key[1] == "rows"))
+
+    def patch_of(i):
+        def patch(args, extra):
+            seen = []
+
+            def attention(function, q, k, v, heads, **kwargs):
+                if seen:
+                    return function(q, k, v, heads, **kwargs)
+                seen.append(1)
+                q, k, v = (t.unflatten(-1, (heads, -1)).double() for t in (q, k, v))
+                out = torch.zeros_like(q)
+                for n in range(q.shape[1]):
+                    score = [torch.einsum("bhd,bmhd->bhm", q[:, n], k)]
+                    for row, weight in zip(rows, weights, strict=True):
+                        s = torch.einsum("bhd,bmhd->bhm", q[:, n], row[i][0].double().expand(len(q), -1, -1, -1))
+                        score.append(s + q.shape[-1] ** 0.5 * torch.log(weight[n].double()))
+                    share = (torch.cat(score, -1) / q.shape[-1] ** 0.5).softmax(-1)
+                    values = torch.cat([v, *(row[i][1].double().expand(len(q), -1, -1, -1) for row in rows)], 1)
+                    out[:, n] = torch.einsum("bhm,bmhd->bhd", share, values)
+                return out.flatten(2).float()
+
+            options = {**args["transformer_options"], "optimized_attention_override": attention}
+            return extra["original_block"]({**args, "transformer_options": options})
+
+        return patch
+
+    for i in range(3):
+        model.set_model_patch_replace(patch_of(i), "dit", "double_block", i)
+    return call(model, x)
+
+
+def test_strength_is_an_exact_weight():
+    x = draw(2, *SHAPE)
+    one = identity(strength=0.3)
+    weights = [torch.full((36,), 0.3)]
+    assert relative(call(shown(MODEL, one), x), weighed(x, weights, [identity()])) < 1e-5
+    distances = [relative(call(shown(strength=s), x), call(MODEL, x)) for s in (1e-6, 0.1, 0.5, 1.0)]
+    assert distances[0] < 1e-4 and distances == sorted(distances)
+    near = call(shown(strength=1 - 1e-6), x)
+    assert relative(near, call(shown(), x)) < 1e-5
+
+
+def test_two_references_without_regions_share_one_softmax():
+    x = draw(2, *SHAPE)
+    pair = [identity(), identity(seed=5)]
+    whole = [torch.ones(36)] * 2
+    assert relative(call(shown(MODEL, *pair), x), weighed(x, whole, pair)) < 1e-5
+    assert relative(call(shown(MODEL, *pair[::-1]), x), call(shown(MODEL, *pair), x)) < 1e-5
+
+
+def test_two_references_with_regions_keep_to_them():
+    """Left and right halves, token for token; 12 pixels a token column, so the middle column is half and half."""
+    x = draw(2, *SHAPE)
+    left = torch.zeros(1, 32, 36)
+    left[..., :18] = 1
+    pair = [identity(mask=left), identity(seed=5, mask=1 - left, strength=0.6)]
+    weight = torch.tensor([1.0, 0.5, 0.0]).repeat(12)
+    expected = weighed(x, [weight, 0.6 * (1 - weight)], [identity(), identity(seed=5)])
+    assert relative(call(shown(MODEL, *pair), x), expected) < 1e-5
+
+
+def test_a_mask_a_frame_follows_the_4n_plus_1_rule_and_context_windows():
+    mask = torch.zeros(9, 32, 24)
+    mask[1:3] = 1  # half of the second latent frame, which is the frames 1 to 4
+    mask[5:] = 0.25
+    masked, x = shown(MODEL, identity(mask=mask)), draw(2, *SHAPE)
+    weights = torch.tensor([0.0, 0.5, 0.25]).repeat_interleave(12)
+    assert relative(call(masked, x), weighed(x, [weights], [identity()])) < 1e-5
+    options = {"context_window": Window([1, 2], 3)}
+    window = draw(2, 1, 16, 2, 8, 6)
+    expected = weighed(window, [weights[12:]], [identity()])
+    assert relative(call(masked, window, options=options), expected) < 1e-5
+    with pytest.raises(ValueError, match=r"mask has 9 frames and the video has 17 \(5 in the latent\)"):
+        call(masked, draw(2, 1, 16, 5, 8, 6))
+
+
+def test_the_host_s_context_windows_see_their_own_frames_of_the_mask():
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    mask = torch.zeros(17, 16, 12)
+    mask[9:] = 1
+    for masked in (identity(mask=mask), identity(mask=torch.ones(17, 16, 12)), identity()):
+        for order in (0, 1):
+            model = shown(MODEL, masked) if order else MODEL
+            model = WanContextWindowsManualNode.execute(
+                model, 9, 5, "standard_static", 1, False, "pyramid", False, False
+            ).result[0]
+            model = model if order else shown(model, masked)
+            result = sample(model, shape=(1, 16, 5, 8, 6))
+            assert torch.isfinite(result).all() and not torch.equal(result, sample(MODEL, shape=(1, 16, 5, 8, 6)))
+
+
+def test_start_and_end_percent():
+    """Steps of this schedule at sigma 1, ~0.94 and ~0.80."""
+    seen = []
+    model = shown(MODEL, identity(start_percent=0.0, end_percent=0.5))
+    inner = model.clone()
+    inner.add_wrapper(
+        WrappersMP.APPLY_MODEL,
+        lambda run, x, t, a, b, c, options, **k: seen.append((float(t[0]), running.KEY in options))
+        or run(x, t, a, b, c, options, **k),
+    )
+    sample(inner)
+    limit = MODEL.model.model_sampling.percent_to_sigma(0.5)
+    assert len(seen) == 3 and [acted for _, acted in seen] == [sigma > limit for sigma, _ in seen]
+    assert {acted for _, acted in seen} == {True, False}
+    late = sample(shown(MODEL, identity(start_percent=0.5)))
+    assert not torch.equal(late, sample(MODEL)) and not torch.equal(late, sample(model))
+
+
+def test_blocks_choose_where_the_reference_is_seen():
+    x = draw(2, *SHAPE)
+    seen = []
+    model = shown(MODEL, identity(blocks="1"))
+    for i in range(3):
+        model.set_model_patch_replace(
+            _recording(model, i, seen), "dit", "double_block", i
+        )
+    call(model, x)
+    assert seen == [(0, False), (1, True), (2, False)]
+    all_named = call(shown(MODEL, identity(blocks="0-2")), x)
+    assert torch.equal(all_named, call(shown(), x))
+    with pytest.raises(ValueError, match="has 0 to 2"):
+        shown(MODEL, identity(blocks="0-3"))
+
+
+def _recording(model, i, seen):
+    ours = model.model_options["transformer_options"]["patches_replace"]["dit"][("double_block", i)]
+
+    def patch(args, extra):
+        def original(inner):
+            seen.append((i, "optimized_attention_override" in inner["transformer_options"]))
+            return extra["original_block"](inner)
+
+        return ours(args, {"original_block": original})
+
+    return patch
