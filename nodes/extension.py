@@ -13,6 +13,7 @@ from .video_identity.nodes import (
     UnderstudyPrepareReference,
     UnderstudySaveVideoIdentityAdapter,
 )
+from .video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
 
 METHOD_NODES: list[type[io.ComfyNode]] = [
     UnderstudyFrequencyGuidanceSampler,
@@ -21,6 +22,7 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     UnderstudyPrepareReference,
     UnderstudyLoadVideoIdentityAdapter,
     UnderstudyApplyVideoIdentity,
+    UnderstudyTrainVideoIdentityAdapter,
     UnderstudySaveVideoIdentityAdapter,
 ]
 

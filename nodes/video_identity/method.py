@@ -85,6 +85,22 @@ class VideoAdapter:
                 raise AdapterError(_misfit(key, expected, tuple(tensor.shape), width, blocks))
 
 
+def new_adapter(width: int, blocks: int, rank: int, seed: Callable[[int], int]) -> VideoAdapter:
+    """An untrained adapter of fp32 parameters: down from N(0, 1 / rank), as published for rank 128; up is 0.
+
+    seed(i) is the seed of the i-th projection, counting q, k, v of each block in turn.
+    """
+    made = []
+    for i in range(blocks):
+        pairs = {}
+        for j, name in enumerate(PROJECTIONS):
+            generator = torch.Generator().manual_seed(seed(len(PROJECTIONS) * i + j))
+            down = torch.randn(rank, width, generator=generator) / rank
+            pairs[name] = LowRank(torch.nn.Parameter(down), torch.nn.Parameter(torch.zeros(width, rank)))
+        made.append(BlockUpdates(**pairs))
+    return VideoAdapter(tuple(made))
+
+
 def weight_key(block: int, projection: str, part: str) -> str:
     """The published name of one matrix."""
     return f"blocks.{block}.self_attn.{projection}_loras.{part}.weight"
@@ -212,10 +228,10 @@ class Host(Protocol):
         """A bare parameter in the type and on the device of `like`."""
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, R, H, D] at the reference's rotary positions."""
+        """[B, R, H, D] at the reference's rotary positions."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention, all [1, R, H, D]."""
+        """Attention, all [B, R, H, D]."""
 
     def check(self) -> None:
         """Called before every block; raises to stop."""
@@ -224,9 +240,9 @@ class Host(Protocol):
 def prefill(
     network: Any, adapter: VideoAdapter, latent: torch.Tensor, dtype: torch.dtype, keep: frozenset[int], host: Host
 ) -> Rows:
-    """K'_I and V_I, each [1, R, H, D] in `dtype`, of the blocks in `keep`.
+    """K'_I and V_I, each [B, R, H, D] in `dtype`, of the blocks in `keep`.
 
-    `network` is a Wan transformer by its own names. latent: [1, C, 1, h, w] in the model's space, h and w multiples
+    `network` is a Wan transformer by its own names. latent: [B, C, 1, h, w] in the model's space, h and w multiples
     of the patch. The image tokens are modulated at timestep 0, skip the cross-attention and pass the feed-forward
     (as the official code has it; the paper's section 3.2 words the second otherwise).
     """

@@ -7,6 +7,7 @@ Nothing of the model is replaced: its own blocks run with an attention function 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ def apply(model: Any, identity: Identity) -> Any:
 
     Raises ValueError, naming the input and the fix, where model, adapter, reference and blocks do not fit together.
     """
-    network = _checked_network(model)
+    network = wan_network(model)
     identity.adapter.check(network.dim, len(network.blocks))
     method.kept_blocks(identity.config, len(network.blocks))
     channels = model.model.latent_format.latent_channels
@@ -64,11 +65,17 @@ def apply(model: Any, identity: Identity) -> Any:
         {WrappersMP.APPLY_MODEL: identities.apply_model, WrappersMP.PREPARE_SAMPLING: identities.prepare_sampling},
         {CallbacksMP.ON_CLEANUP: identities.cleanup},
         identities,
-        {i: _block_patch(i) for i in range(len(network.blocks))},
+        _block_patches(network),
     )
 
 
-def _checked_network(model: Any) -> Any:
+def extended(model: Any) -> Any:
+    """A clone of `model` whose blocks see what a call brings under KEY; nothing is brought by itself."""
+    return patching.with_sampling_parts(model, KEY, {}, {}, None, _block_patches(wan_network(model)))
+
+
+def wan_network(model: Any) -> Any:
+    """The Wan transformer of a MODEL. Raises ValueError where it is none whose attention can be extended."""
     network = model.get_model_object("diffusion_model")
     name = type(network).__name__
     if not isinstance(network, comfy.ldm.wan.model.WanModel):
@@ -136,16 +143,21 @@ class VideoIdentities:
 
     def _rows(self, base, identity, x, options) -> method.Rows:
         """Keys and values of a reference at the size of this video, from the cache or computed now."""
-        height, width = _token_grid(base.diffusion_model, x)
+        height, width = token_grid(base.diffusion_model, x)
         dtype = base.get_dtype_inference()
         rope = options.get("rope_options") or {}
         key = (
             "rows", identity.digest, identity.adapter, identity.config.blocks, height, width, dtype, x.device,
             tuple(sorted(rope.items())), _weights_state(base),
         )
-        return self.cache.get(
-            base, key, lambda: _prefill(base, identity, (height, width), rope, dtype, x.device, options)
-        )
+        keep = method.kept_blocks(identity.config, len(base.diffusion_model.blocks))
+
+        def compute() -> method.Rows:
+            # Copied, since a latent format may work in place.
+            latent = base.process_latent_in(identity.latent.clone()).to(x.device)
+            return reference_rows(base, identity.adapter, latent, keep, (height, width), options)
+
+        return self.cache.get(base, key, compute)
 
     def _weight(self, base, identity, x, options, conditions) -> torch.Tensor | None:
         """The weight of each token of this call, [N], or None for the published 1 everywhere."""
@@ -195,7 +207,7 @@ def _weights_state(base: Any) -> tuple:
     return getattr(base, "current_weight_patches_uuid", None), getattr(patcher, "current_hooks", None)
 
 
-def _token_grid(network: Any, x: torch.Tensor) -> tuple[int, int]:
+def token_grid(network: Any, x: torch.Tensor) -> tuple[int, int]:
     """Rows and columns of tokens in a frame of x [B, C, T, H, W], after the model's padding."""
     if x.ndim != 5:
         raise ValueError(f"the video identity adapter needs a video latent, and this model's is {tuple(x.shape)}")
@@ -204,7 +216,7 @@ def _token_grid(network: Any, x: torch.Tensor) -> tuple[int, int]:
 
 def _other_tokens(network: Any, x: torch.Tensor, conditions: Mapping[str, Any]) -> tuple[int, int]:
     """How many tokens the model puts before and after those of the video."""
-    height, width = _token_grid(network, x)
+    height, width = token_grid(network, x)
     leading = trailing = 0
     if network.ref_conv is not None and conditions.get("reference_latent") is not None:
         # Fun Control's start reference: one frame, of its own size.
@@ -213,27 +225,33 @@ def _other_tokens(network: Any, x: torch.Tensor, conditions: Mapping[str, Any]) 
     if conditions.get("time_dim_concat") is not None:  # Phantom
         trailing += conditions["time_dim_concat"].shape[2] * height * width
     for latent in conditions.get("context_latents") or []:
-        rows, columns = _token_grid(network, latent)
+        rows, columns = token_grid(network, latent)
         trailing += latent.shape[2] * rows * columns
     return leading, trailing
 
 
-def _prefill(base, identity, size, rope, dtype, device, options) -> method.Rows:
+def reference_rows(
+    base: Any, adapter: method.VideoAdapter, latent: torch.Tensor, keep: frozenset[int], size: tuple[int, int],
+    options: Mapping[str, Any],
+) -> method.Rows:
+    """K and V of references [B, C, 1, h, w] in the model's space, beside a video `size` tokens high and wide.
+
+    `options` are the call's transformer_options, of which scaled rotary positions and the user's attention count.
+    """
     network = base.diffusion_model
-    latent = base.process_latent_in(identity.latent).to(device)
     channels = network.patch_embedding.weight.shape[1]
     if latent.shape[1] < channels:
         # Ours: image-to-video models read a mask and a picture beside the latent; a reference has neither.
         latent = torch.nn.functional.pad(latent, (0, 0, 0, 0, 0, 0, 0, channels - latent.shape[1]))
     latent = comfy.ldm.common_dit.pad_to_patch_size(latent, network.patch_size)
-    keep = method.kept_blocks(identity.config, len(network.blocks))
     rows = latent.shape[-2] // network.patch_size[1], latent.shape[-1] // network.patch_size[2]
+    rope = options.get("rope_options") or {}
     positions = method.reference_positions(*rows, *_end_of_video(size, rope))
     # The host adds these to the video's positions; what counts is how far the reference is from it.
     positions += torch.tensor([rope.get(f"shift_{axis}", 0.0) for axis in "tyx"])
-    rotation = network.rope_embedder(positions.to(device)).movedim(1, 2)
-    override = options.get(_OVERRIDE)
-    return method.prefill(network, identity.adapter, latent, dtype, keep, _WanHost(rotation, override))
+    rotation = network.rope_embedder(positions.to(latent.device)).movedim(1, 2)
+    host = _WanHost(rotation, options.get(_OVERRIDE))
+    return method.prefill(network, adapter, latent, base.get_dtype_inference(), keep, host)
 
 
 def _end_of_video(size: tuple[int, int], rope: Mapping[str, float]) -> Sequence[float]:
@@ -264,8 +282,8 @@ class _WanHost:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _block_patch(index: int):
-    return lambda earlier: BlockPatch(index, earlier)
+def _block_patches(network: Any) -> dict[int, Any]:
+    return {i: functools.partial(BlockPatch, i) for i in range(len(network.blocks))}
 
 
 class BlockPatch:
@@ -291,7 +309,8 @@ class BlockPatch:
         attention = RestrictedAttention(references, options.get(_OVERRIDE))
         options[_OVERRIDE] = attention
         out = self._inner({**args, "transformer_options": options}, extra)
-        if not attention.done:
+        attention.period = attention.uses
+        if not attention.uses:
             raise RuntimeError(
                 f"block {self.index} of this model did not use the host's attention, so the identity could not act: "
                 "remove the node or extension that replaces the model's self-attention"
@@ -303,12 +322,16 @@ class BlockPatch:
 
 
 class RestrictedAttention:
-    """The host's attention override of one block in one call: its first use is the self-attention of the video."""
+    """The host's attention override of one block in one call: its first use is the self-attention of the video.
+
+    A checkpointed block runs again in the backward pass and uses it as often once more: `period` uses are one run.
+    """
 
     def __init__(self, references: tuple[Reference, ...], earlier: Any):
         self.references = references
         self.earlier = earlier
-        self.done = False
+        self.uses = 0
+        self.period = 0
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
         def users_own(q, k, v):
@@ -316,9 +339,10 @@ class RestrictedAttention:
                 return function(q, k, v, heads, *args, **kwargs)
             return self.earlier(function, q, k, v, heads, *args, **kwargs)
 
-        if self.done:
+        first = self.uses % self.period == 0 if self.period else self.uses == 0
+        self.uses += 1
+        if not first:
             return users_own(q, k, v)
-        self.done = True
         if args or kwargs.get("mask") is not None:
             raise RuntimeError("this model masks its self-attention, which the video identity adapter cannot join")
 

@@ -1,81 +1,35 @@
-"""Tiny Wan models of the host with references: against the published formulas, and beside everything else."""
+"""Tiny Wan models of the host with references: against the published formulas, cached, weighted, interrupted."""
 
 import threading
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.sampler_helpers
 import comfy.samplers
 import published_wan
 import pytest
 import tiny_model
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from pack.nodes import patching
 from pack.nodes.video_identity import method, running
-from pack.nodes.video_identity.config import VideoIdentityConfig
-
-MODEL = tiny_model.wan()
-ADAPTER = method.adapter_from(tiny_model.video_adapter(MODEL))
-EULER = comfy.samplers.sampler_object("euler")
-SHAPE = (1, 16, 3, 8, 6)  # 9 video frames; 3 x 4 x 3 tokens
-
-
-def draw(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def reference(seed=1, height=6, width=4, channels=16):
-    return draw(seed, 1, channels, 1, height, width)
-
-
-def identity(seed=1, adapter=ADAPTER, mask=None, latent=None, **settings):
-    latent = reference(seed) if latent is None else latent
-    return method.identity(adapter, latent, VideoIdentityConfig(**settings), mask)
-
-
-def shown(model=MODEL, *identities, **settings):
-    for one in identities or (identity(**settings),):
-        model = running.apply(model, one)
-    return model
-
-
-def call(patcher, x, sigma=0.7, context=None, options=None, cleanup=True, **conditions):
-    """One call of the model as a sampling run makes it: x minus sigma times the velocity."""
-    sigma = torch.full((len(x),), sigma)
-    context = draw(9, len(x), 4, tiny_model.CONTEXT) if context is None else context
-    model_options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
-    comfy.sampler_helpers.prepare_model_patcher(patcher, {}, model_options)
-    with torch.inference_mode():
-        patcher.pre_run()
-        try:
-            return patcher.model.apply_model(
-                x, sigma, c_crossattn=context, **conditions,
-                transformer_options={**model_options["transformer_options"], **(options or {})},
-            )
-        finally:
-            if cleanup:
-                patcher.cleanup()
-
-
-def sample(patcher, shape=SHAPE, **options):
-    sampler = options.pop("sampler", EULER)
-    return tiny_model.sample(patcher, sampler, shape=shape, scheduler="simple", steps=3, **options)
-
-
-def published(x, references, sigma=0.7, adapter=None, model=MODEL):
-    """The published velocity as a denoised estimate, of one reference or of none."""
-    base = model.model
-    wan = published_wan.Wan(base.diffusion_model.state_dict(), 2, 32, (adapter or ADAPTER).tensors())
-    sigma = torch.full((len(x),), sigma)
-    latent = base.process_latent_in(references.clone()) if references is not None else None
-    velocity = wan(x, base.model_sampling.timestep(sigma), draw(9, len(x), 4, tiny_model.CONTEXT), latent)
-    return x - sigma.reshape(-1, 1, 1, 1, 1) * velocity
-
-
-def relative(ours, theirs):
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
+from video_identities import (
+    ADAPTER,
+    MODEL,
+    SHAPE,
+    call,
+    call_loaded,
+    draw,
+    identity,
+    lora,
+    published,
+    reference,
+    relative,
+    sample,
+    shown,
+    weighed,
+    window,
+)
 
 # Parity
 
@@ -178,30 +132,8 @@ def test_another_reference_size_or_weight_is_never_stale(prefills):
     assert torch.equal(call(model, wide, cleanup=False), call(shown(), wide))
     patched = lora(model)
     assert torch.equal(call_loaded(patched, x, cleanup=False), call_loaded(lora(shown()), x))
-    MODEL.unpatch_model(comfy.model_management.torch.device("cpu"))
+    MODEL.unpatch_model(tiny_model.CPU)
     assert torch.equal(call_loaded(model, x), first)
-
-
-def lora(model, strength=0.7):
-    """`model` with a low-rank patch on a query and a feed-forward weight."""
-    patched = model.clone()
-    parts = {}
-    for i, name in enumerate(("blocks.0.self_attn.q", "blocks.1.ffn.0")):
-        weight = model.model.diffusion_model.get_submodule(name).weight
-        update = comfy.weight_adapter.LoRAAdapter(
-            set(), (draw(20 + i, weight.shape[0], 2), draw(30 + i, 2, weight.shape[1]), None, None, None, None)
-        )
-        parts[f"diffusion_model.{name}.weight"] = update
-    assert len(patched.add_patches(parts, strength)) == 2
-    return patched
-
-
-def call_loaded(patcher, x, **options):
-    comfy.model_management.load_models_gpu([patcher])
-    try:
-        return call(patcher, x, **options)
-    finally:
-        patcher.detach()
 
 
 def test_two_hundred_runs_by_turns_differ_in_no_bit():
@@ -300,62 +232,16 @@ def test_zero_is_bit_identical_to_the_plain_model():
     # Zero in every latent frame of a window, though not in the mask.
     mask = torch.zeros(9, 16, 12)
     mask[8] = 1
-    window = Window([0, 1], 3)
+    part = window([0, 1], 3)
     x = draw(2, 1, 16, 2, 8, 6)
     masked = shown(MODEL, identity(mask=mask))
-    assert torch.equal(call(masked, x, options={"context_window": window}), call(MODEL, x))
-
-
-def Window(frames, total):
-    from comfy.context_windows import IndexListContextWindow
-
-    return IndexListContextWindow(frames, dim=2, total_frames=total)
+    assert torch.equal(call(masked, x, options={"context_window": part}), call(MODEL, x))
 
 
 def test_an_all_one_mask_is_the_unmasked_model():
     expected = sample(shown())
     for mask in (torch.ones(1, 3, 5), torch.ones(9, 16, 12), torch.ones(3, 2, 2)):
         assert torch.equal(sample(shown(MODEL, identity(mask=mask))), expected)
-
-
-def weighed(x, weights, identities, adapter=ADAPTER):
-    """The published model with several references and weights, by the definition, in the host's own blocks."""
-    model = MODEL.clone()
-    rows = []
-    for one in identities:
-        model_with = shown(MODEL, one)
-        call(model_with, x, cleanup=False)
-        cache = patching.parts(model_with, running.KEY).cache
-        rows.append(next(value for key, (_, value) in cache._entries.items() if key[1] == "rows"))
-
-    def patch_of(i):
-        def patch(args, extra):
-            seen = []
-
-            def attention(function, q, k, v, heads, **kwargs):
-                if seen:
-                    return function(q, k, v, heads, **kwargs)
-                seen.append(1)
-                q, k, v = (t.unflatten(-1, (heads, -1)).double() for t in (q, k, v))
-                out = torch.zeros_like(q)
-                for n in range(q.shape[1]):
-                    score = [torch.einsum("bhd,bmhd->bhm", q[:, n], k)]
-                    for row, weight in zip(rows, weights, strict=True):
-                        s = torch.einsum("bhd,bmhd->bhm", q[:, n], row[i][0].double().expand(len(q), -1, -1, -1))
-                        score.append(s + q.shape[-1] ** 0.5 * torch.log(weight[n].double()))
-                    share = (torch.cat(score, -1) / q.shape[-1] ** 0.5).softmax(-1)
-                    values = torch.cat([v, *(row[i][1].double().expand(len(q), -1, -1, -1) for row in rows)], 1)
-                    out[:, n] = torch.einsum("bhm,bmhd->bhd", share, values)
-                return out.flatten(2).float()
-
-            options = {**args["transformer_options"], "optimized_attention_override": attention}
-            return extra["original_block"]({**args, "transformer_options": options})
-
-        return patch
-
-    for i in range(3):
-        model.set_model_patch_replace(patch_of(i), "dit", "double_block", i)
-    return call(model, x)
 
 
 def test_strength_is_an_exact_weight():
@@ -395,28 +281,38 @@ def test_a_mask_a_frame_follows_the_4n_plus_1_rule_and_context_windows():
     masked, x = shown(MODEL, identity(mask=mask)), draw(2, *SHAPE)
     weights = torch.tensor([0.0, 0.5, 0.25]).repeat_interleave(12)
     assert relative(call(masked, x), weighed(x, [weights], [identity()])) < 1e-5
-    options = {"context_window": Window([1, 2], 3)}
-    window = draw(2, 1, 16, 2, 8, 6)
-    expected = weighed(window, [weights[12:]], [identity()])
-    assert relative(call(masked, window, options=options), expected) < 1e-5
+    options = {"context_window": window([1, 2], 3)}
+    part = draw(2, 1, 16, 2, 8, 6)
+    expected = weighed(part, [weights[12:]], [identity()])
+    assert relative(call(masked, part, options=options), expected) < 1e-5
     with pytest.raises(ValueError, match=r"mask has 9 frames and the video has 17 \(5 in the latent\)"):
         call(masked, draw(2, 1, 16, 5, 8, 6))
 
 
 def test_the_host_s_context_windows_see_their_own_frames_of_the_mask():
-    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
-
+    """Two windows of three of the five latent frames, patched before or after the reference."""
     mask = torch.zeros(17, 16, 12)
     mask[9:] = 1
-    for masked in (identity(mask=mask), identity(mask=torch.ones(17, 16, 12)), identity()):
-        for order in (0, 1):
-            model = shown(MODEL, masked) if order else MODEL
-            model = WanContextWindowsManualNode.execute(
-                model, 9, 5, "standard_static", 1, False, "pyramid", False, False
-            ).result[0]
-            model = model if order else shown(model, masked)
-            result = sample(model, shape=(1, 16, 5, 8, 6))
-            assert torch.isfinite(result).all() and not torch.equal(result, sample(MODEL, shape=(1, 16, 5, 8, 6)))
+    weights = method.token_weights(mask, 5, 8, 6, (2, 2))
+    seen = []
+
+    def windowed(model):
+        settings = (9, 5, "standard_static", 1, False, "pyramid", False, False)
+        return WanContextWindowsManualNode.execute(model, *settings).result[0]
+
+    def look(run, x, t, a, b, c, options, **k):
+        references = options.get(running.KEY, {}).get(0)
+        seen.append((options["context_window"].index_list, None if references is None else references[0].weight))
+        return run(x, t, a, b, c, options, **k)
+
+    results = []
+    for model in (windowed(shown(MODEL, identity(mask=mask))), shown(windowed(MODEL), identity(mask=mask))):
+        model.add_wrapper(WrappersMP.APPLY_MODEL, look)
+        results.append(sample(model, shape=(1, 16, 5, 8, 6)))
+    assert torch.equal(*results) and {tuple(frames) for frames, _ in seen} == {(0, 1, 2), (2, 3, 4)}
+    for frames, weight in seen:
+        expected = weights[frames].flatten()
+        assert weight is None if bool((expected == 1).all()) or not expected.any() else torch.equal(weight, expected)
 
 
 def test_start_and_end_percent():
