@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpoi
         loss = objective(0, torch.Generator().manual_seed(3))
         loss.backward()
         seen.update({key: parameter.grad for key, parameter in parameters.items()}, loss=loss.detach())
-        return [float(loss)]
+        return [float(loss.detach())]
 
     monkeypatch.setattr(loop, "train", step)
     trained(model, count=1, gradient_checkpointing=checkpointing)
