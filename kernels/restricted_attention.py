@@ -34,8 +34,9 @@ import torch
 # attention(q, k, v) -> out, all [B, T, H, D], one softmax over the keys
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Queries handled at a time where fp32 copies or scores are held; bounds the memory, not the result.
+# Queries merged at a time, and scores held at a time, in fp32; they bound the memory, not the result.
 _ROWS = 4096
+_SCORES = 1 << 26
 
 
 class Reference(NamedTuple):
@@ -157,7 +158,8 @@ def lse_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _accumulator(q)
     outs, sums = [], []
-    for rows in q.split(_ROWS, dim=1):
+    count = max(1, _SCORES // (q.shape[0] * q.shape[2] * k.shape[1]))
+    for rows in q.split(count, dim=1):
         scores = _scores(rows, k, dtype)
         sums.append(torch.logsumexp(scores, dim=-1).transpose(1, 2))
         outs.append(torch.einsum("bhnm,bmhd->bnhd", torch.softmax(scores, dim=-1), v.to(dtype)).to(q.dtype))

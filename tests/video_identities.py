@@ -104,6 +104,13 @@ def call_loaded(patcher, x, **options):
         patcher.detach()
 
 
+def cached_rows(cache):
+    """The only keys and values in a cache."""
+    (versions,) = [versions for key, (_, versions) in cache._entries.items() if key[1] == "rows"]
+    (rows,) = versions.values()
+    return rows
+
+
 def weighed(x, weights, identities, model=MODEL, **conditions):
     """The model's answer with references and weights [N], in its own blocks, each softmax by the definition."""
     defined = model.clone()
@@ -112,7 +119,7 @@ def weighed(x, weights, identities, model=MODEL, **conditions):
         model_with = shown(model, one)
         call(model_with, x, cleanup=False, **conditions)
         cache = patching.parts(model_with, running.KEY).cache
-        rows.append(next(value for key, (_, value) in cache._entries.items() if key[1] == "rows"))
+        rows.append(cached_rows(cache))
         cache.clear()
 
     def patch_of(i):

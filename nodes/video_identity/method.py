@@ -30,7 +30,8 @@ class AdapterError(ValueError):
     """Weights that are no video identity adapter, or one for another model; names key, expected and found shape."""
 
 
-@dataclass(frozen=True, eq=False)
+# Without their own repr: the host writes a failing node's inputs into its report.
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """up(down(x)), without a scale: B_q A_q X_I in the paper. down: [rank, in], up: [out, rank]."""
 
@@ -42,7 +43,7 @@ class LowRank:
         return torch.nn.functional.linear(hidden, self.up.to(x))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockUpdates:
     """What the image branch adds to one block's projections."""
 
@@ -51,7 +52,7 @@ class BlockUpdates:
     v: LowRank
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VideoAdapter:
     """The updates of every block, in order. One object is one adapter: two loads of a file are two."""
 
@@ -161,7 +162,7 @@ def _low_rank(matrices: Mapping, block: int, projection: str, width: int) -> Low
     return LowRank(found["down"], found["up"])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Identity:
     """One reference and how it acts.
 
@@ -312,19 +313,29 @@ class ReferenceCache:
     Safe under threads: one fills while the others wait.
     """
 
+    # Weights that change with the step make a version each: the two halves of CFG may have one of their own.
+    VERSIONS = 2
+
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._entries: dict[tuple, tuple[weakref.ref, Any]] = {}
+        self._entries: dict[tuple, tuple[weakref.ref, dict[tuple, Any]]] = {}
 
-    def get(self, owner: Any, key: tuple, fill: Callable[[], Any]) -> Any:
-        """The value under (owner, key), by `fill` where there is none. What `fill` raises leaves no entry."""
+    def get(self, owner: Any, key: tuple, fill: Callable[[], Any], version: tuple = ()) -> Any:
+        """The value of (owner, key) in this version, by `fill` where there is none.
+
+        What `fill` raises leaves no entry. Of one key the newest VERSIONS are kept.
+        """
         with self._lock:
             entry = self._entries.get((id(owner), *key))
             # An id alone could be that of a model which is gone.
-            if entry is None or entry[0]() is not owner:
-                entry = (weakref.ref(owner), fill())
-                self._entries[(id(owner), *key)] = entry
-            return entry[1]
+            versions = entry[1] if entry is not None and entry[0]() is owner else {}
+            if version not in versions:
+                value = fill()
+                while len(versions) >= self.VERSIONS:
+                    del versions[next(iter(versions))]
+                versions[version] = value
+                self._entries[(id(owner), *key)] = (weakref.ref(owner), versions)
+            return versions[version]
 
     def clear(self) -> None:
         with self._lock:

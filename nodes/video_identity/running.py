@@ -148,7 +148,7 @@ class VideoIdentities:
         rope = options.get("rope_options") or {}
         key = (
             "rows", identity.digest, identity.adapter, identity.config.blocks, height, width, dtype, x.device,
-            tuple(sorted(rope.items())), _weights_state(base),
+            tuple(sorted(rope.items())),
         )
         keep = method.kept_blocks(identity.config, len(base.diffusion_model.blocks))
 
@@ -157,7 +157,7 @@ class VideoIdentities:
             latent = base.process_latent_in(identity.latent.clone()).to(x.device)
             return reference_rows(base, identity.adapter, latent, keep, (height, width), options)
 
-        return self.cache.get(base, key, compute)
+        return self.cache.get(base, key, compute, _weights_state(base))
 
     def _weight(self, base, identity, x, options, conditions) -> torch.Tensor | None:
         """The weight of each token of this call, [N], or None for the published 1 everywhere."""
@@ -203,8 +203,9 @@ def _acts(identity: Identity, base: Any, t: torch.Tensor) -> bool:
 
 def _weights_state(base: Any) -> tuple:
     """What tells today's weights of a model from others that it may hold: its LoRAs and scheduled hooks."""
-    patcher = base.current_patcher
-    return getattr(base, "current_weight_patches_uuid", None), getattr(patcher, "current_hooks", None)
+    hooks = getattr(base.current_patcher, "current_hooks", None)
+    scheduled = () if hooks is None else tuple((hook, hook.strength) for hook in hooks.hooks)
+    return getattr(base, "current_weight_patches_uuid", None), scheduled
 
 
 def token_grid(network: Any, x: torch.Tensor) -> tuple[int, int]:

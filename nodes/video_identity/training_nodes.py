@@ -139,6 +139,6 @@ def _check_references(pictures: Sequence[torch.Tensor]) -> None:
     shapes = {tuple(picture.shape[1:]) for picture in pictures}
     if len(shapes) > 1 or next(iter(shapes))[1] != 1:
         raise ValueError(
-            f"references have the shapes {sorted(shapes)}: give single pictures of one size, as Prepare Reference "
-            "makes them"
+            f"references have the shapes {sorted(shapes)}: give single pictures of one size, as a list, since VAE "
+            "Encode takes a batch of pictures for a video"
         )

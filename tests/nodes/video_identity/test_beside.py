@@ -18,6 +18,7 @@ from video_identities import (
     ADAPTER,
     MODEL,
     SHAPE,
+    cached_rows,
     call,
     call_loaded,
     draw,
@@ -57,7 +58,7 @@ def test_every_relative_sees_the_published_rows(name):
     patched = shown(model, one)
     result = call(patched, x, cleanup=False, **conditions)
     cache = patching.parts(patched, running.KEY).cache
-    rows = next(value for key, (_, value) in cache._entries.items() if key[1] == "rows")
+    rows = cached_rows(cache)
     cache.clear()
 
     network = model.model.diffusion_model

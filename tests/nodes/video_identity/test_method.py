@@ -192,6 +192,8 @@ def test_the_cache_publishes_only_what_is_complete_and_never_another_s():
     def fails():
         raise RuntimeError("stopped")
 
+    cache.get(second, ("z",), lambda: 0)
+    cache.clear()
     with pytest.raises(RuntimeError):
         cache.get(first, ("a",), fails)
     assert len(cache) == 0
@@ -202,6 +204,13 @@ def test_the_cache_publishes_only_what_is_complete_and_never_another_s():
     assert cache.get(second, ("a",), lambda: 4) == 4
     cache.clear()
     assert len(cache) == 0 and cache.get(first, ("a",), lambda: 5) == 5
+
+
+def test_the_cache_keeps_two_versions_of_a_key():
+    cache, owner, filled = method.ReferenceCache(), Owner(), []
+    for version in (1, 2, 1, 2, 3, 3, 2, 1):
+        assert cache.get(owner, ("a",), lambda v=version: filled.append(v) or v, (version,)) == version
+    assert filled == [1, 2, 3, 1] and len(cache) == 1
 
 
 def test_the_cache_fills_once_under_threads():

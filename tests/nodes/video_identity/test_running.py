@@ -100,7 +100,7 @@ def test_the_reference_passes_once_a_run_and_the_cache_changes_no_bit(prefills, 
     result = sample(model)
     assert len(prefills) == 1 and len(patching.parts(model, running.KEY).cache) == 0
     assert torch.equal(sample(model), result) and len(prefills) == 2
-    monkeypatch.setattr(method.ReferenceCache, "get", lambda self, owner, key, fill: fill())
+    monkeypatch.setattr(method.ReferenceCache, "get", lambda self, owner, key, fill, *_version: fill())
     assert torch.equal(sample(model), result)
     assert len(prefills) == 2 + 3  # once a step: both halves of CFG are one call
 
@@ -134,6 +134,40 @@ def test_another_reference_size_or_weight_is_never_stale(prefills):
     assert torch.equal(call_loaded(patched, x, cleanup=False), call_loaded(lora(shown()), x))
     MODEL.unpatch_model(tiny_model.CPU)
     assert torch.equal(call_loaded(model, x), first)
+
+
+def test_scheduled_weights_are_never_stale(prefills):
+    """A hook whose strength goes by keyframes changes the model's weights in mid-run."""
+    class Hook:
+        strength = 0.0
+
+    model, hook = shown(), Hook()
+    model.current_hooks = type("Group", (), {"hooks": [hook]})()
+    for strength in (0.0, 0.5, 0.5, 1.0):
+        hook.strength = strength
+        call(model, draw(2, *SHAPE), cleanup=False)
+    assert len(prefills) == 3 and len(patching.parts(model, running.KEY).cache) == 1
+
+
+def test_odd_sizes_are_padded_as_the_host_pads():
+    """7 x 5 cells are 4 x 3 tokens; so is the reference's 5 x 3 padded to 3 x 2."""
+    for shape in ((1, 16, 2, 7, 5), (2, 16, 1, 1, 1)):
+        x, one = draw(2, *shape), identity(latent=reference(1, 5, 3))
+        tokens = shape[2] * -(-shape[3] // 2) * -(-shape[4] // 2)
+        result = call(shown(MODEL, one), x)
+        assert result.shape == shape and relative(result, weighed(x, [torch.ones(tokens)], [one])) < 1e-5
+
+
+def test_two_experts_each_with_their_own_adapter(prefills):
+    """Wan 2.2: one run on the model for high noise, then one on that for low noise."""
+    low = tiny_model.wan(seed=7)
+    low_adapter = method.adapter_from(tiny_model.video_adapter(low, seed=7))
+    models = shown(), shown(low, identity(adapter=low_adapter))
+    grid = comfy.samplers.calculate_sigmas(MODEL.model.model_sampling, "simple", 4)
+    first = sample(models[0], sigmas=grid[:3])
+    result = sample(models[1], sigmas=grid[2:], latent=first)
+    assert len(prefills) == 2 and torch.isfinite(result).all()
+    assert not torch.equal(result, sample(low, sigmas=grid[2:], latent=first))
 
 
 def test_two_hundred_runs_by_turns_differ_in_no_bit():
