@@ -209,7 +209,8 @@ def test_what_does_not_fit_is_refused_before_sampling_even_at_strength_zero(mode
 def test_real_configurations_take_the_published_adapter():
     """On the meta device: the blocks, width and keys of Wan 2.1 14B, as the official file has them."""
     for name, blocks, width in (("Wan 2.1 1.3B", 30, 1536), ("Wan 2.1 14B", 40, 5120)):
-        network = real_configurations.build(name).diffusion_model
+        base = real_configurations.build(name)
+        network = base.diffusion_model
         tensors = {
             method.weight_key(i, p, part): torch.empty(shape, device="meta", dtype=torch.float16)
             for i in range(blocks) for p in "qkv" for part, shape in (("down", (128, width)), ("up", (width, 128)))
@@ -224,6 +225,9 @@ def test_real_configurations_take_the_published_adapter():
         adapter.check(network.dim, len(network.blocks))
         if blocks == 40:
             assert sum(tensor.numel() for tensor in adapter.tensors().values()) == 157_286_400
+            # A 512 x 512 reference: 40 blocks, K and V of 1,024 tokens, 5,120 channels of two bytes.
+            reference = method.identity(adapter, torch.ones(1, 16, 1, 64, 64), VideoIdentityConfig())
+            assert running.VideoIdentities((reference,)).cache_bytes(base) == 800 << 20
         assert type(network).__name__ in running.VERIFIED
 
 
