@@ -168,7 +168,9 @@ class VideoIdentities:
             # One number serves however many tokens the call has.
             return torch.full((1,), strength)
         window = options.get("context_window")
-        sliced = window is not None and getattr(window, "total_frames", 0) > 0 and window.dim == 2
+        if window is not None and window.dim != 2:
+            raise ValueError("mask cannot follow context windows over height or width: window the frames, or no mask")
+        sliced = window is not None and getattr(window, "total_frames", 0) > 0
         frames = window.total_frames if sliced else x.shape[2]
         patch = base.diffusion_model.patch_size
         key = ("weights", identity, frames, *x.shape[-2:])
