@@ -7,11 +7,23 @@ from .frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, Unders
 from .frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
 from .puppets import theatre
 from .puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
+from .video_identity.nodes import (
+    UnderstudyApplyVideoIdentity,
+    UnderstudyLoadVideoIdentityAdapter,
+    UnderstudyPrepareReference,
+    UnderstudySaveVideoIdentityAdapter,
+)
+from .video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
 
 METHOD_NODES: list[type[io.ComfyNode]] = [
     UnderstudyFrequencyGuidanceSampler,
     UnderstudyStepwisePrompt,
     UnderstudyTrainSourceDrivingPair,
+    UnderstudyPrepareReference,
+    UnderstudyLoadVideoIdentityAdapter,
+    UnderstudyApplyVideoIdentity,
+    UnderstudyTrainVideoIdentityAdapter,
+    UnderstudySaveVideoIdentityAdapter,
 ]
 
 THEATRE_NODES: list[type[io.ComfyNode]] = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_patcher
@@ -27,6 +27,41 @@ def with_compute_dtype(model: comfy.model_patcher.ModelPatcher, dtype: torch.dty
     patcher = model.clone()
     patcher.set_model_compute_dtype(dtype)
     return patcher
+
+
+def with_sampling_parts(
+    model: comfy.model_patcher.ModelPatcher,
+    key: str,
+    wrappers: Mapping[str, Callable],
+    callbacks: Mapping[str, Callable],
+    attachment: Any,
+    blocks: Mapping[int, Callable[[Any], Callable]],
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` with these parts under `key`, in place of those that it had there.
+
+    wrappers and callbacks go by the host's kinds; `attachment` is what `parts(model, key)` finds again.
+    blocks[i](earlier) makes what stands for transformer block i; `earlier` is the patch there before, or None,
+    and is called by the new one. A patch that is `key`'s own already stays.
+    """
+    patcher = model.clone()
+    for kind, wrapper in wrappers.items():
+        patcher.remove_wrappers_with_key(kind, key)
+        patcher.add_wrapper_with_key(kind, key, wrapper)
+    for kind, callback in callbacks.items():
+        patcher.remove_callbacks_with_key(kind, key)
+        patcher.add_callback_with_key(kind, key, callback)
+    patcher.set_attachments(key, attachment)
+    replaced = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
+    for index, make in blocks.items():
+        earlier = replaced.get(("double_block", index))
+        if getattr(earlier, "key", None) != key:
+            patcher.set_model_patch_replace(make(earlier), "dit", "double_block", index)
+    return patcher
+
+
+def parts(model: comfy.model_patcher.ModelPatcher, key: str) -> Any:
+    """What `with_sampling_parts` attached under `key`, or None."""
+    return model.get_attachment(key)
 
 
 def guide_denoised(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.samplers.Sampler:

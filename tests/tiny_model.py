@@ -71,6 +71,60 @@ def video(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     return _patcher(lambda: config.get_model({}, device=CPU), torch.float32, seed)
 
 
+_WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 3,
+    "in_dim": 16, "out_dim": 16, "freq_dim": 32, "text_dim": CONTEXT, "text_len": 8, "patch_size": (1, 2, 2),
+    "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+}
+_WAN_KINDS = {
+    "t2v": ("WAN21_T2V", {}),
+    "i2v": ("WAN21_I2V", {"model_type": "i2v", "in_dim": 36}),
+    "fun": ("WAN21_T2V", {"in_dim_ref_conv": 16}),
+    "camera": ("WAN21_Camera", {"model_type": "camera", "in_dim": 32}),
+    "vace": ("WAN21_Vace", {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
+    "wan2.2 5B": ("WAN22_T2V", {"in_dim": 48, "out_dim": 48}),
+    "causal": ("WAN21_CausalAR_T2V", {}),
+    "humo": ("WAN21_HuMo", {"model_type": "humo", "audio_token_num": 4}),
+}
+
+
+def wan(
+    kind: str = "t2v", seed: int = 0, dtype=torch.float32, compute=None, operations=None, **config
+) -> comfy.model_patcher.ModelPatcher:
+    """A Wan transformer of three blocks, its attention far from uniform; latents [B, 16 or 48, T, H, W]."""
+    name, more = _WAN_KINDS[kind]
+    config = getattr(comfy.supported_models, name)({**_WAN, **more, "dtype": dtype, **config})
+    config.custom_operations = operations
+    config.set_inference_dtype(dtype, compute)
+    model = config.get_model({}, device=CPU).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("modulation"):
+            value = 0.5 * value
+        elif parameter.ndim == 1:
+            value = 0.1 * value + ("norm" in name and name.endswith("weight")) * 2.0
+        else:
+            value = value / parameter[0].numel() ** 0.5
+        parameter.data = value.to(parameter.dtype)
+        parameter.requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+def video_adapter(model: comfy.model_patcher.ModelPatcher, rank: int = 4, seed: int = 0, scale: float = 0.5) -> dict:
+    """Random weights of a video identity adapter for this Wan model, by their published names."""
+    network = model.model.diffusion_model
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for i in range(len(network.blocks)):
+        for name in "qkv":
+            stem = f"blocks.{i}.self_attn.{name}_loras"
+            down = torch.randn(rank, network.dim, generator=generator)
+            tensors[f"{stem}.down.weight"] = down / network.dim**0.5
+            tensors[f"{stem}.up.weight"] = scale * torch.randn(network.dim, rank, generator=generator)
+    return tensors
+
+
 def as_loaded(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """`model` as the host's loaders leave it: its weights are inference tensors."""
     with torch.inference_mode():

@@ -57,8 +57,14 @@ class Denoiser:
             condition.cond = _outside_inference(condition.cond)
         return conditions
 
-    def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[dict]) -> torch.Tensor:
-        """The denoised estimate [B, C, ...] of B latents at sigma [B], in one forward pass, in fp32."""
+    def denoise(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[dict],
+        extra: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The denoised estimate [B, C, ...] of B latents at sigma [B], in one forward pass, in fp32.
+
+        `extra` goes beside the patcher's own transformer_options.
+        """
         batched = comfy.samplers.cond_cat(
             [{key: value.process_cond(batch_size=1, area=None) for key, value in c.items()} for c in conditions],
             device=self.device,
@@ -66,7 +72,7 @@ class Denoiser:
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)["transformer_options"]
         options |= {
             "cond_or_uncond": [0] * len(conditions), "sigmas": sigma,
-            "optimized_attention_override": _attention_with_gradient,
+            "optimized_attention_override": _attention_with_gradient, **(extra or {}),
         }
         return self.model.apply_model(noisy, sigma, transformer_options=options, **batched)
 

@@ -1,0 +1,124 @@
+"""The reference as the adapter was trained on it: a square around the face, white where the person is not.
+
+Source: Stand-In (arXiv 2508.07901): the largest face, its box half as long again, 512 x 512, white background. Faces
+and masks come from the host's own nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .config import ReferenceConfig
+
+# Published: a box this near to all four edges fills the picture, which is then taken whole.
+_BORDER = 10
+_WHITE = 1.0
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+def prepare(
+    images: torch.Tensor, config: ReferenceConfig, mask: torch.Tensor | None = None, bboxes: Any = None
+) -> tuple[torch.Tensor, list[str]]:
+    """[B, size, size, 3] of images [B, H, W, 1 to 4] in 0..1, and a message for each picture that was taken whole.
+
+    mask: [1 or B, H, W], 1 where the person is; without boxes its extent is the box. bboxes: the host's, a box or,
+    for each picture, a list of boxes of which the largest counts. Alpha is dropped, grey becomes colour.
+    Raises ValueError, naming the input, for what is no picture, box or mask.
+    """
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"image has shape {tuple(images.shape)}: connect pictures, [B, H, W, 3]")
+    if mask is not None:
+        mask = _fitted_mask(mask, images)
+    results, messages = [], []
+    for i, picture in enumerate(images.float()):
+        picture = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
+        own = None if mask is None else mask[min(i, len(mask) - 1)]
+        box, message = _box(_boxes_of(bboxes, i), own, bboxes is not None)
+        if own is not None and bool((own > 0.5).any()):
+            picture = picture * own[..., None] + _WHITE * (1 - own[..., None])
+        elif own is not None:
+            message = "the mask is empty, so the background stays" + ("; " + message if message else "")
+        results.append(_square(_crop(picture, box, config.crop_factor), config.size))
+        if message:
+            messages.append(f"picture {i + 1}: {message}" if len(images) > 1 else message)
+    return torch.stack(results), messages
+
+
+def _fitted_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+    if mask.ndim != 3 or mask.shape[0] not in (1, images.shape[0]):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} for {images.shape[0]} pictures: connect one mask, or one a picture"
+        )
+    mask = mask.float().clamp(0, 1)
+    if mask.shape[1:] != images.shape[1:3]:
+        mask = torch.nn.functional.interpolate(mask[:, None], images.shape[1:3], mode="bilinear").squeeze(1)
+    return mask
+
+
+def _boxes_of(bboxes: Any, index: int) -> Sequence[Mapping[str, float]]:
+    """The boxes of one picture: the host gives one dict, a list of them, or a list of lists."""
+    if bboxes is None:
+        return ()
+    if isinstance(bboxes, Mapping):
+        return (bboxes,)
+    if len(bboxes) == 0:
+        return ()
+    if isinstance(bboxes[0], Mapping):
+        return bboxes
+    return bboxes[min(index, len(bboxes) - 1)] or ()
+
+
+def _box(boxes: Sequence[Mapping[str, float]], mask: torch.Tensor | None, asked: bool) -> tuple[Box | None, str]:
+    """The box to crop around, or None for the whole picture, and why."""
+    if boxes:
+        try:
+            largest = max(boxes, key=lambda box: box["width"] * box["height"])
+            x, y, width, height = (float(largest[name]) for name in ("x", "y", "width", "height"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("bboxes hold no x, y, width and height: connect a face detector's boxes") from error
+        if width > 0 and height > 0:
+            return (x, y, x + width, y + height), ""
+        return None, "the face's box is empty, so the whole picture is used, padded to a square"
+    if asked:
+        return None, "no face was found, so the whole picture is used, padded to a square"
+    if mask is None:
+        return None, "there is neither a face nor a mask, so the whole picture is used, padded to a square"
+    rows, columns = ((mask > 0.5).any(axis).nonzero().flatten() for axis in (1, 0))
+    if len(rows) == 0:
+        return None, "the whole picture is used, padded to a square"
+    return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)), ""
+
+
+def _crop(picture: torch.Tensor, box: Box | None, factor: float) -> torch.Tensor:
+    """The square around the box's middle, cut at the picture's edges; the whole picture without a box."""
+    if box is None:
+        return picture
+    height, width = picture.shape[:2]
+    left, top, right, bottom = box
+    if left <= _BORDER and top <= _BORDER and right >= width - _BORDER and bottom >= height - _BORDER:
+        return picture
+    half = max(right - left, bottom - top) * factor / 2
+    middle = (left + right) / 2, (top + bottom) / 2
+    x = [min(max(round(middle[0] + side), 0), width) for side in (-half, half)]
+    y = [min(max(round(middle[1] + side), 0), height) for side in (-half, half)]
+    if x[0] >= x[1] or y[0] >= y[1]:
+        raise ValueError("the face's box lies outside the picture: connect the boxes of this very picture")
+    return picture[y[0] : y[1], x[0] : x[1]]
+
+
+def _square(picture: torch.Tensor, size: int) -> torch.Tensor:
+    """[size, size, 3]: white bars on the shorter sides, then resized with every pixel counted."""
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    canvas = picture.new_full((side, side, 3), _WHITE)
+    y, x = (side - height) // 2, (side - width) // 2
+    canvas[y : y + height, x : x + width] = picture
+    resized = torch.nn.functional.interpolate(
+        canvas.movedim(-1, 0)[None], (size, size), mode="bilinear", antialias=True
+    )
+    return resized[0].movedim(0, -1).clamp(0, 1)

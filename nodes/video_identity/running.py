@@ -1,0 +1,360 @@
+"""Video identity inside a sampling run: what the host calls, and when the reference is computed.
+
+Before each call of the model the references' keys and values are looked up, or computed once and kept until the run
+ends. They travel in `transformer_options` to the blocks, whose first attention, the self-attention, then sees them.
+Nothing of the model is replaced: its own blocks run with an attention function around the user's.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.ldm.common_dit
+import comfy.ldm.wan.model
+import comfy.model_management
+import torch
+from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from ...kernels import restricted_attention
+from ...kernels.restricted_attention import Reference
+from .. import patching
+from . import method
+from .method import Identity
+
+KEY = "understudy_video_identity"
+_OVERRIDE = "optimized_attention_override"
+
+# Tested with tiny weights; other relatives of WanModel run with a note, and those listed below cannot.
+VERIFIED = ("WanModel", "VaceWanModel", "CameraWanModel")
+# It runs its blocks from a cache of its own, past the host's block patches.
+REFUSED = ("CausalWanModel",)
+
+# Schedules and percents round differently; a step that lies on a limit counts as on it.
+_SIGMA_TOLERANCE = 1e-5
+
+
+def apply(model: Any, identity: Identity) -> Any:
+    """A clone of `model` that shows the identity, beside those which it shows already; `model` if it does nothing.
+
+    Raises ValueError, naming the input and the fix, where model, adapter, reference and blocks do not fit together.
+    """
+    network = wan_network(model)
+    identity.adapter.check(network.dim, len(network.blocks))
+    method.kept_blocks(identity.config, len(network.blocks))
+    channels = model.model.latent_format.latent_channels
+    if identity.latent.shape[1] != channels:
+        raise ValueError(
+            f"reference has {identity.latent.shape[1]} channels and the model's latents have {channels}: encode it "
+            "with the VAE of this model"
+        )
+    if identity.mask is not None and type(network).__name__ not in VERIFIED:
+        raise ValueError(f"masks are not known to fit a {type(network).__name__}: disconnect `mask`")
+    if identity.off:
+        return model
+    earlier = patching.parts(model, KEY)
+    identities = VideoIdentities((*(earlier.identities if earlier else ()), identity))
+    return patching.with_sampling_parts(
+        model,
+        KEY,
+        {WrappersMP.APPLY_MODEL: identities.apply_model, WrappersMP.PREPARE_SAMPLING: identities.prepare_sampling},
+        {CallbacksMP.ON_CLEANUP: identities.cleanup},
+        identities,
+        _block_patches(network),
+    )
+
+
+def extended(model: Any) -> Any:
+    """A clone of `model` whose blocks see what a call brings under KEY; nothing is brought by itself."""
+    return patching.with_sampling_parts(model, KEY, {}, {}, None, _block_patches(wan_network(model)))
+
+
+def wan_network(model: Any) -> Any:
+    """The Wan transformer of a MODEL. Raises ValueError where it is none whose attention can be extended."""
+    network = model.get_model_object("diffusion_model")
+    name = type(network).__name__
+    if not isinstance(network, comfy.ldm.wan.model.WanModel):
+        raise ValueError(f"model is a {name}, and the video identity adapter needs a Wan video model: connect one")
+    if name in REFUSED:
+        raise ValueError(f"a {name} does not let its attention be extended: connect a Wan T2V, I2V or VACE model")
+    if name not in VERIFIED:
+        logging.warning("Understudy: the video identity adapter is not verified with %s", name)
+    return network
+
+
+class VideoIdentities:
+    """The references of one patched model, in the order of its nodes, and what was computed for them in this run."""
+
+    def __init__(self, identities: tuple[Identity, ...]):
+        self.identities = identities
+        self.cache = method.ReferenceCache()
+
+    def cleanup(self, _patcher: Any) -> None:
+        """The host's ON_CLEANUP: nothing outlives a run."""
+        self.cache.clear()
+
+    def prepare_sampling(self, executor, model, noise_shape, *args, **kwargs):
+        """The host's PREPARE_SAMPLING: the estimate of memory grows by the cache, as columns of the latent."""
+        shape = list(noise_shape)
+        if len(shape) == 5:
+            # The width, since context windows overwrite the frames.
+            column = model.model.memory_required([1, *shape[1:-1], 1])
+            shape[-1] += math.ceil(self.cache_bytes(model.model) / column)
+        return executor(model, shape, *args, **kwargs)
+
+    def cache_bytes(self, base: Any) -> int:
+        """What the keys and values of every reference take."""
+        network = base.diffusion_model
+        total = 0
+        for identity in self.identities:
+            rows = math.prod(-(-n // p) for n, p in zip(identity.latent.shape[2:], network.patch_size, strict=True))
+            blocks = len(method.kept_blocks(identity.config, len(network.blocks)))
+            total += 2 * blocks * rows * network.dim * base.get_dtype_inference().itemsize
+        return total
+
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
+    ):
+        """The host's APPLY_MODEL: hand each block its references, or leave a call alone that none acts in."""
+        base = executor.class_obj
+        acting = [identity for identity in self.identities if _acts(identity, base, t)]
+        references = self._references(base, acting, x, transformer_options, kwargs) if acting else {}
+        if references:
+            transformer_options = {**transformer_options, KEY: references}
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    def _references(self, base, identities, x, options, conditions) -> dict[int, tuple[Reference, ...]]:
+        """Each block's references for this call; a reference without weight anywhere in it is left out."""
+        blocks: dict[int, list[Reference]] = {}
+        for identity in identities:
+            weight = self._weight(base, identity, x, options, conditions)
+            if weight is not None:
+                if not weight.any():
+                    continue
+                weight = weight.to(x.device)
+            for i, (k, v) in self._rows(base, identity, x, options).items():
+                blocks.setdefault(i, []).append(Reference(k, v, weight))
+        return {i: tuple(references) for i, references in blocks.items()}
+
+    def _rows(self, base, identity, x, options) -> method.Rows:
+        """Keys and values of a reference at the size of this video, from the cache or computed now."""
+        height, width = token_grid(base.diffusion_model, x)
+        dtype = base.get_dtype_inference()
+        rope = options.get("rope_options") or {}
+        key = (
+            "rows", identity.digest, identity.adapter, identity.config.blocks, height, width, dtype, x.device,
+            tuple(sorted(rope.items())),
+        )
+        keep = method.kept_blocks(identity.config, len(base.diffusion_model.blocks))
+
+        def compute() -> method.Rows:
+            # Copied, since a latent format may work in place.
+            latent = base.process_latent_in(identity.latent.clone()).to(x.device)
+            return reference_rows(base, identity.adapter, latent, keep, (height, width), options)
+
+        return self.cache.get(base, key, compute, _weights_state(base))
+
+    def _weight(self, base, identity, x, options, conditions) -> torch.Tensor | None:
+        """The weight of each token of this call, [N], or None for the published 1 everywhere."""
+        strength = identity.config.strength
+        if identity.mask is None:
+            if strength == 1:
+                return None
+            # One number serves however many tokens the call has.
+            return torch.full((1,), strength)
+        window = options.get("context_window")
+        if window is not None and window.dim != 2:
+            raise ValueError("mask cannot follow context windows over height or width: window the frames, or no mask")
+        sliced = window is not None and getattr(window, "total_frames", 0) > 0
+        frames = window.total_frames if sliced else x.shape[2]
+        patch = base.diffusion_model.patch_size
+        key = ("weights", identity, frames, *x.shape[-2:])
+        # On the CPU, where a look at them does not wait for the device.
+        weights = self.cache.get(
+            base, key, lambda: method.token_weights(identity.mask, frames, *x.shape[-2:], patch[1:])
+        )
+        if sliced:
+            weights = window.get_tensor(weights, weights.device, dim=0)
+        if weights.shape[0] != x.shape[2]:
+            raise ValueError(
+                f"mask covers {weights.shape[0]} latent frames and the model was given {x.shape[2]}: connect a mask "
+                "of one frame, or sample without inserted guide frames"
+            )
+        if strength == 1 and bool((weights == 1).all()):
+            return None
+        leading, trailing = _other_tokens(base.diffusion_model, x, conditions)
+        video = weights.flatten()
+        # Tokens that are no place in the video weigh as the video does on average: all or nothing stays so.
+        mean = weights.mean().reshape(1)
+        return strength * torch.cat([mean.expand(leading), video, mean.expand(trailing)])
+
+
+def _acts(identity: Identity, base: Any, t: torch.Tensor) -> bool:
+    if identity.config.every_step:
+        return True
+    sampling = base.model_sampling
+    start = sampling.percent_to_sigma(identity.config.start_percent) * (1 + _SIGMA_TOLERANCE)
+    end = sampling.percent_to_sigma(identity.config.end_percent) * (1 + _SIGMA_TOLERANCE)
+    return start >= float(t.max()) > end
+
+
+def _weights_state(base: Any) -> tuple:
+    """What tells today's weights of a model from others that it may hold: its LoRAs and scheduled hooks."""
+    hooks = getattr(base.current_patcher, "current_hooks", None)
+    scheduled = () if hooks is None else tuple((hook, hook.strength) for hook in hooks.hooks)
+    return getattr(base, "current_weight_patches_uuid", None), scheduled
+
+
+def token_grid(network: Any, x: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of tokens in a frame of x [B, C, T, H, W], after the model's padding."""
+    if x.ndim != 5:
+        raise ValueError(f"the video identity adapter needs a video latent, and this model's is {tuple(x.shape)}")
+    return -(-x.shape[-2] // network.patch_size[1]), -(-x.shape[-1] // network.patch_size[2])
+
+
+def _other_tokens(network: Any, x: torch.Tensor, conditions: Mapping[str, Any]) -> tuple[int, int]:
+    """How many tokens the model puts before and after those of the video."""
+    height, width = token_grid(network, x)
+    leading = trailing = 0
+    if network.ref_conv is not None and conditions.get("reference_latent") is not None:
+        # Fun Control's start reference: one frame, of its own size.
+        size = conditions["reference_latent"].shape[-2:]
+        leading = (size[0] // network.patch_size[1]) * (size[1] // network.patch_size[2])
+    if conditions.get("time_dim_concat") is not None:  # Phantom
+        trailing += conditions["time_dim_concat"].shape[2] * height * width
+    for latent in conditions.get("context_latents") or []:
+        rows, columns = token_grid(network, latent)
+        trailing += latent.shape[2] * rows * columns
+    return leading, trailing
+
+
+def reference_rows(
+    base: Any, adapter: method.VideoAdapter, latent: torch.Tensor, keep: frozenset[int], size: tuple[int, int],
+    options: Mapping[str, Any],
+) -> method.Rows:
+    """K and V of references [B, C, 1, h, w] in the model's space, beside a video `size` tokens high and wide.
+
+    `options` are the call's transformer_options, of which scaled rotary positions and the user's attention count.
+    """
+    network = base.diffusion_model
+    channels = network.patch_embedding.weight.shape[1]
+    if latent.shape[1] < channels:
+        # Ours: image-to-video models read a mask and a picture beside the latent; a reference has neither.
+        latent = torch.nn.functional.pad(latent, (0, 0, 0, 0, 0, 0, 0, channels - latent.shape[1]))
+    latent = comfy.ldm.common_dit.pad_to_patch_size(latent, network.patch_size)
+    rows = latent.shape[-2] // network.patch_size[1], latent.shape[-1] // network.patch_size[2]
+    rope = options.get("rope_options") or {}
+    positions = method.reference_positions(*rows, *_end_of_video(size, rope))
+    # The host adds these to the video's positions; what counts is how far the reference is from it.
+    positions += torch.tensor([rope.get(f"shift_{axis}", 0.0) for axis in "tyx"])
+    rotation = network.rope_embedder(positions.to(latent.device)).movedim(1, 2)
+    host = _WanHost(rotation, options.get(_OVERRIDE))
+    return method.prefill(network, adapter, latent, base.get_dtype_inference(), keep, host)
+
+
+def _end_of_video(size: tuple[int, int], rope: Mapping[str, float]) -> Sequence[float]:
+    """H_V and W_V in the positions that the video takes, which a scaled rotary embedding stretches."""
+    return [(n - 1) * rope.get(f"scale_{axis}", 1.0) + 1 for n, axis in zip(size, "yx", strict=True)]
+
+
+class _WanHost:
+    """What method.prefill borrows from ComfyUI; the user's own attention, as everywhere."""
+
+    def __init__(self, rotation: torch.Tensor, override: Any):
+        self.rotation = rotation
+        self.options = {} if override is None else {_OVERRIDE: override}
+
+    def cast(self, parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return comfy.model_management.cast_to(parameter, dtype=like.dtype, device=like.device)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        return apply_rope1(x, self.rotation)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = optimized_attention(
+            q.flatten(2), k.flatten(2), v.flatten(2), heads=q.shape[2], transformer_options=self.options
+        )
+        return out.unflatten(-1, q.shape[2:])
+
+    def check(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _block_patches(network: Any) -> dict[int, Any]:
+    return {i: functools.partial(BlockPatch, i) for i in range(len(network.blocks))}
+
+
+class BlockPatch:
+    """What stands for one transformer block: the block itself, or an earlier patch of it, with more to attend to.
+
+    It holds no tensor and knows no run, so a patched model may be cached, cloned and compiled.
+    """
+
+    key = KEY
+
+    def __init__(self, index: int, earlier: Any):
+        self.index = index
+        self.earlier = earlier
+
+    def __call__(self, args: dict, extra: dict) -> dict:
+        options = args["transformer_options"]
+        references = options.get(KEY, {}).get(self.index)
+        if references is None:
+            return self._inner(args, extra)
+        options = dict(options)
+        # A second patch of ours further in, under someone else's, must not add the references again.
+        del options[KEY]
+        attention = RestrictedAttention(references, options.get(_OVERRIDE))
+        options[_OVERRIDE] = attention
+        out = self._inner({**args, "transformer_options": options}, extra)
+        attention.period = attention.uses
+        if not attention.uses:
+            raise RuntimeError(
+                f"block {self.index} of this model did not use the host's attention, so the identity could not act: "
+                "remove the node or extension that replaces the model's self-attention"
+            )
+        return out
+
+    def _inner(self, args: dict, extra: dict) -> dict:
+        return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
+
+
+class RestrictedAttention:
+    """The host's attention override of one block in one call: its first use is the self-attention of the video.
+
+    A checkpointed block runs again in the backward pass and uses it as often once more: `period` uses are one run.
+    """
+
+    def __init__(self, references: tuple[Reference, ...], earlier: Any):
+        self.references = references
+        self.earlier = earlier
+        self.uses = 0
+        self.period = 0
+
+    def __call__(self, function, q, k, v, heads, *args, **kwargs):
+        def users_own(q, k, v):
+            if self.earlier is None:
+                return function(q, k, v, heads, *args, **kwargs)
+            return self.earlier(function, q, k, v, heads, *args, **kwargs)
+
+        first = self.uses % self.period == 0 if self.period else self.uses == 0
+        self.uses += 1
+        if not first:
+            return users_own(q, k, v)
+        if args or kwargs.get("mask") is not None:
+            raise RuntimeError("this model masks its self-attention, which the video identity adapter cannot join")
+
+        def by_heads(*rows):
+            return (row.unflatten(-1, (heads, -1)) for row in rows)
+
+        if all(reference.weight is None for reference in self.references):
+            return restricted_attention.joint(
+                *by_heads(q, k, v), self.references,
+                lambda *rows: users_own(*(row.flatten(2) for row in rows)).unflatten(-1, (heads, -1)),
+            ).flatten(2)
+        return restricted_attention.weighted(*by_heads(q, k, v), self.references).flatten(2)

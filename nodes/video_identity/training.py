@@ -1,0 +1,88 @@
+"""From videos and references of a graph to a trained video identity adapter, through the shared training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...kernels.restricted_attention import Reference
+from ..training import loop
+from ..training.checkpoints import Checkpoints
+from ..training.config import TrainingConfig
+from ..training.monitor import HostMonitor
+from ..training.objective import DenoisingObjective, Sample
+from ..training.session import Denoiser, session
+from . import method, running
+
+_REFERENCE = "understudy_reference"
+_FIRST_SEED = 2_000_000_011  # beside those of the steps and of plain LoRAs
+
+
+def train(
+    model: Any,
+    latents: Sequence[torch.Tensor],
+    references: Sequence[torch.Tensor],
+    conditionings: Sequence[list],
+    config: TrainingConfig,
+    rank: int,
+    *,
+    checkpoints: Checkpoints,
+    resume_from: str,
+) -> tuple[method.VideoAdapter, dict[str, list[float]]]:
+    """Train the image branch's q, k and v updates; the error is that of the video's own tokens.
+
+    latents: [1, C, T, H, W] each, references: [1, C, 1, h, w], as VAE Encode gives them, one of each and one
+    CONDITIONING a video. Returns the adapter, fp32 on the CPU, and the host's LOSS_MAP. The model is not changed.
+    Raises loop.TrainingDiverged, ValueError as `session` does, and the host's interruption.
+    """
+    resume = checkpoints.resume(resume_from)
+    largest = max(latents, key=lambda latent: latent.numel())
+    with session(running.extended(model), [config.batch_size, *largest.shape[1:]], config) as denoiser:
+        network = denoiser.network
+        made = method.new_adapter(
+            network.dim, len(network.blocks), rank, lambda i: loop.step_seed(config.seed, _FIRST_SEED + i)
+        )
+        adapter = _mapped(made, lambda tensor: torch.nn.Parameter(tensor.detach().to(denoiser.device)))
+        samples = []
+        for latent, reference, conditioning in zip(latents, references, conditionings, strict=True):
+            into = denoiser.model.process_latent_in
+            conditions = denoiser.prepare(conditioning, latent)
+            conditions[_REFERENCE] = into(reference.clone()).float()
+            samples.append(Sample(into(latent.clone()).float(), conditions))
+        objective = DenoisingObjective(_WithReferences(denoiser, adapter), samples, config)
+        monitor = HostMonitor(config, checkpoints)
+        losses = loop.train(objective, adapter.tensors(), config, monitor, resume)
+        return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), {"loss": losses}
+
+
+class _WithReferences:
+    """A Denoiser whose video tokens see each sample's own reference."""
+
+    def __init__(self, denoiser: Denoiser, adapter: method.VideoAdapter):
+        self.denoiser = denoiser
+        self.adapter = adapter
+        self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
+
+    def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[dict]) -> torch.Tensor:
+        images = torch.cat([c[_REFERENCE] for c in conditions]).to(noisy.device)
+        conditions = [{key: value for key, value in c.items() if key != _REFERENCE} for c in conditions]
+        network = self.denoiser.network
+        rows = running.reference_rows(
+            self.model, self.adapter, images, frozenset(range(len(network.blocks))),
+            running.token_grid(network, noisy), self.denoiser.patcher.model_options["transformer_options"],
+        )
+        seen = {i: (Reference(k, v),) for i, (k, v) in rows.items()}
+        return self.denoiser.denoise(noisy, sigma, conditions, {running.KEY: seen})
+
+
+def _mapped(adapter: method.VideoAdapter, change) -> method.VideoAdapter:
+    """The adapter with change(tensor) in place of each matrix."""
+    return method.VideoAdapter(tuple(
+        method.BlockUpdates(**{
+            name: method.LowRank(*(change(getattr(getattr(block, name), part)) for part in ("down", "up")))
+            for name in method.PROJECTIONS
+        })
+        for block in adapter.blocks
+    ))

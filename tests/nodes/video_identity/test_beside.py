@@ -1,0 +1,276 @@
+"""References on every relative of Wan, and beside quantised weights, LoRAs, patches, compilers and caches."""
+
+import logging
+
+import comfy.ldm.modules.attention
+import comfy.ldm.wan.model
+import comfy.ops
+import published_wan
+import pytest
+import tiny_model
+import torch
+from comfy.ldm.modules.attention import attention_basic, attention_pytorch, attention_split, attention_sub_quad
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_easycache import EasyCacheNode
+from pack.nodes import patching
+from pack.nodes.video_identity import method, running
+from video_identities import (
+    ADAPTER,
+    MODEL,
+    SHAPE,
+    cached_rows,
+    call,
+    call_loaded,
+    draw,
+    identity,
+    lora,
+    published,
+    reference,
+    relative,
+    sample,
+    shown,
+    weighed,
+)
+
+X = draw(2, *SHAPE)
+# What each relative is given beside the latent, and how many tokens stand before and after those of the video.
+RELATIVES = {
+    "t2v": ("t2v", {}, 0, 0),
+    "i2v": ("i2v", {"c_concat": draw(5, 1, 20, 3, 8, 6), "clip_fea": draw(6, 1, 257, 1280)}, 0, 0),
+    "fun control": ("fun", {"reference_latent": draw(5, 1, 16, 8, 6)}, 12, 0),
+    "camera": ("camera", {"c_concat": draw(5, 1, 16, 3, 8, 6)}, 0, 0),
+    "vace": ("vace", {"vace_context": draw(5, 1, 1, 96, 3, 8, 6), "vace_strength": [0.8]}, 0, 0),
+    "phantom": ("t2v", {"time_dim_concat": draw(5, 1, 16, 2, 8, 6)}, 0, 24),
+    "bernini": ("t2v", {"context_latents": [draw(5, 1, 16, 1, 8, 6), draw(6, 1, 16, 1, 4, 4)]}, 0, 16),
+    "wan 2.2 5B": ("wan2.2 5B", {}, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_every_relative_sees_the_published_rows(name):
+    """Keys and values against the published formulas on its own weights; attention against the definition."""
+    kind, conditions, leading, trailing = RELATIVES[name]
+    model = tiny_model.wan(kind, num_layers=2)
+    adapter = method.adapter_from(tiny_model.video_adapter(model))
+    channels = model.model.latent_format.latent_channels
+    x, latent = draw(2, 1, channels, 3, 8, 6), reference(1, channels=channels)
+    one = identity(adapter=adapter, latent=latent)
+    patched = shown(model, one)
+    result = call(patched, x, cleanup=False, **conditions)
+    cache = patching.parts(patched, running.KEY).cache
+    rows = cached_rows(cache)
+    cache.clear()
+
+    network = model.model.diffusion_model
+    inputs = network.patch_embedding.weight.shape[1]
+    wan = published_wan.Wan(network.state_dict(), 2, 32, adapter.tensors())
+    image = torch.zeros(1, inputs, 1, 6, 4)
+    image[:, :channels] = model.model.process_latent_in(latent.clone())
+    wan(torch.zeros(1, inputs, 1, 8, 6), torch.tensor([700.0]), draw(9, 1, 4, tiny_model.CONTEXT), image)
+    for i, expected in enumerate(wan.attended):
+        for ours, theirs in zip(rows[i], expected, strict=True):
+            assert relative(ours.flatten(2), theirs) < 1e-5
+
+    tokens = 36 + leading + trailing
+    assert relative(result, weighed(x, [torch.ones(tokens)], [one], model, **conditions)) < 1e-5
+    assert relative(result, call(model, x, **conditions)) > 1e-3
+    mask = torch.zeros(3, 16, 12)
+    mask[0] = 1
+    masked = identity(adapter=adapter, latent=latent, mask=mask, strength=0.9)
+    third = [torch.full((count,), 1 / 3) for count in (leading, trailing)]
+    weights = 0.9 * torch.cat([third[0], torch.ones(12), torch.zeros(24), third[1]])
+    masked_result = call(shown(model, masked), x, **conditions)
+    assert relative(masked_result, weighed(x, [weights], [one], model, **conditions)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["i2v", "fun", "camera", "wan2.2 5B"])
+def test_relatives_sample(kind):
+    model = tiny_model.wan(kind, num_layers=1)
+    channels = model.model.latent_format.latent_channels
+    adapter = method.adapter_from(tiny_model.video_adapter(model))
+    shape = (1, channels, 2, 4, 6)
+    patched = shown(model, identity(adapter=adapter, latent=reference(1, channels=channels)))
+    result = sample(patched, shape=shape)
+    assert torch.isfinite(result).all() and not torch.equal(result, sample(model, shape=shape))
+    assert torch.equal(sample(patched, shape=shape), result)
+
+
+def test_a_relative_that_was_not_verified_runs_with_a_note_and_without_masks(caplog):
+    model = tiny_model.wan("humo", num_layers=1)
+    adapter = method.adapter_from(tiny_model.video_adapter(model))
+    with caplog.at_level(logging.WARNING):
+        assert shown(model, identity(adapter=adapter)) is not model
+    assert "not verified with HumoWanModel" in caplog.text
+    with pytest.raises(ValueError, match="masks are not known to fit a HumoWanModel"):
+        shown(model, identity(adapter=adapter, mask=torch.ones(1, 4, 4)))
+
+
+def rounded(dtype):
+    """MODEL's weights after a round trip through `dtype`, in fp32, where a model of that type would round them."""
+    stored = tiny_model.wan(dtype=dtype, compute=torch.float32)
+    plain = tiny_model.wan()
+    state = {key: value.float() for key, value in stored.model.diffusion_model.state_dict().items()}
+    plain.model.diffusion_model.load_state_dict(state)
+    return stored, plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
+def test_weights_stored_in_fewer_bits(dtype):
+    stored, plain = rounded(dtype)
+    result = call(shown(stored), X)
+    assert relative(result, call(shown(plain), X)) < 1e-5
+    assert relative(result, published(X, reference(), model=plain)) < 1e-5
+
+
+def test_bf16_throughout():
+    model = tiny_model.wan(dtype=torch.bfloat16)
+    for one in (identity(), identity(strength=0.5), identity(mask=torch.ones(1, 4, 4) * 0.5)):
+        result, exact = call(shown(model, one), X), call(shown(MODEL, one), X)
+        assert torch.nn.functional.cosine_similarity(result.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+class Packed(comfy.ops.manual_cast):
+    """Layers whose stored weight is not the weight: only their own forward knows, as with GGUF files."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, -self.weight.to(x), self.bias.to(x))
+
+
+def test_custom_operations_are_used_and_no_weight_is_read():
+    packed, plain = tiny_model.wan(operations=Packed), tiny_model.wan()
+    for module in plain.model.diffusion_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data.neg_()
+    assert torch.equal(call(shown(packed), X), call(shown(plain), X))
+    assert relative(call(shown(packed), X), published(X, reference(), model=plain)) < 1e-5
+
+
+def test_a_lora_changes_both_branches_in_either_order():
+    expected = tiny_model.wan()
+    network = expected.model.diffusion_model
+    for i, name in enumerate(("blocks.0.self_attn.q", "blocks.1.ffn.0")):
+        weight = network.get_submodule(name).weight
+        weight += 0.7 * draw(20 + i, weight.shape[0], 2) @ draw(30 + i, 2, weight.shape[1])
+    wanted = published(X, reference(), model=expected)
+    for patched in (lora(shown()), shown(lora(MODEL))):
+        assert relative(call_loaded(patched, X), wanted) < 1e-5
+
+
+def test_weights_that_stay_away_until_needed():
+    """Low memory: every layer keeps its weight elsewhere and casts it in its forward."""
+    model = tiny_model.wan(operations=comfy.ops.manual_cast)
+    patched = lora(shown(model))
+    full = call_loaded(patched, X)
+    with torch.inference_mode():
+        patched.load(tiny_model.CPU, lowvram_model_memory=1)
+    assert any(getattr(m, "comfy_patched_weights", None) is not True for m in model.model.modules())
+    try:
+        assert relative(call(patched, X), full) < 1e-5
+    finally:
+        patched.detach()
+
+
+@pytest.mark.parametrize("backend", [attention_pytorch, attention_split, attention_sub_quad, attention_basic])
+def test_attention_backends(backend, monkeypatch):
+    for module in (comfy.ldm.wan.model, running):
+        monkeypatch.setattr(module, "optimized_attention", backend)
+    assert relative(call(shown(), X), published(X, reference())) < 1e-5
+    weights = [torch.full((36,), 0.4)]
+    assert relative(call(shown(strength=0.4), X), weighed(X, weights, [identity()])) < 1e-5
+
+
+def test_the_user_s_own_attention_is_asked_once_a_block_on_one_buffer():
+    seen = []
+
+    def own(function, q, k, v, heads, **kwargs):
+        seen.append((q.shape[1], k.shape[1]))
+        return function(q, k, v, heads, **kwargs)
+
+    for order in (0, 1):
+        model = MODEL.clone() if order else shown()
+        model.model_options["transformer_options"]["optimized_attention_override"] = own
+        model = shown(model) if order else model
+        seen.clear()
+        assert torch.equal(call(model, X), call(shown(), X))
+        # Two blocks of the reference, whose third needs none; then self- and cross-attention of each block.
+        assert seen == [(6, 6)] * 2 + [(36, 42), (36, 4)] * 3
+
+
+def doubling(i):
+    def patch(args, extra):
+        out = extra["original_block"](args)
+        return {"img": 1.5 * out["img"]}
+
+    return patch
+
+
+def test_earlier_and_later_block_patches_are_kept():
+    def other(model):
+        model = model.clone()
+        model.set_model_patch_replace(doubling(1), "dit", "double_block", 1)
+        return model
+
+    first = call(shown(other(MODEL)), X)
+    assert not torch.equal(first, call(shown(), X)) and not torch.equal(first, call(other(MODEL), X))
+
+    def chaining(model):
+        """A patch that calls the one it replaces, as a careful extension does."""
+        model = model.clone()
+        earlier = model.model_options["transformer_options"]["patches_replace"]["dit"][("double_block", 1)]
+        model.set_model_patch_replace(
+            lambda args, extra: {"img": 1.5 * earlier(args, extra)["img"]}, "dit", "double_block", 1
+        )
+        return model
+
+    assert torch.equal(call(chaining(shown()), X), first)
+    # A second reference goes around it, and the references are still added once.
+    pair = identity(), identity(seed=5)
+    around = shown(chaining(shown(MODEL, pair[0])), pair[1])
+    assert torch.equal(call(around, X), call(chaining(shown(MODEL, *pair)), X))
+
+
+def test_an_attention_that_was_replaced_is_named_not_ignored():
+    attention = MODEL.model.diffusion_model.blocks[1].self_attn
+    cross = MODEL.model.diffusion_model.blocks[1].cross_attn
+    try:
+        attention.forward = lambda x, freqs, transformer_options={}: x
+        cross.forward = lambda x, context, **kwargs: x
+        with pytest.raises(RuntimeError, match="block 1 of this model did not use the host's attention"):
+            call(shown(), X)
+    finally:
+        del attention.forward, cross.forward
+
+
+@pytest.mark.parametrize("keys", [["diffusion_model"], [f"diffusion_model.blocks.{i}" for i in range(3)]])
+@pytest.mark.parametrize("settings", [{}, {"strength": 0.5}])
+@pytest.mark.parametrize("first", [True, False])
+def test_compiled_models_give_the_same_and_never_compile_again(keys, settings, first):
+    """The compiler's front end alone, which decides about recompiling; code generation is the host's matter."""
+    torch._dynamo.reset()
+    plain = MODEL.clone()
+    if first:
+        set_torch_compile_wrapper(plain, backend="eager", keys=keys)
+    model = shown(plain, identity(**settings))
+    if not first:
+        set_torch_compile_wrapper(model, backend="eager", keys=keys)
+    expected = sample(shown(MODEL, identity(**settings)))
+    assert relative(sample(model), expected) < 1e-5
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert relative(sample(model, seed=8), sample(shown(MODEL, identity(**settings)), seed=8)) < 1e-5
+    torch._dynamo.reset()
+
+
+def test_easycache_skips_steps_beside_it():
+    def cached(model):
+        return EasyCacheNode.execute(model, 10.0, 0.1, 1.0, False).result[0]
+
+    results = [sample(cached(shown()), steps=8), sample(shown(cached(MODEL)), steps=8)]
+    assert torch.equal(*results) and not torch.equal(results[0], sample(shown(), steps=8))
+    assert not torch.equal(results[0], sample(cached(MODEL), steps=8))
+
+
+def test_the_adapter_is_not_touched():
+    before = {key: tensor.clone() for key, tensor in ADAPTER.tensors().items()}
+    sample(shown())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in ADAPTER.tensors().items())

@@ -1,0 +1,233 @@
+"""Positions, masks, settings, the reference's pass and the cache; no ComfyUI in the code under test."""
+
+import threading
+
+import published_wan
+import pytest
+import tiny_model
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pack.kernels import restricted_attention
+from pack.nodes.video_identity import method
+from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig, parse_blocks
+
+ADAPTER = method.VideoAdapter(())
+
+
+def latent(seed=0, *shape):
+    return torch.randn(shape or (1, 16, 1, 4, 4), generator=torch.Generator().manual_seed(seed))
+
+
+def test_reference_positions_are_the_published_ones():
+    """A 512 x 512 reference beside a video of 832 x 480: t = -1, rows from 30, columns from 52."""
+    positions = method.reference_positions(32, 32, 30, 52)
+    assert positions.shape == (1, 1024, 3)
+    expected = [(-1, 30 + h, 52 + w) for h in range(32) for w in range(32)]
+    assert positions[0].tolist() == [list(map(float, p)) for p in expected]
+
+
+class Rotation:
+    """The host's part of a prefill in plain PyTorch, with rotary positions as complex numbers."""
+
+    def __init__(self, turn, stop_at=None):
+        self.turn, self.stop_at, self.checked = turn, stop_at, 0
+
+    def cast(self, parameter, like):
+        return parameter.to(like)
+
+    def rotate(self, x):
+        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.turn[None, :, None]).flatten(-2).to(x)
+
+    def attend(self, q, k, v):
+        return restricted_attention.eager(q, k, v, [])
+
+    def check(self):
+        self.checked += 1
+        if self.checked == self.stop_at:
+            raise KeyboardInterrupt
+
+
+def reference_rows(keep, stop_at=None):
+    """Our prefill, and the published model's own keys and values of the image in every block."""
+    model = tiny_model.wan(seed=3)
+    network = model.model.diffusion_model
+    adapter = tiny_model.video_adapter(model)
+    published = published_wan.Wan(network.state_dict(), 2, 32, adapter, loops=True)
+    reference = latent(1, 1, 16, 1, 6, 4)
+    published(latent(2, 1, 16, 2, 4, 6), torch.tensor([700.0]), latent(3, 1, 4, 16), reference)
+    turn = published.rotations([(-1, 2 + h, 3 + w) for h in range(3) for w in range(2)])
+    with torch.no_grad():
+        rows = method.prefill(
+            network, method.adapter_from(adapter), reference, torch.float32, keep, Rotation(turn, stop_at)
+        )
+    return rows, published.attended
+
+
+def test_the_prefill_gives_the_published_keys_and_values():
+    rows, published = reference_rows(frozenset((0, 1, 2)))
+    assert sorted(rows) == [0, 1, 2] and len(published) == 3
+    for i, expected in enumerate(published):
+        for ours, theirs in zip(rows[i], expected, strict=True):
+            assert ours.shape == (1, 6, 2, 24)
+            relative = (ours.flatten(2) - theirs).abs().max() / theirs.abs().max()
+            assert relative < 1e-5, (i, relative)
+
+
+def test_the_prefill_keeps_only_what_is_asked_for_and_stops_after_the_last():
+    everything, _ = reference_rows(frozenset((0, 1, 2)))
+    rows, _ = reference_rows(frozenset((1,)))
+    assert list(rows) == [1] and torch.equal(rows[1][0], everything[1][0])
+    reference_rows(frozenset((1,)), stop_at=3)  # block 2 is never begun
+    with pytest.raises(KeyboardInterrupt):
+        reference_rows(frozenset((1,)), stop_at=2)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 4), st.integers(1, 7), st.integers(1, 7), st.sampled_from(["one", "latent", "video"]),
+    st.integers(0, 99),
+)
+def test_token_weights_are_the_mean_over_each_token(frames, height, width, kind, seed):
+    """By loops, for masks of 8 pixels a latent cell; padded cells repeat the edge."""
+    count = {"one": 1, "latent": frames, "video": 4 * (frames - 1) + 1}[kind]
+    mask = torch.rand(count, 8 * height, 8 * width, generator=torch.Generator().manual_seed(seed))
+    weights = method.token_weights(mask, frames, height, width, (2, 2))
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    assert weights.shape == (frames, rows, columns)
+    for t in range(frames):
+        if kind == "one" or count == 1:
+            chosen = [0]
+        elif count == frames:
+            chosen = [t]
+        else:
+            chosen = [0] if t == 0 else [4 * t - 3, 4 * t - 2, 4 * t - 1, 4 * t]
+        for r in range(rows):
+            for c in range(columns):
+                total = 0.0
+                for dy in (0, 1):
+                    for dx in (0, 1):
+                        y, x = min(2 * r + dy, height - 1), min(2 * c + dx, width - 1)
+                        total += sum(float(mask[f, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean()) for f in chosen)
+                assert abs(float(weights[t, r, c]) - total / (4 * len(chosen))) < 1e-5
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.booleans())
+def test_uniform_masks_of_any_size_stay_exact(mask_height, mask_width, frames, height, width, per_frame):
+    count = 4 * (frames - 1) + 1 if per_frame else 1
+    for value in (0.0, 1.0):
+        mask = torch.full((count, mask_height, mask_width), value)
+        weights = method.token_weights(mask, frames, height, width, (2, 2))
+        assert bool((weights == value).all())
+
+
+def test_a_mask_of_another_length_names_both():
+    with pytest.raises(ValueError, match=r"mask has 6 frames and the video has 9 \(3 in the latent\)"):
+        method.token_weights(torch.ones(6, 8, 8), 3, 4, 4, (2, 2))
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("all", None), (" All ", None), ("0", {0}), ("0-2", {0, 1, 2}), ("0, 3-4,7", {0, 3, 4, 7}), ("2 - 3", {2, 3}),
+])
+def test_blocks(text, expected):
+    assert parse_blocks(text) == expected
+    assert VideoIdentityConfig(blocks=text).blocks == text
+    if expected:
+        with pytest.raises(ValueError, match="has 0 to"):
+            method.kept_blocks(VideoIdentityConfig(blocks=text), max(expected))
+    assert method.kept_blocks(VideoIdentityConfig(blocks=text), 8) == (expected or set(range(8)))
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: VideoIdentityConfig(strength=1.5), "strength is 1.5: use 0"),
+    (lambda: VideoIdentityConfig(strength=float("nan")), "strength"),
+    (lambda: VideoIdentityConfig(start_percent=0.5, end_percent=0.5), "range of steps is empty"),
+    *(
+        (lambda text=text: VideoIdentityConfig(blocks=text), "blocks is")
+        for text in ("", "x", "3-1", "-1", "1,,2", "1.5")
+    ),
+    (lambda: ReferenceConfig(size=500), "multiple of 16"),
+    (lambda: ReferenceConfig(crop_factor=0.5), "crop_factor is 0.5"),
+])
+def test_settings_that_hold_nothing_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("reference", "mask", "message"), [
+    (latent(0, 2, 16, 1, 4, 4), None, "holds 2 latents of 1 frames.*one picture"),
+    (latent(0, 1, 16, 3, 4, 4), None, "1 latents of 3 frames"),
+    (torch.ones(0, 16, 1, 4, 4), None, "holds 0 latents"),
+    (torch.zeros(1, 16, 1, 4, 4), None, "all zero"),
+    (torch.full((1, 16, 1, 4, 4), float("nan")), None, "NaN"),
+    (torch.ones(1, 16, 100), None, "no image latent"),
+    (latent(), torch.ones(1, 1, 4, 4), "mask has shape"),
+    (latent(), torch.ones(0, 4, 4), "mask has shape"),
+    (latent(), torch.full((1, 4, 4), float("inf")), "mask holds NaN or infinite"),
+])
+def test_references_and_masks_that_cannot_be_are_refused(reference, mask, message):
+    with pytest.raises(ValueError, match=message):
+        method.identity(ADAPTER, reference, VideoIdentityConfig(), mask)
+
+
+def test_an_identity_is_named_by_its_content_and_shares_nothing():
+    reference, mask = latent(), torch.tensor([[-1.0, 2.0]])
+    made = method.identity(ADAPTER, reference, VideoIdentityConfig(), mask)
+    assert made.mask.tolist() == [[[0.0, 1.0]]] and made.latent.shape == (1, 16, 1, 4, 4)
+    again = method.identity(ADAPTER, reference[:, :, 0].half().float(), VideoIdentityConfig())
+    assert again.digest != made.digest == method.identity(ADAPTER, reference[:, :, 0], VideoIdentityConfig()).digest
+    assert not made.off and method.identity(ADAPTER, reference, VideoIdentityConfig(strength=0.0)).off
+    assert method.identity(ADAPTER, reference, VideoIdentityConfig(), torch.zeros(3, 4, 4)).off
+
+
+class Owner:
+    pass
+
+
+def test_the_cache_publishes_only_what_is_complete_and_never_another_s():
+    cache, first, second = method.ReferenceCache(), Owner(), Owner()
+
+    def fails():
+        raise RuntimeError("stopped")
+
+    cache.get(second, ("z",), lambda: 0)
+    cache.clear()
+    with pytest.raises(RuntimeError):
+        cache.get(first, ("a",), fails)
+    assert len(cache) == 0
+    assert cache.get(first, ("a",), lambda: 1) == 1 and cache.get(first, ("a",), fails) == 1
+    assert cache.get(second, ("a",), lambda: 2) == 2 and cache.get(first, ("b",), lambda: 3) == 3
+    # An owner that died and another at its address: simulated, since addresses cannot be asked for.
+    cache._entries[(id(second), "a")] = cache._entries[(id(first), "a")]
+    assert cache.get(second, ("a",), lambda: 4) == 4
+    cache.clear()
+    assert len(cache) == 0 and cache.get(first, ("a",), lambda: 5) == 5
+
+
+def test_the_cache_keeps_two_versions_of_a_key():
+    cache, owner, filled = method.ReferenceCache(), Owner(), []
+    for version in (1, 2, 1, 2, 3, 3, 2, 1):
+        assert cache.get(owner, ("a",), lambda v=version: filled.append(v) or v, (version,)) == version
+    assert filled == [1, 2, 3, 1] and len(cache) == 1
+
+
+def test_the_cache_fills_once_under_threads():
+    cache, owner, filled, answers = method.ReferenceCache(), Owner(), [], []
+    start = threading.Barrier(8)
+
+    def fill():
+        filled.append(1)
+        return len(filled)
+
+    def work():
+        start.wait()
+        answers.append(cache.get(owner, ("a",), fill))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(filled) == 1 and answers == [1] * 8

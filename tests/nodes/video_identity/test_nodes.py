@@ -1,0 +1,237 @@
+"""The nodes' schemas, the reference's crop against pixels counted by hand, and a graph from file to video."""
+
+import logging
+import re
+
+import comfy.samplers
+import folder_paths
+import pytest
+import real_configurations
+import safetensors.torch
+import tiny_model
+import torch
+from pack.nodes import extension
+from pack.nodes.video_identity import method, running
+from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
+from pack.nodes.video_identity.nodes import (
+    UnderstudyApplyVideoIdentity,
+    UnderstudyLoadVideoIdentityAdapter,
+    UnderstudyPrepareReference,
+    UnderstudySaveVideoIdentityAdapter,
+)
+from pack.nodes.video_identity.reference_picture import prepare
+
+CONTRACT = {
+    UnderstudyPrepareReference: (["image", "size", "crop_factor", "mask", "bboxes"], ["IMAGE"]),
+    UnderstudyLoadVideoIdentityAdapter: (["adapter_name"], ["UNDERSTUDY_VIDEO_ADAPTER"]),
+    UnderstudyApplyVideoIdentity: (
+        ["model", "adapter", "reference", "strength", "start_percent", "end_percent", "blocks", "mask"], ["MODEL"]
+    ),
+    UnderstudySaveVideoIdentityAdapter: (["adapter", "filename_prefix"], []),
+}
+
+
+@pytest.mark.parametrize("node", CONTRACT, ids=lambda node: node.__name__)
+def test_schemas_keep_the_contract(node):
+    node.GET_SCHEMA().validate()
+    schema = node.define_schema()
+    inputs, outputs = CONTRACT[node]
+    assert schema.node_id == node.__name__ and node in extension.METHOD_NODES
+    assert [widget.id for widget in schema.inputs] == inputs
+    assert [output.io_type for output in schema.outputs] == outputs
+    assert all(widget.tooltip for widget in schema.inputs) and len(schema.search_aliases) >= 3
+    assert [widget.id for widget in schema.inputs if widget.optional] == [
+        name for name in inputs if name in ("mask", "bboxes")
+    ]
+
+
+def test_widgets_start_with_the_published_settings():
+    widgets = {w.id: w for node in CONTRACT for w in node.define_schema().inputs}
+    for config in (VideoIdentityConfig(), ReferenceConfig()):
+        for name, value in vars(config).items():
+            assert widgets[name].default == value
+    assert widgets["blocks"].advanced
+
+
+# Prepare Reference
+
+
+def picture(height=60, width=100):
+    """Each pixel says where it is: red is its column, green its row, in hundredths."""
+    y, x = torch.meshgrid(torch.arange(height) / 100, torch.arange(width) / 100, indexing="ij")
+    return torch.stack([x, y, torch.zeros_like(x)], -1)[None]
+
+
+def box(x, y, width, height):
+    return {"x": x, "y": y, "width": width, "height": height, "label": "face", "score": 0.9}
+
+
+def at(image, row, column):
+    return [round(float(v) * 100) for v in image[0, row, column, :2]]
+
+
+def test_the_crop_is_half_as_large_again_around_the_largest_face():
+    """A box of 20 x 10 around (50, 30) becomes 30 x 30 pixels from (35, 15)."""
+    boxes = [[box(0, 0, 5, 5), box(40, 25, 20, 10)]]
+    cropped, messages = prepare(picture(), ReferenceConfig(size=480), None, boxes)
+    assert cropped.shape == (1, 480, 480, 3) and messages == []
+    assert at(cropped, 8, 8) == [35, 15] and at(cropped, 471, 471) == [64, 44] and at(cropped, 8, 471) == [64, 15]
+    for given in (boxes[0], boxes[0][1]):
+        assert torch.equal(prepare(picture(), ReferenceConfig(size=480), None, given)[0], cropped)
+    assert torch.equal(prepare(picture(), ReferenceConfig(480, 1.0), None, box(35, 15, 30, 30))[0], cropped)
+
+
+def test_a_crop_over_the_edge_is_padded_with_white():
+    """Around (5, 30), 40 wide: 25 columns are in the picture, 15 are white, 7 left and 8 right."""
+    cropped, _ = prepare(picture(), ReferenceConfig(640, 2.0), None, [[box(-5, 20, 20, 20)]])
+    assert at(cropped, 320, 8) == [100, 100] and at(cropped, 320, 631) == [100, 100]
+    assert at(cropped, 8, 7 * 16 + 8) == [0, 10] and at(cropped, 631, 32 * 16 - 9) == [24, 49]
+
+
+@pytest.mark.parametrize(("bboxes", "mask", "words"), [
+    (None, None, "neither a face nor a mask"), ([[]], None, "no face was found"), ([], None, "no face was found"),
+    ([None], None, "no face was found"), ([[box(1, 1, 0, 5)]], None, "box is empty"),
+    (None, torch.zeros(1, 60, 100), "the mask is empty.*whole picture"),
+    ([[]], torch.zeros(1, 60, 100), "mask is empty.*no face"),
+])
+def test_without_a_face_the_whole_picture_is_padded_and_said(bboxes, mask, words, caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        result = UnderstudyPrepareReference.execute(picture(), 800, 1.5, mask, bboxes)
+    (image,) = result.result
+    assert image.shape == (1, 800, 800, 3)
+    assert at(image, 8, 400) == [100, 100] and at(image, 792, 400) == [100, 100]  # 20 white rows above and below
+    assert at(image, 20 * 8 + 4, 4) == [0, 0] and at(image, 80 * 8 - 5, 794) == [99, 59]
+    assert re.search(words, result.ui["text"][0]) and re.search(words, caplog.text)
+
+
+def test_a_box_that_fills_the_picture_takes_it_whole():
+    whole, messages = prepare(picture(), ReferenceConfig(), None, [[box(5, 5, 92, 52)]])
+    assert torch.equal(whole, prepare(picture(), ReferenceConfig())[0]) and messages == []
+
+
+def test_outside_the_mask_is_white_and_its_extent_is_the_box():
+    mask = torch.zeros(1, 60, 100)
+    mask[:, 20:40, 45:55] = 1
+    image, messages = prepare(picture(), ReferenceConfig(480), mask)
+    assert messages == [] and at(image, 240, 240) == [50, 30]  # 30 x 30 from (35, 15)
+    assert at(image, 240, 100) == [100, 100] and at(image, 40, 240) == [100, 100]
+    faced, _ = prepare(picture(), ReferenceConfig(480), mask, [[box(40, 25, 20, 10)]])
+    torch.testing.assert_close(faced, image)
+    half, _ = prepare(picture(), ReferenceConfig(480), mask[:, ::2, ::2], [[box(40, 25, 20, 10)]])
+    assert at(half, 240, 240) == [50, 30] and at(half, 240, 100) == [100, 100]
+
+
+def test_batches_alpha_grey_and_what_is_refused():
+    images = torch.cat([picture(), picture().flip(2)])
+    boxes = [[box(40, 25, 20, 10)], []]
+    both, messages = prepare(images, ReferenceConfig(64), None, boxes)
+    assert both.shape == (2, 64, 64, 3) and len(messages) == 1 and messages[0].startswith("picture 2: no face")
+    assert torch.equal(both[:1], prepare(images[:1], ReferenceConfig(64), None, boxes[:1])[0])
+    alpha = torch.cat([picture(), torch.rand(1, 60, 100, 1)], -1)
+    assert torch.equal(prepare(alpha, ReferenceConfig(64))[0], prepare(picture(), ReferenceConfig(64))[0])
+    grey = prepare(picture()[..., :1], ReferenceConfig(64))[0]
+    assert torch.equal(grey[..., 0], grey[..., 2])
+    for arguments, message in (
+        ((torch.ones(0, 4, 4, 3), ReferenceConfig()), "image has shape"),
+        ((torch.ones(1, 4, 4, 2), ReferenceConfig()), "image has shape"),
+        ((picture(), ReferenceConfig(), torch.ones(3, 60, 100)), "mask has shape"),
+        ((picture(), ReferenceConfig(), None, [[{"x": 1}]]), "no x, y, width and height"),
+        ((picture(), ReferenceConfig(), None, [[box(500, 500, 10, 10)]]), "outside the picture"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(*arguments)
+
+
+# Load, apply, save
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    listed = ([str(tmp_path / "loras"), str(output / "loras")], folder_paths.supported_pt_extensions)
+    (tmp_path / "loras").mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", listed)
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(output))
+    folder_paths.filename_list_cache.clear()
+    yield tmp_path
+    folder_paths.filename_list_cache.clear()
+
+
+def apply(model, adapter, seed=1, mask=None, **settings):
+    latent = {"samples": torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(seed))}
+    settings = {**vars(VideoIdentityConfig()), **settings}
+    return UnderstudyApplyVideoIdentity.execute(model, adapter, latent, **settings, mask=mask).result[0]
+
+
+def test_from_file_to_video_and_back(folder):
+    model = tiny_model.wan()
+    tensors = tiny_model.video_adapter(model)
+    torch.save({"state_dict": tensors}, folder / "loras" / "official.ckpt")
+    adapter = UnderstudyLoadVideoIdentityAdapter.execute("official.ckpt").result[0]
+    UnderstudySaveVideoIdentityAdapter.execute(adapter, "mine")
+    assert "mine_00001_.safetensors" in UnderstudyLoadVideoIdentityAdapter.define_schema().inputs[0].options
+    again = UnderstudyLoadVideoIdentityAdapter.execute("mine_00001_.safetensors").result[0]
+    first = UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs("mine_00001_.safetensors")
+    assert first == UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs("mine_00001_.safetensors")
+    shape = (1, 16, 2, 4, 4)
+    euler = comfy.samplers.sampler_object("euler")
+    results = [
+        tiny_model.sample(patched, euler, shape=shape, steps=2)
+        for patched in (model, apply(model, adapter), apply(model, again), apply(apply(model, again), adapter, 2))
+    ]
+    assert torch.equal(results[1], results[2])
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[3])
+    assert apply(model, adapter, strength=0.0) is model
+    assert apply(model, adapter, mask=torch.zeros(1, 8, 8)) is model
+
+
+@pytest.mark.parametrize(("model", "settings", "message"), [
+    (lambda: tiny_model.picture(), {}, "model is a UNetModel.*needs a Wan"),
+    (lambda: tiny_model.wan("causal"), {}, "CausalWanModel does not let"),
+    (lambda: tiny_model.wan(dim=96), {}, r"q_loras\.down\.weight should be \(rank, 96\) and is \(4, 48\)"),
+    (lambda: tiny_model.wan(num_layers=4), {}, r"blocks\.3\.self_attn\.q_loras\.down\.weight .* is nothing"),
+    (lambda: tiny_model.wan("wan2.2 5B"), {}, "16 channels and the model's latents have 48.*VAE of this model"),
+    (lambda: tiny_model.wan(), {"blocks": "3"}, "has 0 to 2"),
+    (lambda: tiny_model.wan(), {"start_percent": 1.0}, "range of steps is empty"),
+    (lambda: tiny_model.wan(), {"mask": torch.ones(1, 1, 8, 8)}, "mask has shape"),
+])
+def test_what_does_not_fit_is_refused_before_sampling_even_at_strength_zero(model, settings, message):
+    made = model()
+    adapter = method.adapter_from(tiny_model.video_adapter(tiny_model.wan()))
+    before = dict(made.model_options["transformer_options"]), dict(made.wrappers)
+    for strength in (0.0, 1.0):
+        with pytest.raises(ValueError, match=message):
+            apply(made, adapter, **settings, strength=strength)
+    assert (dict(made.model_options["transformer_options"]), dict(made.wrappers)) == before
+
+
+def test_real_configurations_take_the_published_adapter():
+    """On the meta device: the blocks, width and keys of Wan 2.1 14B, as the official file has them."""
+    for name, blocks, width in (("Wan 2.1 1.3B", 30, 1536), ("Wan 2.1 14B", 40, 5120)):
+        base = real_configurations.build(name)
+        network = base.diffusion_model
+        tensors = {
+            method.weight_key(i, p, part): torch.empty(shape, device="meta", dtype=torch.float16)
+            for i in range(blocks) for p in "qkv" for part, shape in (("down", (128, width)), ("up", (width, 128)))
+        }
+        parts = [
+            method.BlockUpdates(**{
+                p: method.LowRank(*(tensors[method.weight_key(i, p, part)] for part in ("down", "up"))) for p in "qkv"
+            })
+            for i in range(blocks)
+        ]
+        adapter = method.VideoAdapter(tuple(parts))
+        adapter.check(network.dim, len(network.blocks))
+        if blocks == 40:
+            assert sum(tensor.numel() for tensor in adapter.tensors().values()) == 157_286_400
+            # A 512 x 512 reference: 40 blocks, K and V of 1,024 tokens, 5,120 channels of two bytes.
+            reference = method.identity(adapter, torch.ones(1, 16, 1, 64, 64), VideoIdentityConfig())
+            assert running.VideoIdentities((reference,)).cache_bytes(base) == 800 << 20
+        assert type(network).__name__ in running.VERIFIED
+
+
+def test_files_of_other_kinds_are_refused(folder):
+    safetensors.torch.save_file({"lora_up.weight": torch.ones(2, 2)}, folder / "loras" / "plain.safetensors")
+    with pytest.raises(ValueError, match=r"plain\.safetensors.*lora_up\.weight of shape \(2, 2\)"):
+        UnderstudyLoadVideoIdentityAdapter.execute("plain.safetensors")

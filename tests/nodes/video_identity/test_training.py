@@ -1,0 +1,169 @@
+"""The adapter's training through tiny models: what learns and what does not, gradients, resuming, inputs."""
+
+import comfy.model_management
+import folder_paths
+import published_wan
+import pytest
+import tiny_model
+import torch
+from pack.nodes import files
+from pack.nodes.training import loop
+from pack.nodes.training.checkpoints import Checkpoints
+from pack.nodes.training.config import TrainingConfig
+from pack.nodes.video_identity import method, training
+from pack.nodes.video_identity.config import AdapterTrainingConfig
+from pack.nodes.video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
+from video_identities import draw, identity, relative, sample, shown
+
+SHAPE = (1, 16, 2, 4, 4)
+
+
+def wan(**options):
+    return tiny_model.as_loaded(tiny_model.wan(num_layers=2, **options))
+
+
+def config(**settings):
+    return TrainingConfig(**{"steps": 4, "learning_rate": 1e-2, "checkpoint_every": 0, **settings})
+
+
+def trained(model, count=2, rank=4, checkpoints=None, resume_from="none", **settings):
+    with torch.inference_mode():
+        return training.train(
+            model, [draw(i, *SHAPE) for i in range(count)], [draw(50 + i, 1, 16, 1, 4, 4) for i in range(count)],
+            [tiny_model.conditioning(i) for i in range(count)], config(**settings), rank,
+            checkpoints=checkpoints or Checkpoints("test", {}), resume_from=resume_from,
+        )
+
+
+def test_it_learns_in_the_published_names_and_leaves_the_model_as_it_was():
+    model = wan()
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.model.named_parameters()}
+    options = dict(model.model_options["transformer_options"])
+    adapter, loss_map = trained(model, steps=40)
+    first, last = (torch.tensor(loss_map["loss"][part]).mean() for part in (slice(0, 10), slice(30, 40)))
+    assert last < first
+    tensors = adapter.tensors()
+    assert list(tensors) == list(tiny_model.video_adapter(model))
+    assert all(tensor.dtype == torch.float32 and not tensor.requires_grad for tensor in tensors.values())
+    # Every matrix of every block moved, but the last block's q: nothing reads its reference's own result.
+    still = [key for key, tensor in tensors.items() if ".up." in key and not tensor.any()]
+    assert still == ["blocks.1.self_attn.q_loras.up.weight"]
+    for name, parameter in model.model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+    assert model.model_options["transformer_options"] == options
+    assert comfy.model_management.in_training is False
+    result = sample(shown(model, identity(adapter=adapter)), shape=SHAPE)
+    assert not torch.equal(result, sample(model, shape=SHAPE))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpointing):
+    """One step from a random adapter: loss and every gradient, against autograd through the formulas in fp64."""
+    model = wan()
+    start = tiny_model.video_adapter(model, seed=4)
+    monkeypatch.setattr(method, "new_adapter", lambda *_a: method.adapter_from(start))
+    seen = {}
+
+    def step(objective, parameters, config, monitor, resume):
+        loss = objective(0, torch.Generator().manual_seed(3))
+        loss.backward()
+        seen.update({key: parameter.grad for key, parameter in parameters.items()}, loss=loss.detach())
+        return [float(loss.detach())]
+
+    monkeypatch.setattr(loop, "train", step)
+    trained(model, count=1, gradient_checkpointing=checkpointing)
+
+    sampling = model.model.model_sampling
+    generator = torch.Generator().manual_seed(3)
+    torch.multinomial(torch.ones(1), 1, generator=generator)
+    torch.randperm(1, generator=generator)
+    noise = torch.randn(SHAPE, generator=generator)
+    sigma = sampling.sigmas[torch.randint(len(sampling.sigmas), (1,), generator=generator)]
+    clean = model.model.process_latent_in(draw(0, *SHAPE)).double()
+    leaves = {key: tensor.double().requires_grad_() for key, tensor in start.items()}
+    wan64 = published_wan.Wan(model.model.diffusion_model.state_dict(), 2, 32)
+    wan64.a = leaves
+    noisy = sigma * noise.double() + (1 - sigma) * clean
+    velocity = wan64(
+        noisy, sampling.timestep(sigma), tiny_model.conditioning(0)[0][0],
+        model.model.process_latent_in(draw(50, 1, 16, 1, 4, 4)),
+    )
+    # Flow matching on the video's tokens alone: the velocity is noise minus picture.
+    loss = (velocity - (noise.double() - clean)).square().mean()
+    loss.backward()
+    assert relative(seen["loss"].reshape(1), loss.detach().reshape(1)) < 1e-4
+    for key, leaf in leaves.items():
+        if key.startswith("blocks.1.self_attn.q"):
+            assert seen[key] is None and not leaf.grad.any()
+            continue
+        assert relative(seen[key], leaf.grad) < 1e-3, key
+
+
+def test_the_start_is_the_published_one():
+    adapter = method.new_adapter(64, 3, 128, lambda i: i)
+    tensors = adapter.tensors()
+    assert all(not tensor.any() for key, tensor in tensors.items() if ".up." in key)
+    downs = torch.stack([tensor.detach() for key, tensor in tensors.items() if ".down." in key])
+    assert abs(float(downs.std()) * 128 - 1) < 0.02 and len({float(d.sum()) for d in downs}) == 9
+    default = AdapterTrainingConfig()
+    assert (default.steps, default.rank) == (3000, 128)
+
+
+def test_the_seed_decides_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    key = files.TRAINING_CHECKPOINTS
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
+    model = wan()
+    whole, losses = trained(model, steps=4)
+    again, _ = trained(model, steps=4)
+    other, _ = trained(model, steps=4, seed=1)
+    trained(model, steps=2, checkpoints=Checkpoints("run", {}), checkpoint_every=2)
+    name = next((tmp_path / key).glob("*.safetensors")).name
+    resumed, resumed_losses = trained(model, steps=4, checkpoints=Checkpoints("run", {}), resume_from=name)
+    for k, tensor in whole.tensors().items():
+        assert torch.equal(again.tensors()[k], tensor) and torch.equal(resumed.tensors()[k], tensor)
+    assert resumed_losses == losses
+    assert not all(torch.equal(a, b) for a, b in zip(whole.tensors().values(), other.tensors().values(), strict=True))
+
+
+def node(model, latents, references, positive, **settings):
+    given = {"steps": 2, "learning_rate": 1e-2, "rank": 2, "batch_size": 2, "seed": 0, "resume_from": "none"}
+    given |= settings
+    with torch.inference_mode():
+        return UnderstudyTrainVideoIdentityAdapter.execute(
+            latents, references, positive, model=[model], **{key: [value] for key, value in given.items()}
+        ).result
+
+
+def test_the_node_takes_batches_and_lists_and_one_for_all():
+    UnderstudyTrainVideoIdentityAdapter.GET_SCHEMA().validate()
+    schema = UnderstudyTrainVideoIdentityAdapter.define_schema()
+    assert [widget.id for widget in schema.inputs][:10] == [
+        "model", "latents", "references", "positive", "steps", "learning_rate", "rank", "batch_size", "seed",
+        "resume_from",
+    ]
+    assert [output.io_type for output in schema.outputs] == ["UNDERSTUDY_VIDEO_ADAPTER", "LOSS_MAP"]
+    model = wan()
+    one = {"samples": draw(50, 1, 16, 1, 4, 4)}
+    text = tiny_model.conditioning(0)
+    batch = {"samples": torch.cat([draw(i, *SHAPE) for i in range(2)])}
+    listed = [{"samples": draw(i, *SHAPE)} for i in range(2)]
+    adapter, loss_map = node(model, [batch], [one], [text], checkpoint_every=0)
+    same, _ = node(model, listed, [one, one], [text, text], checkpoint_every=0)
+    assert len(loss_map["loss"]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(adapter.tensors().values(), same.tensors().values(), strict=True))
+    mixed = [*listed, {"samples": draw(5, 1, 16, 1, 6, 4)}]
+    node(model, mixed, [one], [text], checkpoint_every=0)
+    for latents, references, positive, message in (
+        (mixed, [one, one], [text], "references has 2 items for 3 videos"),
+        (listed, [one], [text] * 3, "positive has 3 items for 2 videos"),
+        (listed, [listed[0]], [text], "single pictures of one size"),
+        (listed, [one, {"samples": draw(1, 1, 16, 1, 6, 6)}], [text], "single pictures of one size"),
+        ([{"samples": torch.full(SHAPE, float("nan"))}], [one], [text], "latents hold NaN"),
+        ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents hold something else"),
+        ([{"samples": torch.ones(0, *SHAPE[1:])}], [one], [text], "latents hold no latent"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            node(model, latents, references, positive)
+    with pytest.raises(ValueError, match="needs a Wan"):
+        node(tiny_model.picture(), listed, [one], [text])

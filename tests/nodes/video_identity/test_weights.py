@@ -1,0 +1,185 @@
+"""What is exactly off, and where and how strongly a reference acts: strength, masks, windows, steps and blocks."""
+
+import comfy.model_patcher
+import pytest
+import torch
+from comfy.context_windows import IndexListContextWindow
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+from pack.nodes import patching
+from pack.nodes.video_identity import method, running
+from video_identities import (
+    MODEL,
+    SHAPE,
+    call,
+    draw,
+    identity,
+    relative,
+    sample,
+    shown,
+    weighed,
+    window,
+)
+
+
+def test_applying_changes_no_input_and_twice_is_two_references():
+    before = dict(MODEL.wrappers), dict(MODEL.callbacks), dict(MODEL.attachments)
+    options = comfy.model_patcher.create_model_options_clone(MODEL.model_options)
+    first = shown()
+    held = [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()]
+    second = running.apply(first, identity(seed=2))
+    assert (dict(MODEL.wrappers), dict(MODEL.callbacks), dict(MODEL.attachments)) == before
+    assert MODEL.model_options == options
+    assert [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()] == held
+    assert [len(patching.parts(model, running.KEY).identities) for model in (first, second)] == [1, 2]
+    groups = [group for kind in (second.wrappers, second.callbacks) for group in kind.values()]
+    counts = [len(group[running.KEY]) for group in groups if running.KEY in group]
+    assert counts == [1, 1, 1]
+
+
+def test_zero_is_bit_identical_to_the_plain_model():
+    plain = sample(MODEL)
+    for settings in ({"strength": 0.0}, {"mask": torch.zeros(1, 16, 12)}, {"mask": torch.zeros(9, 4, 4)}):
+        assert shown(MODEL, identity(**settings)) is MODEL
+    # Patched all the same: no step of this schedule lies in the range.
+    idle = shown(MODEL, identity(start_percent=0.0001, end_percent=0.0002))
+    assert idle is not MODEL and torch.equal(sample(idle), plain)
+    # Zero in every latent frame of a window, though not in the mask.
+    mask = torch.zeros(9, 16, 12)
+    mask[8] = 1
+    part = window([0, 1], 3)
+    x = draw(2, 1, 16, 2, 8, 6)
+    masked = shown(MODEL, identity(mask=mask))
+    assert torch.equal(call(masked, x, options={"context_window": part}), call(MODEL, x))
+
+
+def test_an_all_one_mask_is_the_unmasked_model():
+    expected = sample(shown())
+    for mask in (torch.ones(1, 3, 5), torch.ones(9, 16, 12), torch.ones(3, 2, 2)):
+        assert torch.equal(sample(shown(MODEL, identity(mask=mask))), expected)
+
+
+def test_strength_is_an_exact_weight():
+    x = draw(2, *SHAPE)
+    one = identity(strength=0.3)
+    weights = [torch.full((36,), 0.3)]
+    assert relative(call(shown(MODEL, one), x), weighed(x, weights, [identity()])) < 1e-5
+    distances = [relative(call(shown(strength=s), x), call(MODEL, x)) for s in (1e-9, 0.1, 0.5, 1.0)]
+    assert distances[0] < 1e-5 and distances == sorted(distances)
+    near = call(shown(strength=1 - 1e-6), x)
+    assert relative(near, call(shown(), x)) < 1e-5
+
+
+def test_two_references_without_regions_share_one_softmax():
+    x = draw(2, *SHAPE)
+    pair = [identity(), identity(seed=5)]
+    whole = [torch.ones(36)] * 2
+    assert relative(call(shown(MODEL, *pair), x), weighed(x, whole, pair)) < 1e-5
+    assert relative(call(shown(MODEL, *pair[::-1]), x), call(shown(MODEL, *pair), x)) < 1e-5
+
+
+def test_two_references_with_regions_keep_to_them():
+    """Left and right halves, token for token; 12 pixels a token column, so the middle column is half and half."""
+    x = draw(2, *SHAPE)
+    left = torch.zeros(1, 32, 36)
+    left[..., :18] = 1
+    pair = [identity(mask=left), identity(seed=5, mask=1 - left, strength=0.6)]
+    weight = torch.tensor([1.0, 0.5, 0.0]).repeat(12)
+    expected = weighed(x, [weight, 0.6 * (1 - weight)], [identity(), identity(seed=5)])
+    assert relative(call(shown(MODEL, *pair), x), expected) < 1e-5
+
+
+def test_a_mask_a_frame_follows_the_4n_plus_1_rule_and_context_windows():
+    mask = torch.zeros(9, 32, 24)
+    mask[1:3] = 1  # half of the second latent frame, which is the frames 1 to 4
+    mask[5:] = 0.25
+    masked, x = shown(MODEL, identity(mask=mask)), draw(2, *SHAPE)
+    weights = torch.tensor([0.0, 0.5, 0.25]).repeat_interleave(12)
+    assert relative(call(masked, x), weighed(x, [weights], [identity()])) < 1e-5
+    options = {"context_window": window([1, 2], 3)}
+    part = draw(2, 1, 16, 2, 8, 6)
+    expected = weighed(part, [weights[12:]], [identity()])
+    assert relative(call(masked, part, options=options), expected) < 1e-5
+    across = IndexListContextWindow([0, 1], dim=3, total_frames=8)
+    with pytest.raises(ValueError, match="cannot follow context windows over height"):
+        call(masked, x, options={"context_window": across})
+    with pytest.raises(ValueError, match=r"mask has 9 frames and the video has 17 \(5 in the latent\)"):
+        call(masked, draw(2, 1, 16, 5, 8, 6))
+
+
+def test_the_host_s_context_windows_see_their_own_frames_of_the_mask():
+    """Two windows of three of the five latent frames, patched before or after the reference."""
+    mask = torch.zeros(17, 16, 12)
+    mask[9:] = 1
+    weights = method.token_weights(mask, 5, 8, 6, (2, 2))
+    seen = []
+
+    def windowed(model):
+        settings = (9, 5, "standard_static", 1, False, "pyramid", False, False)
+        return WanContextWindowsManualNode.execute(model, *settings).result[0]
+
+    def look(run, x, t, a, b, c, options, **k):
+        references = options.get(running.KEY, {}).get(0)
+        part = options["context_window"]
+        # The host puts the frame before a window in front of it, as an anchor, and drops its result.
+        anchor = getattr(part, "causal_anchor_index", None)
+        frames = ([] if anchor is None else [anchor]) + list(part.index_list)
+        assert x.shape[2] == len(frames)
+        seen.append((frames, None if references is None else references[0].weight))
+        return run(x, t, a, b, c, options, **k)
+
+    results = []
+    for model in (windowed(shown(MODEL, identity(mask=mask))), shown(windowed(MODEL), identity(mask=mask))):
+        model.add_wrapper(WrappersMP.APPLY_MODEL, look)
+        results.append(sample(model, shape=(1, 16, 5, 8, 6)))
+    assert torch.equal(*results) and {tuple(f) for f, _ in seen} == {(0, 1, 2), (1, 2, 3, 4)}
+    for frames, weight in seen:
+        expected = weights[frames].flatten()
+        assert weight is None if not expected.any() else torch.equal(weight, expected)
+
+
+def test_start_and_end_percent():
+    """Steps of this schedule at sigma 1, ~0.94 and ~0.80."""
+    seen = []
+    model = shown(MODEL, identity(start_percent=0.0, end_percent=0.5))
+    inner = model.clone()
+    inner.add_wrapper(
+        WrappersMP.APPLY_MODEL,
+        lambda run, x, t, a, b, c, options, **k: seen.append((float(t[0]), running.KEY in options))
+        or run(x, t, a, b, c, options, **k),
+    )
+    sample(inner)
+    limit = MODEL.model.model_sampling.percent_to_sigma(0.5)
+    assert len(seen) == 3 and [acted for _, acted in seen] == [sigma > limit for sigma, _ in seen]
+    assert {acted for _, acted in seen} == {True, False}
+    late = sample(shown(MODEL, identity(start_percent=0.5)))
+    assert not torch.equal(late, sample(MODEL)) and not torch.equal(late, sample(model))
+
+
+def test_blocks_choose_where_the_reference_is_seen():
+    x = draw(2, *SHAPE)
+    seen = []
+    model = shown(MODEL, identity(blocks="1"))
+    for i in range(3):
+        model.set_model_patch_replace(
+            _recording(model, i, seen), "dit", "double_block", i
+        )
+    call(model, x)
+    assert seen == [(0, False), (1, True), (2, False)]
+    all_named = call(shown(MODEL, identity(blocks="0-2")), x)
+    assert torch.equal(all_named, call(shown(), x))
+    with pytest.raises(ValueError, match="has 0 to 2"):
+        shown(MODEL, identity(blocks="0-3"))
+
+
+def _recording(model, i, seen):
+    ours = model.model_options["transformer_options"]["patches_replace"]["dit"][("double_block", i)]
+
+    def patch(args, extra):
+        def original(inner):
+            seen.append((i, "optimized_attention_override" in inner["transformer_options"]))
+            return extra["original_block"](inner)
+
+        return ours(args, {"original_block": original})
+
+    return patch
