@@ -45,7 +45,7 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
                     tooltip="Optimiser steps. Published: 3,000, of 48 videos each.",
                 ),
                 io.Float.Input(
-                    "learning_rate", default=_DEFAULT.learning_rate, min=1e-7, max=0.1, step=1e-5, round=False,
+                    "learning_rate", default=_DEFAULT.learning_rate, min=1e-7, max=0.1, step=1e-7, round=False,
                     tooltip="Of AdamW. The default is ours: the publication names none.",
                 ),
                 io.Int.Input(
@@ -57,7 +57,7 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
                     tooltip="Videos in a step, all of one size. More is steadier, and takes more memory.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True,
+                    "seed", default=0, min=0, max=_MAX_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Decides the start, the noise and the order: the same seed trains the same adapter.",
                 ),
                 io.Combo.Input(
