@@ -1,9 +1,9 @@
 """Restricted self-attention: a Wan step with a reference beside one without, and our attention beside other forms.
 
-`python tests/benchmarks/restricted_attention.py [--rounds 10] [--layers 2]`, on a GPU where there is one: there at
-the shapes of Wan 14B (832 x 480 and 1280 x 720, 81 frames; a reference of 512 x 512), else at a small one. Rounds
-are interleaved, so that drift hits all alike. Every output is checked against the fp32 definition before anything is
-timed, and what is counted by formula against PyTorch's own count.
+`python tests/benchmarks/restricted_attention.py [--rounds 10] [--layers 2] [--no-flex]`, on a GPU where there is one:
+there at the shapes of Wan 14B (832 x 480 and 1280 x 720, 81 frames; a reference of 512 x 512), else at a small one.
+Rounds are interleaved, so that drift hits all alike. Every output is checked against the fp32 definition before
+anything is timed, and what is counted by formula against PyTorch's own count.
 
 The attention alone: `ours`, the K/V buffer and the host's attention; `concatenation`, as the official code has it,
 and the same attention; `mask`, one joint attention of video and reference under an additive mask; `flex`, the same
@@ -238,7 +238,9 @@ def check(name: str, out: torch.Tensor, expected: torch.Tensor, limit: float) ->
         sys.exit(f"{name} differs by more than {limit:g}: nothing is timed")
 
 
-def attention_calls(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def attention_calls(
+    shape: Shape, device: torch.device, dtype: torch.dtype, with_flex: bool
+) -> dict[str, Callable[[], object]]:
     """The forms of the attention alone, each checked."""
     n, r, heads = shape.n, shape.r, shape.heads
     generator = torch.Generator(device).manual_seed(0)
@@ -257,7 +259,7 @@ def attention_calls(shape: Shape, device: torch.device, dtype: torch.dtype) -> d
         "mask": partial(host_attention, *joint, mask),
         "weighted": partial(ra.weighted, q, k, v, [half]),
     }
-    if device.type == "cuda":
+    if with_flex:
         calls["flex"] = flex(*joint, n)
     # A sample of the queries: the scores of all of them at once would fill the memory.
     sample = torch.arange(0, n, max(1, n // 128), device=device)
@@ -407,6 +409,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--layers", type=int, default=2, help="blocks of the network whose steps are timed")
+    parser.add_argument("--no-flex", action="store_true", help="where torch.compile finds no compiler")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -420,14 +423,13 @@ def main() -> None:
         shape = replace(published, layers=arguments.layers)
         if device.type == "cpu":
             print_arithmetic(shape)
-        calls = attention_calls(shape, device, dtype)
+        calls = attention_calls(shape, device, dtype, device.type == "cuda" and not arguments.no_flex)
         attention = interleaved(calls, arguments.rounds, device)
         # Joint rows and the mask of a 14B shape would stand in the way of R5.
         del calls
         steps = Steps(shape, device, dtype)
         steps.check(shape, dtype)
         steps.check_flops(shape)
-        steps.every()
         ways = {"plain": steps.plain, "cached": steps.cached, "branch in it": steps.every, "prefill": steps.prefill}
         times = interleaved(ways, arguments.rounds, device)
         print(f"{'shape':<12}{'what':<11}{'form':<16}{'median ms':>11}{'min':>11}{'max':>11}")
