@@ -8,7 +8,7 @@ anything is timed, and what is counted by formula against PyTorch's own count.
 The attention alone: `ours`, the K/V buffer and the host's attention; `concatenation`, as the official code has it,
 and the same attention; `mask`, one joint attention of video and reference under an additive mask; `flex`, the same
 with a block mask, compiled, on a GPU only. The last two find their joint rows ready, which favours them. `weighted`
-is ours with a strength of 0.5.
+is ours with a strength of 0.5; it runs PyTorch's kernels, which on the CPU the host's attention does not.
 
 A step runs through the nodes' own code, on a network of a few random blocks of the model's true width on a GPU:
 without a reference, with its rows from the cache, and with the reference's branch in every step.
