@@ -60,9 +60,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 # Stand-In: 20 steps, two halves of CFG.
 CALLS = 40
-# What attention kernels reach of the rate of matrix products; with it, arithmetic gives R1 as 1.018 and 1.010.
+# Assumed, not measured: of the rate of matrix products, what makes the R1 of arithmetic 1.018 and 1.010.
 ATTENTION_RATE = 0.8
-# FLOPs for each byte of an H100: 989 TFLOP/s in bf16, 3.35 TB/s.
+# FLOPs for each byte at the peaks on an H100's data sheet: 989 TFLOP/s in bf16, 3.35 TB/s.
 BALANCE = 295
 # Relative error of a whole output; a reference left out makes 0.1 and more.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
