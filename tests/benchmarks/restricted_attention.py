@@ -1,0 +1,458 @@
+"""Restricted self-attention: a Wan step with a reference beside one without, and our attention beside other forms.
+
+`python tests/benchmarks/restricted_attention.py [--rounds 10] [--layers 2] [--no-flex]`, on a GPU where there is one:
+there at the shapes of Wan 14B (832 x 480 and 1280 x 720, 81 frames; a reference of 512 x 512), else at a small one.
+Rounds are interleaved, so that drift hits all alike. Every output is checked against the fp32 definition before
+anything is timed, and what is counted by formula against PyTorch's own count.
+
+The attention alone: `ours`, the K/V buffer and the host's attention; `concatenation`, as the official code has it,
+and the same attention; `mask`, one joint attention of video and reference under an additive mask; `flex`, the same
+with a block mask, compiled, on a GPU only. The last two find their joint rows ready, which favours them. `weighted`
+is ours with a strength of 0.5; it runs PyTorch's kernels, which on the CPU the host's attention does not.
+
+A step runs through the nodes' own code, on a network of a few random blocks of the model's true width on a GPU:
+without a reference, with its rows from the cache, and with the reference's branch in every step.
+
+    R1  cached / plain                 R2  ours / concatenation          R3  ours / mask, ours / flex
+    R4  (prefill + CALLS cached steps) / (CALLS steps with the branch in each)
+    R5  extra peak memory / (cache + adapter), on a GPU; by arithmetic elsewhere
+
+What arithmetic says of each is printed first, for the 14B shapes and the one that runs: R1 below its count of FLOPs
+means that the measurement is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+from host import environment, scripts  # noqa: E402
+
+if __name__ == "__main__":
+    environment.enter(ROOT)
+scripts.alias_pack()
+
+import torch  # noqa: E402
+
+_BASE = tempfile.TemporaryDirectory(prefix="understudy-benchmark-")
+scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
+
+import comfy.patcher_extension  # noqa: E402
+import tiny_model  # noqa: E402
+from comfy.ldm.modules.attention import optimized_attention  # noqa: E402
+from pack.kernels import dispatch  # noqa: E402
+from pack.kernels import restricted_attention as ra  # noqa: E402
+from pack.nodes.video_identity import method, running  # noqa: E402
+from pack.nodes.video_identity.config import VideoIdentityConfig  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+# Stand-In: 20 steps, two halves of CFG.
+CALLS = 40
+# Assumed, not measured: of the rate of matrix products, what makes the R1 of arithmetic 1.018 and 1.010.
+ATTENTION_RATE = 0.8
+# FLOPs for each byte at the peaks on an H100's data sheet: 989 TFLOP/s in bf16, 3.35 TB/s.
+BALANCE = 295
+# Relative error of a whole output; a reference left out makes 0.1 and more.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Wan transformer, the latents of its video and reference, [frames,] height and width, and the adapter."""
+
+    title: str
+    video: tuple[int, int, int]
+    reference: tuple[int, int]
+    heads: int
+    ffn: int
+    layers: int
+    rank: int
+    bytes: int
+    text: int = 512
+    text_width: int = 4096
+    frequencies: int = 256
+
+    @property
+    def n(self) -> int:
+        """Tokens of the video."""
+        return self.video[0] * (self.video[1] // 2) * (self.video[2] // 2)
+
+    @property
+    def r(self) -> int:
+        """Tokens of the reference."""
+        return (self.reference[0] // 2) * (self.reference[1] // 2)
+
+    @property
+    def width(self) -> int:
+        return self.heads * 128
+
+
+LARGE = [
+    Shape("14B, 480p", (21, 60, 104), (64, 64), 40, 13824, 40, 128, 2),
+    Shape("14B, 720p", (21, 90, 160), (64, 64), 40, 13824, 40, 128, 2),
+]
+SMALL = Shape("small", (1, 60, 104), (32, 32), 4, 1408, 2, 16, 4, text=64, text_width=16)
+
+
+def attention_flops(shape: Shape, rate: float = 1.0) -> float:
+    """Of the video's self-attention in all blocks, without a reference; divided by `rate`."""
+    return shape.layers * 4 * shape.n**2 * shape.width / rate
+
+
+def reference_flops(shape: Shape, rate: float = 1.0) -> float:
+    """Of the reference's columns in it: what R1 costs."""
+    return shape.layers * 4 * shape.n * shape.r * shape.width / rate
+
+
+def other_flops(shape: Shape) -> float:
+    """Of everything else in a step at batch 1."""
+    n, d, text = shape.n, shape.width, shape.text
+    block = 8 * n * d**2 + 4 * n * d**2 + 4 * text * d**2 + 4 * n * text * d + 4 * n * d * shape.ffn
+    ends = 2 * 2 * n * 64 * d + 2 * text * (shape.text_width * d + d**2) + _time_flops(shape)
+    return shape.layers * block + ends
+
+
+def step_flops(shape: Shape, rate: float = 1.0, reference: bool = False) -> float:
+    """Of a whole step, with the rows of a cached reference or without."""
+    total = attention_flops(shape, rate) + other_flops(shape)
+    return total + (reference_flops(shape, rate) if reference else 0)
+
+
+def prefill_flops(shape: Shape) -> float:
+    """Of one pass over the reference; the last block needs no more than its keys and values."""
+    r, d, rank = shape.r, shape.width, shape.rank
+    projection = 2 * r * d**2 + 4 * r * d * rank
+    rest = projection + 2 * r * d**2 + 4 * r**2 * d + 4 * r * d * shape.ffn
+    return shape.layers * 2 * projection + (shape.layers - 1) * rest + 2 * r * 64 * d + _time_flops(shape)
+
+
+def _time_flops(shape: Shape) -> int:
+    return 2 * (shape.frequencies * shape.width + 7 * shape.width**2)
+
+
+def cache_bytes(shape: Shape) -> int:
+    """Keys and values of the reference in every block."""
+    return shape.layers * 2 * shape.r * shape.width * shape.bytes
+
+
+def adapter_bytes(shape: Shape) -> int:
+    return shape.layers * 3 * 2 * shape.width * shape.rank * shape.bytes
+
+
+def buffer_bytes(shape: Shape) -> int:
+    """The two buffers of one block, which live as long as its attention."""
+    return 2 * (shape.n + shape.r) * shape.width * shape.bytes
+
+
+def copied_bytes(shape: Shape) -> int:
+    """Read and written, in all blocks, to fill them."""
+    return 2 * buffer_bytes(shape) * shape.layers
+
+
+def extra_peak_bytes(shape: Shape) -> float:
+    """What a step takes beyond a plain one: cache, adapter, and the buffers as far as they stand above its peak.
+
+    Activations in rows of the width, as the host's block holds them: 6 in the self-attention (x, its modulated norm,
+    q, k, v, out), and in the feed-forward x, its norm and the hidden rows before and after GELU.
+    """
+    row = shape.n * shape.width * shape.bytes
+    attention, ffn = 6 * row, (2 + 2 * shape.ffn / shape.width) * row
+    above = max(attention + buffer_bytes(shape), ffn) - max(attention, ffn)
+    return cache_bytes(shape) + adapter_bytes(shape) + above
+
+
+def print_arithmetic(shape: Shape) -> None:
+    n, r = shape.n, shape.r
+    print(f"{shape.title}: {n} + {r} tokens, {shape.heads} x 128, {shape.layers} blocks, by arithmetic")
+    plain, with_reference = step_flops(shape), step_flops(shape, reference=True)
+    kernel = [step_flops(shape, ATTENTION_RATE, reference) for reference in (True, False)]
+    copying = BALANCE * copied_bytes(shape)
+    print(f"  R1  {with_reference / plain:.4f} in FLOPs ({plain:.4g} plain), {kernel[0] / kernel[1]:.4f} with "
+          f"attention at {ATTENTION_RATE} of the rate; copying K and V ({copied_bytes(shape) / 2**20:.0f} MiB) adds "
+          f"{copying / plain:.4f} at {BALANCE} FLOPs a byte")
+    joint = attention_flops(shape) + reference_flops(shape)
+    print(f"  R2  1 for the same copies; without any {joint / (joint + copying):.4f} at {BALANCE} FLOPs a byte")
+    print(f"  R3  {n / (n + r):.4f} in FLOPs of a mask, {n * (n + r) / (n * (n + r) + r * r):.4f} of flex")
+    branch = with_reference + prefill_flops(shape)
+    print(f"  R4  {(with_reference + prefill_flops(shape) / CALLS) / branch:.4f} in FLOPs ({CALLS} calls; prefill "
+          f"{prefill_flops(shape):.4g})")
+    base = cache_bytes(shape) + adapter_bytes(shape)
+    print(f"  R5  {extra_peak_bytes(shape) / base:.3f}: cache {cache_bytes(shape) / 2**20:.0f} MiB, adapter "
+          f"{adapter_bytes(shape) / 1e6:.0f} MB, buffers of a block {buffer_bytes(shape) / 2**20:.0f} MiB")
+
+
+def host_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None) -> torch.Tensor:
+    """The user's own attention on [B, T, H, D]."""
+    out = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=q.shape[2], mask=mask)
+    return out.unflatten(-1, q.shape[2:])
+
+
+def concatenation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reference: ra.Reference) -> torch.Tensor:
+    keys, values = (torch.cat(pair, dim=1) for pair in ((k, reference.k), (v, reference.v)))
+    return host_attention(q, keys, values)
+
+
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: int) -> Callable[[], torch.Tensor]:
+    """The joint attention [video; reference] with a block mask, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def allowed(_batch, _head, query, key):
+        return (query < n) | (key >= n)
+
+    mask = create_block_mask(allowed, None, None, q.shape[1], q.shape[1], device=q.device, _compile=True)
+    attention = torch.compile(flex_attention, dynamic=False)
+    rows = [tensor.transpose(1, 2).contiguous() for tensor in (q, k, v)]
+    return lambda: attention(*rows, block_mask=mask).transpose(1, 2)
+
+
+def eager_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references, attention=None, count: int = 128
+) -> torch.Tensor:
+    """The definition, `count` queries at a time, in the place of `joint`."""
+    return torch.cat([ra.eager(rows, k, v, references) for rows in q.split(count, dim=1)], dim=1)
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    out, expected = out.float(), expected.float()
+    return float((out - expected).norm() / expected.norm())
+
+
+def check(name: str, out: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+    found = error(out, expected)
+    print(f"  {name:<34}differs from the definition by {found:.1e}")
+    # Also false for NaN.
+    if not found <= limit:
+        sys.exit(f"{name} differs by more than {limit:g}: nothing is timed")
+
+
+def attention_calls(
+    shape: Shape, device: torch.device, dtype: torch.dtype, with_flex: bool
+) -> dict[str, Callable[[], object]]:
+    """The forms of the attention alone, each checked."""
+    n, r, heads = shape.n, shape.r, shape.heads
+    generator = torch.Generator(device).manual_seed(0)
+    joint = [torch.randn(1, n + r, heads, 128, generator=generator, device=device).to(dtype) for _ in range(3)]
+    # Rows of their own, as a model's projections give them.
+    q, k, v = (rows[:, :n].clone() for rows in joint)
+    q_i, k_i, v_i = (rows[:, n:].clone() for rows in joint)
+    reference = ra.Reference(k_i, v_i)
+    half = ra.Reference(k_i, v_i, torch.full((1,), 0.5, device=device))
+    mask = torch.zeros(n + r, n + r, device=device, dtype=dtype)
+    mask[n:, :n] = -torch.inf
+    calls: dict[str, Callable[[], object]] = {
+        "plain": partial(host_attention, q, k, v),
+        "ours": partial(ra.joint, q, k, v, [reference], host_attention),
+        "concatenation": partial(concatenation, q, k, v, reference),
+        "mask": partial(host_attention, *joint, mask),
+        "weighted": partial(ra.weighted, q, k, v, [half]),
+    }
+    if with_flex:
+        calls["flex"] = flex(*joint, n)
+    # A sample of the queries: the scores of all of them at once would fill the memory.
+    sample = torch.arange(0, n, max(1, n // 128), device=device)
+    videos = {"plain": [], "weighted": [half]}
+    image = ra.eager(q_i, k_i, v_i, [])
+    with torch.inference_mode():
+        for name, call in calls.items():
+            out = call()
+            expected = ra.eager(q[:, sample], k, v, videos.get(name, [reference]))
+            check(f"{shape.title}, attention, {name}", out[:, sample], expected, LIMITS[dtype])
+            if out.shape[1] > n:
+                check(f"{shape.title}, attention, {name}, image", out[:, n:], image, LIMITS[dtype])
+    return calls
+
+
+class Steps:
+    """One network, and its step without a reference, with a cached one, and with its branch in the step."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
+        plain = tiny_model.wan(
+            dtype=dtype, dim=shape.width, ffn_dim=shape.ffn, num_heads=shape.heads, num_layers=shape.layers,
+            freq_dim=shape.frequencies, text_dim=shape.text_width, text_len=shape.text,
+        )
+        self.base = plain.model.to(device)
+        tensors = tiny_model.video_adapter(plain, rank=shape.rank)
+        self.adapter = method.adapter_from({key: tensor.to(device, dtype) for key, tensor in tensors.items()})
+        generator = torch.Generator().manual_seed(0)
+        latent = torch.randn(1, 16, 1, *shape.reference, generator=generator)
+        identity = method.identity(self.adapter, latent, VideoIdentityConfig())
+        patched = running.apply(plain, identity)
+        self.identities = running.patching.parts(patched, running.KEY)
+        self.options = {
+            **patched.model_options["transformer_options"],
+            "wrappers": comfy.patcher_extension.copy_nested_dicts(patched.wrappers),
+        }
+        self.x = torch.randn(1, 16, *shape.video, generator=generator).to(device)
+        self.text = torch.randn(1, shape.text, shape.text_width, generator=generator).to(device, dtype)
+        self.latent = self.base.process_latent_in(latent).to(device)
+        self.blocks = frozenset(range(shape.layers))
+
+    @torch.inference_mode()
+    def plain(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        return self._step(x, {})
+
+    @torch.inference_mode()
+    def cached(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        return self._step(x, self.options)
+
+    def every(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        self.identities.cache.clear()
+        return self.cached(x)
+
+    @torch.inference_mode()
+    def prefill(self) -> object:
+        size = running.token_grid(self.base.diffusion_model, self.x)
+        return running.reference_rows(self.base, self.adapter, self.latent, self.blocks, size, {})
+
+    def _step(self, x, options):
+        x = self.x if x is None else x
+        return self.base.apply_model(x, x.new_full((1,), 0.5), c_crossattn=self.text, transformer_options=options)
+
+    def check(self, shape: Shape, dtype: torch.dtype) -> None:
+        with mock.patch.object(ra, "joint", eager_rows):
+            expected = self.every()
+        out = self.every()
+        check(f"{shape.title}, step, cached", out, expected, LIMITS[dtype])
+        print(f"  {shape.title}, a step without the reference is {error(self.plain(), out):.1e} from one with it")
+        if not torch.equal(self.cached(), out):
+            sys.exit("the step that fills the cache differs from the one that reads it: nothing is timed")
+
+    def check_flops(self, shape: Shape) -> None:
+        """The formulas against a count of one frame, where even attention without a kernel fits."""
+        one = replace(shape, video=(1, *shape.video[1:]))
+        x = self.x[:, :, :1]
+        self.cached(x)
+        counts = (
+            ("plain step", partial(self.plain, x), step_flops(one)),
+            ("cached step", partial(self.cached, x), step_flops(one, reference=True)),
+            ("prefill", self.prefill, prefill_flops(one)),
+        )
+        for name, call, expected in counts:
+            # PyTorch knows the FLOPs of matrix products, but not those of every attention kernel.
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                call()
+            counted = counter.get_total_flops()
+            if counted != expected:
+                sys.exit(f"{name} of one frame: {counted:.6g} FLOPs counted, {expected:.6g} by formula")
+        print(f"  {shape.title}, FLOPs of a step of one frame and of a prefill are as PyTorch counts them")
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round, after two rounds of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for round_ in range(rounds + 2):
+            for name, call in calls.items():
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if round_ >= 2:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def print_times(shape: Shape, what: str, times: dict[str, list[float]]) -> None:
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"{shape.title:<12}{what:<11}{name:<16}{median:>11.3f}{min(values):>11.3f}{max(values):>11.3f}")
+
+
+def print_ratio(name: str, ratios: list[float], counted: float | None = None, least: bool = False) -> None:
+    median = statistics.median(ratios)
+    beside = "" if counted is None else f"  {counted:.4f} in FLOPs"
+    if least and median < counted:
+        beside += ": less than the FLOPs allow, so this measurement is wrong"
+    print(f"  {name:<34}{median:.4f} ({min(ratios):.4f} to {max(ratios):.4f}){beside}")
+
+
+def quotients(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def print_memory(shape: Shape, steps: Steps, published: Shape) -> None:
+    """R5 of this network, and of one of all blocks: cache and adapter grow with them, the buffers do not."""
+    peaks = []
+    steps.identities.cache.clear()
+    for calls in ((steps.plain,), (steps.cached, steps.cached)):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for call in calls:
+            call()
+        peaks.append(torch.cuda.max_memory_allocated())
+    # The adapter was there in both.
+    extra = peaks[1] - peaks[0] + adapter_bytes(shape)
+    base, whole = (cache_bytes(s) + adapter_bytes(s) for s in (shape, published))
+    print(f"  R5 of {shape.layers} blocks: {extra / base:.3f}, {extra / 2**20:.0f} MiB over a peak of "
+          f"{peaks[0] / 2**20:.0f}; of {published.layers} blocks: {(extra - base + whole) / whole:.3f}  "
+          f"{extra_peak_bytes(published) / whole:.3f} by arithmetic")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the network whose steps are timed")
+    parser.add_argument("--no-flex", action="store_true", help="where torch.compile finds no compiler")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds, "
+          f"{dtype}, {optimized_attention.__name__}")
+    print(dispatch.explain("restricted_attention", device))
+    for shape in LARGE:
+        print_arithmetic(shape)
+    for published in LARGE if device.type == "cuda" else [SMALL]:
+        shape = replace(published, layers=arguments.layers)
+        if device.type == "cpu":
+            print_arithmetic(shape)
+        calls = attention_calls(shape, device, dtype, device.type == "cuda" and not arguments.no_flex)
+        attention = interleaved(calls, arguments.rounds, device)
+        # Joint rows and the mask of a 14B shape would stand in the way of R5.
+        del calls
+        steps = Steps(shape, device, dtype)
+        steps.check(shape, dtype)
+        steps.check_flops(shape)
+        ways = {"plain": steps.plain, "cached": steps.cached, "branch in it": steps.every, "prefill": steps.prefill}
+        times = interleaved(ways, arguments.rounds, device)
+        print(f"{'shape':<12}{'what':<11}{'form':<16}{'median ms':>11}{'min':>11}{'max':>11}")
+        print_times(shape, "attention", attention)
+        print_times(shape, "step", times)
+        plain, cached, every, prefill = times.values()
+        whole = step_flops(shape, reference=True)
+        n, r = shape.n, shape.r
+        print_ratio("R1 cached / plain", quotients(cached, plain), whole / step_flops(shape), least=True)
+        print_ratio("R2 ours / concatenation", quotients(attention["ours"], attention["concatenation"]), 1.0)
+        print_ratio("R3 ours / mask", quotients(attention["ours"], attention["mask"]), n / (n + r))
+        if "flex" in attention:
+            joint = n * (n + r)
+            print_ratio("R3 ours / flex", quotients(attention["ours"], attention["flex"]), joint / (joint + r * r))
+        once = [(p + CALLS * c) / (CALLS * e) for p, c, e in zip(prefill, cached, every, strict=True)]
+        branch = prefill_flops(shape)
+        print_ratio("R4 prefill once / in every step", once, (whole + branch / CALLS) / (whole + branch))
+        print_ratio("ours / plain attention", quotients(attention["ours"], attention["plain"]), 1 + r / n)
+        print_ratio("weighted / ours", quotients(attention["weighted"], attention["ours"]), 1.0)
+        if device.type == "cuda":
+            print_memory(shape, steps, published)
+        del steps, ways
+
+
+if __name__ == "__main__":
+    main()
