@@ -49,7 +49,7 @@ from pack.nodes.training.session import session  # noqa: E402
 
 CHECKPOINT = ROOT / "workflows" / "models" / "puppets_sd.safetensors"
 RANK, RATE, PICTURES, BATCHES = 8, 1e-4, 8, (1, 4)
-CURVE_STEPS, CURVE_RATE, CURVE_LEVELS = (0, 25, 50, 100), 1e-3, 24
+CURVE_STEPS, CURVE_RATE, CURVE_LEVELS = (0, 50, 100), 1e-3, 8
 ATTENTION = LoraConfig().layers
 comfy.utils.PROGRESS_BAR_ENABLED = False
 
@@ -68,7 +68,7 @@ class Clock:
     def check(self) -> None:
         pass
 
-    def progress(self, *_state) -> None:
+    def progress(self, *_state, **_more) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
@@ -86,8 +86,9 @@ def theatre_data():
     theatre.register()
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3]
     takes = [world.sample_take(i, "validation") for i in range(PICTURES)]
-    latents = [vae.encode(torch.from_numpy(render.render(take).image)[None].float() / 255) for take in takes]
-    texts = [clip.encode_from_tokens_scheduled(clip.tokenize(captions.caption(take))) for take in takes]
+    with torch.no_grad():
+        latents = [vae.encode(torch.from_numpy(render.render(take).image)[None].float() / 255) for take in takes]
+        texts = [clip.encode_from_tokens_scheduled(clip.tokenize(captions.caption(take))) for take in takes]
     return model, [model.model.process_latent_in(latent) for latent in latents], texts
 
 
