@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..training import checkpoints, inputs, lora_training
-from ..training.config import DTYPES, LoraConfig, TrainingConfig
+from ..training import checkpoints, inputs, picture_training, widgets
+from ..training.config import LoraConfig, TrainingConfig
 from . import method
 from .config import HIGHEST_WHOLE_UNET_LEARNING_RATE, SourceDrivingPairConfig
 from .nodes import CATEGORY
 
 _DEFAULT = SourceDrivingPairConfig()
 _TURNS = 2  # optimiser steps an iteration: source, driving
-_MAX_SEED = 2**63 - 1
 
 
 class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
@@ -44,42 +43,27 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
                     "steps", default=_DEFAULT.steps, min=1, max=100_000,
                     tooltip="Iterations; each is one optimiser step on the source and one on the driving picture.",
                 ),
-                io.Float.Input(
-                    "learning_rate", default=_DEFAULT.learning_rate, min=1e-7, max=0.1, step=1e-7, round=False,
-                    tooltip="Of AdamW. The default is ours, for a LoRA. With whole_unet use the published 0.000002.",
+                widgets.learning_rate(
+                    _DEFAULT.learning_rate,
+                    "Of AdamW. The default is ours, for a LoRA. With whole_unet use the published 0.000002.",
                 ),
                 io.Int.Input(
                     "rank", default=_DEFAULT.rank, min=1, max=256,
                     tooltip="Rank of the LoRA: more learns more, and takes more memory.",
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=_MAX_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Decides the start, the noise and the order: the same seed trains the same LoRA.",
-                ),
-                io.Combo.Input(
-                    "resume_from", options=checkpoints.choices(), default=checkpoints.NONE,
-                    tooltip="A checkpoint of a run with the same settings to go on from. A cancelled run leaves one.",
-                ),
-                io.Combo.Input(
-                    "dtype", options=list(DTYPES), default="model", optional=True, advanced=True,
-                    tooltip="What the model computes in. model is its own type, but bf16 or fp32 instead of fp16.",
-                ),
+                widgets.seed("LoRA"),
+                widgets.resume_from(),
+                widgets.dtype(),
                 io.Float.Input(
                     "min_snr_gamma", default=0.0, min=0.0, max=100.0, step=0.5, optional=True, advanced=True,
                     tooltip="Min-SNR weighting of the noise levels: 0 is off, 5 the published value.",
                 ),
-                io.Boolean.Input(
-                    "gradient_checkpointing", default=False, optional=True, advanced=True,
-                    tooltip="Computes blocks twice in order to save memory: slower, with less memory.",
-                ),
+                widgets.gradient_checkpointing(),
                 io.Int.Input(
                     "preview_every", default=0, min=0, max=100_000, optional=True, advanced=True,
                     tooltip="Iterations between preview pictures of the source text, with a fixed noise; 0 is never.",
                 ),
-                io.Int.Input(
-                    "checkpoint_every", default=100, min=0, max=100_000, optional=True, advanced=True,
-                    tooltip="Iterations between checkpoints on disk; 0 is only when the run is cancelled.",
-                ),
+                widgets.checkpoint_every("Iterations"),
                 io.Boolean.Input(
                     "whole_unet", default=False, optional=True, advanced=True,
                     tooltip="Learns all weights, as published, in place of a LoRA: 16 bytes of memory a weight more, "
@@ -100,9 +84,9 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
         texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in ("source", "driving")]
         given = {name: values[0] for name, values in lists.items()}
         config, lora = _configs(given)
-        latents = lora_training.encode_pictures(given["vae"], [source, driving])
-        conditionings = lora_training.encode_texts(given["clip"], [*texts, ""])
-        lora_weights, loss_map = lora_training.train_lora(
+        latents = picture_training.encode_pictures(given["vae"], [source, driving])
+        conditionings = picture_training.encode_texts(given["clip"], [*texts, ""])
+        lora_weights, loss_map = picture_training.train_on_pictures(
             given["model"],
             latents,
             conditionings[:2],
@@ -111,7 +95,7 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
             checkpoints=checkpoints.Checkpoints("source_driving_pair", _settings(config, lora, texts, latents)),
             resume_from=given["resume_from"],
             make_objective=lambda denoising, samples: method.PairObjective(denoising.loss, samples, config.seed),
-            preview=lora_training.preview_of(
+            preview=picture_training.preview_of(
                 given["vae"], conditionings[0], conditionings[2], latents[0].shape, config.seed
             ),
         )
@@ -126,15 +110,11 @@ def _configs(given: dict) -> tuple[TrainingConfig, LoraConfig | None]:
             f"published {_DEFAULT.whole_unet_learning_rate:.6f}, at most {HIGHEST_WHOLE_UNET_LEARNING_RATE:.4f}, or "
             "switch whole_unet off"
         )
-    config = TrainingConfig(
-        steps=given["steps"] * _TURNS,
-        learning_rate=given["learning_rate"],
-        seed=given["seed"],
-        dtype=given.get("dtype", "model"),
+    config = widgets.config(
+        given,
+        _TURNS,
         min_snr_gamma=given.get("min_snr_gamma", 0.0),
-        gradient_checkpointing=given.get("gradient_checkpointing", False),
         preview_every=given.get("preview_every", 0) * _TURNS,
-        checkpoint_every=given.get("checkpoint_every", 100) * _TURNS,
         **({"weight_decay": 0.0} if whole_unet else {}),  # published: Adam
     )
     return config, None if whole_unet else LoraConfig(rank=given["rank"])

@@ -102,7 +102,7 @@ def session(
         comfy.model_management.load_models_gpu([patcher], memory_required=required, force_full_load=True)
         stack.callback(patcher.cleanup)
         patcher.pre_run()
-        stack.enter_context(_host_in_training())
+        stack.enter_context(host_in_training())
         stack.enter_context(_frozen_normal_parameters(patcher.model))
         if config.gradient_checkpointing:
             stack.enter_context(_checkpointed(patcher.model.diffusion_model))
@@ -146,7 +146,7 @@ def _trainable_clone(
 
 
 @contextlib.contextmanager
-def _host_in_training() -> Iterator[None]:
+def host_in_training() -> Iterator[None]:
     """The host chooses kernels with a backward pass by this flag."""
     before = comfy.model_management.in_training
     comfy.model_management.in_training = True

@@ -37,7 +37,8 @@ class UnderstudyPrepareReference(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture of the person. Each of a batch becomes one reference."),
                 io.Int.Input(
                     "size", default=_REFERENCE.size, min=64, max=2048, step=16,
-                    tooltip="Side of the square in pixels. 512 is published; less is faster and less alike.",
+                    tooltip="Side of the square in pixels. 512 is published; a smaller one takes less time and "
+                    "memory.",
                 ),
                 io.Float.Input(
                     "crop_factor", default=_REFERENCE.crop_factor, min=1.0, max=10.0, step=0.05, round=0.01,

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import torch
 from comfy_api.latest import io
 
-from ..training import checkpoints, inputs
-from ..training.config import DTYPES, TrainingConfig
+from ..training import checkpoints, inputs, widgets
 from . import training
 from .config import AdapterTrainingConfig
 from .nodes import ADAPTER, CATEGORY
 
 _DEFAULT = AdapterTrainingConfig()
-_MAX_SEED = 2**63 - 1
 
 
 class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
@@ -44,9 +42,8 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
                     "steps", default=_DEFAULT.steps, min=1, max=1_000_000,
                     tooltip="Optimiser steps. Published: 3,000, of 48 videos each.",
                 ),
-                io.Float.Input(
-                    "learning_rate", default=_DEFAULT.learning_rate, min=1e-7, max=0.1, step=1e-7, round=False,
-                    tooltip="Of AdamW. The default is ours: the publication names none.",
+                widgets.learning_rate(
+                    _DEFAULT.learning_rate, "Of AdamW. The default is ours: the publication names none."
                 ),
                 io.Int.Input(
                     "rank", default=_DEFAULT.rank, min=1, max=1024,
@@ -56,26 +53,11 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
                     "batch_size", default=_DEFAULT.batch_size, min=1, max=1024,
                     tooltip="Videos in a step, all of one size. More is steadier, and takes more memory.",
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=_MAX_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Decides the start, the noise and the order: the same seed trains the same adapter.",
-                ),
-                io.Combo.Input(
-                    "resume_from", options=checkpoints.choices(), default=checkpoints.NONE,
-                    tooltip="A checkpoint of a run with the same settings to go on from. A cancelled run leaves one.",
-                ),
-                io.Combo.Input(
-                    "dtype", options=list(DTYPES), default="model", optional=True, advanced=True,
-                    tooltip="What the model computes in. model is its own type, but bf16 or fp32 instead of fp16.",
-                ),
-                io.Boolean.Input(
-                    "gradient_checkpointing", default=False, optional=True, advanced=True,
-                    tooltip="Computes blocks twice in order to save memory: slower, with less memory.",
-                ),
-                io.Int.Input(
-                    "checkpoint_every", default=100, min=0, max=100_000, optional=True, advanced=True,
-                    tooltip="Steps between checkpoints on disk; 0 is only when the run is cancelled.",
-                ),
+                widgets.seed("adapter"),
+                widgets.resume_from(),
+                widgets.dtype(),
+                widgets.gradient_checkpointing(),
+                widgets.checkpoint_every("Steps"),
             ],
             outputs=[
                 ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply or Save Video Identity Adapter."),
@@ -90,15 +72,7 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
         pictures = _one_each(_singles(references, "references"), len(videos), "references")
         _check_references(pictures)
         texts = _one_each(list(positive), len(videos), "positive")
-        config = TrainingConfig(
-            steps=given["steps"],
-            learning_rate=given["learning_rate"],
-            seed=given["seed"],
-            batch_size=given["batch_size"],
-            dtype=given.get("dtype", "model"),
-            gradient_checkpointing=given.get("gradient_checkpointing", False),
-            checkpoint_every=given.get("checkpoint_every", 100),
-        )
+        config = widgets.config(given, batch_size=given["batch_size"])
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
             "texts": inputs.digest([text[0][0] for text in texts]), "rank": given["rank"], "seed": config.seed,

@@ -3,7 +3,6 @@
 Every stage takes the folder of its state, so that a test can run two steps of each in a temporary one.
 """
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -22,6 +21,7 @@ import whole_clip
 from comfy.ldm.wan.model import WanModel
 from pack.nodes.puppets import render, theatre, world
 from pack.nodes.puppets.config import Take
+from pack.nodes.training.session import host_in_training
 from timeboxed import Optimiser, Stage, autocast, pictures, reconstruction_loss
 
 FRAMES = 17  # one cycle of an action: 4n + 1
@@ -285,17 +285,6 @@ def make_dit(config: Config, device) -> WanModel:
     return dit.to(device)
 
 
-@contextlib.contextmanager
-def kernels_with_gradients() -> Iterator[None]:
-    """The host's fast rotary embedding has no gradient; it takes the plain one while this flag is set."""
-    before = comfy.model_management.in_training
-    comfy.model_management.in_training = True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before
-
-
 def noise_levels(rng: np.random.Generator, count: int) -> np.ndarray:
     """float32 [count] in 0..1, one from each equal part of the shifted schedule that sampling goes through."""
     even = (rng.permutation(count) + rng.random(count)) / count
@@ -341,5 +330,5 @@ def train_dit(state: Path, config: Config, device, deadline: float, encoder: Pat
             context = text(text_encoder.tokens(texts, device)).last_hidden_state
         return flow_loss(dit, clean, noise, sigma, context)
 
-    with kernels_with_gradients():
+    with host_in_training():
         return stage.run(step)

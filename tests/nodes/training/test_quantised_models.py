@@ -10,7 +10,7 @@ import comfy.quant_ops
 import pytest
 import tiny_model
 import torch
-from pack.nodes.training import lora_training, objective
+from pack.nodes.training import objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
 from pack.nodes.training.lora import Adapters
@@ -132,10 +132,10 @@ def test_a_lora_is_learnt_and_a_whole_unet_is_refused(make):
         model, _ = make()
         arguments = [torch.randn(SHAPE)], [tiny_model.conditioning(0)], config()
         keep = {"checkpoints": Checkpoints("test", {}), "resume_from": "none"}
-        lora, _ = lora_training.train_lora(model, *arguments, ATTENTION, **keep)
+        lora, _ = picture_training.train_on_pictures(model, *arguments, ATTENTION, **keep)
         assert any(weight.abs().max() > 0 for key, weight in lora.items() if "lora_up" in key)
         with pytest.raises(ValueError, match="switch whole_unet off"):
-            lora_training.train_lora(model, *arguments, None, **keep)
+            picture_training.train_on_pictures(model, *arguments, None, **keep)
 
 
 class Streaming(comfy.model_patcher.ModelPatcher):

@@ -4,7 +4,7 @@ import comfy.sd
 import pytest
 import tiny_model
 import torch
-from pack.nodes.training import loop, lora_training, objective
+from pack.nodes.training import loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
 from pack.nodes.training.session import session
@@ -27,7 +27,7 @@ def latents():
 
 def trained(model, checkpoints=None, resume_from="none", **settings):
     with torch.inference_mode():
-        return lora_training.train_lora(
+        return picture_training.train_on_pictures(
             model, latents(), [tiny_model.conditioning(i) for i in range(2)],
             config(weight_decay=0.0, **settings), None,
             checkpoints=checkpoints or Checkpoints("test", {}), resume_from=resume_from,
@@ -71,7 +71,7 @@ def test_the_model_keeps_its_own_weights(model):
     video = hasattr(model.model.diffusion_model, "blocks")
     shape = (1, 16, 3, 4, 4) if video else SHAPE
     with torch.inference_mode():
-        differences, loss_map = lora_training.train_lora(
+        differences, loss_map = picture_training.train_on_pictures(
             model, [torch.randn(shape)], [tiny_model.conditioning(0)], config(steps=20), None,
             checkpoints=Checkpoints("test", {}), resume_from="none",
         )
@@ -94,7 +94,7 @@ def test_the_native_loader_gives_what_was_trained():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)), alpha=0.02)
         with whole.attached():
             expected = denoiser.denoise(x, sigma, conditions)
-        weights = lora_training.lora_model(whole, denoiser.model.model_config.unet_config)
+        weights = picture_training.lora_model(whole, denoiser.model.model_config.unet_config)
     with torch.inference_mode():
         patched, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)
     with session(patched, SHAPE, config()) as denoiser, torch.no_grad():

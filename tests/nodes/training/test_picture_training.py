@@ -11,7 +11,7 @@ import tiny_model
 import torch
 from comfy_extras.nodes_model_advanced import LCM
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
-from pack.nodes.training import loop, lora_training, objective
+from pack.nodes.training import loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
 from pack.nodes.training.lora import Adapters
@@ -33,7 +33,7 @@ def trained(model, count=2, checkpoints=None, resume_from="none", lora=LoraConfi
     checkpoints = checkpoints or Checkpoints("test", {})
     conditionings = [tiny_model.conditioning(i) for i in range(count)]
     with torch.inference_mode():
-        return lora_training.train_lora(
+        return picture_training.train_on_pictures(
             model, latents(count), conditionings, config(**settings), lora,
             checkpoints=checkpoints, resume_from=resume_from,
         )
@@ -118,7 +118,7 @@ def test_pictures_of_several_sizes_train_in_batches_of_one_size():
     network = model.model.diffusion_model
     handle = network.register_forward_hook(lambda _m, inputs, _o: seen.add(tuple(inputs[0].shape)))
     with torch.inference_mode():
-        lora_training.train_lora(
+        picture_training.train_on_pictures(
             model, [torch.randn(size) for size in sizes], [tiny_model.conditioning(i) for i in range(3)],
             config(batch_size=2, steps=12), LoraConfig(rank=2),
             checkpoints=Checkpoints("test", {}), resume_from="none",
@@ -173,7 +173,7 @@ def test_video_models_train_and_load_under_their_own_names():
     model = tiny_model.video()
     video = torch.randn(1, 16, 3, 4, 4)
     with torch.inference_mode():
-        lora, loss_map = lora_training.train_lora(
+        lora, loss_map = picture_training.train_on_pictures(
             model, [video], [tiny_model.conditioning(0)], config(steps=30), LoraConfig(rank=2),
             checkpoints=Checkpoints("test", {}), resume_from="none",
         )
@@ -279,7 +279,7 @@ def test_inpainting_models_train_on_an_empty_mask():
 
 def test_a_preview_waits_for_room(monkeypatch):
     vae = object()
-    preview = lora_training.preview_of(vae, [], [], SHAPE, 0)
+    preview = picture_training.preview_of(vae, [], [], SHAPE, 0)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
     with session(inference_model(), SHAPE, config()) as denoiser:
         assert preview(denoiser) is None

@@ -42,7 +42,7 @@ def encode_texts(clip, texts: Sequence[str]) -> list[list]:
     return [known[text] for text in texts]
 
 
-def train_lora(
+def train_on_pictures(
     model,
     latents: Sequence[torch.Tensor],
     conditionings: Sequence[list],
@@ -83,7 +83,7 @@ def train_lora(
 
 
 def preview_of(vae, positive: list, negative: list, shape: Sequence[int], seed: int):
-    """A preview for `train_lora`: one picture of `shape` [1, C, ...] with a fixed prompt and a fixed noise.
+    """A preview for `train_on_pictures`: one picture of `shape` [1, C, ...] with a fixed prompt and a fixed noise.
 
     It gives None where the device has no room to sample beside the training.
     """

@@ -1,0 +1,42 @@
+"""What every Train node asks, as the host's frontend shows it."""
+
+import math
+
+import pytest
+from pack.nodes import extension
+from pack.nodes.training import widgets
+
+TRAINERS = [node for node in extension.METHOD_NODES if "Train" in node.__name__]
+
+
+def typed(widget, value):
+    """What the frontend makes of a typed number: rounded to as many decimals as the step has, within the limits."""
+    decimals = max(0, -math.floor(math.log10(widget.step)))
+    return min(max(round(value, decimals), widget.min), widget.max)
+
+
+def inputs_of(node):
+    return {i.id: i for i in node.define_schema().inputs}
+
+
+@pytest.mark.parametrize("node", TRAINERS)
+@pytest.mark.parametrize("rate", [2e-6, 1.5e-5, 1e-4, 3e-3])
+def test_rates_can_be_typed_the_published_one_too(node, rate):
+    assert typed(inputs_of(node)["learning_rate"], rate) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("node", TRAINERS)
+def test_a_queued_run_can_be_resumed_under_its_own_seed(node):
+    assert inputs_of(node)["seed"].control_after_generate == "fixed"
+    assert inputs_of(node)["resume_from"].default == "none"
+
+
+def test_optional_inputs_that_an_old_workflow_lacks_have_their_defaults():
+    given = {"steps": 3, "learning_rate": 0.1, "seed": 4}
+    config = widgets.config(given, turns=2, batch_size=5)
+    assert (config.steps, config.checkpoint_every, config.batch_size) == (6, 200, 5)
+    shown = {
+        widget.id: widget.default
+        for widget in (widgets.dtype(), widgets.gradient_checkpointing(), widgets.checkpoint_every("Steps"))
+    }
+    assert widgets.config(given | shown, turns=2, batch_size=5) == config
