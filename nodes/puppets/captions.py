@@ -1,5 +1,7 @@
 """What is said of a take, in a closed vocabulary; unnamed actions, details and coats have no words."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .config import COLOURS, HEADWEAR, NAMED_ACTIONS, PATTERNS, RGB, SIDED_ACTIONS, SPECIES, Identity, Take
@@ -78,6 +80,16 @@ def caption(take: Take) -> str:
     """All that has words: subject, action with its side, scene."""
     return " ".join(filter(None, (subject_phrase(take.identity), _action(take, True),
                                   SCENE_PHRASES[take.scene])))
+
+
+def group_caption(takes: Sequence[Take], shirts: bool = False, action: bool = True, scene: bool = True) -> str:
+    """For example "a cat and a robot waving on a stage": species, then what the first take does and where.
+
+    More words of each would tell a text encoder of this size nothing: it mixes them up.
+    """
+    subjects = " and ".join(_subject(take.identity, shirts, False, False) for take in takes)
+    said = _action(takes[0], True) if action else ""
+    return " ".join(filter(None, (subjects, said, SCENE_PHRASES[takes[0].scene] if scene else "")))
 
 
 def training_caption(take: Take, rng: np.random.Generator, drop: float = 0.12) -> str:

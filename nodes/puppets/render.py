@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from . import costumes
 from .actions import ARMS_BEHIND, BODIES, extent, pose
-from .captions import caption
+from .captions import caption, group_caption
 from .config import POSE_COLOURS, POSE_LIMBS, RGB, Identity, Picture, Take
 from .paper import Frame, Paper, capsule, mix, shade
 from .scenes import TINTS, backdrop
@@ -185,7 +185,7 @@ def render_clip(take: Take, frames: int = 17, size: int = 128) -> list[Picture]:
 
 
 def render_group(takes: Sequence[Take], size: int = 128) -> Picture:
-    """Several puppets side by side in the first take's scene; parts, joints and caption are the first one's.
+    """Several puppets side by side in the first take's scene; parts and joints are the first one's.
 
     Where two overlap, the first stands in front. Raises ValueError without takes.
     """
@@ -201,7 +201,13 @@ def render_group(takes: Sequence[Take], size: int = 128) -> Picture:
         picture = _compose(placed, take.phase, size, scene)
         scene = picture.image.astype(np.float32) / np.array(TINTS[takes[0].scene], dtype=np.float32)
     image = np.clip(picture.image.astype(np.float32) * takes[0].light, 0, 255)
-    return Picture(image.astype(np.uint8), picture.parts, picture.joints, caption(takes[0]))
+    return Picture(image.astype(np.uint8), picture.parts, picture.joints, group_caption(takes))
+
+
+def render_group_clip(takes: Sequence[Take], frames: int = 17, size: int = 128) -> list[Picture]:
+    """`render_group` in `frames` pictures, one cycle of each take's action from its own phase on."""
+    moments = ([dataclasses.replace(take, phase=take.phase + i / frames) for take in takes] for i in range(frames))
+    return [render_group(moment, size) for moment in moments]
 
 
 def draw_pose(joints: np.ndarray, size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The theatre's text encoder in training: transformers' CLIP, and the captions it reads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,16 @@ def trained(checkpoint: Path, device) -> CLIPTextModel:
     return text.eval().requires_grad_(False)
 
 
-def training_text(take: Take, rng: np.random.Generator, drop: float) -> str:
-    """A caption as `captions.training_caption` varies it, or nothing with probability `drop`."""
+def training_text(takes: Sequence[Take], rng: np.random.Generator, drop: float) -> str:
+    """A caption with clauses left out at random, or nothing with probability `drop`."""
     if rng.random() < drop:
         return ""
-    words = captions.training_caption(take, rng).split()
+    words = (captions.training_caption(*takes, rng) if len(takes) == 1 else _group_text(takes, rng)).split()
     if rng.random() < 0.05:  # free words appear without a meaning, so that an untaught one is harmless
         words.insert(rng.integers(0, len(words) + 1), str(rng.choice(tokenizer.FREE_WORDS)))
     return " ".join(words)
+
+
+def _group_text(takes: Sequence[Take], rng: np.random.Generator) -> str:
+    shirts, action, scene = rng.random() < 0.3, rng.random() < 0.9, rng.random() < 0.9
+    return captions.group_caption(takes, shirts, action, scene)

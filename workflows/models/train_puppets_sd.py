@@ -246,7 +246,7 @@ def train_unet(config, device, deadline) -> bool:
         alpha = schedule[moments][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         with autocast(device):
-            texts = [training_text(takes[i], rng, config.drop_caption) for i in chosen]
+            texts = [training_text([takes[i]], rng, config.drop_caption) for i in chosen]
             context = text(tokens(texts, device)).last_hidden_state
             output = unet(noisy, moments.float(), context=context).float()
         snr = compute_snr(Schedule, moments)

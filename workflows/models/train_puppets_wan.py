@@ -44,8 +44,8 @@ AUTOENCODER = Path(__file__).with_name("puppets_wan_vae.safetensors")
 
 def preview(config: stages.Config, clips: np.ndarray, mean, deviation) -> np.ndarray:
     """The map of `wan_export.latent_rgb`, fitted to 48 training clips."""
-    takes = [stages.clip_take(i) for i in range(min(48, len(clips)))]
-    pixels = stages.to_pixels(np.stack([stages.clip_frames(take, config.size) for take in takes]), "cpu")
+    takes = [stages.clip_takes(i) for i in range(min(48, len(clips)))]
+    pixels = stages.to_pixels(np.stack([stages.clip_frames(shown, config.size) for shown in takes]), "cpu")
     normalised = (clips[:len(takes)] - mean[:, None, None, None]) / deviation[:, None, None, None]
     return wan_export.latent_rgb(normalised, stages.grouped(pixels).numpy())
 

@@ -5,10 +5,11 @@ Every stage takes the folder of its state, so that a test can run two steps of e
 
 import copy
 import dataclasses
+import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -26,6 +27,8 @@ from timeboxed import Optimiser, Stage, autocast, pictures, reconstruction_loss
 
 FRAMES = 17  # one cycle of an action: 4n + 1
 FIRST_CLIP = 1_000_000  # seed of the first clip, so that clips show other takes than the pictures
+SECOND_TAKE = 500_000_000  # seed of the first clip's second puppet
+GROUP_EVERY = 6  # clips, of which one has two puppets
 PART = {"pictures": 2_000, "clips": 50}  # of the latents, a file
 CHECKED_PICTURES, CHECKED_CLIPS = 64, 6  # of "validation", for the figures while it trains
 
@@ -38,7 +41,7 @@ class Config:
     seed: int = 7
     matrix_lr: float = 0.02  # Muon's own scale; the rates below are AdamW's
     vae_dim: int = 16
-    vae_steps: int = 2_500
+    vae_steps: int = 1_600
     vae_batch: int = 8
     vae_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
     vae_lr: float = 2e-3
@@ -64,14 +67,22 @@ def rng_for(config: Config, stage: str, step: int) -> np.random.Generator:
     return np.random.default_rng([config.seed, sum(map(ord, stage)), step])
 
 
-def clip_take(index: int, split: str = "train") -> Take:
-    """The take whose action clip `index` shows from its phase on."""
-    return world.sample_take(FIRST_CLIP + index, split)
+def clip_takes(index: int, split: str = "train") -> tuple[Take, ...]:
+    """The take whose action clip `index` shows from its phase on; every sixth clip has a second one beside it."""
+    first = world.sample_take(FIRST_CLIP + index, split)
+    if index % GROUP_EVERY != GROUP_EVERY - 1:
+        return (first,)
+    others = (world.sample_take(SECOND_TAKE + index + turn, split) for turn in itertools.count(0, FIRST_CLIP))
+    # Both do the same, and neither what its species is never shown to do.
+    other = next(take for take in others if (take.identity.species, first.action) not in world.HELD_OUT_PAIRS)
+    return first, dataclasses.replace(other, action=first.action, mirrored=first.mirrored)
 
 
-def clip_frames(take: Take, size: int, frames: int = FRAMES) -> np.ndarray:
-    """uint8 [frames, H, W, 3]: the first frames of the take's cycle."""
-    return np.stack([picture.image for picture in render.render_clip(take, FRAMES, size)[:frames]])
+def clip_frames(takes: Sequence[Take], size: int, frames: int = FRAMES) -> np.ndarray:
+    """uint8 [frames, H, W, 3]: the first frames of the takes' cycle."""
+    alone = len(takes) == 1
+    clip = render.render_clip(takes[0], FRAMES, size) if alone else render.render_group_clip(takes, FRAMES, size)
+    return np.stack([picture.image for picture in clip[:frames]])
 
 
 def to_pixels(images: np.ndarray, device) -> torch.Tensor:
@@ -142,7 +153,7 @@ def picture_psnr(vae, state: Path, config: Config, device) -> float:
 
 
 def clip_psnr(vae, config: Config, device) -> float:
-    clips = [clip_frames(clip_take(i, "validation"), config.size) for i in range(CHECKED_CLIPS)]
+    clips = [clip_frames(clip_takes(i, "validation"), config.size) for i in range(CHECKED_CLIPS)]
     return psnr(vae, (np.stack(clips[i:i + 2]) for i in range(0, len(clips), 2)), device)
 
 
@@ -178,7 +189,7 @@ def train_motion(state: Path, config: Config, device, deadline: float) -> bool:
         rng, crop = rng_for(config, "motion", index), config.motion_crop
         windows = []
         for chosen in rng.integers(0, config.clips, config.motion_batch):
-            frames = clip_frames(clip_take(int(chosen)), config.size, config.motion_frames)
+            frames = clip_frames(clip_takes(int(chosen)), config.size, config.motion_frames)
             top, left = corner(rng, config.size, crop)
             windows.append(frames[:, top:top + crop, left:left + crop])
         pixels = to_pixels(np.stack(windows), device)
@@ -230,7 +241,7 @@ def _encoded(vae, state: Path, config: Config, kind: str, start: int, stop: int,
     for first in range(start, stop, batch):
         chosen = range(first, min(first + batch, stop))
         if images is None:
-            clips = np.stack([clip_frames(clip_take(i), config.size) for i in chosen])
+            clips = np.stack([clip_frames(clip_takes(i), config.size) for i in chosen])
         else:
             clips = images[chosen.start:chosen.stop][:, None]
         with torch.no_grad(), autocast(device):
@@ -321,11 +332,11 @@ def train_dit(state: Path, config: Config, device, deadline: float, encoder: Pat
         moving = index >= config.image_steps
         data = clips if moving else images
         chosen = rng.integers(0, len(data), config.clip_batch if moving else config.image_batch)
-        takes = [clip_take(int(i)) if moving else world.sample_take(int(i), "train") for i in chosen]
+        takes = [clip_takes(int(i)) if moving else (world.sample_take(int(i), "train"),) for i in chosen]
         clean = (torch.from_numpy(data[chosen]).to(device).float() - mean) / deviation
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
         sigma = torch.from_numpy(noise_levels(rng, len(clean))).to(device)
-        texts = [text_encoder.training_text(take, rng, config.drop_caption) for take in takes]
+        texts = [text_encoder.training_text(shown, rng, config.drop_caption) for shown in takes]
         with torch.no_grad():
             context = text(text_encoder.tokens(texts, device)).last_hidden_state
         return flow_loss(dit, clean, noise, sigma, context)

@@ -152,8 +152,16 @@ def test_group_shows_both_and_the_first_in_front():
     half = group.image.shape[1] // 2
     assert group.mask[:, :half].sum() > group.mask[:, half:].sum()
     assert (group.image[:, half:] != empty.image[:, half:]).any(-1).mean() > 0.1
+    assert group.caption.startswith("a ") and " and a" in group.caption and group.caption.endswith("on a beach")
     with pytest.raises(ValueError, match="at least one"):
         render.render_group([])
+
+
+def test_a_clip_of_a_group_is_its_pictures_through_the_cycle():
+    takes = [dataclasses.replace(world.sample_take(seed), action="waving") for seed in (1, 2)]
+    clip = render.render_group_clip(takes, 5, 64)
+    later = [dataclasses.replace(take, phase=take.phase + 0.4) for take in takes]
+    assert len(clip) == 5 and (clip[2].image == render.render_group(later, 64).image).all()
 
 
 def test_pose_drawing_has_the_limb_where_the_joints_are():

@@ -113,7 +113,7 @@ def test_the_loaded_transformer_is_the_trained_one(loaded, written):
     model, clip, _ = loaded
     clean, noise = torch.randn(2, 1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(1))
     context, sigma = encode(clip, PROMPT)[0][0], torch.tensor([0.7])
-    with torch.no_grad(), wan_stages.kernels_with_gradients():
+    with torch.no_grad(), wan_stages.host_in_training():
         expected = wan_stages.flow_loss(written[0], clean, noise, sigma, context)
     noisy = 0.3 * clean + 0.7 * noise
     denoised = model.model.apply_model(noisy, sigma, c_crossattn=context)
@@ -264,6 +264,17 @@ def test_interrupted_stages_give_the_same_bits(tmp_path, monkeypatch):
     assert mean.shape == deviation.shape == (16,) and (deviation > 0).all()
 
 
-def test_clip_takes_keep_out_what_is_held_out():
-    takes = [wan_stages.clip_take(i) for i in range(200)]
-    assert not {(take.identity.species, take.action) for take in takes} & world.HELD_OUT_PAIRS
+def test_clips_keep_out_what_is_held_out():
+    clips = [wan_stages.clip_takes(i) for i in range(200)]
+    assert not {(take.identity.species, take.action) for takes in clips for take in takes} & world.HELD_OUT_PAIRS
+
+
+def test_every_sixth_clip_has_two_who_do_the_same():
+    clips = [wan_stages.clip_takes(i) for i in range(24)]
+    assert [len(takes) for takes in clips] == [1, 1, 1, 1, 1, 2] * 4
+    for first, second in clips[5::6]:
+        assert (first.action, first.mirrored) == (second.action, second.mirrored)
+        assert first.identity != second.identity
+    frames = wan_stages.clip_frames(clips[5], 48)
+    alone = wan_stages.clip_frames(clips[5][:1], 48)
+    assert frames.shape == alone.shape == (17, 48, 48, 3) and (frames != alone).any((1, 2, 3)).all()
