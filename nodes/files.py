@@ -35,11 +35,12 @@ ACTION_IDENTIFIERS, FUSION_EMBEDDINGS = "action_identifiers", "fusion_embeddings
 TRAINING_CHECKPOINTS = "training_checkpoints"
 EXTENSION = ".safetensors"
 
-# The theatre's own files, by the host's list that should show them; one folder holds them all.
+# The theatre's own files, by the host's list that shows them and the folder of `workflows/models` they lie in.
 THEATRE_FILES = {
     "checkpoints": "puppets_sd.safetensors",
     "diffusion_models": "puppets_wan.safetensors",
     "vae": "puppets_wan_vae.safetensors",
+    "loras": "puppets_wan_identity.safetensors",
 }
 
 MAX_HEADER = 8 << 20  # bytes; a 14-billion-parameter model's header is under one tenth of it
@@ -368,8 +369,8 @@ def register_folders() -> None:
     if theatre_enabled():
         models = PACK_ROOT / "workflows" / "models"
         for key, file in THEATRE_FILES.items():
-            if (models / file).is_file():
-                folder_paths.add_model_folder_path(key, str(models))
+            if (models / key / file).is_file():
+                folder_paths.add_model_folder_path(key, str(models / key))
 
 
 def theatre_enabled() -> bool:

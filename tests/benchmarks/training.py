@@ -47,7 +47,7 @@ from pack.nodes.training.config import LoraConfig, TrainingConfig  # noqa: E402
 from pack.nodes.training.lora import Adapters  # noqa: E402
 from pack.nodes.training.session import session  # noqa: E402
 
-CHECKPOINT = ROOT / "workflows" / "models" / "puppets_sd.safetensors"
+CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 RANK, RATE, PICTURES, BATCHES = 8, 1e-4, 8, (1, 4)
 CURVE_STEPS, CURVE_RATE, CURVE_LEVELS = (0, 50, 100), 1e-3, 8
 ATTENTION = LoraConfig().layers

@@ -10,7 +10,7 @@ import torch
 from host import scripts
 from safetensors import safe_open
 
-CHECKPOINT = scripts.ROOT / "workflows" / "models" / "puppets_sd.safetensors"
+CHECKPOINT = scripts.ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 CFG, STEPS, SCHEDULER = 4.5, 25, "normal"
 
 

@@ -124,8 +124,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", type=int, default=96, help="a split")
-    parser.add_argument("--transformer", type=Path, default=MODELS / "puppets_wan.safetensors")
-    parser.add_argument("--autoencoder", type=Path, default=MODELS / "puppets_wan_vae.safetensors")
+    parser.add_argument("--transformer", type=Path, default=MODELS / "diffusion_models" / "puppets_wan.safetensors")
+    parser.add_argument("--autoencoder", type=Path, default=MODELS / "vae" / "puppets_wan_vae.safetensors")
     parser.add_argument("--name", default="theatre_wan", help="of the result files")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--cfg", type=float, default=CFG)

@@ -11,6 +11,6 @@ def fault_server(comfy_path, tmp_path_factory):
     base = tmp_path_factory.mktemp("fault_server")
     with Server(comfy_path, base, cpu=True, options=("--cache-classic",)) as server:
         assert prompts.CHECKPOINT in server.model_names("checkpoints"), (
-            f"workflows/models/{prompts.CHECKPOINT} is missing or not listed: run its training script"
+            f"workflows/models/checkpoints/{prompts.CHECKPOINT} is missing or not listed: run its training script"
         )
         yield server

@@ -372,11 +372,11 @@ def test_damaged_settings_leave_the_theatre_open(output, content):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_theatre_s_models_stand_only_in_the_lists_they_belong_to(tmp_path, output, monkeypatch, enabled):
     models = tmp_path / "pack" / "workflows" / "models"
-    models.mkdir(parents=True)
-    (models / files.THEATRE_FILES["checkpoints"]).touch()
+    (models / "checkpoints").mkdir(parents=True)
+    (models / "checkpoints" / files.THEATRE_FILES["checkpoints"]).touch()
     monkeypatch.setattr(files, "PACK_ROOT", tmp_path / "pack")
     monkeypatch.setenv("UNDERSTUDY_THEATRE", str(int(enabled)))
     files.register_folders()
-    shown = [key for key in files.THEATRE_FILES if str(models) in folder_paths.get_folder_paths(key)]
+    shown = [key for key in files.THEATRE_FILES if str(models / key) in folder_paths.get_folder_paths(key)]
     assert shown == (["checkpoints"] if enabled else [])
     assert (files.THEATRE_FILES["checkpoints"] in files.list_files("checkpoints")) is enabled

@@ -1,4 +1,4 @@
-"""Trains the puppet theatre's tiny Stable Diffusion and writes `puppets_sd.safetensors` beside this file.
+"""Trains the puppet theatre's tiny Stable Diffusion and writes `checkpoints/puppets_sd.safetensors`.
 
     python workflows/models/train_puppets_sd.py                 # every stage to its end, resuming what is there
     python workflows/models/train_puppets_sd.py --minutes 20    # stop (and save) after 20 minutes; call again
@@ -49,7 +49,7 @@ from text_encoder import make_text_encoder, text_prefix, tokens, training_text  
 from timeboxed import Optimiser, Stage, autocast, reconstruction_loss, to_tensor  # noqa: E402
 from timeboxed import pictures as render_pictures  # noqa: E402
 
-CHECKPOINT = Path(__file__).with_name("puppets_sd.safetensors")
+CHECKPOINT = Path(__file__).parent / "checkpoints" / "puppets_sd.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)

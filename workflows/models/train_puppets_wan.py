@@ -1,11 +1,12 @@
-"""Trains the theatre's tiny Wan; writes `puppets_wan.safetensors` and `puppets_wan_vae.safetensors` beside this file.
+"""Trains the theatre's tiny Wan and its video identity adapter; writes them into folders beside this file.
 
     python workflows/models/train_puppets_wan.py                 # every stage to its end, resuming what is there
     python workflows/models/train_puppets_wan.py --minutes 20    # stop (and save) after 20 minutes; call again
     python workflows/models/train_puppets_wan.py --stage export  # write both files from what has been trained
 
 Stages: `vae` (Wan's autoencoder on single frames), `motion` (on short clips), `latents`, `dit` (the transformer on
-single frames, then on clips of 17), `export`. Captions are read by the text encoder of `puppets_sd.safetensors`,
+single frames, then on clips of 17), `export` (both files), `adapter` (by the pack's own training, for the exported
+transformer; its file). Captions are read by the text encoder of `puppets_sd.safetensors`,
 which stays as it is: one encoder serves both models. Seeded by step number, the same on a GPU and on a CPU. A
 stage's length is fixed when it begins, since learning rates fall to 0 at its end. State lies under
 `.cache/training/puppets_wan`; delete what follows a stage that is trained again.
@@ -34,12 +35,16 @@ scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
 from comfy.cli_args import args as host_options  # noqa: E402
 
 host_options.use_pytorch_cross_attention = True
+import wan_adapter  # noqa: E402
 import wan_export  # noqa: E402
 import wan_stages as stages  # noqa: E402
+from pack.nodes import files  # noqa: E402
 
-ENCODER = Path(__file__).with_name("puppets_sd.safetensors")
-TRANSFORMER = Path(__file__).with_name("puppets_wan.safetensors")
-AUTOENCODER = Path(__file__).with_name("puppets_wan_vae.safetensors")
+MODELS = Path(__file__).parent
+ENCODER = MODELS / "checkpoints" / "puppets_sd.safetensors"
+TRANSFORMER = MODELS / "diffusion_models" / "puppets_wan.safetensors"
+AUTOENCODER = MODELS / "vae" / "puppets_wan_vae.safetensors"
+ADAPTER = MODELS / "loras" / "puppets_wan_identity.safetensors"
 
 
 def preview(config: stages.Config, clips: np.ndarray, mean, deviation) -> np.ndarray:
@@ -67,17 +72,32 @@ def export(config: stages.Config, device) -> None:
     print("latent to RGB:", np.round(preview(config, clips, mean.numpy(), deviation.numpy()), 4).tolist())
 
 
+def adapter(config: stages.Config, settings: wan_adapter.AdapterConfig, device) -> None:
+    """Trains the adapter and writes its file."""
+    files.register_folders()
+    trained, losses = wan_adapter.train(STATE, config, settings, device, TRANSFORMER, ENCODER)
+    wan_export.save_adapter(ADAPTER, trained.tensors(), {**dataclasses.asdict(settings), "steps": len(losses)})
+    print(f"{ADAPTER.name}: {ADAPTER.stat().st_size / 2**20:.2f} MiB, sha256 {wan_export.sha256(ADAPTER)}")
+    tenth = max(1, len(losses) // 10)
+    print(f"loss of the first tenth {np.mean(losses[:tenth]):.4f}, of the last {np.mean(losses[-tenth:]):.4f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", choices=["all", "vae", "motion", "latents", "dit", "export"], default="all")
+    stage_names = ["all", "vae", "motion", "latents", "dit", "export", "adapter"]
+    parser.add_argument("--stage", choices=stage_names, default="all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
-    for field in dataclasses.fields(stages.Config):
+    for field in (*dataclasses.fields(stages.Config), *dataclasses.fields(wan_adapter.AdapterConfig)):
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(field.default), default=field.default)
     arguments = parser.parse_args()
-    config = stages.Config(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(stages.Config)})
+
+    def chosen(kind):
+        return kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
+
+    config = chosen(stages.Config)
     STATE.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +113,8 @@ def main() -> None:
             return
     if arguments.stage in ("all", "export"):
         export(config, device)
+    if arguments.stage in ("all", "adapter"):
+        adapter(config, chosen(wan_adapter.AdapterConfig), device)
 
 
 if __name__ == "__main__":

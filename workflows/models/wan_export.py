@@ -1,4 +1,4 @@
-"""The two files of the theatre's Wan, as the host's Load Diffusion Model and Load VAE read them."""
+"""The files of the theatre's Wan: transformer and autoencoder for the host's own loaders, adapter for the pack's."""
 
 import copy
 import hashlib
@@ -23,6 +23,7 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
         raise ValueError(f"{path.name}: {bad[0]} is not finite in fp16; nothing was written")
     if (size := sum(value.nbytes for value in half.values())) > LIMIT - 2**18:
         raise ValueError(f"{path.name} would have {size} bytes, over {LIMIT}; nothing was written")
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".part")
     save_file(half, temporary, {"format": "pt", **metadata})
     os.replace(temporary, path)
@@ -45,6 +46,11 @@ def save_vae(path: Path, vae, mean: torch.Tensor, deviation: torch.Tensor, train
     scale = wan.latents_std.flatten() / deviation.cpu()
     whole_clip.fold(folded, wan.latents_mean.flatten() - mean.cpu() * scale, scale)
     _save(path, folded.state_dict(), {"config": json.dumps({"training": training})})
+
+
+def save_adapter(path: Path, tensors: dict[str, torch.Tensor], training: dict) -> None:
+    """The video identity adapter under its published key names."""
+    _save(path, tensors, {"config": json.dumps({"training": training})})
 
 
 def sha256(path: Path) -> str:

@@ -36,7 +36,7 @@ from pack.nodes.puppets.config import NAMED_ACTIONS, PART_NAMES  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 STATE = ROOT / ".cache" / "training" / "measuring"
-CHECKPOINT = ROOT / "workflows" / "models" / "puppets_sd.safetensors"
+CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 SEED, PICTURES, BATCH = 11, 8_000, 48
 # (steps, learning rate) of the body and of the two closer looks, and of a second, shorter round once there is
 # an autoencoder whose pictures the eye will have to read.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pack.nodes.puppets import theatre, tokenizer
 
-CHECKPOINT = "workflows/models/puppets_sd.safetensors"
+CHECKPOINT = "workflows/models/checkpoints/puppets_sd.safetensors"
 
 
 @pytest.fixture(scope="module")

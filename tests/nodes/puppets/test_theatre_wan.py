@@ -1,5 +1,7 @@
 """The theatre's Wan: its training stages, its files in the host's own loaders, and nobody else's files in it."""
 
+import copy
+import dataclasses
 import functools
 import sys
 
@@ -7,20 +9,24 @@ import comfy.model_detection
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
+import folder_paths
 import numpy as np
 import pytest
 import real_configurations
 import torch
 from host.scripts import ROOT
+from pack.nodes import files
 from pack.nodes.puppets import render, theatre, world
+from pack.nodes.video_identity.method import adapter_from
 
 sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script finds its own modules
 import timeboxed  # noqa: E402
+import wan_adapter  # noqa: E402
 import wan_export  # noqa: E402
 import wan_stages  # noqa: E402
 import whole_clip  # noqa: E402
 
-ENCODER = ROOT / "workflows" / "models" / "puppets_sd.safetensors"
+ENCODER = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 CPU = torch.device("cpu")
 TINY = wan_stages.Config(
     size=32, pictures=4, clips=3, vae_dim=8, vae_steps=2, vae_batch=2, vae_crop=16, motion_steps=2,
@@ -278,3 +284,33 @@ def test_every_sixth_clip_has_two_who_do_the_same():
     frames = wan_stages.clip_frames(clips[5], 48)
     alone = wan_stages.clip_frames(clips[5][:1], 48)
     assert frames.shape == alone.shape == (17, 48, 48, 3) and (frames != alone).any((1, 2, 3)).all()
+
+
+def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path, written, monkeypatch):
+    """On random latents: the published keys, and nothing of the clothes in words."""
+    config = dataclasses.replace(TINY, clips=6)
+    rng = np.random.default_rng(0)
+    for kind, frames in (("pictures", 1), ("clips", 5)):
+        for path, start, stop in wan_stages._parts(tmp_path, config, kind):
+            wan_stages._keep(path, rng.standard_normal((stop - start, 16, frames, 4, 4), np.float32))
+    assert wan_adapter.alone(config) == [0, 1, 2, 3, 4]
+    assert all("striped" not in text and "hat" not in text for text in wan_adapter.texts(config, [0, 1, 2], 0))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
+    files.register_folders()
+    settings = wan_adapter.AdapterConfig(adapter_rank=2, adapter_steps=2, adapter_batch=2)
+    trained, losses = wan_adapter.train(tmp_path, config, settings, CPU, written[2][0], ENCODER)
+    assert len(losses) == 2 and all(block.v.up.any() for block in trained.blocks)
+    path = tmp_path / "adapter.safetensors"
+    wan_export.save_adapter(path, trained.tensors(), {"steps": 2})
+    adapter_from(files.read(path)[0]).check(theatre.WAN_CONFIG["dim"], theatre.WAN_CONFIG["num_layers"])
+
+
+def test_a_reference_is_the_same_puppet_on_white_in_no_held_out_action():
+    rng = np.random.default_rng(0)
+    who = world.sample_identity(3)
+    takes = [wan_adapter.reference_take(who, rng) for _ in range(40)]
+    assert {take.identity for take in takes} == {who} and len({take.action for take in takes}) > 5
+    assert not {(who.species, take.action) for take in takes} & world.HELD_OUT_PAIRS
+    image = wan_adapter.reference_image(takes[0], 96)
+    assert image.shape == (1, 96, 96, 3) and (image[0, [0, 0, -1, -1], [0, -1, 0, -1]] > 0.97).all()

@@ -1,0 +1,100 @@
+"""The theatre's video identity adapter: pairs of a clip and a picture of who is in it, in the pack's own training."""
+
+import dataclasses
+from pathlib import Path
+
+import comfy.sd
+import numpy as np
+import torch
+import wan_stages as stages
+from pack.nodes.puppets import captions, render, theatre, world
+from pack.nodes.puppets.config import NAMED_ACTIONS, SCENES, Identity, Take
+from pack.nodes.training import checkpoints
+from pack.nodes.training.config import TrainingConfig
+from pack.nodes.video_identity import reference_picture, training
+from pack.nodes.video_identity.config import ReferenceConfig
+from pack.nodes.video_identity.method import VideoAdapter
+
+PAIRS = 2_000
+REFERENCE = ReferenceConfig(size=96, crop_factor=1.1)  # the puppet whole: clothes are its face
+_SEED = 0xADA7
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """A run over `PAIRS` clips of one puppet each."""
+
+    adapter_rank: int = 16
+    adapter_steps: int = 1_000
+    adapter_batch: int = 12
+    adapter_lr: float = 1e-3
+    adapter_drop: float = 0.1  # of the captions, for guidance without a prompt
+
+
+def reference_take(identity: Identity, rng: np.random.Generator) -> Take:
+    """Another moment of the same puppet: another action, scene, light and camera than the clip's, by chance."""
+    allowed = [action for action in NAMED_ACTIONS if (identity.species, action) not in world.HELD_OUT_PAIRS]
+    return world.staged(identity, world.pick(rng, allowed), world.pick(rng, SCENES), rng)
+
+
+def reference_image(take: Take, size: int) -> torch.Tensor:
+    """float [1, 96, 96, 3] in 0..1: the puppet alone on white, as Prepare Reference gives it."""
+    picture = render.render(take, size)
+    image = torch.from_numpy(picture.image).float()[None] / 255
+    mask = torch.from_numpy(np.array(picture.mask)).float()[None]
+    return reference_picture.prepare(image, REFERENCE, mask)[0]
+
+
+def alone(config: stages.Config) -> list[int]:
+    """The clips that show one puppet, at most `PAIRS`."""
+    return [index for index in range(config.clips) if len(stages.clip_takes(index)) == 1][:PAIRS]
+
+
+def references(state: Path, config: stages.Config, indices: list[int], device) -> torch.Tensor:
+    """[N, 16, 1, h, w] of each clip's puppet, as the trained encoder gives them."""
+    vae = stages.trained_vae(state, config, device)["vae"]
+    images = []
+    for index in indices:
+        rng = np.random.default_rng([_SEED, config.seed, index])
+        images.append(reference_image(reference_take(stages.clip_takes(index)[0].identity, rng), config.size))
+    pixels = torch.cat(images).movedim(-1, 1).unsqueeze(2) * 2 - 1
+    with torch.no_grad(), stages.autocast(device):
+        return torch.cat([stages.whole_clip.encode(vae, part.to(device)).float().cpu() for part in pixels.split(32)])
+
+
+def texts(config: stages.Config, indices: list[int], drop: float) -> list[str]:
+    """Species, action and scene of each clip, but nothing of what the puppet wears: the reference has to tell it."""
+    rng = np.random.default_rng([_SEED, config.seed])
+    return ["" if rng.random() < drop else captions.group_caption(stages.clip_takes(i)[:1]) for i in indices]
+
+
+def train(
+    state: Path, config: stages.Config, settings: AdapterConfig, device, transformer: Path, encoder: Path
+) -> tuple[VideoAdapter, list[float]]:
+    """The adapter for `transformer`, and the loss of every step. A stopped run goes on where it was."""
+    indices = alone(config)
+    _, clips = stages.latents(state, config)
+    mean, deviation = (value[:, None, None, None] for value in stages.statistics(clips))
+    theatre.register()
+    model = comfy.sd.load_diffusion_model(str(transformer))
+    clip = comfy.sd.load_checkpoint_guess_config(str(encoder), output_vae=False)[1]
+    out = model.get_model_object("latent_format").process_out
+
+    def as_encoded(raw: torch.Tensor) -> list[torch.Tensor]:
+        """What VAE Encode gives with the exported autoencoder, one latent an item."""
+        return list(out((raw.float() - mean) / deviation).split(1))
+
+    encoded: dict[str, list] = {}
+    for text in (wanted := texts(config, indices, settings.adapter_drop)):
+        if text not in encoded:
+            encoded[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    run = TrainingConfig(
+        settings.adapter_steps, settings.adapter_lr, seed=config.seed, batch_size=settings.adapter_batch, dtype="fp32"
+    )
+    kept = checkpoints.Checkpoints("puppets_wan_identity", {**dataclasses.asdict(settings), "pairs": len(indices)})
+    adapter, losses = training.train(
+        model, as_encoded(torch.from_numpy(clips[indices])), as_encoded(references(state, config, indices, device)),
+        [encoded[text] for text in wanted], run, settings.adapter_rank,
+        checkpoints=kept, resume_from=checkpoints.choices()[-1],
+    )
+    return adapter, losses["loss"]
