@@ -25,7 +25,7 @@ class Wan:
         self.attended = []
 
     def __call__(self, x, timestep, context, reference=None):
-        """Velocity of x [B, C, T, H, W] at timestep [B], context [B, L, C'], reference [1, C, 1, h, w] or None."""
+        """Velocity of x [B, C, T, H, W] at timestep [B], context [B, L, C'], reference [1 or B, C, 1, h, w]."""
         batch = x.shape[0]
         video, grid = self.patches(x)
         frames, rows, columns = grid
@@ -37,7 +37,7 @@ class Wan:
         image = image_modulation = None
         if reference is not None:
             image, (_, image_rows, image_columns) = self.patches(reference.expand(batch, -1, -1, -1, -1))
-            positions += [(-1, rows + h, columns + w) for h in range(image_rows) for w in range(image_columns)]
+            positions += self.image_positions(rows, columns, image_rows, image_columns)
             _, image_modulation = self.time(torch.zeros(batch))
         turn = self.rotations(positions)
         for i in range(self.depth):
@@ -47,6 +47,10 @@ class Wan:
         channels = out.shape[-1] // 4
         out = out.reshape(batch, frames, rows, columns, 1, 2, 2, channels)
         return out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, channels, frames, 2 * rows, 2 * columns)
+
+    def image_positions(self, rows, columns, image_rows, image_columns):
+        """Those of the reference's tokens, (t, h, w), beside a video of so many rows and columns."""
+        return [(-1, rows + h, columns + w) for h in range(image_rows) for w in range(image_columns)]
 
     def patches(self, x):
         b, c, t, h, w = x.shape

@@ -76,7 +76,7 @@ def rows_of(arm: str, takes: list[Take], clips: np.ndarray, truth: np.ndarray) -
             "arm": arm, "case": i, "prompt": captions.caption(take), "asked": take.action,
             **{f"seen_{frame}": row["seen_action"] for frame, row in zip(frames, found, strict=True)},
             **{name: float(np.mean([row[name] for row in found]))
-               for name in ("action", "identity", "composition", "worn_error")},
+               for name in ("action", "identity", "composition", "worn_error", "identity_error")},
             **{name: float(value) for name, value in read.items()},
             "rejected": float(np.mean([row["seen_action"] == "reject" for row in found])),
             "action_throughout": all(row["action"] for row in found),

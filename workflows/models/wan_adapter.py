@@ -69,9 +69,13 @@ def texts(config: stages.Config, indices: list[int], drop: float) -> list[str]:
 
 
 def train(
-    state: Path, config: stages.Config, settings: AdapterConfig, device, transformer: Path, encoder: Path
+    state: Path, config: stages.Config, settings: AdapterConfig, device, transformer: Path, encoder: Path,
+    name: str = "puppets_wan_identity",
 ) -> tuple[VideoAdapter, list[float]]:
-    """The adapter for `transformer`, and the loss of every step. A stopped run goes on where it was."""
+    """The adapter for `transformer`, and the loss of every step. A stopped run goes on where it was.
+
+    `name` is that of the run's checkpoints.
+    """
     indices = alone(config)
     _, clips = stages.latents(state, config)
     mean, deviation = (value[:, None, None, None] for value in stages.statistics(clips))
@@ -91,10 +95,11 @@ def train(
     run = TrainingConfig(
         settings.adapter_steps, settings.adapter_lr, seed=config.seed, batch_size=settings.adapter_batch, dtype="fp32"
     )
-    kept = checkpoints.Checkpoints("puppets_wan_identity", {**dataclasses.asdict(settings), "pairs": len(indices)})
+    kept = checkpoints.Checkpoints(name, {**dataclasses.asdict(settings), "pairs": len(indices)})
+    earlier = [choice for choice in checkpoints.choices() if choice.startswith(name)]
     adapter, losses = training.train(
         model, as_encoded(torch.from_numpy(clips[indices])), as_encoded(references(state, config, indices, device)),
         [encoded[text] for text in wanted], run, settings.adapter_rank,
-        checkpoints=kept, resume_from=checkpoints.choices()[-1],
+        checkpoints=kept, resume_from=earlier[-1] if earlier else checkpoints.NONE,
     )
     return adapter, losses["loss"]

@@ -1,0 +1,58 @@
+"""The experiment's rival networks: unchanged they are our nodes, and each changes what it says."""
+
+import published_wan
+import pytest
+import tiny_model
+import torch
+from experiments import video_identity_variants as variants
+from video_identities import ADAPTER, MODEL, identity, reference, relative, sample, shown
+
+LATENT = reference()
+
+
+def through(kind, **options):
+    return sample(variants.applied(kind, MODEL, ADAPTER.tensors(), LATENT), **options)
+
+
+def test_the_unchanged_network_samples_what_our_nodes_sample():
+    ours = sample(shown(MODEL, identity(latent=LATENT)))
+    assert relative(ours, through(published_wan.Wan)) < 1e-4
+    assert relative(ours, sample(MODEL)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", variants.VARIANTS.values())
+def test_a_variant_is_neither_ours_nor_the_plain_model(kind):
+    found = through(kind)
+    assert relative(found, through(published_wan.Wan)) > 1e-3 and relative(found, sample(MODEL)) > 1e-3
+
+
+def test_a_first_frame_changes_the_video_and_not_its_length():
+    found, plain = sample(variants.as_first_frame(MODEL, reference(height=8, width=6))), sample(MODEL)
+    assert found.shape == plain.shape and relative(found, plain) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [published_wan.Wan, *variants.VARIANTS.values()])
+def test_training_learns_for_the_variant(kind):
+    """Gradients of one step reach every projection, and differ from those of our own attention."""
+    from pack.nodes.training.config import TrainingConfig
+    from pack.nodes.training.objective import DenoisingObjective, Sample
+    from pack.nodes.training.session import session
+    from pack.nodes.video_identity import running, training
+
+    def gradients(made):
+        config = TrainingConfig(1, 1e-3, dtype="fp32")
+        latent = torch.randn(1, 16, 3, 8, 6, generator=torch.Generator().manual_seed(5))
+        with session(running.extended(MODEL), [1, *latent.shape[1:]], config) as denoiser:
+            adapter = training._mapped(ADAPTER, lambda tensor: torch.nn.Parameter(tensor.detach().float().clone()))
+            conditions = denoiser.prepare([[torch.ones(1, 4, tiny_model.CONTEXT), {}]], latent)
+            conditions[training._REFERENCE] = LATENT.clone()
+            objective = DenoisingObjective(made(denoiser, adapter), [Sample(latent, conditions)], config)
+            objective(0, torch.Generator().manual_seed(1)).backward()
+            return {name: tensor.grad for name, tensor in adapter.tensors().items()}
+
+    ours = gradients(training._WithReferences)
+    with variants.trained_with(kind):
+        theirs = gradients(training._WithReferences)
+    distance = max(relative(theirs[name], ours[name]) for name in ours if ours[name] is not None)
+    assert distance < 1e-3 if kind is published_wan.Wan else distance > 1e-2
+    assert all(theirs[name] is not None and theirs[name].any() for name in theirs if ours[name] is not None)
