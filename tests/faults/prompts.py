@@ -5,6 +5,8 @@ import torch
 from host.server import Server
 
 CHECKPOINT = "puppets_sd.safetensors"
+TRANSFORMER, AUTOENCODER = "puppets_wan.safetensors", "puppets_wan_vae.safetensors"
+ADAPTER = "puppets_wan_identity.safetensors"
 RESULT = "result"  # the node that saves the latent
 SAMPLER = "sample"
 LOADER = "load"
@@ -61,6 +63,43 @@ def guided(server: Server, seed: int = 1, steps: int = 3, name: str = "guided", 
         "UnderstudyStepwisePrompt", driving=["driving text", 0], target=["positive", 0], switch_percent=0.4
     )
     prompt[SAMPLER]["inputs"] |= {"sampler": ["guidance", 0], "positive": ["stepwise", 0]}
+    return prompt
+
+
+def video(
+    seed: int = 1, steps: int = 2, name: str = "video", size: int = 64, frames: int = 5, batch: int = 1
+) -> dict:
+    """A clip of the theatre's Wan, its latent saved as output/NAME_….latent."""
+    return {
+        LOADER: node("UNETLoader", unet_name=TRANSFORMER, weight_dtype="default"),
+        "text encoder": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT),
+        "positive": node("CLIPTextEncode", clip=["text encoder", 1], text="a cat waving on a beach"),
+        "negative": node("CLIPTextEncode", clip=["text encoder", 1], text=""),
+        "empty": node("EmptyHunyuanLatentVideo", width=size, height=size, length=frames, batch_size=batch),
+        SAMPLER: node(
+            "KSampler", model=[LOADER, 0], seed=seed, steps=steps, cfg=4.0, sampler_name="euler", scheduler="simple",
+            denoise=1.0, positive=["positive", 0], negative=["negative", 0], latent_image=["empty", 0],
+        ),
+        RESULT: node("SaveLatent", samples=[SAMPLER, 0], filename_prefix=name),
+    }
+
+
+def identified(server: Server, identity: str = "test 3", adapter: str = ADAPTER, **settings) -> dict:
+    """The same with a puppet's reference."""
+    prompt = video(**settings)
+    puppet = defaults(server, "UnderstudyPuppet") | {"identity": identity, "action": "standing", "seed": 5}
+    picture = {"image": ["puppet", 0], "mask": ["puppet", 1]}
+    prompt |= {
+        "autoencoder": node("VAELoader", vae_name=AUTOENCODER),
+        "puppet": node("UnderstudyPuppet", **puppet),
+        "prepare": node("UnderstudyPrepareReference", size=64, crop_factor=1.1, **picture),
+        "reference": node("VAEEncode", pixels=["prepare", 0], vae=["autoencoder", 0]),
+        "adapter": node("UnderstudyLoadVideoIdentityAdapter", adapter_name=adapter),
+    }
+    widgets = defaults(server, "UnderstudyApplyVideoIdentity")
+    links = {"model": [LOADER, 0], "adapter": ["adapter", 0], "reference": ["reference", 0]}
+    prompt["apply"] = node("UnderstudyApplyVideoIdentity", **widgets | links)
+    prompt[SAMPLER]["inputs"]["model"] = ["apply", 0]
     return prompt
 
 

@@ -2,12 +2,11 @@
 
 import random
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from faults import prompts
+from faults import prompts, server_memory
 from host.server import Server, ServerError
 from PIL import Image
 
@@ -40,21 +39,13 @@ def test_patches_do_not_leak_between_two_hundred_prompts(fault_server):
     alternate(fault_server, 200)
 
 
-def resident_megabytes(server: Server) -> float:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
-
-
 @pytest.mark.soak
 def test_memory_is_flat_over_three_hundred_prompts(fault_server):
-    """Medians of the first and the last fifth after a warm-up, since the allocator moves in steps."""
     used = []
     for seed in range(330):
         prompts.run(fault_server, prompts.guided(fault_server, seed=seed, steps=2))
-        used.append(resident_megabytes(fault_server))
-    used = sorted(used[30:90]), sorted(used[-60:])
-    growth = (used[1][30] - used[0][30]) / 240
-    assert growth < 0.1, f"{growth:.3f} MB a prompt"
+        used.append(server_memory.resident_megabytes(fault_server))
+    assert server_memory.growth(used, 30, 60) < 0.1
 
 
 def cancel(server: Server, seconds: float) -> None:

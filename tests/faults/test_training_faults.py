@@ -1,17 +1,13 @@
 """Training in a real server: cancel, resume, two in a queue, no memory, and what comes after them."""
 
-import contextlib
 import itertools
-import os
 import random
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from faults import prompts
-from host.server import Server
+from faults import prompts, server_memory
 
 TRAIN = "train"
 CHECKPOINTS = "training_checkpoints"
@@ -52,11 +48,6 @@ def trained(server, prompt, prompt_id=None):
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
     (path,) = loras(server, prompt)
     return safetensors.torch.load_file(path)
-
-
-def resident_megabytes(server) -> float:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
 
 
 def same(a, b):
@@ -151,41 +142,16 @@ def test_a_whole_unet_learns_and_leaves_the_model_alone(fault_server):
     assert "published 0.000002" in prompts.message(refused, "execution_error")["exception_message"]
 
 
-def used_memory(server) -> int:
-    """Bytes of the address space that the server's process takes."""
-    return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextlib.contextmanager
-def memory_limit(server, limit):
-    """The server's process takes no more memory than this, in bytes."""
-    import resource  # not on Windows
-
-    before = resource.prlimit(server.process.pid, resource.RLIMIT_AS)
-    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(server.process.pid, resource.RLIMIT_AS, before)
-
-
-@pytest.fixture
-def fresh_server(comfy_path, tmp_path):
-    """A server that keeps no freed memory of earlier prompts, which would be more than the limit says."""
-    with Server(comfy_path, tmp_path, cpu=True, options=("--cache-classic",)) as server:
-        yield server
-
-
 def run_out_of_memory(server, count):
     """512 pixels do not fit into this limit, 128 do."""
     plain = prompts.run(server, prompts.plain(seed=6))
     small = trained(server, training(server, steps=1, seed=11))
-    limit = used_memory(server) + (150 << 20)
+    limit = server_memory.address_space(server) + (150 << 20)
     for i in range(count):
         large = training(server, seed=13 + i)
         for role in ("source", "driving"):
             large[f"{role} puppet"]["inputs"]["size"] = 512
-        with memory_limit(server, limit):
+        with server_memory.limited(server, limit):
             error = prompts.message(server.queue(large), "execution_error")
         assert error["node_type"] == "UnderstudyTrainSourceDrivingPair"
         assert "memory" in error["exception_message"]
@@ -194,26 +160,24 @@ def run_out_of_memory(server, count):
         assert same(trained(server, training(server, steps=1, seed=11)), small)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits a process's memory as Linux does")
+@pytest.mark.skipif(not server_memory.COUNTED, reason="limits a process's memory as Linux does")
 def test_out_of_memory_is_an_error_and_a_smaller_training_works(fresh_server):
     run_out_of_memory(fresh_server, 1)
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits a process's memory as Linux does")
+@pytest.mark.skipif(not server_memory.COUNTED, reason="limits a process's memory as Linux does")
 def test_out_of_memory_ten_times(fresh_server):
     run_out_of_memory(fresh_server, 10)
 
 
 @pytest.mark.soak
 def test_memory_is_flat_over_sixty_trainings(fault_server):
-    """Medians of the second and the last fifth, since the allocator moves in steps."""
     used = []
     for seed in range(60):
         trained(fault_server, training(fault_server, steps=1, seed=seed))
-        used.append(resident_megabytes(fault_server))
-    growth = (sorted(used[-12:])[6] - sorted(used[12:24])[6]) / 36
-    assert growth < 0.1, f"{growth:.3f} MB a training"
+        used.append(server_memory.resident_megabytes(fault_server))
+    assert server_memory.growth(used, 12, 12) < 0.1
 
 
 def test_more_than_one_picture_is_refused_by_name(fault_server):
