@@ -1,4 +1,4 @@
-"""What the tests of the identity prior share: small models of every prediction, prompts that name a subject, edits."""
+"""What the tests of the identity prior share: small models of every prediction, and prompts that name a subject."""
 
 from __future__ import annotations
 
