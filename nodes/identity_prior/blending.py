@@ -101,7 +101,8 @@ class Blending:
             sampling = guider.inner_model.model_sampling
             end = run.path.at(last).to(samples)
             end = end if last == 0 else sampling.inverse_noise_scaling(sigmas[-1], end)
-            samples = method.blend(samples, end, run.mask)
+            # What is mixed is mixed already: some samplers end beside their last estimate.
+            samples = method.blend(samples, end, (run.mask > 0).float())
         return samples
 
     def predict_noise(self, executor, x, timestep, model_options={}, seed=None):
@@ -144,7 +145,8 @@ class _Run:
             )
         self.source = blending.inversion.source_mask.to(noise.device)
         self.edited = torch.zeros_like(self.source)
-        self.mask = self._joined() if blending.outside is None else blending.outside.to(noise.device)
+        # As published, nothing is blended before the first step has shown where the subject is.
+        self.mask = torch.ones_like(self.source) if blending.outside is None else blending.outside.to(noise.device)
 
     def acts(self, sigma: float) -> bool:
         return self.start >= sigma and (sigma > self.end or self.to_the_end)
