@@ -30,7 +30,8 @@ def training(server, steps=2, **widgets):
     }
     prompt["train"] = prompts.node("UnderstudyTrainIdentityPrior", **settings | widgets)
     prompt["save"] = prompts.node(
-        "UnderstudySaveIdentityPrior", lora=["train", 0], identity=["train", 1], filename_prefix=f"prior{next(NUMBERS)}"
+        "UnderstudySaveIdentityPrior", lora=["train", 0], identity=["train", 1],
+        filename_prefix=f"prior{next(NUMBERS)}",
     )
     return prompt
 

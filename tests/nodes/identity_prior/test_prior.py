@@ -240,9 +240,9 @@ def test_loading_equals_the_native_loader_and_priors_mix(output):
     for lora in (first, second):
         native = comfy.sd.load_lora_for_models(native, None, lora, 0.7, 0)[0]
     sampler = comfy.samplers.sampler_object("euler")
-    assert torch.equal(tiny_model.sample(both, sampler), tiny_model.sample(native, sampler))
-    plain = tiny_model.sample(model, sampler)
-    assert not torch.equal(tiny_model.sample(both, sampler), plain)
+    mixed = tiny_model.sample(both, sampler)
+    assert torch.equal(mixed, tiny_model.sample(native, sampler))
+    assert not torch.equal(mixed, tiny_model.sample(model, sampler))
     assert UnderstudyLoadIdentityPrior.execute(model, names[0], 0.0).result[0] is model
     assert all(torch.equal(weight, before[name]) for name, weight in model.model.named_parameters())
 
