@@ -138,6 +138,8 @@ class _Run:
         self.end = percent_to_sigma(blending.config.end_percent) * (1 + method.SIGMA_TOLERANCE)
         self.to_the_end = blending.config.end_percent >= 1.0
         self.check(noise)
+        if blending.outside is not None:
+            method.check_masks(len(blending.outside), len(noise))
         if blending.outside is None and not entries:
             raise ValueError(
                 "the sampler's positive does not say where the subject is named: connect the same Encode Identity to "

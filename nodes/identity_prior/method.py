@@ -227,8 +227,8 @@ def union(*masks: torch.Tensor) -> torch.Tensor:
 def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """An outside MASK [F, H, W] for latents of `shape` [B, C, (T,) H, W]: [1 or B, 1 or T, H, W], 0 and 1 stay exact.
 
-    For pictures F is 1 or B; for videos 1, T, or the 4 (T - 1) + 1 frames of the video, of which each latent frame
-    takes the mean. Raises ValueError, naming the input, for another F.
+    For pictures F is 1 or B, and any number where B is 1; for videos 1, T, or the 4 (T - 1) + 1 frames of the video,
+    of which each latent frame takes the mean. Raises ValueError, naming the input, for another F.
     """
     mask = mask.float().reshape(-1, *mask.shape[-2:])
     if not torch.isfinite(mask).all():
@@ -236,8 +236,8 @@ def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     cells = F.adaptive_avg_pool2d(mask.unsqueeze(1), shape[-2:]).squeeze(1).clamp(0, 1)
     count = len(cells)
     if len(shape) == 4:
-        if count not in (1, shape[0]):
-            raise ValueError(f"mask holds {count} masks and the batch is {shape[0]}: connect one, or {shape[0]}")
+        if shape[0] > 1:
+            check_masks(count, shape[0])
         return cells.unsqueeze(1)
     frames = shape[2]
     if count == 4 * (frames - 1) + 1 and count != frames:
@@ -248,6 +248,12 @@ def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
             "mask for all, or one a frame"
         )
     return cells.unsqueeze(0)
+
+
+def check_masks(count: int, batch: int) -> None:
+    """Raises ValueError where so many masks do not fit the batch."""
+    if count not in (1, batch):
+        raise ValueError(f"mask holds {count} masks and the batch is {batch}: connect one, or {batch}")
 
 
 def blend(x: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

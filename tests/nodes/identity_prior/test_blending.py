@@ -18,6 +18,7 @@ from pack.nodes.identity_prior.nodes import UnderstudyEditMasks, UnderstudyIdent
 MODEL = tiny_model.picture()
 FLOW = tiny_model.picture(flow=True)
 FOUND = {id(MODEL): inverted(MODEL), id(FLOW): inverted(FLOW)}
+SHORT = {id(model): inverted(model, method="ddim", steps=4) for model in (MODEL, FLOW)}
 EDIT = prompt(5)
 
 
@@ -49,15 +50,20 @@ def with_inverted_noise(model, sampler, found, callback=None):
 @pytest.mark.parametrize("name", comfy.samplers.SAMPLER_NAMES)
 @pytest.mark.parametrize("model", [MODEL, FLOW], ids=["eps", "flow"])
 def test_no_mask_ends_on_the_source_and_a_full_one_is_plain_sampling(model, name):
-    plain = sample(model, name, model)
-    source = sample(blended(model, torch.zeros(1, 64, 64)), name, model)
-    torch.testing.assert_close(source, latent()["samples"], rtol=1e-4, atol=1e-5)
-    assert torch.equal(sample(blended(model, torch.ones(1, 64, 64)), name, model), plain)
-    half = torch.ones(1, 64, 64)
-    half[..., :32] = 0
-    edit = sample(blended(model, half), name, model)
-    torch.testing.assert_close(edit[..., :4], latent()["samples"][..., :4], rtol=1e-4, atol=1e-5)
-    assert torch.isfinite(edit).all() and (edit - latent()["samples"])[..., 4:].abs().mean() > 0.01
+    """One batch of none, all and half; dpm_adaptive takes the steps that its whole batch needs."""
+    source, found = latent()["samples"][0], SHORT[id(model)]
+    masks = torch.ones(3, 64, 64)
+    masks[0] = masks[2, :, :32] = 0
+    options = {"found": found, "shape": (3, 4, 8, 8)}
+    none, every, half = sample(blended(model, masks, found=found), name, model, **options)
+    torch.testing.assert_close(none, source, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(half[..., :4], source[..., :4], rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(half).all() and (half - source)[..., 4:].abs().mean() > 0.01
+    if name == "dpm_adaptive":
+        full = blended(model, torch.ones(1, 64, 64), found=found)
+        assert torch.equal(sample(full, name, model, found=found), sample(model, name, model, found=found))
+    else:
+        assert torch.equal(every, sample(model, name, model, **options)[1])
 
 
 def test_found_masks_of_everything_are_plain_sampling_too():
@@ -197,7 +203,9 @@ def test_batches_of_one_source_and_of_many():
     with pytest.raises(ValueError, match="size of the inverted picture"):
         sample(blended(mask=zero), shape=(1, 4, 8, 6))
     with pytest.raises(ValueError, match="mask holds 3 masks"):
-        blended(mask=torch.zeros(3, 8, 8))
+        sample(blended(mask=torch.zeros(3, 8, 8)), shape=(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="mask holds 3 masks"):
+        blended(mask=torch.zeros(3, 8, 8), found=found)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (5, 3), (100, 77)])
