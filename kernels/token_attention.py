@@ -13,7 +13,7 @@ import torch
 
 # Bytes of a chunk of queries: a hundredth of the full map in fp32, but never less than this, where launches count.
 _SHARE = 100
-_LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 4 << 20
 
 
 def token_attention(q: torch.Tensor, k: torch.Tensor, heads: int, columns: Sequence[int]) -> torch.Tensor:

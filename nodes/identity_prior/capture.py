@@ -26,8 +26,10 @@ KEY = "understudy_token_attention"
 # The entry of a CONDITIONING that says which of its tokens are the subject.
 SUBJECT_COLUMNS = "understudy_subject_columns"
 _OVERRIDE = "optimized_attention_override"
-# Ours: the cells of a map's longer side at which UNets know subjects best; 16 is Prompt-to-Prompt's.
+# Ours: UNets know subjects best in their coarse layers, of so many cells or more; 16 is Prompt-to-Prompt's.
 _BEST_CELLS = 16
+# Ours: SD 1.5 has five such layers, SDXL 60 and Wan 14B 14; watching so many would cost more than they tell.
+_MOST_LAYERS = 5
 
 
 class Layer(NamedTuple):
@@ -67,13 +69,21 @@ def chosen_layers(layers: Sequence[Layer], config: MaskConfig, longer_side: int)
     if text == AUTO_LAYERS:
         if isinstance(layers[0].place, int):
             third = len(layers) // 3
-            return frozenset(range(third, len(layers) - third))
-        best = min({layer.factor for layer in layers}, key=lambda f: abs(longer_side / f - _BEST_CELLS))
-        return frozenset(i for i, layer in enumerate(layers) if layer.factor == best)
+            return _spread(range(third, len(layers) - third))
+        # The middle block alone is one layer: too little to go by.
+        factors = {layer.factor for layer in layers if layer.place[0] != "middle"}
+        best = max((f for f in factors if longer_side / f >= _BEST_CELLS), default=min(factors))
+        return _spread([i for i, layer in enumerate(layers) if layer.factor == best])
     chosen = parse_layers(text) or frozenset()
     if max(chosen) >= len(layers):
         raise ValueError(f"layers is {config.layers!r} and this model has 0 to {len(layers) - 1}: choose among those")
     return chosen
+
+
+def _spread(candidates: Sequence[int]) -> frozenset[int]:
+    """At most _MOST_LAYERS of them, the first, the last and some evenly between."""
+    count = min(len(candidates), _MOST_LAYERS)
+    return frozenset(candidates[round(i * (len(candidates) - 1) / max(1, count - 1))] for i in range(count))
 
 
 def watched(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:

@@ -45,7 +45,7 @@ class MaskConfig:
     threshold: float = 0.3
     # Ours, in latent cells: the model needs room around the subject.
     grow: int = 1
-    # Ours: "auto" is the layers of a UNet whose maps are nearest to 16 cells, and the middle third of a transformer.
+    # Ours: "auto" is five layers, of a UNet's coarsest that have 16 cells, of the middle third of a transformer's.
     layers: str = AUTO_LAYERS
     # Cells of the longer side at which layers are averaged; 0 is the finest of them.
     resolution: int = 0
