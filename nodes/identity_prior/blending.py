@@ -37,15 +37,14 @@ def apply(
             f"inversion has {clean.shape[1]} channels and the model's latents have {channels}: invert with this model"
         )
     layers = capture.layers_of(model)
-    if mask is None:
+    outside = None if mask is None else method.latent_mask(mask, clean.shape)
+    if outside is None:
         capture.require_subject(positive, "positive")
         if not layers:
             raise ValueError("this model has no cross-attention to find the subject by: connect an outside `mask`")
         capture.chosen_layers(layers, masks, max(clean.shape[-2:]))
         model = capture.watched(model)
-    else:
-        outside = method.latent_mask(mask, clean.shape)
-    blending = Blending(inversion, layers, masks, config, None if mask is None else outside)
+    blending = Blending(inversion, layers, masks, config, outside)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: blending.outer_sample,
         WrappersMP.SAMPLER_SAMPLE: blending.sampler_sample,

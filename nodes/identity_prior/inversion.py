@@ -40,9 +40,10 @@ def run(
     grid = [float(sigma) for sigma in sigmas]
     method.check_sigmas(grid)
     prediction_kind(model.get_model_object("model_sampling"), "inversion")
-    capture.require_subject(positive, "positive")
     layers = capture.layers_of(model)
-    if not layers:
+    if layers:
+        capture.require_subject(positive, "positive")
+    else:
         logging.warning("[Understudy] this model has no cross-attention: the source mask is the whole picture")
     sampler = _Inverting(config, masks, layers)
     guider = comfy.samplers.CFGGuider(capture.watched(model) if layers else model)

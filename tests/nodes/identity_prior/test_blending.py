@@ -348,6 +348,25 @@ def test_what_cannot_show_the_subject_is_refused():
         blending.apply(wan, FOUND[id(MODEL)], EDIT, MaskConfig(), BlendConfig(), None)
 
 
+def test_context_windows_and_models_without_cross_attention_need_a_mask(monkeypatch):
+    watch = capture.Watch({}, capture.layers_of(MODEL), MaskConfig(), torch.Size(SHAPE))
+    q = torch.zeros(1, 64, 32)
+    with pytest.raises(ValueError, match="context windows.*outside `mask`"):
+        watch.record(0, q, q, 2, {"context_window": object(), "uuids": []})
+    with pytest.raises(ValueError, match="has 63 places where the latent has"):
+        watch.entries = {"a": (COLUMNS, 4)}
+        watch.record(0, q[:, :63], q[:, :4], 2, {"uuids": ["a"]})
+    with pytest.raises(ValueError, match="looks at 6 tokens and the prompt has 4"):
+        watch.record(0, q, q[:, :6], 2, {"uuids": ["a"]})
+    monkeypatch.setattr(capture, "layers_of", lambda model: ())
+    found = inverted(MODEL, positive=tiny_model.conditioning(1))
+    assert found.source_mask.all()
+    with pytest.raises(ValueError, match="no cross-attention.*outside `mask`"):
+        blended(found=found)
+    result = sample(blended(mask=torch.zeros(1, 8, 8), found=found), found=found)
+    torch.testing.assert_close(result, latent()["samples"], rtol=1e-4, atol=1e-5)
+
+
 def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     """Text comes second in a block's attentions, and third where a picture's features are before it."""
     for kind, use in (("t2v", 1), ("i2v", 2)):
