@@ -5,6 +5,15 @@ from comfy_api.latest import ComfyExtension, io
 from . import files
 from .frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
 from .frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
+from .identity_prior.nodes import (
+    UnderstudyEditMasks,
+    UnderstudyEncodeIdentity,
+    UnderstudyIdentityMaskBlend,
+    UnderstudyInvertImage,
+    UnderstudyLoadIdentityPrior,
+    UnderstudySaveIdentityPrior,
+)
+from .identity_prior.training_nodes import UnderstudyTrainIdentityPrior
 from .puppets import theatre
 from .puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
 from .video_identity.nodes import (
@@ -19,6 +28,13 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     UnderstudyFrequencyGuidanceSampler,
     UnderstudyStepwisePrompt,
     UnderstudyTrainSourceDrivingPair,
+    UnderstudyTrainIdentityPrior,
+    UnderstudySaveIdentityPrior,
+    UnderstudyLoadIdentityPrior,
+    UnderstudyEncodeIdentity,
+    UnderstudyInvertImage,
+    UnderstudyIdentityMaskBlend,
+    UnderstudyEditMasks,
     UnderstudyPrepareReference,
     UnderstudyLoadVideoIdentityAdapter,
     UnderstudyApplyVideoIdentity,

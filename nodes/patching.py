@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.model_patcher
 import comfy.samplers
+import comfy.sd
 import comfy.utils
 import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
@@ -36,12 +37,14 @@ def with_sampling_parts(
     callbacks: Mapping[str, Callable],
     attachment: Any,
     blocks: Mapping[int, Callable[[Any], Callable]],
+    cross_attention: Mapping[tuple[str, int, int], Callable[[Any], Callable]] | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` with these parts under `key`, in place of those that it had there.
 
     wrappers and callbacks go by the host's kinds; `attachment` is what `parts(model, key)` finds again.
     blocks[i](earlier) makes what stands for transformer block i; `earlier` is the patch there before, or None,
-    and is called by the new one. A patch that is `key`'s own already stays.
+    and is called by the new one. A patch that is `key`'s own already stays. cross_attention does the same for a UNet:
+    (part, block, transformer) as in ("input", 4, 0).
     """
     patcher = model.clone()
     for kind, wrapper in wrappers.items():
@@ -51,12 +54,25 @@ def with_sampling_parts(
         patcher.remove_callbacks_with_key(kind, key)
         patcher.add_callback_with_key(kind, key, callback)
     patcher.set_attachments(key, attachment)
-    replaced = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
+    replaced = patcher.model_options["transformer_options"].get("patches_replace", {})
     for index, make in blocks.items():
-        earlier = replaced.get(("double_block", index))
+        earlier = replaced.get("dit", {}).get(("double_block", index))
         if getattr(earlier, "key", None) != key:
             patcher.set_model_patch_replace(make(earlier), "dit", "double_block", index)
+    for place, make in (cross_attention or {}).items():
+        there = replaced.get("attn2", {})
+        # The host falls back to a patch of the whole block where a transformer has none of its own.
+        earlier = there.get(place, there.get(place[:2]))
+        if getattr(earlier, "key", None) != key:
+            patcher.set_model_patch_replace(make(earlier), "attn2", *place)
     return patcher
+
+
+def with_lora(
+    model: comfy.model_patcher.ModelPatcher, weights: Mapping[str, torch.Tensor], strength: float
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` with a LoRA on top, as Load LoRA gives it."""
+    return comfy.sd.load_lora_for_models(model, None, dict(weights), strength, 0.0)[0]
 
 
 def parts(model: comfy.model_patcher.ModelPatcher, key: str) -> Any:
@@ -81,7 +97,7 @@ def guide_latent(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.sampler
     Raises ValueError, naming the samplers that work, for one that is not in STEPWISE_SAMPLERS.
     """
     advice = f"choose ddim, {', '.join(STEPWISE_SAMPLERS)}, or set apply_to to denoised, which works with all"
-    name = _sampler_name(sampler)
+    name = sampler_name(sampler)
     if not isinstance(sampler, comfy.samplers.KSAMPLER) or name not in STEPWISE_SAMPLERS:
         raise ValueError(f"the latent of sampler {name} cannot be guided between its steps: {advice}")
     options = sampler.extra_options
@@ -166,7 +182,7 @@ class _GuidedLatent(comfy.samplers.Sampler):
         guide = self.begin(model_wrap.inner_model, noise.shape)
 
         def between_steps(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            scale = _input_scale(model_sampling, sigma)
+            scale = input_scale(model_sampling, sigma)
             z = x * scale
             guided = guide(z, float(sigma))
             if guided is z:
@@ -209,14 +225,14 @@ def _step_by_step(sampler_function: Callable, between_steps: Callable) -> Callab
     return sample
 
 
-def _input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:
+def input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:
     """The factor from the sampler's x to the model's input at sigma, 1 at sigma 0; no dimensions."""
     one = torch.ones((), device=sigma.device)
     at_zero = model_sampling.calculate_input(torch.zeros_like(sigma), one)
     return model_sampling.calculate_input(sigma, one) / at_zero
 
 
-def _sampler_name(sampler: Any) -> str:
+def sampler_name(sampler: Any) -> str:
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", type(sampler).__name__)
     return name.removeprefix("sample_").removesuffix("_function")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
+import psutil
+import torch
 from PIL import Image, ImageDraw
 
 from .checkpoints import Checkpoints
@@ -26,7 +28,8 @@ class HostMonitor:
     """
 
     def __init__(
-        self, config: TrainingConfig, checkpoints: Checkpoints, preview: Preview | None = None
+        self, config: TrainingConfig, checkpoints: Checkpoints, preview: Preview | None = None,
+        device: torch.device | None = None,
     ):
         self.config = config
         self.checkpoints = checkpoints
@@ -34,12 +37,14 @@ class HostMonitor:
         self.picture: Image.Image | None = None
         self.bar = comfy.utils.ProgressBar(config.steps)
         self.losses: list[float] = []
+        self.peak = PeakMemory(device or torch.device("cpu"))
 
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def progress(self, step: int, loss: float) -> None:
         self.losses.append(loss)
+        self.peak.look()
         config = self.config
         due = config.preview_every and (step % config.preview_every == 0 or step == config.steps)
         if due and self.preview is not None:
@@ -53,6 +58,10 @@ class HostMonitor:
 
     def checkpoint(self, state: State) -> None:
         self.checkpoints.save(state)
+
+    def say_peak(self) -> None:
+        """One line for the log: the most memory that the run took."""
+        logging.info("[Understudy] peak memory %.2f GB on %s", self.peak.gigabytes, self.peak.device.type)
 
     def _card(self) -> Image.Image:
         """The latest preview with the loss curve under it."""
@@ -72,6 +81,27 @@ class HostMonitor:
         draw.line(points if len(points) > 1 else points * 2, fill=(40, 90, 200), width=2)
         draw.text((4, top + 2), f"loss {curve[-1]:.4f}", fill="black")
         return card
+
+
+class PeakMemory:
+    """The most memory in use since this was made: of a CUDA device by its tensors, else of the whole process."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._bytes = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.look()
+
+    def look(self) -> None:
+        if self.device.type == "cuda":
+            self._bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._bytes = max(self._bytes, psutil.Process().memory_info().rss)
+
+    @property
+    def gigabytes(self) -> float:
+        return self._bytes / 2**30
 
 
 def smoothed(losses: list[float]) -> list[float]:

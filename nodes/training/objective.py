@@ -25,27 +25,38 @@ class Sample:
     conditions: dict[str, Any]
 
 
-class DenoisingObjective:
-    """Mean square error of the model's own prediction target on seeded batches of `samples`.
-
-    Noise levels are uniform over the model's own table of sigmas. Each batch has one shape: shapes are drawn
-    by how many samples have them, then samples without repetition, all from the step's generator.
+class Batches:
+    """Seeded batches of `samples`, each of one shape: shapes are drawn by how many samples have them, then samples
+    without repetition.
     """
 
-    def __init__(self, denoiser, samples: Sequence[Sample], config: TrainingConfig):
-        self.denoiser = denoiser
-        self.config = config
-        self.error = PredictionError(denoiser.model.model_sampling, config.min_snr_gamma)
+    def __init__(self, samples: Sequence[Sample], size: int):
+        self.size = size
         shapes: dict[tuple, list[Sample]] = {}
         for sample in samples:
             shapes.setdefault(tuple(sample.latent.shape[1:]), []).append(sample)
         self.buckets = list(shapes.values())
 
-    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
+    def draw(self, generator: torch.Generator) -> list[Sample]:
         weights = torch.tensor([float(len(bucket)) for bucket in self.buckets])
         bucket = self.buckets[int(torch.multinomial(weights, 1, generator=generator))]
-        order = torch.randperm(len(bucket), generator=generator)[: self.config.batch_size]
-        chosen = [bucket[int(i)] for i in order]
+        order = torch.randperm(len(bucket), generator=generator)[: self.size]
+        return [bucket[int(i)] for i in order]
+
+
+class DenoisingObjective:
+    """Mean square error of the model's own prediction target on seeded batches of `samples`.
+
+    Noise levels are uniform over the model's own table of sigmas. Batches and noise come from the step's generator.
+    """
+
+    def __init__(self, denoiser, samples: Sequence[Sample], config: TrainingConfig):
+        self.denoiser = denoiser
+        self.error = PredictionError(denoiser.model.model_sampling, config.min_snr_gamma)
+        self.batches = Batches(samples, config.batch_size)
+
+    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
+        chosen = self.batches.draw(generator)
         clean = torch.cat([sample.latent for sample in chosen])
         return self.loss(clean, [sample.conditions for sample in chosen], generator).mean()
 
@@ -66,6 +77,17 @@ class DenoisingObjective:
         return self.error(denoised, clean, sigma)
 
 
+def prediction_kind(model_sampling: Any, purpose: str) -> str:
+    """noise, v or flow. Raises ValueError, naming `purpose` and the model's kind, for another prediction."""
+    kind = next((cls.__name__ for cls in type(model_sampling).__mro__ if cls.__name__ in _PREDICTIONS), "")
+    if _PREDICTIONS.get(kind) is None:
+        raise ValueError(
+            f"{purpose} is not known for a model of {kind or 'this'} prediction: use one that predicts noise, "
+            "v or flow"
+        )
+    return _PREDICTIONS[kind]
+
+
 class PredictionError:
     """The mean square error of the prediction target, from the error of the denoised estimate.
 
@@ -75,13 +97,8 @@ class PredictionError:
     """
 
     def __init__(self, model_sampling: Any, min_snr_gamma: float):
-        kind = next((cls.__name__ for cls in type(model_sampling).__mro__ if cls.__name__ in _PREDICTIONS), "")
-        if _PREDICTIONS.get(kind) is None:
-            raise ValueError(
-                f"training is not known for a model of {kind or 'this'} prediction: use one that predicts noise, "
-                "v or flow"
-            )
-        self.flow, self.velocity = _PREDICTIONS[kind] == "flow", _PREDICTIONS[kind] == "v"
+        kind = prediction_kind(model_sampling, "training")
+        self.flow, self.velocity = kind == "flow", kind == "v"
         if min_snr_gamma and self.flow:
             raise ValueError("min_snr_gamma is for noise and v prediction: set it to 0 for a flow model")
         self.gamma = min_snr_gamma

@@ -52,16 +52,18 @@ def train_on_pictures(
     checkpoints: Checkpoints,
     resume_from: str,
     make_objective: MakeObjective | None = None,
+    forward_batch: int | None = None,
     preview: Callable[[Denoiser], Image.Image | None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
     """Train adapters of `model`, or its whole network where `lora` is None, on latents and their CONDITIONINGs.
 
-    Latents are as VAE Encode gives them. Returns the host's LORA_MODEL and LOSS_MAP. The model is used, not changed.
+    Latents are as VAE Encode gives them. `forward_batch` is how many of them a forward pass takes where the method's
+    objective differs from batch_size. Returns the host's LORA_MODEL and LOSS_MAP. The model is used, not changed.
     Raises loop.TrainingDiverged, ValueError as `session` does, and the host's interruption.
     """
     resume = checkpoints.resume(resume_from)
     largest = max(latents, key=lambda latent: latent.numel())
-    shape = [config.batch_size, *largest.shape[1:]]
+    shape = [forward_batch or config.batch_size, *largest.shape[1:]]
     with session(model, shape, config, whole=lora is None) as denoiser:
         samples = [
             Sample(denoiser.model.process_latent_in(latent.clone()).float(), denoiser.prepare(conditioning, latent))
@@ -75,9 +77,11 @@ def train_on_pictures(
             trained = WholeNetwork(denoiser.network)
         else:
             trained = Adapters(denoiser.network, lora, config.seed, denoiser.device)
-        monitor = HostMonitor(config, checkpoints, None if preview is None else lambda: preview(denoiser))
+        draw = None if preview is None else lambda: preview(denoiser)
+        monitor = HostMonitor(config, checkpoints, draw, denoiser.device)
         with trained.attached():
             losses = loop.train(objective, trained.parameters(), config, monitor, resume)
+        monitor.say_peak()
         unet_config = denoiser.model.model_config.unet_config
         return lora_model(trained, unet_config), {"loss": losses}
 

@@ -1,0 +1,297 @@
+"""Nodes of the identity prior and the non-rigid edit (LIPE): save, load, encode, invert, blend, show masks."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from comfy_api.latest import io, ui
+
+from .. import files
+from . import blending, inversion, prior_files, subject
+from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
+
+CATEGORY = "Understudy/Identity prior"
+IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
+INVERSION = io.Custom("UNDERSTUDY_INVERSION")
+_INVERSION = InversionConfig()
+_MASK = MaskConfig()
+_BLEND = BlendConfig()
+
+
+def _threshold(id: str, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(
+        id, default=_MASK.threshold, min=0.0, max=1.0, step=0.01, round=False, tooltip=tooltip
+    )
+
+
+def _percent(id: str, tooltip: str) -> io.Float.Input:
+    default = getattr(_BLEND, id)
+    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=0.001, round=False, tooltip=tooltip)
+
+
+def _map_inputs() -> list:
+    """How the subject's map is read, for experts; the same where a source and where an edited mask is made."""
+    return [
+        io.String.Input(
+            "layers", default=_MASK.layers, optional=True, advanced=True,
+            tooltip="Cross-attentions that count: 'auto' by their size, 'all', or numbers and ranges from 0 on, in "
+            "the order in which they run, such as 4-6, 9.",
+        ),
+        io.Int.Input(
+            "resolution", default=_MASK.resolution, min=0, max=1024, optional=True, advanced=True,
+            tooltip="Cells of the longer side at which the layers are averaged. 0 is the finest layer's.",
+        ),
+        io.Float.Input(
+            "smoothing", default=_MASK.smoothing, min=0.0, max=8.0, step=0.1, round=False, optional=True,
+            advanced=True,
+            tooltip="Blur of the map before the threshold, as a deviation in its cells. 0 is off; more is rounder.",
+        ),
+    ]
+
+
+class UnderstudySaveIdentityPrior(io.ComfyNode):
+    """A prior as a LoRA file that remembers whom it knows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudySaveIdentityPrior",
+            display_name="Save Identity Prior (LIPE)",
+            category=CATEGORY,
+            description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
+            "fingerprint in its metadata. Load LoRA and other programs read it, too.",
+            search_aliases=["LIPE", "save LoRA", "export", "identity", "subject"],
+            is_output_node=True,
+            inputs=[
+                io.Custom("LORA_MODEL").Input("lora", tooltip="The trained LoRA."),
+                IDENTITY.Input("identity", tooltip="Whom it knows, from Train Identity Prior."),
+                io.String.Input(
+                    "filename_prefix", default="identity_prior",
+                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, lora, identity, filename_prefix) -> io.NodeOutput:
+        path = prior_files.save(lora, identity, filename_prefix)
+        logging.info("[Understudy] saved %s", path)
+        return io.NodeOutput()
+
+
+class UnderstudyLoadIdentityPrior(io.ComfyNode):
+    """A model that knows a saved identity."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyLoadIdentityPrior",
+            display_name="Load Identity Prior (LIPE)",
+            category=CATEGORY,
+            description="Puts a saved prior on the model and says whom it knows. Chain it for several subjects.",
+            search_aliases=["LIPE", "load LoRA", "identity", "subject", "personalization"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the prior was trained on. It is not changed."),
+                io.Combo.Input(
+                    "lora_name", options=prior_files.choices(),
+                    tooltip="A file in models/loras or output/loras from Save Identity Prior. Others are refused: "
+                    "use Load LoRA for them.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=-10.0, max=10.0, step=0.01, round=False,
+                    tooltip="Weight of the prior: 0 is off, 1 as it was trained. Lower follows prompts more.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="Connect it to a sampler, to Invert Image, or to Load Identity Prior."),
+                IDENTITY.Output(display_name="identity", tooltip="Connect it to Encode Identity."),
+                io.String.Output(display_name="trigger", tooltip="The words that stand for the subject in prompts."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, lora_name, strength) -> int:
+        """A file written anew under its name is read anew."""
+        return files.find(prior_files.FOLDER, lora_name).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, model, lora_name, strength) -> io.NodeOutput:
+        tensors, identity = prior_files.load(lora_name)
+        patched = prior_files.apply(model, tensors, identity, strength, lora_name)
+        return io.NodeOutput(patched, identity, identity.trigger)
+
+
+class UnderstudyEncodeIdentity(io.ComfyNode):
+    """A prompt about the subject that remembers where it names it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyEncodeIdentity",
+            display_name="Encode Identity (LIPE)",
+            category=CATEGORY,
+            description="Encodes a text in place of CLIP Text Encode, and keeps in mind which of its tokens are the "
+            "subject, so that the edit can see where the subject is.",
+            search_aliases=["LIPE", "prompt", "text encode", "subject", "identity", "CLIP"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                IDENTITY.Input("identity", tooltip="Whom the text is about, from Load or Train Identity Prior."),
+                io.String.Input(
+                    "text", multiline=True, default="a photo of {subject}",
+                    tooltip="What the picture shows. {subject} becomes the token and class of the identity.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(tooltip="Connect it to positive of a guider, Invert Image, or the blend."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, identity, text) -> io.NodeOutput:
+        return io.NodeOutput(subject.encode(clip, identity, text))
+
+
+class UnderstudyInvertImage(io.ComfyNode):
+    """The noise from which a sampler finds back to a picture, and the path in between."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyInvertImage",
+            display_name="Invert Image (LIPE)",
+            category=CATEGORY,
+            description="Runs the sampling of a picture backwards, step by step, and finds the subject in it by the "
+            "model's own attention.",
+            search_aliases=["LIPE", "DDIM inversion", "unsample", "real image editing", "ReNoise", "fixed point"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to edit with, with its prior. It is not changed."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What the picture shows, from Encode Identity. It counts without CFG.",
+                ),
+                io.Latent.Input("latent", tooltip="VAE Encode of the picture. A batch is inverted together."),
+                io.Sigmas.Input(
+                    "sigmas", tooltip="The noise levels of the edit, from a scheduler, down to 0. Give the sampler "
+                    "the same ones.",
+                ),
+                io.Combo.Input(
+                    "method", options=list(METHODS), default=_INVERSION.method,
+                    tooltip="ddim is one model call a step. fixed_point repeats it until the step leads back. "
+                    "renoise averages the repetitions, for steps at which they swing.",
+                ),
+                io.Int.Input(
+                    "iterations", default=_INVERSION.iterations, min=1, max=50,
+                    tooltip="Model calls a step of fixed_point and renoise. More finds back better and takes longer.",
+                ),
+                _threshold(
+                    "mask_threshold",
+                    "Where the source mask cuts the subject's map, of its range: lower takes in more around it.",
+                ),
+                *_map_inputs(),
+            ],
+            outputs=[
+                INVERSION.Output(display_name="inversion", tooltip="Connect it to Identity Mask Blend."),
+                io.Noise.Output(display_name="noise", tooltip="Connect it to SamplerCustomAdvanced."),
+                io.Mask.Output(display_name="mask", tooltip="Where the subject is in the picture: 1 is the subject."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, latent, sigmas, method, iterations, mask_threshold, **maps) -> io.NodeOutput:
+        masks = MaskConfig(threshold=mask_threshold, grow=0, **maps)
+        found = inversion.run(model, positive, latent, sigmas, InversionConfig(method, iterations), masks)
+        shown = {"text": (f"{found.megabytes:.1f} MB on {found.trajectory.latents.device}",)}
+        mask = _pixels(found.source_mask, model)
+        return io.NodeOutput(found, inversion.InvertedNoise(model, found), mask, ui=shown)
+
+
+class UnderstudyIdentityMaskBlend(io.ComfyNode):
+    """A model that changes the subject and leaves the rest on the inverted path."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyIdentityMaskBlend",
+            display_name="Identity Mask Blend (LIPE)",
+            category=CATEGORY,
+            description="Lets every step change the subject alone: where it was in the picture, and where it is in "
+            "the edit. The rest follows the inverted picture. Works with the samplers of KSamplerSelect.",
+            search_aliases=["LIPE", "NIMA", "non-rigid edit", "blend", "background preservation", "local edit"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the picture was inverted with. It is not changed."),
+                INVERSION.Input("inversion", tooltip="The picture's path, from Invert Image."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The edit's prompt, from Encode Identity; give the sampler the same one.",
+                ),
+                _threshold(
+                    "threshold", "Where the edited mask cuts the subject's map, of its range: lower changes more "
+                    "around the subject, 0 everything.",
+                ),
+                io.Int.Input(
+                    "grow", default=_MASK.grow, min=0, max=64,
+                    tooltip="Latent cells, of 8 pixels for most models, by which the joint mask is wider.",
+                ),
+                _percent("start_percent", "Where the blend begins, as a fraction of the schedule."),
+                _percent(
+                    "end_percent",
+                    "Where the blend ends, as a fraction of the schedule. Below 1 the last steps change everything.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True,
+                    tooltip="Where to change the picture, 0 to 1, in place of both found masks; of any size. One for "
+                    "all, or one for each picture or frame.",
+                ),
+                *_map_inputs(),
+            ],
+            outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Edit Masks.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, inversion, positive, threshold, grow, start_percent, end_percent, mask=None, **maps
+    ) -> io.NodeOutput:
+        masks = MaskConfig(threshold=threshold, grow=grow, **maps)
+        config = BlendConfig(start_percent, end_percent)
+        return io.NodeOutput(blending.apply(model, inversion, positive, masks, config, mask))
+
+
+class UnderstudyEditMasks(io.ComfyNode):
+    """What the blend took for the subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyEditMasks",
+            display_name="Edit Masks (LIPE)",
+            category=CATEGORY,
+            description="Shows the masks of a finished edit: the subject in the source picture, and in the edit.",
+            search_aliases=["LIPE", "show mask", "debug", "preview mask", "attention map"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The output of Identity Mask Blend that the sampler has."),
+                io.Latent.Input("samples", tooltip="What the sampler made with it."),
+            ],
+            outputs=[
+                io.Mask.Output(display_name="source", tooltip="Where the subject was: 1 is the subject."),
+                io.Mask.Output(
+                    display_name="edited", tooltip="Where it is in the last step, not yet grown; the outside mask if "
+                    "there was one.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, samples) -> io.NodeOutput:
+        source, edited = (_pixels(mask, model) for mask in blending.masks_of(model, samples["samples"]))
+        count = max(len(source), len(edited))
+        pair = [mask.expand(count, -1, -1) for mask in (source, edited)]
+        shown = torch.cat(pair, dim=2).unsqueeze(-1).expand(-1, -1, -1, 3)
+        return io.NodeOutput(source, edited, ui=ui.PreviewImage(shown, cls=cls).as_dict())
+
+
+def _pixels(mask: torch.Tensor, model) -> torch.Tensor:
+    """A MASK [B * T, 8 H, 8 W] of one for each latent cell [B, T, H, W]."""
+    ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
+    mask = mask.flatten(0, 1).float()
+    return mask.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2)

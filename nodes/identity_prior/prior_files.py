@@ -1,0 +1,114 @@
+"""Identity priors on disk: ordinary LoRA files whose metadata says who they know and what they were trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.utils
+import torch
+
+from .. import files, patching
+from .method import Identity
+
+FOLDER = "loras"
+_ENTRY = "understudy_identity"
+_KIND = "LIPE identity prior (arXiv 2406.17236)"
+# Ours: enough to tell two checkpoints apart, and read in no time.
+_SAMPLED_WEIGHTS, _SAMPLED_VALUES = 16, 16
+
+
+def choices() -> list[str]:
+    """Every file that the host lists as a LoRA."""
+    return files.list_files(FOLDER)
+
+
+def save(lora: Mapping[str, torch.Tensor], identity: Identity, filename_prefix: str) -> Path:
+    """Write `output/loras/<prefix>_00001_.safetensors`; returns its path. Raises what files.save raises."""
+    ranks = sorted({weight.shape[0] for key, weight in lora.items() if key.endswith("lora_down.weight")})
+    alphas = sorted({float(alpha) for key, alpha in lora.items() if key.endswith(".alpha")})
+    content = {
+        "token": identity.token, "class_noun": identity.class_noun, "captions": list(identity.captions),
+        "base": identity.base,
+    }
+    metadata = {_ENTRY: json.dumps(content), "method": _KIND, "modelspec.trigger_phrase": identity.trigger}
+    if len(ranks) == 1 and len(alphas) == 1:  # what kohya's tools look for
+        metadata |= {
+            "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[0]), "ss_network_alpha": str(alphas[0])
+        }
+    return files.save(lora, metadata, FOLDER, filename_prefix)
+
+
+def load(name: str) -> tuple[dict[str, torch.Tensor], Identity]:
+    """Weights and identity of a listed file. Raises WeightFileError for a file that holds no prior."""
+    path = files.find(FOLDER, name)
+    tensors, metadata = files.read(path)
+    if _ENTRY not in metadata:
+        raise files.refused(path, "says nothing of an identity", "Load it with Load LoRA, or choose a saved prior")
+    try:
+        content = json.loads(metadata[_ENTRY])
+        captions = tuple(str(caption) for caption in content["captions"])
+        identity = Identity(str(content["token"]), str(content["class_noun"]), captions, str(content["base"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise files.refused(path, f"describes its identity badly ({error})", "Save the prior again") from error
+    return tensors, identity
+
+
+def apply(model: Any, tensors: Mapping[str, torch.Tensor], identity: Identity, strength: float, name: str) -> Any:
+    """A clone of `model` that knows the identity; warns where it was trained on another base.
+
+    Raises WeightFileError, naming key and shapes, where the weights are another model's; the model is not touched.
+    """
+    _check(model, tensors, name)
+    if identity.base and fingerprint(model) != identity.base:
+        logging.warning(
+            "[Understudy] %s was trained on another base model, or on one of another precision: the identity may "
+            "show less. Load the model that it was trained on", name,
+        )
+    return model if strength == 0 else patching.with_lora(model, tensors, strength)
+
+
+def _check(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    for key, up in tensors.items():
+        stem, found, _ = key.partition(".lora_up.weight")
+        if not found:
+            continue
+        target = known.get(stem)
+        if target is None:
+            raise files.refused(name, f"has {stem}, which this model lacks", "Load the model that it was trained on")
+        weight = comfy.utils.get_attr(model.model, target)
+        down = tensors.get(f"{stem}.lora_down.weight")
+        if type(weight) not in (torch.Tensor, torch.nn.Parameter) or down is None:
+            continue  # packed weights have a shape of their own
+        shape = (up.shape[0], down.shape[1])
+        if shape != tuple(weight.shape[:2]):
+            raise files.refused(
+                name, f"has {stem} for a weight of shape {shape}, and this model's is {tuple(weight.shape)}",
+                "Load the model that it was trained on",
+            )
+
+
+def fingerprint(model: Any) -> str:
+    """A short name of a model's own weights: of the diffusion model's key names and shapes, and some raw values.
+
+    LoRAs on it, applied or not, count as nothing.
+    """
+    content = hashlib.sha256()
+    weights = dict(model.model.diffusion_model.named_parameters())
+    for key, weight in weights.items():
+        content.update(f"{key}:{tuple(weight.shape)};".encode())
+    plain = [key for key, weight in weights.items() if type(weight) in (torch.Tensor, torch.nn.Parameter)]
+    step = max(1, len(plain) // _SAMPLED_WEIGHTS)
+    for key in plain[::step][:_SAMPLED_WEIGHTS]:
+        # What a loaded LoRA overwrote, the host keeps aside.
+        kept = getattr(model, "backup", {}).get(f"diffusion_model.{key}")
+        flat = (weights[key] if kept is None else kept.weight).detach().flatten()
+        picked = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLED_VALUES)).long().to(flat.device)
+        content.update(flat[picked].float().cpu().numpy().tobytes())
+    return content.hexdigest()[:16]

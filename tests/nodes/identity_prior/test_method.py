@@ -1,0 +1,201 @@
+"""The formulas alone: subjects in texts, the prior's loss, masks."""
+
+import pytest
+import torch
+from comfy.sd1_clip import SD1Tokenizer
+from comfy.sdxl_clip import SDXLTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pack.nodes.identity_prior import method, subject
+from pack.nodes.identity_prior.config import IdentityPriorConfig, MaskConfig, parse_layers
+from pack.nodes.training.objective import Batches, Sample
+
+IDENTITY = method.Identity("sks", "tabby  cat")
+
+
+def test_texts_name_the_subject_or_are_refused():
+    assert IDENTITY.trigger == "sks tabby cat"
+    assert IDENTITY.expand("a {subject}\n jumping") == "a sks tabby cat jumping"
+    assert IDENTITY.expand("A SKS tabby cat") == "A SKS tabby cat"
+    assert IDENTITY.of_class("a {subject} and sks tabby cat") == "a tabby cat and tabby cat"
+    with pytest.raises(ValueError, match="text does not name the subject.*Write {subject}"):
+        IDENTITY.expand("a cat jumping")
+    for token, noun in (("", "cat"), ("two words", "cat"), ("sks", " ")):
+        with pytest.raises(ValueError, match="identity_token"):
+            method.Identity(token, noun)
+
+
+@pytest.mark.parametrize("make", [SD1Tokenizer, SDXLTokenizer])
+@pytest.mark.parametrize(("text", "expected"), [
+    ("sks tabby cat", [1, 2, 3, 4]),
+    ("a photo of sks tabby cat, jumping", [4, 5, 6, 7]),
+    ("a (sks tabby cat:1.3) here", [2, 3, 4, 5]),
+    ("sks tabby cat and sks tabby cat", [1, 2, 3, 4, 6, 7, 8, 9]),
+    ("word " * 74 + "sks tabby cat", [75, 78, 79, 80]),  # a text of two chunks
+    ("a tabby cat", []),
+])
+def test_columns_are_those_of_the_subject_s_tokens(make, text, expected):
+    """sks is two tokens, sk and s, of CLIP; the columns count start and end tokens, over chunks of 77."""
+    tokenizer = make()
+    tokens = tokenizer.tokenize_with_weights(text, return_word_ids=True)
+    trigger = tokenizer.tokenize_with_weights(IDENTITY.trigger, return_word_ids=True)
+    found = list(subject.subject_columns(tokens, trigger))
+    flat = [entry[0] for chunk in tokens["l"] for entry in chunk]
+    phrase = [entry[0] for chunk in trigger["l"] for entry in chunk if entry[2] != 0]
+    assert [flat[i] for i in found] == phrase * (len(found) // len(phrase))
+    assert len(found) == len(phrase) * text.count("sks")
+    if len(phrase) == len(expected):
+        assert found[0] >= 1
+
+
+def test_joined_encoders_are_refused():
+    with pytest.raises(ValueError, match="joins l, t5xxl"):
+        subject.subject_columns({"l": [], "t5xxl": []}, {})
+
+
+def test_phrases_across_chunks_and_embeddings():
+    chunks = [[(9, 1, 0), (1, 1, 1), (5, 1, 1), (9, 1, 0)], [(9, 1, 0), (6, 1, 1), (torch.ones(3), 1, 2)]]
+    assert method.columns_of(chunks, [5, 6]) == (2, 5)
+    assert method.columns_of(chunks, []) == () and method.columns_of([], [1]) == ()
+
+
+def samples(values, shape=(1, 1, 2, 2)):
+    return [Sample(torch.full(shape, float(value)), {"name": value}) for value in values]
+
+
+class Losses:
+    """A loss that is each latent's value; remembers how many came at once, and with which conditions."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, clean, conditions, generator):
+        self.calls.append(len(clean))
+        assert [c["name"] for c in conditions] == [round(float(x.mean())) for x in clean]
+        return clean.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0, 3.0])
+def test_the_prior_s_loss_is_the_subject_s_and_the_weighted_class_s_in_one_pass(weight):
+    loss = Losses()
+    objective = method.PriorObjective(loss, Batches(samples([2, 2, 2]), 2), Batches(samples([10] * 5), 2), weight)
+    assert float(objective(0, torch.Generator().manual_seed(0))) == pytest.approx(2 + weight * 10)
+    assert loss.calls == [4]
+
+
+def test_a_class_of_another_size_takes_a_pass_of_its_own_and_small_sets_are_not_weighed_more():
+    loss = Losses()
+    objective = method.PriorObjective(
+        loss, Batches(samples([2]), 4), Batches(samples([10] * 5, (1, 1, 4, 2)), 4), 0.5
+    )
+    assert float(objective(0, torch.Generator().manual_seed(0))) == pytest.approx(2 + 0.5 * 10)
+    assert loss.calls == [1, 4]
+    objective.classes = Batches(samples([10] * 5), 4)
+    assert float(objective(0, torch.Generator().manual_seed(0))) == pytest.approx(2 + 0.5 * 10)
+
+
+def test_the_same_seed_draws_the_same_pictures():
+    drawn = []
+    objective = method.PriorObjective(
+        lambda clean, c, g: drawn.append(clean.flatten().tolist()) or clean.flatten(1).mean(1),
+        Batches(samples(range(5)), 1), Batches(samples(range(10, 19)), 1), 1.0,
+    )
+    for seed in (1, 1, 2, 3, 4):
+        objective(0, torch.Generator().manual_seed(seed))
+    assert drawn[0] == drawn[1] and len({str(x) for x in drawn}) > 1
+
+
+# Masks
+
+
+def test_the_threshold_cuts_the_range_of_each_map():
+    heat = torch.stack([torch.arange(16.0).reshape(1, 4, 4), 100 + 5 * torch.arange(16.0).reshape(1, 4, 4)])
+    for threshold, count in ((0.0, 16), (0.5, 8), (1.0, 1)):
+        mask = method.subject_mask(heat, (4, 4), MaskConfig(threshold=threshold, smoothing=0.0))
+        assert mask.sum((1, 2, 3)).tolist() == [count, count]
+    flat = method.subject_mask(torch.ones(1, 1, 4, 4), (4, 4), MaskConfig(threshold=1.0))
+    assert flat.all(), "a map that says nothing leaves nothing out"
+
+
+def test_a_spot_is_found_where_it_is_and_enlarged_with_the_latent():
+    heat = torch.zeros(1, 1, 8, 8)
+    heat[..., 2:4, 5:7] = 1
+    mask = method.subject_mask(heat, (32, 32), MaskConfig(threshold=0.5))
+    rows, columns = mask[0, 0].nonzero().T
+    assert 7 <= rows.min() <= 9 and 14 <= rows.max() <= 16 and 19 <= columns.min() <= 21 and columns.max() <= 28
+
+
+def test_smoothing_is_a_gaussian_that_keeps_the_mean_of_a_constant():
+    heat = torch.zeros(1, 1, 21, 21)
+    heat[..., 10, 10] = 1
+    blurred = method._blurred(heat, 1.5)[0, 0]
+    at = torch.exp(-0.5 * (torch.arange(-4, 5) / 1.5) ** 2)
+    torch.testing.assert_close(blurred[6:15, 10] / blurred[10, 10], at)
+    assert blurred.sum() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(method._blurred(torch.ones(2, 3, 4, 5), 2.0), torch.ones(2, 3, 4, 5))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_growing_is_the_cells_around(cells, height, width, seed):
+    mask = (torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(seed)) > 0.8).float()
+    grown = method.grown(mask, cells)
+    for y in range(height):
+        for x in range(width):
+            around = mask[..., max(0, y - cells) : y + cells + 1, max(0, x - cells) : x + cells + 1]
+            assert grown[0, 0, y, x] == around.max()
+
+
+def test_layers_are_averaged_at_the_finest_or_the_asked_resolution():
+    maps = [torch.full((1, 1, 8, 4), 1.0), torch.full((1, 1, 4, 2), 3.0)]
+    assert torch.equal(method.average(maps, 0), torch.full((1, 1, 8, 4), 2.0))
+    assert method.average(maps, 6).shape == (1, 1, 6, 3)
+
+
+def test_union_and_blend():
+    a, b = torch.tensor([0.0, 1.0, 0.3]), torch.tensor([0.0, 0.0, 0.7])
+    assert torch.equal(method.union(a, b), torch.tensor([0.0, 1.0, 0.7]))
+    x, source = torch.randn(2, 3, 4, 4), torch.full((1, 3, 4, 4), torch.inf)
+    mask = torch.ones(1, 1, 4, 4)
+    assert torch.equal(method.blend(x, source, mask), x), "what is not asked for is not looked at"
+    source = torch.randn(1, 3, 4, 4)
+    mask[..., 0] = 0
+    mask[..., 1] = 0.25
+    result = method.blend(x, source, mask)
+    assert torch.equal(result[..., 0], source[..., 0].expand(2, -1, -1)) and torch.equal(result[..., 2:], x[..., 2:])
+    torch.testing.assert_close(result[..., 1], 0.25 * x[..., 1] + 0.75 * source[..., 1].expand(2, -1, -1))
+
+
+def test_video_masks_follow_the_frames():
+    shape = torch.Size((1, 16, 3, 4, 4))
+    frames = torch.arange(9.0)[:, None, None].expand(9, 8, 8) / 8
+    cells = method.latent_mask(frames, shape)
+    assert cells.shape == (1, 3, 4, 4)
+    assert cells[0, :, 0, 0].tolist() == pytest.approx([0, 2.5 / 8, 6.5 / 8])
+    assert method.latent_mask(frames[:1], shape).shape == (1, 1, 4, 4)
+    assert method.latent_mask(frames[:3], shape)[0, :, 0, 0].tolist() == pytest.approx([0, 1 / 8, 2 / 8])
+    with pytest.raises(ValueError, match="mask has 5 frames"):
+        method.latent_mask(frames[:5], shape)
+    with pytest.raises(ValueError, match="NaN"):
+        method.latent_mask(torch.full((1, 4, 4), torch.nan), shape)
+
+
+def test_grids_that_belong_together():
+    whole = [8.0, 4.0, 2.0, 0.0]
+    for part in (whole, whole[1:], whole[:2], [8.00001, 4.0]):
+        assert method.same_grid(part, whole)
+    for other in ([8.0, 2.0], [8.0, 4.1, 2.0, 0.0], [9.0, *whole], [4.0, 2.0, 1.0]):
+        assert not method.same_grid(other, whole)
+
+
+def test_settings_that_do_nothing_are_refused():
+    assert parse_layers("4-6, 9") == {4, 5, 6, 9} and parse_layers("auto") is None
+    for text in ("", "6-4", "a", "1,,2"):
+        with pytest.raises(ValueError, match="layers is"):
+            parse_layers(text)
+    for settings_ in ({"augment": "flip"}, {"prior_weight": -1.0}, {"class_count": 0}):
+        with pytest.raises(ValueError, match=next(iter(settings_))):
+            IdentityPriorConfig(**settings_)
+    for settings_ in ({"grow": -1}, {"resolution": -1}, {"smoothing": -0.1}):
+        with pytest.raises(ValueError, match="0 or more"):
+            MaskConfig(**settings_)

@@ -1,0 +1,308 @@
+"""Training, saving, loading and naming a prior, on the theatre and on small models of the host."""
+
+import json
+import logging
+
+import comfy.lora
+import comfy.sd
+import diffusers
+import folder_paths
+import pytest
+import safetensors.torch
+import tiny_model
+import torch
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from identity_edits import SHAPE
+from pack.nodes import files
+from pack.nodes.identity_prior import capture, method, prior_files, references
+from pack.nodes.identity_prior.nodes import (
+    UnderstudyEncodeIdentity,
+    UnderstudyLoadIdentityPrior,
+    UnderstudySaveIdentityPrior,
+)
+from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior
+from pack.nodes.puppets import theatre, tokenizer
+from pack.nodes.puppets.nodes import UnderstudyPuppetSet
+from pack.nodes.training import picture_training
+from pack.nodes.training.checkpoints import Checkpoints
+from pack.nodes.training.config import LoraConfig, TrainingConfig
+
+IDENTITY = method.Identity("sks", "robot", ("a sks robot waving",))
+SIZE = 64
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    """The host's folders of LoRAs and of checkpoints of training, for one test."""
+    for key in (prior_files.FOLDER, files.TRAINING_CHECKPOINTS):
+        listed = ([str(tmp_path / key)], {".safetensors"})
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, listed)
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    folder_paths.filename_list_cache.clear()
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def loaded(pack_root):
+    theatre.register()
+    with torch.inference_mode():
+        path = pack_root / "workflows" / "models" / "puppets_sd.safetensors"
+        return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)[:3]
+
+
+@pytest.fixture(scope="module")
+def puppets():
+    images, _, _, captions, subjects = UnderstudyPuppetSet.execute(
+        "red striped robot", "standing\nwaving", "beach", 3, 1, SIZE
+    ).result
+    texts = [text.replace(subject, "{subject}") for text, subject in zip(captions, subjects, strict=True)]
+    return images, [text if "{subject}" in text else "a {subject} waving" for text in texts]
+
+
+def train(loaded, images, captions, **settings):
+    """The node, as the host calls it: every input a list."""
+    model, clip, vae = loaded
+    given = {
+        "model": model, "clip": clip, "vae": vae, "identity_token": "sks", "class_noun": "robot", "steps": 2,
+        "learning_rate": 1e-3, "rank": 2, "batch_size": 1, "seed": 5, "prior_weight": 1.0, "augment": "none",
+        "resume_from": "none", "class_count": 2, "checkpoint_every": 0,
+    }
+    lists = {name: settings.pop(name) for name in ("class_images", "class_captions") if name in settings}
+    given = {name: [value] for name, value in (given | settings).items()}
+    with torch.inference_mode():
+        return UnderstudyTrainIdentityPrior.execute(images=images, captions=captions, **given, **lists).result
+
+
+def lora_of(model, seed=0, rank=2):
+    """A LoRA as training leaves it, with noise for what was learnt."""
+    with torch.inference_mode():
+        lora, _ = picture_training.train_on_pictures(
+            model, [torch.randn(SHAPE)], [tiny_model.conditioning(0)],
+            TrainingConfig(steps=1, learning_rate=1e-2, seed=seed, checkpoint_every=0), LoraConfig(rank=rank),
+            checkpoints=Checkpoints("test", {}), resume_from="none",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return {key: weight if weight.ndim == 0 else torch.randn(weight.shape, generator=generator) * 0.2
+            for key, weight in lora.items()}
+
+
+def saved(lora, identity=IDENTITY, prefix="anna"):
+    UnderstudySaveIdentityPrior.execute(lora, identity, prefix)
+    folder_paths.filename_list_cache.clear()
+    return max(name for name in prior_files.choices() if name.startswith(prefix))
+
+
+# Training
+
+
+def test_a_prior_is_trained_previewed_saved_and_loaded(output, loaded, puppets, caplog):
+    images, captions = puppets
+    with caplog.at_level(logging.INFO):
+        lora, identity, losses = train(loaded, images, captions, steps=3, preview_every=2)
+    assert len(losses["loss"]) == 3 and "peak memory" in caplog.text
+    assert identity.trigger == "sks robot" and all("sks robot" in text for text in identity.captions)
+    assert identity.base == prior_files.fingerprint(loaded[0])
+    # Attention alone.
+    stems = {key.split(".")[0] for key in lora}
+    assert stems and all(stem.startswith("lora_unet_") and "attn" in stem for stem in stems)
+    name = saved(lora, identity)
+    caplog.clear()
+    model, known, trigger = UnderstudyLoadIdentityPrior.execute(loaded[0], name, 1.0).result
+    assert known == identity and trigger == "sks robot" and "another base" not in caplog.text
+    assert len(model.patches) == len(stems)
+
+
+def test_batches_cost_one_pass_of_twice_their_size(loaded, puppets):
+    model = loaded[0]
+    calls = []
+    handle = model.model.diffusion_model.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
+    images, captions = puppets
+    options = {"class_images": images[:2], "batch_size": 2, "steps": 2}
+    train(loaded, images, captions, **options)
+    train(loaded, images, captions, **options, prior_weight=0.0)
+    handle.remove()
+    assert calls == [4, 4, 2, 2]
+
+
+def test_a_resumed_training_equals_the_whole_one(output, loaded, puppets):
+    images, captions = puppets
+    options = {"class_images": images[:1], "class_captions": ["a robot"]}
+    whole = train(loaded, images, captions, steps=4, **options)[0]
+    train(loaded, images, captions, steps=3, checkpoint_every=2, **options)
+    (state,) = (output / files.TRAINING_CHECKPOINTS).glob("*.safetensors")
+    folder_paths.filename_list_cache.clear()
+    resumed = train(loaded, images, captions, steps=4, resume_from=state.name, **options)[0]
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
+    with pytest.raises(ValueError, match="made with prior_weight 1.0"):
+        train(loaded, images, captions, steps=4, resume_from=state.name, prior_weight=0.5, **options)
+
+
+def test_alpha_grey_one_reference_and_one_caption_for_all(loaded, puppets):
+    rgba = torch.cat([puppets[0][0], torch.ones(1, SIZE, SIZE, 1)], -1)
+    grey = puppets[0][0].mean(-1, keepdim=True)
+    options = {"steps": 1, "class_count": 1}
+    plain = train(loaded, [puppets[0][0]], ["a {subject} waving"], **options)[0]
+    same = train(loaded, [rgba], ["a {subject} waving"], **options)[0]
+    assert all(torch.equal(plain[key], same[key]) for key in plain)
+    assert train(loaded, [rgba, grey], ["a {subject} waving"], **options)[0].keys() == plain.keys()
+
+
+@pytest.mark.parametrize(("captions", "words"), [
+    (["a {subject}", "a {subject}"], "captions has 2 texts for 3 pictures"),
+    (["a {subject}\na {subject}\na {subject}\na {subject}"], "captions has 4 texts for 3 pictures"),
+    (["a {subject}", "a robot waving", "a {subject}"], "caption 2 of captions does not name the subject"),
+])
+def test_captions_that_do_not_fit_are_refused(loaded, puppets, captions, words):
+    with pytest.raises(ValueError, match=words):
+        train(loaded, puppets[0], captions)
+
+
+def test_other_inputs_that_do_not_fit_are_refused(loaded, puppets):
+    images, captions = puppets
+    for settings, words in (
+        ({"identity_token": "two words"}, "identity_token"), ({"class_noun": ""}, "class_noun"),
+        ({"class_images": images[:2], "class_captions": ["a", "b", "c"]}, "class_captions has 3 texts"),
+        ({"prior_weight": -1.0}, "prior_weight"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(loaded, images, captions, **settings)
+    with pytest.raises(ValueError, match="images holds NaN"):
+        train(loaded, [torch.full((1, 8, 8, 3), torch.nan)], ["a {subject}"])
+
+
+def test_nothing_is_mirrored_unless_asked():
+    picture = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(0))
+    left = picture.clone()
+    left[:, :, :30] *= 0.1
+    counts = {}
+    for augment in ("none", "crop", "crop_and_flip"):
+        pictures, texts = references.variants([left, left], ["a", "b"], augment, 3)
+        assert len(pictures) == len(texts) and all(p.shape == left.shape for p in pictures)
+        dark_left = [float(p[:, :, :30].mean()) < float(p[:, :, 30:].mean()) for p in pictures]
+        counts[augment] = (len(pictures), sum(dark_left), texts.count("a"))
+        again = references.variants([left, left], ["a", "b"], augment, 3)[0]
+        assert all(torch.equal(a, b) for a, b in zip(pictures, again, strict=True))
+        assert torch.equal(pictures[0], left)
+    assert counts == {"none": (2, 2, 1), "crop": (8, 8, 4), "crop_and_flip": (16, 8, 8)}
+
+
+def test_class_pictures_come_from_the_model_and_the_seed():
+    model = tiny_model.as_loaded(tiny_model.picture())
+    texts = [tiny_model.conditioning(1), tiny_model.conditioning(2)]
+    with torch.inference_mode():
+        made, again, other = (
+            references.generate(model, texts, tiny_model.conditioning(3), SHAPE, seed) for seed in (1, 1, 2)
+        )
+    assert [latent.shape for latent in made] == [SHAPE] * 2
+    assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], other[0])
+
+
+# Files
+
+
+def test_the_file_is_an_ordinary_lora_with_its_story(output):
+    model = tiny_model.as_loaded(tiny_model.picture())
+    lora = lora_of(model, rank=3)
+    path = output / "loras" / saved(lora)
+    weights = safetensors.torch.load_file(path)
+    assert all(torch.equal(weights[key], lora[key]) for key in lora) and weights.keys() == lora.keys()
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    story = json.loads(metadata["understudy_identity"])
+    assert story == {"token": "sks", "class_noun": "robot", "captions": ["a sks robot waving"], "base": ""}
+    assert metadata["ss_network_dim"] == "3" and float(metadata["ss_network_alpha"]) == 3
+    # kohya's own layout: three entries a layer, alpha without dimensions.
+    for stem in {key.split(".")[0] for key in weights}:
+        assert weights[f"{stem}.alpha"].ndim == 0 and weights[f"{stem}.lora_down.weight"].shape[0] == 3
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    assert len(comfy.lora.load_lora(weights, known)) == len(weights) // 3
+    found, alphas = _convert_non_diffusers_lora_to_diffusers(dict(weights))
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), mid_block_type="UNetMidBlock2DCrossAttn",
+        cross_attention_dim=tiny_model.CONTEXT, attention_head_dim=2,
+    )
+    unet.load_lora_adapter(found, prefix="unet", network_alphas=alphas)
+    assert len([name for name, _ in unet.named_parameters() if "lora_" in name]) == 2 * len(weights) // 3
+
+
+def test_loading_equals_the_native_loader_and_priors_mix(output):
+    model = tiny_model.as_loaded(tiny_model.picture())
+    first, second = lora_of(model, 1), lora_of(model, 2)
+    names = [saved(first, prefix="anna"), saved(second, method.Identity("ohwx", "cat"), prefix="bob")]
+    before = {name: weight.clone() for name, weight in model.model.named_parameters()}
+    both, identity, trigger = model, None, ""
+    for name in names:
+        both, identity, trigger = UnderstudyLoadIdentityPrior.execute(both, name, 0.7).result
+    assert trigger == "ohwx cat" and identity.class_noun == "cat"
+    native = model
+    for lora in (first, second):
+        native = comfy.sd.load_lora_for_models(native, None, lora, 0.7, 0)[0]
+    sampler = comfy.samplers.sampler_object("euler")
+    mixed = tiny_model.sample(both, sampler)
+    assert torch.equal(mixed, tiny_model.sample(native, sampler))
+    assert not torch.equal(mixed, tiny_model.sample(model, sampler))
+    assert UnderstudyLoadIdentityPrior.execute(model, names[0], 0.0).result[0] is model
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.named_parameters())
+
+
+def test_another_base_warns_and_another_shape_is_refused(output, caplog):
+    model = tiny_model.as_loaded(tiny_model.picture())
+    lora = lora_of(model)
+    identity = method.Identity("sks", "robot", (), prior_files.fingerprint(model))
+    name = saved(lora, identity)
+    with caplog.at_level(logging.WARNING):
+        prior_files.apply(model, lora, identity, 1.0, name)
+        assert not caplog.records
+        other = tiny_model.picture(seed=1)
+        assert len(UnderstudyLoadIdentityPrior.execute(other, name, 1.0).result[0].patches) == len(lora) // 3
+    assert "another base model" in caplog.text
+    key = next(key for key in lora if key.endswith("attn2_to_k.lora_down.weight"))
+    for changed, words in (
+        ({**lora, key: torch.zeros(2, 99)}, r"attn2_to_k for a weight of shape \(32, 99\), and this"),
+        ({"lora_unet_nowhere.lora_up.weight": torch.zeros(2, 2)}, "has lora_unet_nowhere, which this model lacks"),
+    ):
+        with pytest.raises(files.WeightFileError, match=words):
+            prior_files.apply(model, changed, identity, 1.0, name)
+    assert not model.patches
+
+
+def test_fingerprints_know_the_base_and_no_lora():
+    model = tiny_model.picture()
+    base = prior_files.fingerprint(model)
+    assert prior_files.fingerprint(tiny_model.picture()) == base
+    assert prior_files.fingerprint(tiny_model.picture(seed=1)) != base
+    assert prior_files.fingerprint(tiny_model.picture(in_channels=9)) != base
+    patched = comfy.sd.load_lora_for_models(model, None, lora_of(model), 1.0, 0)[0]
+    assert prior_files.fingerprint(patched) == base
+    tiny_model.sample(patched, comfy.samplers.sampler_object("euler"), steps=1)
+    comfy.model_management.load_models_gpu([patched])
+    assert prior_files.fingerprint(model) == base, "while the LoRA is applied"
+    patched.unpatch_model()
+
+
+def test_files_that_are_no_prior_are_refused(output):
+    lora = lora_of(tiny_model.picture())
+    files.save(lora, {}, "loras", "plain")
+    files.save(lora, {"understudy_identity": "{}"}, "loras", "broken")
+    folder_paths.filename_list_cache.clear()
+    for name, words in (("plain_00001_.safetensors", "Load LoRA"), ("broken_00001_.safetensors", "badly")):
+        with pytest.raises(files.WeightFileError, match=words):
+            prior_files.load(name)
+
+
+# Prompts
+
+
+def test_a_prompt_remembers_the_subject_s_tokens(loaded):
+    clip = loaded[1]
+    text = "a red {subject} waving on a beach"
+    conditioning = UnderstudyEncodeIdentity.execute(clip, IDENTITY, text).result[0]
+    plain = clip.encode_from_tokens_scheduled(clip.tokenize("a red sks robot waving on a beach"))
+    assert torch.equal(conditioning[0][0], plain[0][0])
+    columns = capture.columns(conditioning)
+    ids = [token for token, _ in clip.tokenize("a red sks robot waving on a beach")["l"][0]]
+    assert [tokenizer.WORDS[ids[i]] for i in columns] == ["sks", "robot"]
+    with pytest.raises(ValueError, match="does not name the subject"):
+        UnderstudyEncodeIdentity.execute(clip, IDENTITY, "a robot waving")
