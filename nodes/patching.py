@@ -36,12 +36,14 @@ def with_sampling_parts(
     callbacks: Mapping[str, Callable],
     attachment: Any,
     blocks: Mapping[int, Callable[[Any], Callable]],
+    cross_attention: Callable | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` with these parts under `key`, in place of those that it had there.
 
     wrappers and callbacks go by the host's kinds; `attachment` is what `parts(model, key)` finds again.
     blocks[i](earlier) makes what stands for transformer block i; `earlier` is the patch there before, or None,
-    and is called by the new one. A patch that is `key`'s own already stays.
+    and is called by the new one. `cross_attention` is called by a UNet's layers, after those that are there. A patch
+    that is `key`'s own already, by its attribute `key`, stays.
     """
     patcher = model.clone()
     for kind, wrapper in wrappers.items():
@@ -56,6 +58,9 @@ def with_sampling_parts(
         earlier = replaced.get(("double_block", index))
         if getattr(earlier, "key", None) != key:
             patcher.set_model_patch_replace(make(earlier), "dit", "double_block", index)
+    present = patcher.model_options["transformer_options"].get("patches", {}).get("attn2_patch", [])
+    if cross_attention is not None and all(getattr(patch, "key", None) != key for patch in present):
+        patcher.set_model_attn2_patch(cross_attention)
     return patcher
 
 
