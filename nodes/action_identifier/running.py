@@ -77,9 +77,9 @@ class SealedContexts:
             if not own.any():  # Conditioning Zero Out, for a negative
                 return None
             raise ValueError(
-                f"the prompt with {method.describe(self.actions)} was averaged, scaled or joined behind another one "
-                "after Encode Action, which its layers cannot follow: leave that node out. Combine, areas, masks, "
-                "steps, and Concat with this prompt as conditioning_to work"
+                f"the prompt with {method.describe(self.actions)} was averaged, scaled or otherwise changed after "
+                "Encode Action, which its layers cannot follow: leave that node out. Combine, areas, masks, steps, and "
+                "Concat with this prompt as conditioning_to work"
             )
         contexts = method.blended(self.prompt, self.contexts, strength)
         if more.shape[1]:

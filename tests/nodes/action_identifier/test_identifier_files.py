@@ -25,7 +25,8 @@ def folders(tmp_path, monkeypatch):
     for key in (identifier_files.FOLDER, identifier_files.EMBEDDINGS):
         folder = tmp_path / "output" / key
         folder.mkdir(parents=True)
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], {".safetensors", ".pt", ".bin"}))
+        listed = [str(folder)], {".safetensors", ".pt", ".bin"}
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, listed)
     folder_paths.filename_list_cache.clear()
     return tmp_path / "output"
 

@@ -156,6 +156,25 @@ def test_strength_0_is_the_prompt_with_the_initial_word_bit_for_bit(cfg):
     assert torch.equal(sample(running.apply(MODEL, 0.0), prompt(), cfg=cfg), sample(MODEL, plain(), cfg=cfg))
 
 
+def test_an_action_that_makes_the_prompt_longer_has_nothing_between_word_and_action():
+    """With its three tokens the prompt needs a second part of 75, with the word it does not."""
+    action = action_identifiers.identifier(MODEL, count=3)
+    text = "cat " * 74 + "<action>"
+    sealed = prompt(text, [action])
+    assert (sealed[0][0].shape[1], contexts_of(sealed).shape[1]) == (77, 154)
+    word = plain(text.replace("<action>", "dancing"))
+    assert torch.equal(sample(running.apply(MODEL, 0.0), sealed), sample(MODEL, word))
+    found = sample(running.apply(MODEL, 1.0), sealed, cfg=1.0)
+    with forced(MODEL, contexts_of(sealed)):
+        expected = sample(MODEL, [[torch.cat([word[0][0]] * 2, 1), word[0][1]]], cfg=1.0)
+    close(found, expected)
+    with passes(MODEL) as sizes:
+        assert torch.isfinite(sample(running.apply(MODEL, 1.0), sealed, cfg=2.0)).all()
+    assert sizes == [2, 2]
+    with pytest.raises(ActionError, match="set strength to 0 or 1"):
+        sample(running.apply(MODEL, 0.5), sealed)
+
+
 def test_a_patched_model_reads_plain_prompts_bit_for_bit_as_before():
     assert torch.equal(sample(running.apply(MODEL, 1.0), plain()), sample(MODEL, plain()))
 
@@ -259,7 +278,7 @@ def test_what_the_layers_cannot_follow_is_refused_by_name():
     (averaged,) = host.ConditioningAverage().addWeighted(sealed, plain("a dog"), 0.5)
     (scaled,) = host.ConditioningMultiply().multiply(sealed, 0.5)
     for changed in (averaged, scaled):
-        with pytest.raises(ValueError, match="averaged, scaled or joined"):
+        with pytest.raises(ValueError, match="<action> was averaged, scaled or otherwise changed"):
             sample(running.apply(MODEL, 1.0), changed)
 
 
