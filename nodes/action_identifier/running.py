@@ -78,8 +78,8 @@ class SealedContexts:
                 return None
             raise ValueError(
                 f"the prompt with {method.describe(self.actions)} was averaged, scaled or otherwise changed after "
-                "Encode Action, which its layers cannot follow: leave that node out. Combine, areas, masks, steps, and "
-                "Concat with this prompt as conditioning_to work"
+                "Encode Action, which its layers cannot follow: leave that node out. Combine, areas, masks, steps, "
+                "and Concat with this prompt as conditioning_to work"
             )
         contexts = method.blended(self.prompt, self.contexts, strength)
         if more.shape[1]:

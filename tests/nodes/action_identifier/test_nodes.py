@@ -38,7 +38,8 @@ def images(count=3, size=64):
 def train(**lists):
     given = {
         "model": [MODEL], "clip": [CLIP], "vae": [Pictures()], "images": [images()],
-        "subjects": ["a cat\na dog\na fox"], "placeholder": ["<action>"], "initial_word": ["dancing"], "steps": [2], "context_steps": [1],
+        "subjects": ["a cat\na dog\na fox"], "placeholder": ["<action>"], "initial_word": ["dancing"], "steps": [2],
+        "context_steps": [1],
         "learning_rate": [1e-2], "mask_percentile": [0.6], "merge": ["union"], "seed": [0], "resume_from": ["none"],
         "checkpoint_every": [0], "contrast_images": [images(3)], **lists,
     }
