@@ -115,9 +115,7 @@ def read(
     return tensors, metadata
 
 
-def read_pickle(
-    path: str | os.PathLike, *, max_file: int = MAX_FILE, under: str = "state_dict"
-) -> dict[str, torch.Tensor]:
+def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE, under="state_dict") -> dict[str, torch.Tensor]:
     """Tensors of an official .ckpt or .pt file, those in its dictionary `under` if it has one; runs no code in it.
 
     Only torch's zip format without compression is taken, through `torch.load(weights_only=True)`.
