@@ -3,6 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import files
+from .action_identifier.nodes import (
+    UnderstudyApplyActionIdentifier,
+    UnderstudyEncodeAction,
+    UnderstudyLoadActionIdentifier,
+    UnderstudySaveActionIdentifier,
+)
+from .action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from .frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
 from .frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
 from .identity_prior.nodes import (
@@ -40,6 +47,11 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     UnderstudyApplyVideoIdentity,
     UnderstudyTrainVideoIdentityAdapter,
     UnderstudySaveVideoIdentityAdapter,
+    UnderstudyTrainActionIdentifier,
+    UnderstudySaveActionIdentifier,
+    UnderstudyLoadActionIdentifier,
+    UnderstudyEncodeAction,
+    UnderstudyApplyActionIdentifier,
 ]
 
 THEATRE_NODES: list[type[io.ComfyNode]] = [

@@ -116,8 +116,8 @@ def read(
     return tensors, metadata
 
 
-def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE) -> dict[str, torch.Tensor]:
-    """Tensors of an official .ckpt or .pt file, those under `state_dict` if it has one; runs no code in it.
+def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE, under="state_dict") -> dict[str, torch.Tensor]:
+    """Tensors of an official .ckpt or .pt file, those in its dictionary `under` if it has one; runs no code in it.
 
     Only torch's zip format without compression is taken, through `torch.load(weights_only=True)`.
     Raises WeightFileError for anything else.
@@ -139,13 +139,13 @@ def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE) -> dict[st
     except _UNPICKLING as error:
         # Without torch's own words: they advise to load the file all the same.
         raise refused(path, "is damaged or holds more than weights", fix) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if isinstance(content, dict) and isinstance(content.get(under), dict):
+        content = content[under]
     tensors = {}
     if isinstance(content, dict):
         tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise refused(path, "holds no tensors under its top level or `state_dict`", fix)
+        raise refused(path, f"holds no tensors under its top level or `{under}`", fix)
     for key, tensor in tensors.items():
         # A zero stride makes a few bytes pose as terabytes.
         dense = tensor.layout == torch.strided and not tensor.is_meta

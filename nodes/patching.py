@@ -38,13 +38,15 @@ def with_sampling_parts(
     attachment: Any,
     blocks: Mapping[int, Callable[[Any], Callable]],
     cross_attention: Mapping[tuple[str, int, int], Callable[[Any], Callable]] | None = None,
+    cross_attention_inputs: Callable | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` with these parts under `key`, in place of those that it had there.
 
     wrappers and callbacks go by the host's kinds; `attachment` is what `parts(model, key)` finds again.
     blocks[i](earlier) makes what stands for transformer block i; `earlier` is the patch there before, or None,
-    and is called by the new one. A patch that is `key`'s own already stays. cross_attention does the same for a UNet:
-    (part, block, transformer) as in ("input", 4, 0).
+    and is called by the new one. cross_attention does the same for a UNet: (part, block, transformer) as in
+    ("input", 4, 0). `cross_attention_inputs` is called by a UNet's layers with their inputs, after those that are
+    there. A patch that is `key`'s own already, by its attribute `key`, stays.
     """
     patcher = model.clone()
     for kind, wrapper in wrappers.items():
@@ -65,6 +67,9 @@ def with_sampling_parts(
         earlier = there.get(place, there.get(place[:2]))
         if getattr(earlier, "key", None) != key:
             patcher.set_model_patch_replace(make(earlier), "attn2", *place)
+    present = patcher.model_options["transformer_options"].get("patches", {}).get("attn2_patch", [])
+    if cross_attention_inputs is not None and all(getattr(patch, "key", None) != key for patch in present):
+        patcher.set_model_attn2_patch(cross_attention_inputs)
     return patcher
 
 

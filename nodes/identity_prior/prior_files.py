@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -14,13 +13,12 @@ import comfy.utils
 import torch
 
 from .. import files, patching
+from ..fingerprint import fingerprint
 from .method import Identity
 
 FOLDER = "loras"
 _ENTRY = "understudy_identity"
 _KIND = "LIPE identity prior (arXiv 2406.17236)"
-# Ours: enough to tell two checkpoints apart, and read in no time.
-_SAMPLED_WEIGHTS, _SAMPLED_VALUES = 16, 16
 
 
 def choices() -> list[str]:
@@ -92,23 +90,3 @@ def _check(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
                 name, f"has {stem} for a weight of shape {shape}, and this model's is {tuple(weight.shape)}",
                 "Load the model that it was trained on",
             )
-
-
-def fingerprint(model: Any) -> str:
-    """A short name of a model's own weights: of the diffusion model's key names and shapes, and some raw values.
-
-    LoRAs on it, applied or not, count as nothing.
-    """
-    content = hashlib.sha256()
-    weights = dict(model.model.diffusion_model.named_parameters())
-    for key, weight in weights.items():
-        content.update(f"{key}:{tuple(weight.shape)};".encode())
-    plain = [key for key, weight in weights.items() if type(weight) in (torch.Tensor, torch.nn.Parameter)]
-    step = max(1, len(plain) // _SAMPLED_WEIGHTS)
-    for key in plain[::step][:_SAMPLED_WEIGHTS]:
-        # What a loaded LoRA overwrote, the host keeps aside.
-        kept = getattr(model, "backup", {}).get(f"diffusion_model.{key}")
-        flat = (weights[key] if kept is None else kept.weight).detach().flatten()
-        picked = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLED_VALUES)).long().to(flat.device)
-        content.update(flat[picked].float().cpu().numpy().tobytes())
-    return content.hexdigest()[:16]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..fingerprint import fingerprint
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import LoraConfig
 from ..training.objective import Batches
-from . import method, prior_files, references
+from . import method, references
 from .config import AUGMENTS, IdentityPriorConfig
 from .nodes import CATEGORY, IDENTITY
 
@@ -117,7 +118,7 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
         pictures = inputs.pictures(images, "images")
         texts = _expanded(identity, inputs.lines(captions, len(pictures), "captions"))
         identity = method.Identity(
-            identity.token, identity.class_noun, tuple(dict.fromkeys(texts)), prior_files.fingerprint(given["model"])
+            identity.token, identity.class_noun, tuple(dict.fromkeys(texts)), fingerprint(given["model"])
         )
         config = widgets.config(
             given, batch_size=given["batch_size"], min_snr_gamma=given.get("min_snr_gamma", 0.0),

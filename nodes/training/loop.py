@@ -19,6 +19,8 @@ from .config import TrainingConfig
 # objective(step, generator) -> scalar loss with a graph to the parameters
 Objective = Callable[[int, torch.Generator], torch.Tensor]
 Parameters = dict[str, torch.nn.Parameter]
+# masks() -> True where the step whose gradient was just computed may move a parameter, by its name
+Masks = Callable[[], dict[str, torch.Tensor]]
 
 
 class TrainingDiverged(RuntimeError):
@@ -58,8 +60,11 @@ def train(
     config: TrainingConfig,
     monitor: Monitor,
     resume: State | None = None,
+    masks: Masks | None = None,
 ) -> list[float]:
     """Train `parameters` in place for `config.steps` steps and return every step's loss.
+
+    What `masks` hold back keeps its bits in a step, AdamW's moments of it included: neither momentum nor decay acts.
 
     Random numbers come from the generator given to the objective alone. Raises TrainingDiverged; whatever else
     stops the run leaves a checkpoint of the last finished step behind.
@@ -75,7 +80,7 @@ def train(
     try:
         while len(losses) < config.steps:
             monitor.check()
-            losses.append(_one_step(len(losses), objective, optimiser, parameters, config))
+            losses.append(_one_step(len(losses), objective, optimiser, parameters, config, masks))
             monitor.progress(len(losses), losses[-1])
             if config.checkpoint_every and len(losses) % config.checkpoint_every == 0:
                 kept = len(losses)
@@ -91,7 +96,7 @@ def train(
     return losses
 
 
-def _one_step(step, objective, optimiser, parameters, config) -> float:
+def _one_step(step, objective, optimiser, parameters, config, masks) -> float:
     optimiser.zero_grad(set_to_none=True)
     loss = objective(step, torch.Generator().manual_seed(step_seed(config.seed, step)))
     value = float(loss.detach())
@@ -101,8 +106,33 @@ def _one_step(step, objective, optimiser, parameters, config) -> float:
     norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm))
     if not math.isfinite(norm):
         raise TrainingDiverged(_advice("gradient", norm, step, config))
-    optimiser.step()
+    if masks is None:
+        optimiser.step()
+    else:
+        _masked_step(optimiser, parameters, masks())
     return value
+
+
+def _masked_step(optimiser, parameters: Parameters, masks: dict[str, torch.Tensor]) -> None:
+    """A step of the optimiser, taken back where a mask is False."""
+    before = {}
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        tensors = [parameter.detach(), *_moments(optimiser, parameter)]
+        before[name] = [tensor.clone() for tensor in tensors]
+    optimiser.step()
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        after = [parameter.detach(), *_moments(optimiser, parameter)]
+        # Moments that the first step made were zero before it.
+        kept = before[name] + [torch.zeros_like(tensor) for tensor in after[len(before[name]) :]]
+        for tensor, old in zip(after, kept, strict=True):
+            tensor.copy_(torch.where(mask, tensor, old))
+
+
+def _moments(optimiser, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    state = optimiser.state[parameter]
+    return [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
 
 
 def _advice(what: str, value: float, step: int, config: TrainingConfig) -> str:

@@ -95,17 +95,24 @@ def preview_of(vae, positive: list, negative: list, shape: Sequence[int], seed: 
     def preview(denoiser: Denoiser) -> Image.Image | None:
         if not _room_to_sample(denoiser, shape):
             return None
+        samples = draw(denoiser, positive, negative, shape, seed, _PREVIEW_STEPS)
         with no_training():
-            latent = torch.zeros(tuple(shape))
-            noise = comfy.sample.prepare_noise(latent, seed)
-            samples = comfy.sample.sample(
-                denoiser.patcher, noise, _PREVIEW_STEPS, _PREVIEW_CFG, "dpmpp_2m", "normal",
-                positive, negative, latent, disable_pbar=True, seed=seed,
-            )
-            denoiser.patcher.pre_run()
             return _picture(vae, samples, denoiser)
 
     return preview
+
+
+def draw(denoiser: Denoiser, positive: list, negative: list, shape: Sequence[int], seed: int, steps: int):
+    """A latent of `shape` [1, C, ...], as VAE Decode takes it, sampled by the model that is in training."""
+    with no_training():
+        latent = torch.zeros(tuple(shape))
+        noise = comfy.sample.prepare_noise(latent, seed)
+        samples = comfy.sample.sample(
+            denoiser.patcher, noise, steps, _PREVIEW_CFG, "dpmpp_2m", "normal", positive, negative, latent,
+            disable_pbar=True, seed=seed,
+        )
+        denoiser.patcher.pre_run()
+        return samples
 
 
 def _room_to_sample(denoiser: Denoiser, shape: Sequence[int]) -> bool:

@@ -84,12 +84,14 @@ def _attention_with_gradient(_users_own, *args, **kwargs):
 
 @contextlib.contextmanager
 def session(
-    model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, whole: bool = False
+    model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, whole: bool = False,
+    beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
 ) -> Iterator[Denoiser]:
     """Load `model` for batches of `shape` and make it differentiable; nothing of it stays when the block ends.
 
     Weights are neither merged nor copied. `whole` leaves room for fp32 copies of them all, and lets the model
-    compute with such copies in its own type. Raises ValueError where a model cannot be trained through.
+    compute with such copies in its own type. Models `beside` it, text encoders for instance, are loaded and made
+    differentiable with it. Raises ValueError where a model cannot be trained through.
     """
     patcher = _trainable_clone(model, config.dtype, whole)
     required = patcher.memory_required(list(shape)) * _MEMORY_FACTOR
@@ -99,11 +101,14 @@ def session(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # Whole, since weights that stream in share buffers that a backward pass would find overwritten.
-        comfy.model_management.load_models_gpu([patcher], memory_required=required, force_full_load=True)
+        comfy.model_management.load_models_gpu(
+            [patcher, *beside], memory_required=required, force_full_load=True
+        )
         stack.callback(patcher.cleanup)
         patcher.pre_run()
         stack.enter_context(host_in_training())
-        stack.enter_context(_frozen_normal_parameters(patcher.model))
+        for loaded in (patcher, *beside):
+            stack.enter_context(_frozen_normal_parameters(loaded.model))
         if config.gradient_checkpointing:
             stack.enter_context(_checkpointed(patcher.model.diffusion_model))
         yield Denoiser(patcher)
@@ -121,19 +126,23 @@ def no_training() -> Iterator[None]:
         comfy.model_management.in_training = before
 
 
+def whole_clone(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone that does not stream its weights. Raises ValueError where its loader cannot load it so."""
+    if not model.is_dynamic():
+        return model.clone()
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "this model streams its weights and its loader cannot load it whole: start ComfyUI with "
+            "--disable-dynamic-vram, or load it with Load Checkpoint or Load Diffusion Model"
+        ) from error
+
+
 def _trainable_clone(
     model: comfy.model_patcher.ModelPatcher, dtype: str, whole: bool
 ) -> comfy.model_patcher.ModelPatcher:
-    if model.is_dynamic():
-        try:
-            patcher = model.clone(disable_dynamic=True)
-        except RuntimeError as error:
-            raise ValueError(
-                "this model streams its weights and its loader cannot load it whole: start ComfyUI with "
-                "--disable-dynamic-vram, or load it with Load Checkpoint or Load Diffusion Model"
-            ) from error
-    else:
-        patcher = model.clone()
+    patcher = whole_clone(model)
     own = patcher.model.get_dtype_inference()
     wanted = _DTYPES.get(dtype, own)
     if dtype == "model" and own == torch.float16:

@@ -14,6 +14,7 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from identity_edits import SHAPE
 from pack.nodes import files
+from pack.nodes.fingerprint import fingerprint
 from pack.nodes.identity_prior import capture, method, prior_files, references
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEncodeIdentity,
@@ -101,7 +102,7 @@ def test_a_prior_is_trained_previewed_saved_and_loaded(output, loaded, puppets, 
         lora, identity, losses = train(loaded, images, captions, steps=3, preview_every=2)
     assert len(losses["loss"]) == 3 and "peak memory" in caplog.text
     assert identity.trigger == "sks robot" and all("sks robot" in text for text in identity.captions)
-    assert identity.base == prior_files.fingerprint(loaded[0])
+    assert identity.base == fingerprint(loaded[0])
     # Attention alone.
     stems = {key.split(".")[0] for key in lora}
     assert stems and all(stem.startswith("lora_unet_") and "attn" in stem for stem in stems)
@@ -250,7 +251,7 @@ def test_loading_equals_the_native_loader_and_priors_mix(output):
 def test_another_base_warns_and_another_shape_is_refused(output, caplog):
     model = tiny_model.as_loaded(tiny_model.picture())
     lora = lora_of(model)
-    identity = method.Identity("sks", "robot", (), prior_files.fingerprint(model))
+    identity = method.Identity("sks", "robot", (), fingerprint(model))
     name = saved(lora, identity)
     with caplog.at_level(logging.WARNING):
         prior_files.apply(model, lora, identity, 1.0, name)
@@ -270,15 +271,15 @@ def test_another_base_warns_and_another_shape_is_refused(output, caplog):
 
 def test_fingerprints_know_the_base_and_no_lora():
     model = tiny_model.picture()
-    base = prior_files.fingerprint(model)
-    assert prior_files.fingerprint(tiny_model.picture()) == base
-    assert prior_files.fingerprint(tiny_model.picture(seed=1)) != base
-    assert prior_files.fingerprint(tiny_model.picture(in_channels=9)) != base
+    base = fingerprint(model)
+    assert fingerprint(tiny_model.picture()) == base
+    assert fingerprint(tiny_model.picture(seed=1)) != base
+    assert fingerprint(tiny_model.picture(in_channels=9)) != base
     patched = comfy.sd.load_lora_for_models(model, None, lora_of(model), 1.0, 0)[0]
-    assert prior_files.fingerprint(patched) == base
+    assert fingerprint(patched) == base
     tiny_model.sample(patched, comfy.samplers.sampler_object("euler"), steps=1)
     comfy.model_management.load_models_gpu([patched])
-    assert prior_files.fingerprint(model) == base, "while the LoRA is applied"
+    assert fingerprint(model) == base, "while the LoRA is applied"
     patched.unpatch_model()
 
 

@@ -1,0 +1,217 @@
+"""Prompts with identifiers, through the host's own tokenizers and text encoders.
+
+A placeholder is tokenized as copies of one word that the prompt does not have, and these tokens then become the
+identifier's vectors, as embeddings are for the host: its weights, lengths and padding stay its own.
+"""
+
+from __future__ import annotations
+
+import numbers
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .method import ActionError, ActionIdentifier
+
+# What the host's tokenizers give: encoder -> sections of (token id or embedding, weight).
+Tokens = dict[str, list[list[tuple[Any, float]]]]
+
+# Single tokens of the tokenizers in use; the first that is one here and not in the prompt serves.
+_STAND_INS = ("sks", "zwx", "vkt", "xjq", "zebra", "violin", "copper", "garden")
+# Prompts that go through the text encoder at once.
+_AT_ONCE = 16
+
+
+def expand_subject(text: str, identity: Any) -> str:
+    """`text` with {subject} as an identity prior's token and class noun. Raises ValueError where one is missing."""
+    if "{subject}" not in text:
+        return text
+    if identity is None:
+        raise ValueError("text contains {subject}: connect `identity`, or write the subject in words")
+    return text.replace("{subject}", f"{identity.token} {identity.class_noun}")
+
+
+def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
+    """Raises ValueError where a placeholder is missing in the text, or two identifiers share one."""
+    seen = set()
+    for action in actions:
+        if action.placeholder in seen:
+            raise ValueError(
+                f"two actions have the placeholder {action.placeholder}: train one of them with another placeholder, "
+                "or rename the file that it is imported from"
+            )
+        seen.add(action.placeholder)
+        if not _pattern([action.placeholder]).search(text):
+            raise ValueError(
+                f"text does not contain {action.placeholder}: write it where the action belongs, such as "
+                f'"a cat {action.placeholder} on a beach"'
+            )
+
+
+def plain_text(text: str, actions: Sequence[ActionIdentifier]) -> str:
+    """The text with each placeholder as its initial word: what it means at strength 0."""
+    words = {action.placeholder: action.initial_word for action in actions}
+    return _pattern(words).sub(lambda match: words[match[0]], text)
+
+
+def _pattern(placeholders: Iterable[str]) -> re.Pattern:
+    """Matches the placeholders, longer ones first; one that begins or ends with a letter, as a whole word."""
+    names = sorted(placeholders, key=len, reverse=True)
+    word = re.compile(r"\w")
+    return re.compile("|".join(
+        r"(?<!\w)" * bool(word.match(name)) + re.escape(name) + r"(?!\w)" * bool(word.match(name[-1]))
+        for name in names
+    ))
+
+
+def word_ids(tokenize: Callable[[str], Tokens], word: str) -> dict[str, list[int]]:
+    """The token ids of a word or two in each encoder, without what marks start, end and padding."""
+    special = {name: {token for token, _ in sections[0]} for name, sections in tokenize("").items()}
+    return {
+        name: [token for section in sections for token, _ in section
+               if isinstance(token, numbers.Integral) and token not in special[name]]
+        for name, sections in tokenize(word).items()
+    }
+
+
+class Prompt:
+    """A text whose placeholders stand as marks, ready for vectors of any value.
+
+    counts[placeholder][encoder]: how many tokens it takes.
+    """
+
+    def __init__(self, tokenize: Callable[[str], Tokens], text: str, counts: Mapping[str, Mapping[str, int]]):
+        pattern = _pattern(counts)
+        order = [match[0] for match in pattern.finditer(text)]
+        self.places: dict[str, list[tuple[str, int]]] = {}
+        self.tokens: Tokens = {}
+        for encoder in next(iter(counts.values())):
+            marked, mark = _marked(tokenize, pattern, text, encoder, counts)
+            self.tokens[encoder] = [
+                [(_MARK if _is(token, mark) else token, weight) for token, weight in section]
+                for section in marked[encoder]
+            ]
+            self.places[encoder] = [(name, j) for name in order for j in range(counts[name][encoder])]
+
+    def filled(self, vectors: Mapping[str, Mapping[str, torch.Tensor]]) -> Tokens:
+        """The host's tokens with vectors[placeholder][encoder], [n, D], in their places."""
+        filled: Tokens = {}
+        for encoder, sections in self.tokens.items():
+            places = iter(self.places[encoder])
+            filled[encoder] = [
+                [(_vector(vectors, encoder, next(places)) if token is _MARK else token, weight)
+                 for token, weight in section]
+                for section in sections
+            ]
+        return filled
+
+
+_MARK = object()
+
+
+def _is(token: Any, mark: int) -> bool:
+    # Embeddings of the user's own stand among the ids as tensors.
+    return isinstance(token, numbers.Integral) and token == mark
+
+
+def _vector(vectors, encoder: str, place: tuple[str, int]) -> torch.Tensor:
+    placeholder, index = place
+    return vectors[placeholder][encoder][index]
+
+
+def _marked(tokenize, pattern: re.Pattern, text: str, encoder: str, counts) -> tuple[Tokens, int]:
+    """The tokenized text with a stand-in's id at each place of an identifier's token, and that id."""
+    in_text = {token for section in tokenize(pattern.sub(" ", text))[encoder] for token, _ in section}
+    for word in _STAND_INS:
+        ids = word_ids(tokenize, word)[encoder]
+        if len(ids) != 1 or ids[0] in in_text:
+            continue
+        marked = tokenize(pattern.sub(lambda match: f" {' '.join([word] * counts[match[0]][encoder])} ", text))
+        found = sum(_is(token, ids[0]) for section in marked[encoder] for token, _ in section)
+        if found == sum(counts[match[0]][encoder] for match in pattern.finditer(text)):
+            return marked, ids[0]
+    raise ValueError(f"no word is free to stand for the action in text: leave out one of {', '.join(_STAND_INS)}")
+
+
+def encode_each(encode: Callable[[Tokens], Sequence[torch.Tensor]], prompts: Sequence[Tokens]) -> list[torch.Tensor]:
+    """Each of N prompts of one length encoded: a tensor [N, T, C] for each that `encode` gives.
+
+    encode(tokens) gives tensors [1, T, C], their sections joined along T.
+    """
+    sizes = {len(sections) for tokens in prompts for sections in tokens.values()}
+    # As further sections of one prompt, so that they are one batch; only where all encoders have as many of them.
+    at_once = _AT_ONCE if len(sizes) == 1 else 1
+    parts = []
+    for first in range(0, len(prompts), at_once):
+        some = prompts[first : first + at_once]
+        joined = {name: [section for tokens in some for section in tokens[name]] for name in some[0]}
+        parts.append([torch.cat(encoded.chunk(len(some), dim=1)) for encoded in encode(joined)])
+    return [torch.cat(encoded) for encoded in zip(*parts, strict=True)]
+
+
+def encode(clip: Any, text: str, actions: Sequence[ActionIdentifier]) -> tuple[list, list[torch.Tensor]]:
+    """The CONDITIONING of the text with its initial words, and for each of its entries the contexts [L, T, C].
+
+    Raises ValueError where text, identifiers and clip do not fit together.
+    """
+    check_prompt(text, actions)
+    widths = encoder_widths(clip)
+    tokens = {action.placeholder: action.for_encoders(widths) for action in actions}
+    # Several entries come of a clip with scheduled LoRAs.
+    plain = clip.encode_from_tokens_scheduled(clip.tokenize(plain_text(text, actions)), show_pbar=False)
+    prompt = Prompt(clip.tokenize, text, token_counts(tokens))
+    filled = [prompt.filled(at_layer(tokens, layer)) for layer in range(common_layers(actions))]
+
+    def entries(joined: Tokens) -> list[torch.Tensor]:
+        return [entry[0] for entry in clip.encode_from_tokens_scheduled(joined, show_pbar=False)]
+
+    return plain, encode_each(entries, filled)
+
+
+def token_counts(tokens: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, int]]:
+    """How many tokens each placeholder takes in each encoder, of tokens[placeholder][encoder], [L, n, D]."""
+    return {name: {encoder: v.shape[1] for encoder, v in found.items()} for name, found in tokens.items()}
+
+
+def at_layer(tokens: Mapping[str, Mapping[str, torch.Tensor]], layer: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The tokens [n, D] of one layer; those that are equal for all layers have one."""
+    return {name: {e: v[min(layer, len(v) - 1)] for e, v in found.items()} for name, found in tokens.items()}
+
+
+def common_layers(actions: Sequence[ActionIdentifier]) -> int:
+    """How many contexts these identifiers need. Raises ActionError for identifiers of different models."""
+    places = {action.places for action in actions if action.places}
+    if len(places) > 1:
+        names = ", ".join(action.placeholder for action in actions if action.places)
+        raise ActionError(f"{names} were learnt for different models: use identifiers of one kind of model")
+    return max(len(next(iter(places), ())), 1)
+
+
+def word_vectors(clip: Any, word: str) -> dict[str, torch.Tensor]:
+    """The text encoders' own embeddings of a word, [n, D] each, fp32 on the CPU. Raises ValueError for no word."""
+    vectors = {}
+    for name, ids in word_ids(clip.tokenize, word).items():
+        if not ids:
+            raise ValueError(f"the text encoder knows no word of {word!r}: give another initial_word, say dancing")
+        embedding = encoder_of(clip, name).transformer.get_input_embeddings()
+        found = embedding(torch.tensor(ids, device=embedding.weight.device), out_dtype=torch.float32)
+        vectors[name] = found.detach().cpu().clone()
+    return vectors
+
+
+def encoder_widths(clip: Any) -> dict[str, int]:
+    """The width of each text encoder's token embeddings, by the name under which the host tokenizes for it."""
+    return {
+        name: encoder_of(clip, name).transformer.get_input_embeddings().weight.shape[1] for name in clip.tokenize("")
+    }
+
+
+def encoder_of(clip: Any, name: str) -> Any:
+    """The host's text encoder module for tokens under `name`."""
+    stage = clip.cond_stage_model
+    found = getattr(stage, f"clip_{name}", None) or getattr(stage, name, None)
+    if found is None:
+        raise ValueError(f"clip has an unknown text encoder, {name}: connect that of an SD, SDXL or Wan model")
+    return found

@@ -1,0 +1,122 @@
+"""Action identifiers on disk: our own safetensors files, and ordinary textual-inversion embeddings both ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from .. import files
+from .config import check_placeholder
+from .method import ANY_ENCODER, ActionError, ActionIdentifier, Place, mean_token
+
+FOLDER = files.ACTION_IDENTIFIERS
+EMBEDDINGS = "embeddings"
+_KIND = "understudy action identifier"
+_KEY = "identifier."
+_KINDS = ("input", "middle", "output", "double_block")
+_EMBEDDING_PREFIX = f"{EMBEDDINGS}/"
+# SDXL's two encoders in an embedding file, by the names that the host tokenizes under.
+_CLIPS = {"l": "clip_l", "g": "clip_g"}
+_OTHER = "Choose an action identifier of this pack, or a textual-inversion embedding"
+
+
+def choices() -> list[str]:
+    """Every file of the host's folder of identifiers, then its embeddings as `embeddings/NAME`."""
+    embeddings = [f"{_EMBEDDING_PREFIX}{name}" for name in files.list_files(EMBEDDINGS)]
+    return [*files.list_files(FOLDER), *embeddings]
+
+
+def find(name: str) -> Path:
+    """The path of a listed file. Raises WeightFileError when it is gone."""
+    if name.startswith(_EMBEDDING_PREFIX) and name not in files.list_files(FOLDER):
+        return files.find(EMBEDDINGS, name.removeprefix(_EMBEDDING_PREFIX))
+    return files.find(FOLDER, name)
+
+
+def load(name: str) -> ActionIdentifier:
+    """The identifier in a listed file; an embedding becomes one that is equal in all layers, called <NAME>.
+
+    Raises WeightFileError, naming the file and what is wrong, for any other kind of file.
+    """
+    path = find(name)
+    if path.suffix.lower() == files.EXTENSION:
+        tensors, metadata = files.read(path)
+    else:
+        tensors, metadata = files.read_pickle(path, under="string_to_param"), {}
+    try:
+        if metadata.get("kind") == _KIND:
+            return _identifier(tensors, metadata)
+        return _imported(tensors, path.stem)
+    except ActionError as error:
+        raise files.refused(path, f"is no action identifier: {error}", _OTHER) from error
+
+
+def save(action: ActionIdentifier, filename_prefix: str) -> Path:
+    """Write `output/action_identifiers/<prefix>_00001_.safetensors`; returns its path. Raises as files.save does.
+
+    Each encoder's tokens [places, tokens, width] under its name; the rest is metadata.
+    """
+    metadata = {
+        "kind": _KIND, "method": "ADI action identifier (arXiv 2311.15841)", "placeholder": action.placeholder,
+        "initial_word": action.initial_word, "base": action.base, "layers": json.dumps(action.places),
+    }
+    tensors = {f"{_KEY}{encoder}": tokens for encoder, tokens in action.tokens.items()}
+    return files.save(tensors, metadata, FOLDER, filename_prefix)
+
+
+def export(action: ActionIdentifier, filename_prefix: str) -> Path:
+    """Write the mean over the layers as `output/embeddings/<prefix>_00001_.safetensors`, for other programs.
+
+    Keys: clip_l and clip_g for SDXL, else emb_params; [tokens, width]. Returns its path.
+    """
+    tokens = mean_token(action.tokens)
+    single = len(tokens) == 1
+    tensors = {"emb_params" if single else _CLIPS.get(encoder, encoder): token for encoder, token in tokens.items()}
+    return files.save(tensors, {}, EMBEDDINGS, filename_prefix)
+
+
+def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ActionIdentifier:
+    foreign = sorted(key for key in tensors if not key.startswith(_KEY))
+    if foreign:
+        raise ActionError(f"it has {foreign[0]!r} beside its tokens")
+    placeholder = metadata.get("placeholder", "")
+    try:
+        check_placeholder(placeholder)
+    except ValueError as error:
+        raise ActionError(str(error)) from error
+    tokens = {key.removeprefix(_KEY): tensor for key, tensor in tensors.items()}
+    return ActionIdentifier(
+        placeholder, metadata.get("initial_word", ""), tokens, _places(metadata.get("layers", "")),
+        metadata.get("base", ""),
+    )
+
+
+def _places(text: str) -> tuple[Place, ...]:
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ActionError("its metadata has no map of layers") from error
+    if not isinstance(listed, list):
+        raise ActionError("its map of layers is no list")
+    for entry in listed:
+        sound = isinstance(entry, list) and len(entry) == 3 and entry[0] in _KINDS
+        if not sound or not all(type(number) is int and number >= 0 for number in entry[1:]):
+            raise ActionError(f"its map of layers has the entry {str(entry)[:60]}")
+    return tuple(Place(*entry) for entry in listed)
+
+
+def _imported(tensors: dict[str, torch.Tensor], stem: str) -> ActionIdentifier:
+    """An embedding's [n, D] or [D], by encoder where the file names those of SDXL."""
+    by_encoder = {encoder: tensors[key] for encoder, key in _CLIPS.items() if key in tensors}
+    if not by_encoder and len(tensors) == 1:
+        by_encoder = {ANY_ENCODER: next(iter(tensors.values()))}
+    if not by_encoder or any(
+        tensor.ndim not in (1, 2) or not tensor.numel() for tensor in by_encoder.values()
+    ):
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in sorted(tensors.items())[:3])
+        raise ActionError(f"it holds {shapes}, which is no embedding either")
+    placeholder = "<" + "_".join("".join(c if c.isalnum() else " " for c in stem).split()) + ">"
+    tokens = {encoder: tensor.float().reshape(1, -1, tensor.shape[-1]) for encoder, tensor in by_encoder.items()}
+    return ActionIdentifier(placeholder, "", tokens)

@@ -1,0 +1,173 @@
+"""Node that learns an action from a few pictures (ADI)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from comfy_api.latest import io
+
+from ...kernels.channel_mask import MERGES
+from ..training import checkpoints, inputs, picture_training, widgets
+from ..training.config import TrainingConfig
+from . import encoding, running, training
+from .config import MINIMUM_EXEMPLARS, ActionTrainingConfig
+from .nodes import ACTION, CATEGORY
+
+_DEFAULT = ActionTrainingConfig()
+
+
+class UnderstudyTrainActionIdentifier(io.ComfyNode):
+    """Learns what a few pictures have in common: their action."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyTrainActionIdentifier",
+            display_name="Train Action Identifier (ADI)",
+            category=CATEGORY,
+            description="Learns the action that a few pictures share, and not who does it or where, as a word for "
+            "prompts: usable on any person, animal or mascot.",
+            search_aliases=["ADI", "learn action", "pose", "textual inversion", "train embedding", "P+"],
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to learn with, SD, SDXL or Wan. It is not changed."),
+                io.Clip.Input("clip", tooltip="Its text encoder, which the word is learnt for. It is not changed."),
+                io.Vae.Input("vae", tooltip="Encodes the pictures, and decodes previews where memory allows."),
+                io.Image.Input(
+                    "images", tooltip="Pictures that share the action, of different subjects in different places: at "
+                    "least 2, better 5 to 10, all of one size, as a batch or a list.",
+                ),
+                io.String.Input(
+                    "subjects", multiline=True,
+                    tooltip="Who is in each picture and where, without the action: a line or a list item a picture.",
+                ),
+                io.String.Input(
+                    "placeholder", default=_DEFAULT.placeholder,
+                    tooltip="The word that will stand for the action in prompts. One that no prompt has by chance.",
+                ),
+                io.String.Input(
+                    "initial_word", default=_DEFAULT.initial_word,
+                    tooltip="What the word starts as, and means at strength 0: a word that is near the action.",
+                ),
+                io.Int.Input(
+                    "steps", default=_DEFAULT.steps, min=1, max=100_000,
+                    tooltip="Optimiser steps, each on three pictures in one pass.",
+                ),
+                io.Int.Input(
+                    "context_steps", default=_DEFAULT.context_steps, min=1, max=10_000,
+                    tooltip="Optimiser steps a picture that learn its surroundings first, in order to draw them with "
+                    "another action. More learns the action with them. Without effect with contrast_images.",
+                ),
+                widgets.learning_rate(_DEFAULT.learning_rate, "Of AdamW, for the action's tokens."),
+                io.Float.Input(
+                    "mask_percentile", default=_DEFAULT.mask_percentile, min=0.01, max=0.99, step=0.01, round=False,
+                    tooltip="Where channels are parted, as a fraction of them: higher counts more as free of the "
+                    "surroundings, and fewer as the action's.",
+                ),
+                io.Combo.Input(
+                    "merge", options=list(MERGES), default=_DEFAULT.merge,
+                    tooltip="Which channels a step may move: union those that pass one of the two comparisons, "
+                    "intersection only those that pass both.",
+                ),
+                widgets.seed("action"),
+                io.Image.Input(
+                    "contrast_images", optional=True,
+                    tooltip="For each picture one of the same surroundings with another action, in the same order. "
+                    "Without them the model draws them.",
+                ),
+                widgets.resume_from(),
+                widgets.dtype(),
+                widgets.gradient_checkpointing(),
+                io.Int.Input(
+                    "preview_every", default=0, min=0, max=100_000, optional=True, advanced=True,
+                    tooltip="Steps between preview pictures of the first subject with the action, from one noise; 0 "
+                    "is never.",
+                ),
+                widgets.checkpoint_every("Steps"),
+                io.String.Input(
+                    "contrast_words", default=_DEFAULT.contrast_words, optional=True, advanced=True,
+                    tooltip="Actions, parted by commas, that the model draws for comparison: none may be the one to "
+                    "learn. Without effect with contrast_images.",
+                ),
+            ],
+            outputs=[
+                ACTION.Output(display_name="action", tooltip="Connect it to Encode or Save Action Identifier."),
+                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Connect it to Plot Loss Graph."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, subjects, contrast_images=None, **lists) -> io.NodeOutput:
+        given = {name: values[0] for name, values in lists.items()}
+        action = _action(given)
+        config = widgets.config(given, preview_every=given.get("preview_every", 0))
+        exemplars = _exemplars(given["vae"], images, subjects, contrast_images)
+        identifier, loss_map = training.train(
+            given["model"], given["clip"], exemplars, action, config,
+            checkpoints=checkpoints.Checkpoints("action_identifier", _settings(action, config, exemplars)),
+            resume_from=given["resume_from"], preview=_preview(given["vae"], exemplars, action, config),
+        )
+        return io.NodeOutput(identifier, loss_map)
+
+
+def _action(given: dict) -> ActionTrainingConfig:
+    names = ("placeholder", "initial_word", "steps", "context_steps", "learning_rate", "mask_percentile", "merge")
+    values = {name: given[name] for name in names}
+    for name in ("placeholder", "initial_word"):
+        values[name] = values[name].strip()
+    return ActionTrainingConfig(**values, contrast_words=given.get("contrast_words", _DEFAULT.contrast_words))
+
+
+def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:
+    """Encoded pictures and their texts. Raises ValueError, naming the input, where they do not fit together."""
+    pictures = inputs.pictures(images, "images")
+    if len(pictures) < MINIMUM_EXEMPLARS:
+        raise ValueError(
+            f"images holds {len(pictures)} picture: give at least {MINIMUM_EXEMPLARS} that share the action, better "
+            "5 to 10, since what they share is what is learnt"
+        )
+    texts = inputs.lines(subjects, len(pictures), "subjects")
+    contrasts = None if contrast_images is None else inputs.pictures(contrast_images, "contrast_images")
+    if contrasts is not None and len(contrasts) != len(pictures):
+        raise ValueError(
+            f"contrast_images holds {len(contrasts)} pictures for {len(pictures)} images: give one for each, in "
+            "their order, or none"
+        )
+    _check_sizes([*pictures, *(contrasts or ())])
+    encoded = None if contrasts is None else picture_training.encode_pictures(vae, contrasts)
+    return training.Exemplars(picture_training.encode_pictures(vae, pictures), texts, encoded)
+
+
+def _check_sizes(pictures: Sequence[torch.Tensor]) -> None:
+    sizes = sorted({(picture.shape[2], picture.shape[1]) for picture in pictures})
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width} x {height}" for width, height in sizes)
+        raise ValueError(
+            f"the pictures have the sizes {listed}: scale all images and contrast_images to one size, since they are "
+            "compared under the same noise"
+        )
+
+
+def _settings(action: ActionTrainingConfig, config: TrainingConfig, exemplars: training.Exemplars) -> dict:
+    """What a resumed run must share with the one it goes on from."""
+    contrasts = exemplars.contrasts
+    return {
+        "images": inputs.digest(exemplars.latents), "subjects": list(exemplars.subjects),
+        "contrast_images": "drawn" if contrasts is None else inputs.digest(contrasts),
+        "placeholder": action.placeholder, "initial_word": action.initial_word, "merge": action.merge,
+        "context_steps": action.context_steps, "mask_percentile": action.mask_percentile,
+        "contrast_words": action.contrasts, "learning_rate": config.learning_rate, "seed": config.seed,
+        "dtype": config.dtype,
+    }
+
+
+def _preview(vae, exemplars: training.Exemplars, action: ActionTrainingConfig, config: TrainingConfig):
+    text = exemplars.prompt(0, action.placeholder, action.placeholder)
+
+    def preview(denoiser, clip, actions):
+        positive = running.seal(*encoding.encode(clip, text, actions), actions)
+        (negative,) = picture_training.encode_texts(clip, [""])
+        return picture_training.preview_of(vae, positive, negative, exemplars.latents[0].shape, config.seed)(denoiser)
+
+    return preview

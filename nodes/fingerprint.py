@@ -1,0 +1,30 @@
+"""A short name for the weights of a model, to tell whether a file was learnt beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+_SAMPLED_WEIGHTS = 8  # tensors looked into, spread over the model
+_SAMPLED_VALUES = 16  # of each
+
+
+def fingerprint(model: Any) -> str:
+    """16 hex digits of a MODEL's key names, shapes and a few raw weights, LoRAs on it not counted.
+
+    Equal for equal files; a file in another precision, or of another training, has its own.
+    """
+    network = model.model.diffusion_model
+    weights = network.state_dict()
+    originals = {key.removeprefix("diffusion_model."): kept.weight for key, kept in model.backup.items()}
+    content = hashlib.sha256()
+    for key in sorted(weights):
+        content.update(f"{key} {tuple(weights[key].shape)}\n".encode())
+    plain = [key for key in sorted(weights) if type(weights[key]) in (torch.Tensor, torch.nn.Parameter)]
+    for key in plain[:: max(1, len(plain) // _SAMPLED_WEIGHTS)]:
+        values = originals.get(key, weights[key]).detach().flatten()
+        values = values[:: max(1, values.numel() // _SAMPLED_VALUES)]
+        content.update(values.cpu().float().numpy().tobytes())
+    return content.hexdigest()[:16]

@@ -1,0 +1,185 @@
+"""Prompts with identifiers, against the host's own embeddings in its own prompts."""
+
+import types
+
+import action_identifiers
+import comfy.hooks
+import pytest
+import safetensors.torch
+import tiny_clip
+import tiny_model
+import torch
+from comfy_extras.nodes_hooks import SetClipHooks
+from pack.nodes.action_identifier import encoding
+from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
+
+KINDS = list(tiny_clip.WIDTHS)
+MODEL = tiny_model.picture()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@pytest.fixture(scope="module")
+def clips(folder):
+    return {kind: tiny_clip.clip(kind, embeddings=str(folder)) for kind in KINDS}
+
+
+def write(folder, name, vectors):
+    """An ordinary embedding that the host reads as embedding:NAME."""
+    keys = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
+    safetensors.torch.save_file({keys[e]: v.clone() for e, v in vectors.items()}, folder / f"{name}.safetensors")
+
+
+def same_everywhere(kind, placeholder, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = {e: torch.randn(1, count, width, generator=generator) for e, width in tiny_clip.WIDTHS[kind].items()}
+    return ActionIdentifier(placeholder, "dancing", tokens)
+
+
+TEXTS = [
+    "a cat <one> on a beach",
+    "<one>",
+    "a (cat <one>:1.3) with (<two>:0.7), and <one>",
+    "((<one>)), [x] (a <two>)",
+    "\\(a cat\\) <one>; embedding:other <two>",
+    "<one>," * 30 + " and " * 40 + "<two>",  # three sections
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_tokens_equal_in_all_layers_are_the_host_s_embeddings(kind, text, clips, folder):
+    clip = clips[kind]
+    actions = [same_everywhere(kind, "<one>", 2, 1), same_everywhere(kind, "<two>", 1, 2)]
+    for action in actions:
+        write(folder, action.placeholder[1:-1], {e: v[0] for e, v in action.tokens.items()})
+    write(folder, "other", {e: torch.ones(1, width) for e, width in tiny_clip.WIDTHS[kind].items()})
+    used = [action for action in actions if action.placeholder in text]
+    native = text.replace("<one>", " embedding:one ").replace("<two>", " embedding:two ")
+    _, (found,) = encoding.encode(clip, text, used)
+    (expected, _), = action_identifiers.plain(clip, native)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skip", [None, -2, -3])
+def test_each_layer_is_its_own_prompt_under_every_clip_skip(kind, skip, clips, folder):
+    clip = clips[kind].clone()
+    clip.clip_layer(skip)
+    action = action_identifiers.identifier(MODEL, kind, count=2)
+    plain, (contexts,) = encoding.encode(clip, "a (red <action>:1.2) robot", [action])
+    for layer in range(len(action.places)):
+        write(folder, f"layer{layer}", {e: v[layer] for e, v in action.tokens.items()})
+        (expected, _), = action_identifiers.plain(clip, f"a (red embedding:layer{layer} :1.2) robot")
+        torch.testing.assert_close(contexts[layer : layer + 1], expected, rtol=1e-4, atol=1e-5)
+    (expected, options), = action_identifiers.plain(clip, "a (red dancing:1.2) robot")
+    assert torch.equal(plain[0][0], expected)
+    if options["pooled_output"] is not None:
+        assert torch.equal(plain[0][1]["pooled_output"], options["pooled_output"])
+    assert not torch.allclose(contexts[0], contexts[1], atol=1e-2)
+
+
+def test_many_layers_go_through_in_several_batches(clips):
+    tokens = {"l": torch.randn(35, 1, 16)}
+    places = tuple(action_identifiers.places(MODEL)[0]._replace(index=i) for i in range(35))
+    action = ActionIdentifier("<action>", "dancing", tokens, places)
+    _, (contexts,) = encoding.encode(clips["SD 1.5"], "a <action> cat", [action])
+    alone = ActionIdentifier("<action>", "dancing", {"l": tokens["l"][20:21]})
+    _, (expected,) = encoding.encode(clips["SD 1.5"], "a <action> cat", [alone])
+    torch.testing.assert_close(contexts[20:21], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_wise_action_and_one_for_all_layers_meet_in_one_prompt(clips):
+    layered = action_identifiers.identifier(MODEL, placeholder="<a>")
+    other = same_everywhere("SD 1.5", "<b>", 1, 5)
+    _, (contexts,) = encoding.encode(clips["SD 1.5"], "<a> and <b>", [layered, other])
+    assert len(contexts) == len(layered.places)
+    swapped = ActionIdentifier("<b>", "dancing", {"l": other.tokens["l"].repeat(4, 1, 1)}, layered.places)
+    _, (expected,) = encoding.encode(clips["SD 1.5"], "<a> and <b>", [layered, swapped])
+    assert torch.equal(contexts, expected)
+
+
+@pytest.mark.parametrize(("text", "placeholder", "found"), [
+    ("a wave", "wave", True), ("a waved hand", "wave", False), ("microwave", "wave", False),
+    ("x<a>y", "<a>", True), ("a <ab>", "<a>", False), ("(wave:1.2)", "wave", True), ("a Wave", "wave", False),
+])
+def test_a_placeholder_is_found_as_a_word(text, placeholder, found, clips):
+    action = same_everywhere("SD 1.5", placeholder, 1, 0)
+    if found:
+        encoding.check_prompt(text, [action])
+    else:
+        with pytest.raises(ValueError, match=f"text does not contain {placeholder}"):
+            encoding.check_prompt(text, [action])
+
+
+def test_longer_placeholders_win():
+    actions = [same_everywhere("SD 1.5", name, 1, 0) for name in ("<a>", "<a>b")]
+    actions[0] = ActionIdentifier("<a>", "dancing", actions[0].tokens)
+    actions[1] = ActionIdentifier("<a>b", "sitting", actions[1].tokens)
+    assert encoding.plain_text("<a>b <a>", actions) == "sitting dancing"
+
+
+def test_stand_ins_give_way_to_the_text_s_own_words(clips):
+    """All but the last are in the text; the vectors stand at the placeholder alone."""
+    clip = clips["SD 1.5"]
+    words = " ".join(encoding._STAND_INS[:-1])
+    action = same_everywhere("SD 1.5", "<one>", 1, 3)
+    prompt = encoding.Prompt(clip.tokenize, f"{words} <one>", {"<one>": {"l": 1}})
+    filled = prompt.filled(encoding.at_layer({"<one>": action.tokens}, 0))
+    items = [token for section in filled["l"] for token, _ in section]
+    assert sum(isinstance(token, torch.Tensor) for token in items) == 1
+    with pytest.raises(ValueError, match="no word is free"):
+        encoding.Prompt(clip.tokenize, f"{words} {encoding._STAND_INS[-1]} <one>", {"<one>": {"l": 1}})
+
+
+def test_the_subject_of_an_identity():
+    identity = types.SimpleNamespace(token="sks", class_noun="robot")
+    assert encoding.expand_subject("a {subject} <action>", identity) == "a sks robot <action>"
+    assert encoding.expand_subject("a cat", None) == "a cat"
+    with pytest.raises(ValueError, match="connect `identity`"):
+        encoding.expand_subject("a {subject}", None)
+
+
+def test_errors_say_what_to_do(clips):
+    action = action_identifiers.identifier(MODEL)
+    with pytest.raises(ValueError, match="text does not contain <action>: write it where"):
+        encoding.encode(clips["SD 1.5"], "a cat", [action])
+    with pytest.raises(ValueError, match="two actions have the placeholder"):
+        encoding.encode(clips["SD 1.5"], "<action>", [action, action])
+    for kind in ("SD 2.1", "SDXL"):
+        with pytest.raises(ActionError, match="was learnt with text encoder l of width 16 and this clip has"):
+            encoding.encode(clips[kind], "a <action>", [action])
+    wide = ActionIdentifier("<action>", "dancing", {"l": torch.zeros(1, 1, 768)})
+    with pytest.raises(ActionError, match="l of width 768 .* l of width 16"):
+        encoding.encode(clips["SD 1.5"], "a <action>", [wide])
+    other = action_identifiers.identifier(tiny_model.wan(), placeholder="<b>")
+    with pytest.raises(ActionError, match="different models"):
+        encoding.encode(clips["SD 1.5"], "<action> <b>", [action, other])
+
+
+def test_an_imported_embedding_means_nothing_at_strength_0(clips):
+    action = ActionIdentifier("<action>", "", {"any": torch.randn(1, 3, 16)})
+    plain, (contexts,) = encoding.encode(clips["SD 1.5"], "a cat <action>", [action])
+    (expected, _), = action_identifiers.plain(clips["SD 1.5"], "a cat")
+    assert torch.equal(plain[0][0], expected)
+    assert contexts.shape == (1, 77, 16) and not torch.allclose(contexts, expected)
+
+
+def test_scheduled_loras_of_the_clip_give_each_entry_its_contexts(clips):
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    lora = {f"{layer}.lora_up.weight": torch.randn(32, 2), f"{layer}.lora_down.weight": torch.randn(2, 16)}
+    hooks = comfy.hooks.create_hook_lora(lora, 0.0, 1.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((0.0, 0.0), (1.0, 0.5)):
+        frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    hooks.set_keyframes_on_hooks(frames)
+    (clip,) = SetClipHooks().apply_hooks(clips["SD 1.5"], True, False, hooks)
+    action = action_identifiers.identifier(MODEL)
+    plain, contexts = encoding.encode(clip, "a <action> cat", [action])
+    assert [entry[1]["clip_start_percent"] for entry in plain] == [0.0, 0.5]
+    _, (without,) = encoding.encode(clips["SD 1.5"], "a <action> cat", [action])
+    torch.testing.assert_close(contexts[0], without)
+    assert contexts[1].shape == without.shape and not torch.allclose(contexts[1], without, atol=1e-2)

@@ -1,0 +1,135 @@
+"""Identifiers on disk: exact round trips, ordinary embeddings both ways, and files that are none."""
+
+import json
+
+import action_identifiers
+import folder_paths
+import pytest
+import safetensors.torch
+import tiny_clip
+import tiny_model
+import torch
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+from pack.nodes import files
+from pack.nodes.action_identifier import encoding, identifier_files
+from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
+from pack.nodes.files_names import WeightFileError
+
+MODEL = tiny_model.picture()
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """Output and embeddings of this test alone."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    for key in (identifier_files.FOLDER, identifier_files.EMBEDDINGS):
+        folder = tmp_path / "output" / key
+        folder.mkdir(parents=True)
+        listed = [str(folder)], {".safetensors", ".pt", ".bin"}
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, listed)
+    folder_paths.filename_list_cache.clear()
+    return tmp_path / "output"
+
+
+def equal(a, b):
+    assert (a.placeholder, a.initial_word, a.places, a.base) == (b.placeholder, b.initial_word, b.places, b.base)
+    assert a.tokens.keys() == b.tokens.keys()
+    assert all(torch.equal(a.tokens[key], b.tokens[key]) for key in a.tokens)
+
+
+@pytest.mark.parametrize("kind", tiny_clip.WIDTHS)
+def test_a_saved_identifier_is_read_back_bit_for_bit(kind, folders):
+    action = action_identifiers.identifier(MODEL, kind, count=2, base="0123456789abcdef")
+    path = identifier_files.save(action, "people/wave")
+    assert path == folders / "action_identifiers" / "people" / "wave_00001_.safetensors"
+    equal(identifier_files.load("people/wave_00001_.safetensors"), action)
+    stored = safetensors.torch.load_file(path)
+    assert {tuple(v.shape) for v in stored.values()} == {(4, 2, w) for w in tiny_clip.WIDTHS[kind].values()}
+    assert identifier_files.choices() == ["people/wave_00001_.safetensors"]
+
+
+def write(folders, name, tensors, metadata=None, folder="action_identifiers"):
+    path = folders / folder / name
+    if name.endswith(".safetensors"):
+        safetensors.torch.save_file({key: v.contiguous() for key, v in tensors.items()}, path, metadata=metadata)
+    else:
+        torch.save(tensors, path)
+    return name if folder == "action_identifiers" else f"embeddings/{name}"
+
+
+@pytest.mark.parametrize(("name", "tensors"), [
+    ("wave hand.safetensors", {"emb_params": torch.ones(3, 16)}),
+    ("wave hand.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(3, 16)}, "name": "w"}),
+    ("wave hand.bin", {"<wave>": torch.ones(16)}),
+    ("wave hand.safetensors", {"clip_l": torch.ones(2, 16), "clip_g": torch.ones(2, 24)}),
+])
+def test_ordinary_embeddings_are_equal_in_all_layers(name, tensors, folders):
+    listed = write(folders, name, tensors, folder="embeddings")
+    assert identifier_files.choices() == [listed]
+    action = identifier_files.load(listed)
+    assert (action.placeholder, action.initial_word, action.places) == ("<wave_hand>", "", ())
+    kind = "SDXL" if "clip_g" in tensors else "SD 1.5"
+    _, (contexts,) = encoding.encode(tiny_clip.clip(kind), "a <wave_hand> cat", [action])
+    assert contexts.shape == (1, 77, sum(tiny_clip.WIDTHS[kind].values()))
+
+
+@pytest.mark.parametrize("kind", tiny_clip.WIDTHS)
+def test_an_exported_embedding_is_the_mean_that_the_host_reads(kind, folders):
+    action = action_identifiers.identifier(MODEL, kind, count=2)
+    path = identifier_files.export(action, "wave")
+    clip = tiny_clip.clip(kind, embeddings=str(path.parent))
+    (found, _), = action_identifiers.plain(clip, f"a embedding:{path.stem} cat")
+    mean = ActionIdentifier("<action>", "", {e: v.mean(0, keepdim=True) for e, v in action.tokens.items()})
+    _, (expected,) = encoding.encode(clip, "a <action> cat", [mean])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    again = identifier_files.load(f"embeddings/{path.name}")
+    assert again.for_encoders(tiny_clip.WIDTHS[kind]).keys() == action.tokens.keys()
+
+
+def test_diffusers_reads_the_exported_embedding(folders):
+    action = action_identifiers.identifier(MODEL)
+    state = safetensors.torch.load_file(identifier_files.export(action, "wave"))
+    tokens, embeddings = TextualInversionLoaderMixin._retrieve_tokens_and_embeddings(
+        ["<wave>"], [state], type("Tokenizer", (), {"get_vocab": lambda self: {}})()
+    )
+    assert tokens == ["<wave>"]
+    torch.testing.assert_close(embeddings[0], action.tokens["l"].mean(0))
+
+
+SOUND = {"kind": "understudy action identifier", "placeholder": "<a>", "layers": json.dumps([["input", 1, 1]])}
+
+
+@pytest.mark.parametrize(("tensors", "metadata", "message"), [
+    ({"identifier.l": torch.ones(2, 1, 16)}, SOUND, r"shape \(2, 1, 16\), expected \[1, tokens, width\]"),
+    ({"identifier.l": torch.ones(1, 16)}, SOUND, "expected .1, tokens, width."),
+    ({"identifier.l": torch.full((1, 1, 16), float("nan"))}, SOUND, "no finite numbers"),
+    ({"identifier.l": torch.ones(1, 1, 16, dtype=torch.int64)}, SOUND, "no finite numbers"),
+    ({"identifier.l": torch.ones(1, 1, 16), "x": torch.ones(1)}, SOUND, "has 'x' beside its tokens"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "placeholder": "a b"}, "placeholder is 'a b'"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "placeholder": ""}, "placeholder is ''"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": "["}, "no map of layers"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": "[" * 100_000}, "no map of layers"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": "{}"}, "is no list"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["input", -1, 1]]'}, "has the entry"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["input", true, 1]]'}, "has the entry"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["elsewhere", 1, 1]]'}, "has the entry"),
+    ({"lora_up": torch.ones(4, 4), "lora_down": torch.ones(4, 4)}, None, "no embedding either"),
+    ({"weight": torch.ones(4, 4, 3, 3)}, None, "no embedding either"),
+])
+def test_other_files_are_refused_by_name(tensors, metadata, message, folders):
+    listed = write(folders, "file.safetensors", tensors, metadata)
+    with pytest.raises(WeightFileError, match=f"(?s)file.safetensors.*{message}.*Choose an action identifier"):
+        identifier_files.load(listed)
+
+
+def test_values_that_are_no_numbers_are_neither_made_nor_saved():
+    with pytest.raises(ActionError, match="no finite numbers"):
+        ActionIdentifier("<a>", "dancing", {"l": torch.full((1, 1, 4), float("inf"))})
+    with pytest.raises(ActionError, match="no tokens"):
+        ActionIdentifier("<a>", "dancing", {})
+
+
+def test_a_pickle_with_more_than_weights_is_refused(folders):
+    write(folders, "evil.pt", {"string_to_param": {"*": torch.ones(1, 16)}, "x": pytest.raises}, folder="embeddings")
+    with pytest.raises(files.WeightFileError, match="evil.pt"):
+        identifier_files.load("embeddings/evil.pt")

@@ -1,0 +1,148 @@
+"""The action identifier's nodes: schema as agreed, inputs as graphs give them, and one graph with other methods."""
+
+import types
+
+import action_identifiers
+import comfy.samplers
+import pytest
+import tiny_clip
+import tiny_model
+import torch
+from pack.nodes.action_identifier import running, training
+from pack.nodes.action_identifier.nodes import (
+    UnderstudyApplyActionIdentifier,
+    UnderstudyEncodeAction,
+    UnderstudyLoadActionIdentifier,
+    UnderstudySaveActionIdentifier,
+)
+from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
+from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
+
+MODEL = action_identifiers.reading(tiny_model.picture())
+CLIP = tiny_clip.clip()
+EULER = comfy.samplers.sampler_object("euler")
+
+
+class Pictures:
+    """Encodes a picture [1, 64, 64, 3] as its mean colours, [1, 4, 8, 8]."""
+
+    def encode(self, picture):
+        grid = picture.reshape(1, 8, 8, 8, 8, 3).mean((2, 4)).movedim(-1, 1)
+        return torch.cat([grid, grid.mean(1, keepdim=True)], dim=1)
+
+
+def images(count=3, size=64):
+    return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(count))
+
+
+def train(**lists):
+    given = {
+        "model": [MODEL], "clip": [CLIP], "vae": [Pictures()], "images": [images()],
+        "subjects": ["a cat\na dog\na fox"], "placeholder": ["<action>"], "initial_word": ["dancing"], "steps": [2],
+        "context_steps": [1],
+        "learning_rate": [1e-2], "mask_percentile": [0.6], "merge": ["union"], "seed": [0], "resume_from": ["none"],
+        "checkpoint_every": [0], "contrast_images": [images(3)], **lists,
+    }
+    with torch.inference_mode():
+        return UnderstudyTrainActionIdentifier.execute(**given).result
+
+
+@pytest.mark.parametrize(("node", "required", "outputs"), [
+    (UnderstudyTrainActionIdentifier,
+     ["model", "clip", "vae", "images", "subjects", "placeholder", "initial_word", "steps", "context_steps",
+      "learning_rate", "mask_percentile", "merge", "seed", "contrast_images", "resume_from"],
+     ["UNDERSTUDY_ACTION", "LOSS_MAP"]),
+    (UnderstudySaveActionIdentifier, ["action", "filename_prefix"], []),
+    (UnderstudyLoadActionIdentifier, ["action_name"], ["UNDERSTUDY_ACTION"]),
+    (UnderstudyEncodeAction, ["clip", "text", "actions", "identity"], ["CONDITIONING"]),
+    (UnderstudyApplyActionIdentifier, ["model", "strength"], ["MODEL"]),
+])
+def test_inputs_and_outputs_are_those_agreed_on(node, required, outputs):
+    schema = node.GET_SCHEMA()
+    ids = [widget.id for widget in schema.inputs]
+    assert ids[: len(required)] == required
+    assert all(widget.optional and widget.advanced for widget in schema.inputs[len(required) :])
+    assert [output.io_type for output in schema.outputs] == outputs
+
+
+def test_it_trains_on_lists_batches_and_lines_alike():
+    batch, _ = train()
+    listed, _ = train(images=list(images().split(1)), subjects=["a cat", "a dog", "a fox"])
+    assert torch.equal(batch.tokens["l"], listed.tokens["l"])
+    grey, loss_map = train(images=[images()[..., :1]], contrast_images=[torch.cat([images(), images()[..., :1]], -1)])
+    assert torch.isfinite(grey.tokens["l"]).all() and len(loss_map["loss"]) == 2
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"images": [images(1)], "subjects": ["a cat"]}, "images holds 1 picture: give at least 2"),
+    ({"subjects": ["a cat\na dog"]}, "subjects has 2 texts for 3 pictures"),
+    ({"contrast_images": [images(2)]}, "contrast_images holds 2 pictures for 3 images"),
+    ({"images": [images(2), images(1, 128)]}, "the pictures have the sizes 64 x 64, 128 x 128: scale"),
+    ({"contrast_images": [images(3, 128)]}, "the pictures have the sizes"),
+    ({"images": [images() * float("nan")]}, "images holds NaN"),
+    ({"placeholder": ["two words"]}, "placeholder is 'two words': use one word"),
+    ({"placeholder": ["(x)"]}, "placeholder is"),
+    ({"initial_word": [" "]}, "initial_word is empty"),
+    ({"contrast_words": [" , "]}, "contrast_words is empty"),
+    ({"merge": ["both"]}, "merge is 'both'"),
+    ({"mask_percentile": [1.0]}, "mask_percentile is 1.0"),
+    ({"learning_rate": [0.0]}, "learning_rate is 0"),
+])
+def test_inputs_that_do_not_fit_are_named_with_what_to_do(given, message):
+    with pytest.raises(ValueError, match=message):
+        train(**given)
+
+
+def test_a_word_that_the_action_shares_is_not_drawn_against_it():
+    config = training.ActionTrainingConfig
+    assert config(initial_word="jumping", contrast_words="standing, jumping").contrasts == ["standing"]
+    assert config(initial_word="jumping", contrast_words="jumping").contrasts == ["jumping"]
+
+
+def encode(text, *actions, identity=None):
+    with torch.inference_mode():
+        connected = {f"action{i}": action for i, action in enumerate(actions)}
+        return UnderstudyEncodeAction.execute(CLIP, text, connected, identity).result[0]
+
+
+def sample(model, positive, sampler=EULER):
+    return tiny_model.sample(model, sampler, positive=positive, negative=action_identifiers.plain(CLIP, ""), steps=3)
+
+
+def test_a_trained_action_an_identity_s_subject_and_frequency_guidance_in_one_graph():
+    action, _ = train()
+    identity = types.SimpleNamespace(token="sks", class_noun="robot")
+    positive = encode("a {subject} <action>, on a beach", action, identity=identity)
+    assert torch.equal(positive[0][0], action_identifiers.plain(CLIP, "a sks robot dancing, on a beach")[0][0])
+    (model,) = UnderstudyApplyActionIdentifier.execute(MODEL, 1.0).result
+    latents = [{"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i))} for i in (1, 2)]
+    widgets = {widget.id: widget.default for widget in UnderstudyFrequencyGuidanceSampler.GET_SCHEMA().inputs[3:9]}
+    (guided,) = UnderstudyFrequencyGuidanceSampler.execute(EULER, *latents, **widgets).result
+    with_all = sample(model, positive, guided)
+    for other in (sample(model, positive), sample(MODEL, positive_of_word(), guided)):
+        assert torch.isfinite(with_all).all() and (with_all - other).abs().max() > 1e-2 * other.std()
+    (stepwise,) = UnderstudyStepwisePrompt.execute(positive, positive_of_word(), 0.5).result
+    assert not torch.equal(sample(model, stepwise), sample(model, positive))
+
+
+def positive_of_word():
+    return action_identifiers.plain(CLIP, "a sks robot dancing, on a beach")
+
+
+def test_several_actions_in_a_prompt_each_count():
+    one, two = (action_identifiers.identifier(MODEL, seed=i, placeholder=f"<{i}>") for i in (1, 2))
+    model = running.apply(MODEL, 1.0)
+    both = sample(model, encode("a cat <1> and a dog <2>", one, two))
+    third = action_identifiers.identifier(MODEL, seed=3, placeholder="<2>")
+    assert (both - sample(model, encode("a cat <1> and a dog <2>", one, third))).abs().max() > 1e-2 * both.std()
+    with pytest.raises(ValueError, match="text does not contain <2>"):
+        encode("a cat <1>", one, two)
+
+
+def test_a_model_without_cross_attention_is_refused():
+    class Other:
+        def get_model_object(self, _name):
+            return torch.nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match="action identifiers need a UNet"):
+        UnderstudyApplyActionIdentifier.execute(Other(), 1.0)

@@ -1,0 +1,122 @@
+"""Steps that a mask holds back, against AdamW written out for single numbers."""
+
+import math
+
+import pytest
+import torch
+from pack.nodes.training import loop
+from pack.nodes.training.config import TrainingConfig
+
+SIZE = 12
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # as PyTorch ships AdamW
+
+
+class Monitor:
+    def __init__(self, stop=None):
+        self.stop = stop
+        self.states = []
+        self.done = 0
+
+    def check(self):
+        if self.done == self.stop:
+            raise KeyboardInterrupt
+
+    def progress(self, step, loss):
+        self.done = step
+
+    def checkpoint(self, state):
+        self.states.append(state)
+
+
+def start():
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(4))
+
+
+def mask_of(step):
+    return torch.rand(SIZE, generator=torch.Generator().manual_seed(100 + step)) < 0.5
+
+
+class Run:
+    """Pulls a vector toward random targets, one a step, with a mask a step."""
+
+    def __init__(self):
+        self.parameters = {"x": torch.nn.Parameter(start())}
+        self.step = 0
+
+    def __call__(self, step, generator):
+        self.step = step
+        target = torch.randn(SIZE, generator=generator)
+        return (self.parameters["x"] - target).square().mean()
+
+    def masks(self):
+        return {"x": mask_of(self.step)}
+
+
+def config(**settings):
+    return TrainingConfig(**{
+        "steps": 9, "learning_rate": 0.05, "weight_decay": 0.1, "max_gradient_norm": 1e9, "checkpoint_every": 0,
+        "seed": 2, **settings,
+    })
+
+
+def trained(steps=9, **options):
+    run = Run()
+    monitor = options.pop("monitor", None) or Monitor()
+    masks = options.pop("masks", run.masks)
+    settings = config(steps=steps, **options.pop("settings", {}))
+    loop.train(run, run.parameters, settings, monitor, masks=masks, **options)
+    return run.parameters["x"].detach().clone(), monitor
+
+
+def reference(steps):
+    """Each element by itself: in a step that its mask lacks, value and moments stay."""
+    x, targets = start().double().tolist(), []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(loop.step_seed(2, step))
+        targets.append(torch.randn(SIZE, generator=generator).double().tolist())
+    for i in range(SIZE):
+        mean = square = 0.0
+        for step in range(steps):
+            if not mask_of(step)[i]:
+                continue
+            gradient = 2 * (x[i] - targets[step][i]) / SIZE
+            x[i] *= 1 - 0.05 * 0.1
+            mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
+            square = BETAS[1] * square + (1 - BETAS[1]) * gradient**2
+            unbiased = mean / (1 - BETAS[0] ** (step + 1)), square / (1 - BETAS[1] ** (step + 1))
+            x[i] -= 0.05 * unbiased[0] / (math.sqrt(unbiased[1]) + EPSILON)
+    return torch.tensor(x, dtype=torch.float32)
+
+
+def test_it_is_adamw_for_each_element_that_may_move():
+    found, _ = trained()
+    torch.testing.assert_close(found, reference(9), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_what_is_masked_keeps_its_bits_and_its_moments(steps):
+    _, before = trained(steps, settings={"checkpoint_every": 1})
+    _, after = trained(steps + 1, settings={"checkpoint_every": 1})
+    held = ~mask_of(steps)
+    old, new = before.states[-1].tensors, after.states[-1].tensors
+    assert held.any() and new["exp_avg.x"].any()
+    for key in ("parameter.x", "exp_avg.x", "exp_avg_sq.x"):
+        assert torch.equal(old[key][held], new[key][held]), key
+    assert not torch.equal(old["parameter.x"][~held], new["parameter.x"][~held])
+
+
+def test_masks_that_let_everything_pass_change_no_bit():
+    plain, _ = trained(masks=None)
+    everything, _ = trained(masks=lambda: {"x": torch.ones(SIZE, dtype=torch.bool)})
+    assert torch.equal(plain, everything)
+    nothing, _ = trained(masks=lambda: {"x": torch.zeros(SIZE, dtype=torch.bool)})
+    assert torch.equal(nothing, start())
+
+
+def test_a_stopped_run_goes_on_bit_for_bit():
+    whole, _ = trained()
+    stopped = Monitor(stop=5)
+    with pytest.raises(KeyboardInterrupt):
+        trained(monitor=stopped)
+    resumed, _ = trained(resume=stopped.states[-1])
+    assert torch.equal(resumed, whole)
