@@ -168,6 +168,11 @@ LATENT_RGB_FACTORS = [
     [0.2644, 1.2743, 0.4853], [0.9896, -0.0431, -0.3513], [-1.4628, -0.156, 1.3964], [-0.5137, -0.9102, -1.6581],
 ]
 LATENT_RGB_BIAS = [-0.2655, -0.3584, -0.4192]
-# The same for the video model, in the model's own space; Wan's own until the file is trained.
-WAN_LATENT_RGB_FACTORS = comfy.latent_formats.Wan21.latent_rgb_factors
-WAN_LATENT_RGB_BIAS = comfy.latent_formats.Wan21.latent_rgb_factors_bias
+# The same for the video model, in the model's own space.
+WAN_LATENT_RGB_FACTORS = [
+    [0.0474, 0.1152, 0.1351], [-0.1599, -0.1664, -0.0583], [0.1939, 0.3111, 0.218], [0.0588, -0.0872, 0.173],
+    [-0.0769, 0.1359, 0.0116], [0.0672, -0.0634, -0.1264], [-0.1733, 0.0486, 0.0169], [0.0913, 0.0647, -0.0665],
+    [-0.1087, 0.0368, 0.0486], [0.2102, 0.048, -0.0575], [0.2367, 0.2072, -0.0536], [0.0385, 0.1251, 0.2429],
+    [-0.0823, 0.2175, 0.2553], [-0.2327, -0.1906, -0.0699], [-0.0158, 0.1163, -0.0251], [-0.0664, 0.0088, -0.0232],
+]
+WAN_LATENT_RGB_BIAS = [0.2195, 0.2092, 0.1863]

@@ -6,7 +6,7 @@ from host.server import Server
 
 CHECKPOINT = "puppets_sd.safetensors"
 TRANSFORMER, AUTOENCODER = "puppets_wan.safetensors", "puppets_wan_vae.safetensors"
-ADAPTER = "puppets_wan_identity.safetensors"
+ADAPTER = "faults.safetensors"  # of random weights, in output/loras
 RESULT = "result"  # the node that saves the latent
 SAMPLER = "sample"
 LOADER = "load"
@@ -82,6 +82,22 @@ def video(
         ),
         RESULT: node("SaveLatent", samples=[SAMPLER, 0], filename_prefix=name),
     }
+
+
+def adapter(width: int = 256, blocks: int = 6, rank: int = 2) -> dict[str, torch.Tensor]:
+    """Random weights under the published names; by default of the theatre's size."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"blocks.{i}.self_attn.{name}_loras.{part}.weight": torch.randn(shape, generator=generator) / 10
+        for i in range(blocks) for name in "qkv" for part, shape in (("down", (rank, width)), ("up", (width, rank)))
+    }
+
+
+def save_adapter(server: Server) -> None:
+    """Put ADAPTER where the server lists it."""
+    folder = server.base / "output" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(adapter(), folder / ADAPTER)
 
 
 def identified(server: Server, identity: str = "test 3", adapter: str = ADAPTER, **settings) -> dict:

@@ -10,6 +10,11 @@ from faults import prompts, server_memory
 from host.server import Server
 
 
+@pytest.fixture(autouse=True, scope="module")
+def theatre_adapter(fault_server):
+    prompts.save_adapter(fault_server)
+
+
 def alternate(server: Server, count: int) -> None:
     """`count` prompts in turn on one cached model: each kind must repeat its first bits."""
     builders = {
@@ -108,17 +113,10 @@ def test_one_frame_a_batch_and_an_odd_size(fault_server):
         assert result.shape == shape and torch.isfinite(result).all()
 
 
-def adapter(width: int = 256, blocks: int = 6, rank: int = 2) -> dict[str, torch.Tensor]:
-    return {
-        f"blocks.{i}.self_attn.{name}_loras.{part}.weight": torch.ones(shape) / 100
-        for i in range(blocks) for name in "qkv" for part, shape in (("down", (rank, width)), ("up", (width, rank)))
-    }
-
-
 OTHERS = {
-    "narrower": (adapter(width=128), "blocks.0.self_attn.q_loras.down.weight should be (rank, 256)"),
-    "shallower": (adapter(blocks=5), "blocks.5.self_attn.q_loras.down.weight"),
-    "deeper": (adapter(blocks=7), "blocks.6.self_attn.q_loras.down.weight"),
+    "narrower": (prompts.adapter(width=128), "blocks.0.self_attn.q_loras.down.weight should be (rank, 256)"),
+    "shallower": (prompts.adapter(blocks=5), "blocks.5.self_attn.q_loras.down.weight"),
+    "deeper": (prompts.adapter(blocks=7), "blocks.6.self_attn.q_loras.down.weight"),
     "a plain LoRA": ({"lora_unet_x.lora_down.weight": torch.ones(2, 4)}, "Load LoRA"),
 }
 
@@ -126,9 +124,7 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_another_model_s_adapter_is_refused_before_sampling(fault_server, case):
     tensors, words = OTHERS[case]
-    folder = fault_server.base / "output" / "loras"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{case.replace(' ', '_')}.safetensors"
+    path = fault_server.base / "output" / "loras" / f"{case.replace(' ', '_')}.safetensors"
     safetensors.torch.save_file(tensors, path)
     try:
         entry = fault_server.queue(prompts.identified(fault_server, adapter=path.name))
@@ -163,6 +159,7 @@ def test_bad_references_give_the_node_s_error_and_the_server_lives_on(fault_serv
 
 def run_out_of_memory(server: Server, count: int) -> None:
     """17 frames of 768 pixels do not fit into this limit, 5 of 64 do."""
+    prompts.save_adapter(server)
     clean = prompts.run(server, prompts.identified(server))
     limit = server_memory.address_space(server) + (150 << 20)
     for i in range(count):
