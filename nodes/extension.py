@@ -5,6 +5,14 @@ from comfy_api.latest import ComfyExtension, io
 from . import files
 from .frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
 from .frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
+from .fusion_embedding.nodes import (
+    UnderstudyApplyFusion,
+    UnderstudyCombineFusion,
+    UnderstudyLoadFusion,
+    UnderstudyRetargetPose,
+    UnderstudySaveFusion,
+)
+from .fusion_embedding.training_nodes import UnderstudyTrainFusionCombiner, UnderstudyTrainFusionGenerator
 from .puppets import theatre
 from .puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
 from .video_identity.nodes import (
@@ -19,6 +27,13 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     UnderstudyFrequencyGuidanceSampler,
     UnderstudyStepwisePrompt,
     UnderstudyTrainSourceDrivingPair,
+    UnderstudyTrainFusionCombiner,
+    UnderstudyTrainFusionGenerator,
+    UnderstudySaveFusion,
+    UnderstudyLoadFusion,
+    UnderstudyCombineFusion,
+    UnderstudyApplyFusion,
+    UnderstudyRetargetPose,
     UnderstudyPrepareReference,
     UnderstudyLoadVideoIdentityAdapter,
     UnderstudyApplyVideoIdentity,

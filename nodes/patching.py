@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.model_patcher
 import comfy.samplers
+import comfy.sd
 import comfy.utils
 import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
@@ -56,6 +57,42 @@ def with_sampling_parts(
         earlier = replaced.get(("double_block", index))
         if getattr(earlier, "key", None) != key:
             patcher.set_model_patch_replace(make(earlier), "dit", "double_block", index)
+    return patcher
+
+
+def with_lora(
+    model: comfy.model_patcher.ModelPatcher, weights: Mapping[str, torch.Tensor], strength: float
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` with a LoRA on top, as Load LoRA gives it."""
+    return comfy.sd.load_lora_for_models(model, None, dict(weights), strength, 0.0)[0]
+
+
+def with_weights(
+    model: comfy.model_patcher.ModelPatcher, weights: Mapping[str, torch.Tensor], strength: float
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` that samples with these weights in place of its own, by full name; `strength` is how far the
+    way from its own is gone, and at 1 they are met to the bit.
+    """
+    patcher = model.clone()
+    if strength == 1:
+        patcher.add_patches({key: ("set", (weight,)) for key, weight in weights.items()})
+    else:
+        patcher.add_patches({key: ("diff", (weight,)) for key, weight in weights.items()}, strength, 1 - strength)
+    return patcher
+
+
+def with_unet_patches(
+    model: comfy.model_patcher.ModelPatcher, patches: Mapping[str, Callable]
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` with these patches by the host's names, such as emb_patch, after those that are there.
+
+    One whose attribute `key` stands there already is not added again.
+    """
+    patcher = model.clone()
+    for name, patch in patches.items():
+        present = patcher.model_options["transformer_options"].get("patches", {}).get(name, [])
+        if all(getattr(other, "key", None) != patch.key for other in present):
+            patcher.set_model_patch(patch, name)
     return patcher
 
 

@@ -84,12 +84,14 @@ def _attention_with_gradient(_users_own, *args, **kwargs):
 
 @contextlib.contextmanager
 def session(
-    model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, whole: bool = False
+    model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, whole: bool = False,
+    beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
 ) -> Iterator[Denoiser]:
     """Load `model` for batches of `shape` and make it differentiable; nothing of it stays when the block ends.
 
     Weights are neither merged nor copied. `whole` leaves room for fp32 copies of them all, and lets the model
-    compute with such copies in its own type. Raises ValueError where a model cannot be trained through.
+    compute with such copies in its own type. Models `beside` it, text encoders for instance, are loaded and made
+    differentiable with it. Raises ValueError where a model cannot be trained through.
     """
     patcher = _trainable_clone(model, config.dtype, whole)
     required = patcher.memory_required(list(shape)) * _MEMORY_FACTOR
@@ -99,14 +101,54 @@ def session(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # Whole, since weights that stream in share buffers that a backward pass would find overwritten.
-        comfy.model_management.load_models_gpu([patcher], memory_required=required, force_full_load=True)
+        comfy.model_management.load_models_gpu(
+            [patcher, *beside], memory_required=required, force_full_load=True
+        )
         stack.callback(patcher.cleanup)
         patcher.pre_run()
         stack.enter_context(host_in_training())
-        stack.enter_context(_frozen_normal_parameters(patcher.model))
+        for loaded in (patcher, *beside):
+            stack.enter_context(_frozen_normal_parameters(loaded.model))
         if config.gradient_checkpointing:
             stack.enter_context(_checkpointed(patcher.model.diffusion_model))
         yield Denoiser(patcher)
+
+
+@contextlib.contextmanager
+def encoder_session(
+    patcher: comfy.model_patcher.ModelPatcher, required: int, gradient_checkpointing: bool
+) -> Iterator[torch.nn.Module]:
+    """Load a model that is no diffusion model, an image encoder, and make it differentiable, as `session` does.
+
+    `required` is what its activations and trained copies take, in bytes.
+    """
+    patcher = whole_clone(patcher)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        comfy.model_management.load_models_gpu([patcher], memory_required=required, force_full_load=True)
+        stack.enter_context(host_in_training())
+        stack.enter_context(_frozen_normal_parameters(patcher.model))
+        stack.enter_context(_copied_inputs(patcher.model))
+        if gradient_checkpointing:
+            for part in list(patcher.model.modules()):
+                if any(isinstance(child, torch.nn.ModuleList) for child in part.children()):
+                    stack.enter_context(_checkpointed(part, copied=True))
+        yield patcher.model
+
+
+@contextlib.contextmanager
+def _copied_inputs(model: torch.nn.Module) -> Iterator[None]:
+    """Norms read copies: the host's encoders add in place to what they read, and a gradient needs that."""
+    handles = []
+    try:
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                handles.append(module.register_forward_pre_hook(lambda _module, read: (read[0].clone(), *read[1:])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -121,19 +163,23 @@ def no_training() -> Iterator[None]:
         comfy.model_management.in_training = before
 
 
+def whole_clone(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone that does not stream its weights. Raises ValueError where its loader cannot load it so."""
+    if not model.is_dynamic():
+        return model.clone()
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "this model streams its weights and its loader cannot load it whole: start ComfyUI with "
+            "--disable-dynamic-vram, or load it with Load Checkpoint or Load Diffusion Model"
+        ) from error
+
+
 def _trainable_clone(
     model: comfy.model_patcher.ModelPatcher, dtype: str, whole: bool
 ) -> comfy.model_patcher.ModelPatcher:
-    if model.is_dynamic():
-        try:
-            patcher = model.clone(disable_dynamic=True)
-        except RuntimeError as error:
-            raise ValueError(
-                "this model streams its weights and its loader cannot load it whole: start ComfyUI with "
-                "--disable-dynamic-vram, or load it with Load Checkpoint or Load Diffusion Model"
-            ) from error
-    else:
-        patcher = model.clone()
+    patcher = whole_clone(model)
     own = patcher.model.get_dtype_inference()
     wanted = _DTYPES.get(dtype, own)
     if dtype == "model" and own == torch.float16:
@@ -194,20 +240,24 @@ def _outside_inference(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _checkpointed(network: torch.nn.Module) -> Iterator[None]:
-    """Blocks keep their inputs only and compute again in the backward pass."""
+def _checkpointed(network: torch.nn.Module, copied: bool = False) -> Iterator[None]:
+    """Blocks keep their inputs only and compute again in the backward pass; `copied` for those that work in place."""
     blocks = _blocks(network)
     originals = []
     try:
         for block in blocks:
             originals.append((block, block.__dict__.get("forward")))
-            block.forward = _recomputing(block.forward)
+            block.forward = _recomputing(_on_a_copy(block.forward) if copied else block.forward)
         yield
     finally:
         for block, original in originals:
             del block.forward
             if original is not None:
                 block.forward = original
+
+
+def _on_a_copy(forward):
+    return lambda x, *args, **kwargs: forward(x.clone(), *args, **kwargs)
 
 
 def _recomputing(forward):
