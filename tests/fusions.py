@@ -16,6 +16,16 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def lively(model):
+    """The same tiny model with weights at which tokens, embedding and pose change its answer by a good part."""
+    for i, (name, parameter) in enumerate(model.model.diffusion_model.named_parameters()):
+        value = torch.randn(parameter.shape, generator=generator(100 + i))
+        value = value / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.1 * value
+        value += parameter.ndim == 1 and name.endswith("weight")  # of a norm
+        parameter.data = value.to(parameter.dtype)
+    return model
+
+
 def vision(seed: int = 0, width: int = WIDTH, hidden: int = HIDDEN, **config):
     """The host's CLIP_VISION of two layers with random weights, in its own precision."""
     small = {"hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -88,3 +98,26 @@ def pair_lists(count: int = 4, size: int = 64, seed: int = 0) -> dict[str, torch
     """source, pose and target, where the target is the source with the pose drawn on it."""
     source, pose = pictures(count, size, size, seed), poses(count, size, size, seed)
     return {"source": source, "pose": pose, "target": (source * 0.5 + pose * 0.5)}
+
+
+def autoencoder(seed: int = 0):
+    """The host's VAE of the TAESD kind with random weights: 4 latent channels, factor 8."""
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    own = comfy.taesd.taesd.TAESD(latent_channels=4).state_dict()
+    weights = {
+        key: 0.05 * torch.randn(value.shape, generator=generator(seed + i)) if value.ndim > 1 else value
+        for i, (key, value) in enumerate(own.items())
+    }
+    return comfy.sd.VAE(sd=weights)
+
+
+def as_loaded(clip_vision):
+    """An encoder as the host's loaders leave it: its weights are inference tensors."""
+    with torch.inference_mode():
+        for module in clip_vision.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+    return clip_vision

@@ -44,6 +44,33 @@ def picture(
     return _patcher(lambda: comfy.model_base.BaseModel(config, model_type=kind, device=CPU), dtype, seed)
 
 
+def xl(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """An SDXL UNet of two levels: 8 cross-attention layers in 4 places, for prompts of 16 + 24 channels."""
+    config = comfy.supported_models.SDXL(
+        {
+            **comfy.supported_models.SDXL.unet_config,
+            "context_dim": 40,
+            "model_channels": 32,
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_res_blocks": [1, 1],
+            "channel_mult": [1, 2],
+            "transformer_depth": [0, 2],
+            "transformer_depth_output": [0, 0, 2, 2],
+            "transformer_depth_middle": 2,
+            "num_classes": "sequential",
+            "adm_in_channels": 24 + 6 * 256,  # the second encoder's pooled prompt and the six sizes
+            "num_heads": 2,
+            "num_head_channels": -1,
+            "use_spatial_transformer": True,
+            "dtype": torch.float32,
+        }
+    )
+    config.set_inference_dtype(torch.float32, None)
+    return _patcher(lambda: comfy.model_base.SDXL(config, device=CPU), torch.float32, seed)
+
+
 def video(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     """A Wan 2.1 transformer of one block; latents [B, 16, T, H, W] with even H and W."""
     config = comfy.supported_models.WAN21_T2V(
@@ -152,6 +179,7 @@ def sample(
     seed=3,
     cfg=2.0,
     positive=None,
+    negative=None,
     latent=None,
     denoise_mask=None,
     callback=None,
@@ -161,7 +189,9 @@ def sample(
         model_sampling = patcher.get_model_object("model_sampling")
         sigmas = comfy.samplers.calculate_sigmas(model_sampling, scheduler, steps)
     guider = comfy.samplers.CFGGuider(patcher)
-    guider.set_conds(conditioning(1) if positive is None else positive, conditioning(2))
+    guider.set_conds(
+        conditioning(1) if positive is None else positive, conditioning(2) if negative is None else negative
+    )
     guider.set_cfg(cfg)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     latent = torch.zeros(shape) if latent is None else latent
