@@ -120,7 +120,7 @@ def read_pickle(
 ) -> dict[str, torch.Tensor]:
     """Tensors of an official .ckpt or .pt file, those under `state_dict` if it has one; runs no code in it.
 
-    `without_settings` reads past the settings that Lightning keeps beside the weights, as plain dictionaries.
+    `without_settings` reads past the settings that Lightning keeps beside the weights.
 
     Only torch's zip format without compression is taken, through `torch.load(weights_only=True)`.
     Raises WeightFileError for anything else.

@@ -11,16 +11,20 @@ from .files_names import refused
 
 # What a crafted archive can provoke in zipfile.
 _UNZIPPING = (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError, struct.error)
+
+
+class _Settings:
+    """What stands for an object of settings in reading: it holds them and does nothing."""
+
+
 # Classes of settings in a Lightning checkpoint, by their names in it.
-_SETTINGS = (
-    "pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict", "lightning.fabric.utilities.data.AttributeDict",
-    "argparse.Namespace",
-)
-
-
-class _Settings(dict):
-    """What stands for each of them in reading: a dictionary, which does nothing."""
+_SETTINGS = {
+    "pytorch_lightning.utilities.parsing.AttributeDict": dict,
+    "lightning.pytorch.utilities.parsing.AttributeDict": dict,
+    "lightning_fabric.utilities.data.AttributeDict": dict,
+    "lightning.fabric.utilities.data.AttributeDict": dict,
+    "argparse.Namespace": _Settings,
+}
 
 
 def check_archive(path: str | os.PathLike, descriptor: int, size: int, max_pickle: int, fix: str) -> None:
@@ -38,5 +42,5 @@ def check_archive(path: str | os.PathLike, descriptor: int, size: int, max_pickl
 
 
 def past_settings() -> contextlib.AbstractContextManager:
-    """While it lasts, torch's weights-only unpickler takes Lightning's settings for dictionaries."""
-    return torch.serialization.safe_globals([(_Settings, name) for name in _SETTINGS])
+    """While it lasts, torch's weights-only unpickler takes Lightning's settings for these."""
+    return torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _SETTINGS.items()])

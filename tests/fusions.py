@@ -105,11 +105,11 @@ def autoencoder(seed: int = 0):
     import comfy.sd
     import comfy.taesd.taesd
 
-    own = comfy.taesd.taesd.TAESD(latent_channels=4).state_dict()
-    weights = {
-        key: 0.05 * torch.randn(value.shape, generator=generator(seed + i)) if value.ndim > 1 else value
-        for i, (key, value) in enumerate(own.items())
-    }
+    weights = {}
+    for i, (key, value) in enumerate(comfy.taesd.taesd.TAESD(latent_channels=4).state_dict().items()):
+        # The host leaves weights as memory was; the two numbers without dimensions are constants.
+        drawn = 0.05 * torch.randn(value.shape, generator=generator(seed + i))
+        weights[key] = value if not value.ndim else drawn if value.ndim > 1 else torch.zeros_like(value)
     return comfy.sd.VAE(sd=weights)
 
 

@@ -123,10 +123,10 @@ def _check_description(config: Mapping[str, Any]) -> None:
         # Numbers decide how much memory is asked for.
         if isinstance(value, int | float) and not 0 <= value <= _LARGEST:
             raise FusionError(f"its image encoder has {key!r} {value}")
-    needed = ("num_hidden_layers", "hidden_size", "image_size", "patch_size")
-    layers, width, image, patch = (config.get(key) for key in needed)
-    if not all(isinstance(number, int) and number > 0 for number in (layers, width, image, patch)):
-        raise FusionError(f"its image encoder's description lacks one of {', '.join(needed)}")
+    needed = ("num_hidden_layers", "hidden_size", "image_size", "patch_size", "num_attention_heads")
+    layers, width, image, patch, heads = numbers = [config.get(key) for key in needed]
+    if not all(isinstance(number, int) and number > 0 for number in numbers) or width % heads:
+        raise FusionError(f"its image encoder's description lacks a sound {', '.join(needed)}")
     inner = config.get("intermediate_size", 4 * width)
     if layers * width * max(inner, width) > _MOST_WEIGHTS or (image // patch) ** 2 * width > _MOST_WEIGHTS:
         raise FusionError(f"its image encoder has {layers} layers of width {width}, more than any that is known")

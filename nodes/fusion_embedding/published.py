@@ -33,7 +33,8 @@ _ELSEWHERE = {
 
 def is_published(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether these keys are of a published checkpoint, of either stage."""
-    return any(key.startswith((*(f"{stage}combiner." for stage in _STAGE_1), _UNET, _APPEARANCE)) for key in tensors)
+    stages = tuple(f"{stage}combiner.{layer}." for stage in _STAGE_1 for layer in _COMBINER)
+    return any(key.startswith((*stages, _UNET, _APPEARANCE)) for key in tensors)
 
 
 def convert(

@@ -65,9 +65,9 @@ def test_gradients_are_transformers(checkpointing):
             found.square().sum().backward()
     gradients = {name: p.grad for name, p in trained.parameters().items()}
     assert expected.keys() == {name for name, gradient in gradients.items() if gradient is not None}
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(gradients[name], gradient, rtol=2e-3, atol=2e-3 * scale)
+        torch.testing.assert_close(gradients[name], gradient, rtol=2e-3, atol=1e-4 * scale)
     assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in clip_vision.model.modules())
 
 

@@ -83,16 +83,16 @@ def test_a_folder_is_its_pictures(tmp_path):
 
 
 def test_a_folder_is_read_as_it_goes(tmp_path, monkeypatch):
-    """Three of ten thousand pairs are wanted: three are read."""
+    """Three of three hundred pairs are wanted: three are read."""
     names = [f"{i:05}" for i in range(300)]
-    folder(tmp_path, {role: tensor[:1].expand(300, -1, -1, -1) for role, tensor in fusions.pair_lists(1, 16).items()},
+    folder(tmp_path, {role: tensor[:1].expand(300, -1, -1, -1) for role, tensor in fusions.pair_lists(1, 24).items()},
            names)
     read = []
     monkeypatch.setattr(pairs, "_read", lambda path, original=pairs._read: read.append(path) or original(path))
     found = FolderPairs(tmp_path)
-    assert len(found) == 300 and found.digest() and found.size(7) == (16, 16) and not read
+    assert len(found) == 300 and found.digest() and found.size(7) == (24, 24) and not read
     for i in (250, 3, 77):
-        assert found[i].target.shape == (1, 16, 16, 3)
+        assert found[i].target.shape == (1, 24, 24, 3)
     assert [path.stem for path in read[::3]] == ["00250", "00003", "00077"] and len(read) == 9
 
 

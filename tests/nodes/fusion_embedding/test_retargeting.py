@@ -32,7 +32,7 @@ def skeleton(lengths=LENGTHS, angles=STANDING, scale=1.0, missing=(), neck=(200.
     hand = [v for dx in range(21) for v in (points[4][0] + dx, points[4][1], 0.9)]
     feet = [v for joint in (13, 13, 13, 10, 10, 10) for v in (points[joint][0], points[joint][1] + 3, 0.9)]
     person = {"pose_keypoints_2d": flat, "hand_right_keypoints_2d": hand, "foot_keypoints_2d": feet,
-              "hand_left_keypoints_2d": [], "face_keypoints_2d": []}
+              "hand_left_keypoints_2d": 21 * [*points[7], 0.9], "face_keypoints_2d": 70 * [*points[0], 0.9]}
     return [{"canvas_width": 400, "canvas_height": 500, "people": [person]}]
 
 
