@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.clip_vision
+import tiny_model
 import torch
 from pack.nodes.fusion_embedding import method, running
 from pack.nodes.fusion_embedding.method import LORA, Fusion
@@ -10,14 +11,20 @@ from pack.nodes.puppets.vision import VISION_CONFIG
 
 WIDTH = 12  # of embeddings
 HIDDEN = 16  # of hidden states
+CHANNELS = 64  # of the UNet
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def model(**options):
+    """tiny_model.picture whose answer tokens, embedding and pose change by a good part."""
+    return lively(tiny_model.picture(channels=CHANNELS, **options))
+
+
 def lively(model):
-    """The same tiny model with weights at which tokens, embedding and pose change its answer by a good part."""
+    """The same tiny model with weights as large as trained ones."""
     for i, (name, parameter) in enumerate(model.model.diffusion_model.named_parameters()):
         value = torch.randn(parameter.shape, generator=generator(100 + i))
         value = value / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.1 * value
@@ -56,11 +63,11 @@ def weights(model, embedding: int | None = WIDTH, seed: int = 0, hidden: int = H
 
 
 def lora(seed: int = 0, rank: int = 2) -> method.Weights:
-    """A LoRA of one layer of tiny_model.picture's UNet."""
+    """A LoRA of one layer of the model's UNet."""
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q"
     return {
-        f"{stem}.lora_down.weight": torch.randn(rank, 32, generator=generator(seed)),
-        f"{stem}.lora_up.weight": torch.randn(32, rank, generator=generator(seed + 1)),
+        f"{stem}.lora_down.weight": torch.randn(rank, CHANNELS, generator=generator(seed)),
+        f"{stem}.lora_up.weight": torch.randn(CHANNELS, rank, generator=generator(seed + 1)),
         f"{stem}.alpha": torch.tensor(float(rank)),
     }
 

@@ -9,13 +9,12 @@ import folder_paths
 import fusions
 import pytest
 import safetensors.torch
-import tiny_model
 import torch
 from pack.nodes import files
 from pack.nodes.fusion_embedding import encoding, fusion_files, method, published
 from pack.nodes.fusion_embedding.method import LORA, WHOLE, Fusion, FusionError
 
-MODEL = tiny_model.picture()
+MODEL = fusions.model()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import comfy.samplers
 import folder_paths
 import fusions
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_rebatch import ImageRebatch
 from pack.nodes import files
@@ -14,7 +13,7 @@ from pack.nodes.fusion_embedding.method import FusionError
 
 from nodes import CLIPVisionEncode
 
-MODEL = tiny_model.picture()
+MODEL = fusions.model()
 CONTRACT = {
     training_nodes.UnderstudyTrainFusionCombiner: (
         ["clip_vision", "source", "pose", "target", "steps", "learning_rate", "temperature", "batch_size",

@@ -15,7 +15,7 @@ from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
 from pack.nodes.training.session import session
 
-MODEL = tiny_model.as_loaded(fusions.lively(tiny_model.picture()))
+MODEL = tiny_model.as_loaded(fusions.model())
 VAE = fusions.autoencoder()
 VISION = fusions.as_loaded(fusions.vision())
 
@@ -72,7 +72,7 @@ def test_the_combiner_learns_to_find_targets_and_leaves_the_encoder_alone(train_
     objects = list(VISION.model.parameters())
     fusion, loss_map = combined(steps=60, train_encoder=train_encoder, learning_rate=3e-3)
     losses = torch.tensor(loss_map["loss"])
-    assert losses[-15:].mean() < 0.8 * losses[:15].mean()
+    assert losses[-15:].mean() < 0.9 * losses[:15].mean()
     assert same(VISION.get_sd(), before)
     assert all(a is b for a, b in zip(objects, VISION.model.parameters(), strict=True))
     assert comfy.model_management.in_training is False
@@ -148,27 +148,28 @@ def test_one_pair_is_no_retrieval():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_generator_learns_and_leaves_the_model_alone(whole):
-    before = {key: value.clone() for key, value in MODEL.model.state_dict().items()}
-    objects = list(MODEL.model.parameters())
+    model = tiny_model.as_loaded(fusions.model())  # of its own, since sampling patches it
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    objects = list(model.model.parameters())
     rate = 1e-3 if whole else 1e-2
-    fusion, loss_map = generated(steps=30, generator={"whole_unet": whole}, learning_rate=rate)
+    fusion, loss_map = generated(model=model, steps=30, generator={"whole_unet": whole}, learning_rate=rate)
     losses = torch.tensor(loss_map["loss"])
     assert losses[-8:].mean() < losses[:8].mean()
-    assert same(dict(MODEL.model.state_dict()), before)
-    assert all(a is b for a, b in zip(objects, MODEL.model.parameters(), strict=True))
-    assert not any(module._forward_hooks for module in MODEL.model.modules())
+    assert same(dict(model.model.state_dict()), before)
+    assert all(a is b for a, b in zip(objects, model.model.parameters(), strict=True))
+    assert not any(module._forward_hooks for module in model.model.modules())
     assert fusion.unet_kind == (WHOLE if whole else LORA)
     for key in ("pose.conv_out.weight", "embedding.second.weight"):
         assert fusion.generator[key].abs().max() > 0, "a path that starts at nothing learnt nothing"
     with torch.inference_mode():
         patched, positive, negative = running.apply(
-            MODEL, fusion, fusions.states(), fusions.fused(), fusions.poses(), ApplyConfig()
+            model, fusion, fusions.states(), fusions.fused(), fusions.poses(), ApplyConfig()
         )
         euler = comfy.samplers.sampler_object("euler")
         tiny_model.sample(patched, euler, positive=positive, negative=negative, steps=1)
     if whole:
         assert {key.removeprefix("diffusion_model.") for key in fusion.unet} == dict(
-            MODEL.model.diffusion_model.named_parameters()
+            model.model.diffusion_model.named_parameters()
         ).keys()
 
 
@@ -234,7 +235,8 @@ def test_a_training_forward_is_what_sampling_computes():
             guider.sample(noisy, torch.zeros_like(noisy), sampler, torch.tensor([2.0, 0.0]), None, None, True, 1)
         torch.testing.assert_close(denoised(kept, weights, pair), seen[0].clone(), rtol=1e-4, atol=1e-4)
     parts = [denoised(kept, weights, pair) for kept in ((), ("source",), ("fusion",), ("pose",))]
-    assert all((parts[0] - part).abs().max() > 1e-3 for part in parts[1:]), "a drop drops nothing"
+    changes = [float((parts[0] - part).abs().max()) for part in parts[1:]]
+    assert min(changes) > 0.01, "a drop drops nothing"
 
 
 class Recorder:
