@@ -239,3 +239,29 @@ def test_training_refuses_unequal_counts_and_poses_of_nobody(server):
     nobody["blank"] = prompts.node("EmptyImage", width=64, height=64, batch_size=3, color=0)
     nobody["combiner"]["inputs"]["pose"] = ["blank", 0]
     assert "shows no person" in message(server, nobody)
+
+
+def test_a_sequence_of_poses_becomes_a_video(server, files):
+    """Poses as a list, so that each is sampled with the same seed, and one video of all."""
+    prompt = applying(server, files["LoRA"].name, name="sequence")
+    prompt["driver"]["inputs"]["frames"] = 5
+    prompt |= {
+        "poses": prompts.node("RebatchImages", images=["driver", 2], batch_size=1),
+        "decode": prompts.node("VAEDecode", samples=[prompts.SAMPLER, 0], vae=[prompts.LOADER, 2]),
+        "frames": prompts.node("RebatchImages", images=["decode", 0], batch_size=4096),
+        "video": prompts.node("CreateVideo", images=["frames", 0], fps=8.0),
+        "show": prompts.node(
+            "SaveVideo", video=["video", 0], filename_prefix="sequence", format="auto", codec="auto"
+        ),
+    }
+    for node in ("combine", "apply"):
+        prompt[node]["inputs"]["pose"] = ["poses", 0]
+    entry = server.queue(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    latents = [
+        safetensors.torch.load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
+        for saved in entry["outputs"][prompts.RESULT]["latents"]
+    ]
+    assert len(latents) == 5 and all(latent.shape == (1, 8, 8, 8) for latent in latents)
+    assert not torch.equal(latents[0], latents[1])
+    assert [path.suffix for path in (server.base / "output").glob("sequence_*") if path.suffix == ".mp4"] == [".mp4"]

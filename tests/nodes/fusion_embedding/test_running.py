@@ -155,8 +155,9 @@ def test_strength_is_off_at_nothing_and_goes_evenly():
     fusion = fusions.fusion(MODEL)
     model, positive, negative = applied(fusion=fusion, strength=0.0)
     assert model is MODEL and not positive[0][1]["model_conds"][running.POSE].cond.any()
-    extended = running.extended(MODEL)
-    assert torch.equal(denoised(extended, positive), denoised(MODEL, [[positive[0][0], {}]]))
+    plain = denoised(MODEL, [[positive[0][0], {}]])
+    assert torch.equal(denoised(model, positive), plain)
+    assert torch.equal(denoised(running.extended(MODEL), positive), plain)
     half, full = (applied(fusion=fusion, strength=s)[1][0][1]["model_conds"] for s in (0.5, 1.0))
     for key in (running.POSE, running.EMBEDDING):
         close(2 * half[key].cond, full[key].cond)
