@@ -21,6 +21,14 @@ from .identity_prior.nodes import (
     UnderstudySaveIdentityPrior,
 )
 from .identity_prior.training_nodes import UnderstudyTrainIdentityPrior
+from .fusion_embedding.nodes import (
+    UnderstudyApplyFusion,
+    UnderstudyCombineFusion,
+    UnderstudyLoadFusion,
+    UnderstudyRetargetPose,
+    UnderstudySaveFusion,
+)
+from .fusion_embedding.training_nodes import UnderstudyTrainFusionCombiner, UnderstudyTrainFusionGenerator
 from .puppets import theatre
 from .puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
 from .video_identity.nodes import (
@@ -42,6 +50,13 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     UnderstudyInvertImage,
     UnderstudyIdentityMaskBlend,
     UnderstudyEditMasks,
+    UnderstudyTrainFusionCombiner,
+    UnderstudyTrainFusionGenerator,
+    UnderstudySaveFusion,
+    UnderstudyLoadFusion,
+    UnderstudyCombineFusion,
+    UnderstudyApplyFusion,
+    UnderstudyRetargetPose,
     UnderstudyPrepareReference,
     UnderstudyLoadVideoIdentityAdapter,
     UnderstudyApplyVideoIdentity,

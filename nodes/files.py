@@ -12,7 +12,6 @@ import os
 import secrets
 import stat
 import struct
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,6 +28,7 @@ except ImportError:  # Windows, where an open file cannot be deleted: the sweep 
 
 from .files_names import WeightFileError as WeightFileError
 from .files_names import normalise_prefix, refused
+from .files_pickles import check_archive, past_settings
 
 PACK_ROOT = Path(__file__).resolve().parent.parent
 ACTION_IDENTIFIERS, FUSION_EMBEDDINGS = "action_identifiers", "fusion_embeddings"
@@ -56,10 +56,9 @@ DTYPES = {
 }
 
 _DAMAGED = "Download or save the file again: it is damaged, or no safetensors library wrote it"
-# What a crafted stream can provoke in torch's unpickler, and a crafted archive in zipfile.
+# What a crafted stream can provoke in torch's unpickler.
 _UNPICKLING = (UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
                AssertionError, ArithmeticError, MemoryError, OSError)
-_UNZIPPING = (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError, struct.error)
 _TEMPORARY = ".understudy-"
 
 
@@ -116,26 +115,22 @@ def read(
     return tensors, metadata
 
 
-def read_pickle(path: str | os.PathLike, *, max_file: int = MAX_FILE, under="state_dict") -> dict[str, torch.Tensor]:
+def read_pickle(
+    path: str | os.PathLike, *, max_file: int = MAX_FILE, under: str = "state_dict", without_settings: bool = False
+) -> dict[str, torch.Tensor]:
     """Tensors of an official .ckpt or .pt file, those in its dictionary `under` if it has one; runs no code in it.
+
+    `without_settings` reads past the settings that Lightning keeps beside the weights.
 
     Only torch's zip format without compression is taken, through `torch.load(weights_only=True)`.
     Raises WeightFileError for anything else.
     """
     fix = "Convert it to safetensors, or download the official file again"
     with _regular_file(path, max_file) as (descriptor, size):
-        try:
-            with os.fdopen(os.dup(descriptor), "rb") as file, zipfile.ZipFile(file) as archive:
-                infos = archive.infolist()
-        except _UNZIPPING as error:
-            raise refused(path, f"is no zip file of torch.save ({error})", fix) from error
-    stored = sum(info.file_size for info in infos)
-    pickled = sum(info.file_size for info in infos if info.filename.endswith(".pkl"))
-    packed = any(info.compress_type != zipfile.ZIP_STORED for info in infos)
-    if stored > size or pickled > MAX_HEADER or packed:
-        raise refused(path, "unpacks to more than its own size", fix)
+        check_archive(path, descriptor, size, MAX_HEADER, fix)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with past_settings() if without_settings else contextlib.nullcontext():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNPICKLING as error:
         # Without torch's own words: they advise to load the file all the same.
         raise refused(path, "is damaged or holds more than weights", fix) from error
@@ -365,7 +360,9 @@ def register_folders() -> None:
         for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
             folder_paths.add_model_folder_path(key, os.path.join(parent, key))
         paths, _ = folder_paths.folder_names_and_paths[key]
-        folder_paths.folder_names_and_paths[key] = (paths, {EXTENSION})  # an empty set would list every file
+        # An empty set would list every file. Fusions were published as Lightning's checkpoints.
+        endings = {EXTENSION, ".ckpt"} if key == FUSION_EMBEDDINGS else {EXTENSION}
+        folder_paths.folder_names_and_paths[key] = (paths, endings)
     if theatre_enabled():
         models = PACK_ROOT / "workflows" / "models"
         for key, file in THEATRE_FILES.items():

@@ -80,6 +80,35 @@ def with_lora(
     return comfy.sd.load_lora_for_models(model, None, dict(weights), strength, 0.0)[0]
 
 
+def with_weights(
+    model: comfy.model_patcher.ModelPatcher, weights: Mapping[str, torch.Tensor], strength: float
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` that samples with these weights in place of its own, by full name; `strength` is how far the
+    way from its own is gone, and at 1 they are met to the bit.
+    """
+    patcher = model.clone()
+    if strength == 1:
+        patcher.add_patches({key: ("set", (weight,)) for key, weight in weights.items()})
+    else:
+        patcher.add_patches({key: ("diff", (weight,)) for key, weight in weights.items()}, strength, 1 - strength)
+    return patcher
+
+
+def with_unet_patches(
+    model: comfy.model_patcher.ModelPatcher, patches: Mapping[str, Callable]
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` with these patches by the host's names, such as emb_patch, after those that are there.
+
+    One whose attribute `key` stands there already is not added again.
+    """
+    patcher = model.clone()
+    for name, patch in patches.items():
+        present = patcher.model_options["transformer_options"].get("patches", {}).get(name, [])
+        if all(getattr(other, "key", None) != patch.key for other in present):
+            patcher.set_model_patch(patch, name)
+    return patcher
+
+
 def parts(model: comfy.model_patcher.ModelPatcher, key: str) -> Any:
     """What `with_sampling_parts` attached under `key`, or None."""
     return model.get_attachment(key)

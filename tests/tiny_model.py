@@ -13,17 +13,19 @@ CONTEXT = 16
 
 
 def picture(
-    flow: bool = False, dtype=torch.float32, seed: int = 0, compute=None, operations=None, in_channels: int = 4
+    flow: bool = False, dtype=torch.float32, seed: int = 0, compute=None, operations=None, in_channels: int = 4,
+    channels: int = 32,
 ) -> comfy.model_patcher.ModelPatcher:
     """An SD 1.5 UNet of one level that predicts noise, or velocity with `flow`; latents [B, 4, H, W].
 
-    Stored in `dtype`, computed in `compute` where that is another, with layers of the host's `operations`.
+    Stored in `dtype`, computed in `compute` where that is another, with layers of the host's `operations`. At 32
+    channels its norms, of 32 groups, take away what a time embedding adds; at 64 they leave a part.
     """
     config = comfy.supported_models.SD15(
         {
             **comfy.supported_models.SD15.unet_config,
             "context_dim": CONTEXT,
-            "model_channels": 32,
+            "model_channels": channels,
             "image_size": 32,
             "in_channels": in_channels,
             "out_channels": 4,

@@ -38,6 +38,8 @@ class HostMonitor:
         self.bar = comfy.utils.ProgressBar(config.steps)
         self.losses: list[float] = []
         self.peak = PeakMemory(device or torch.device("cpu"))
+        # A method's own words beside the loss: how often it finds the right one, say.
+        self.note: Callable[[], str] | None = None
 
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -54,7 +56,9 @@ class HostMonitor:
         self.bar.update_absolute(step, config.steps, image)
         if shown:
             recent = self.losses[-max(1, len(self.losses) // 10) :]
-            logging.info("[Understudy] step %d of %d, loss %.4f", step, config.steps, sum(recent) / len(recent))
+            noted = f", {self.note()}" if self.note is not None else ""
+            mean = sum(recent) / len(recent)
+            logging.info("[Understudy] step %d of %d, loss %.4f%s", step, config.steps, mean, noted)
 
     def checkpoint(self, state: State) -> None:
         self.checkpoints.save(state)
@@ -80,6 +84,8 @@ class HostMonitor:
         ]
         draw.line(points if len(points) > 1 else points * 2, fill=(40, 90, 200), width=2)
         draw.text((4, top + 2), f"loss {curve[-1]:.4f}", fill="black")
+        if self.note is not None:
+            draw.text((4, top + 14), self.note(), fill="black")
         return card
 
 

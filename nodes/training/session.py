@@ -115,6 +115,43 @@ def session(
 
 
 @contextlib.contextmanager
+def encoder_session(
+    patcher: comfy.model_patcher.ModelPatcher, required: int, gradient_checkpointing: bool
+) -> Iterator[torch.nn.Module]:
+    """Load a model that is no diffusion model, an image encoder, and make it differentiable, as `session` does.
+
+    `required` is what its activations and trained copies take, in bytes.
+    """
+    patcher = whole_clone(patcher)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        comfy.model_management.load_models_gpu([patcher], memory_required=required, force_full_load=True)
+        stack.enter_context(host_in_training())
+        stack.enter_context(_frozen_normal_parameters(patcher.model))
+        stack.enter_context(_copied_inputs(patcher.model))
+        if gradient_checkpointing:
+            for part in list(patcher.model.modules()):
+                if any(isinstance(child, torch.nn.ModuleList) for child in part.children()):
+                    stack.enter_context(_checkpointed(part, copied=True))
+        yield patcher.model
+
+
+@contextlib.contextmanager
+def _copied_inputs(model: torch.nn.Module) -> Iterator[None]:
+    """Norms read copies: the host's encoders add in place to what they read, and a gradient needs that."""
+    handles = []
+    try:
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                handles.append(module.register_forward_pre_hook(lambda _module, read: (read[0].clone(), *read[1:])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def no_training() -> Iterator[None]:
     """The host's inference state inside a running session, for a preview."""
     before = comfy.model_management.in_training
@@ -203,20 +240,24 @@ def _outside_inference(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _checkpointed(network: torch.nn.Module) -> Iterator[None]:
-    """Blocks keep their inputs only and compute again in the backward pass."""
+def _checkpointed(network: torch.nn.Module, copied: bool = False) -> Iterator[None]:
+    """Blocks keep their inputs only and compute again in the backward pass; `copied` for those that work in place."""
     blocks = _blocks(network)
     originals = []
     try:
         for block in blocks:
             originals.append((block, block.__dict__.get("forward")))
-            block.forward = _recomputing(block.forward)
+            block.forward = _recomputing(_on_a_copy(block.forward) if copied else block.forward)
         yield
     finally:
         for block, original in originals:
             del block.forward
             if original is not None:
                 block.forward = original
+
+
+def _on_a_copy(forward):
+    return lambda x, *args, **kwargs: forward(x.clone(), *args, **kwargs)
 
 
 def _recomputing(forward):

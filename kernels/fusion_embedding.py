@@ -1,0 +1,79 @@
+"""FPDM's fusion embedding: a source picture's and a pose's embedding become one that looks for the target picture.
+
+Source: Fusion Embedding for Pose-Guided Person Image Synthesis with Diffusion Model (arXiv 2412.07333). With e_s, e_p
+and e_t the unnormalised embeddings [N, D] of source, pose and target by one image encoder:
+
+    a = drop(relu(W_p e_p))    b = drop(relu(W_s e_s))    c = [a; b]    g = sigmoid(W_2 drop(relu(W_1 c)))
+    e_f = normalise(W_o drop(relu(W_c c)) + g e_p + (1 - g) e_s)
+
+and, with T = [e_t; e_s], F = [e_f; e_s] and S_ij = cos(T_i, F_j) / temperature over 2N rows, the source-enhanced
+InfoNCE
+
+    loss = mean_i(logsumexp_j S_ij - S_ii) + l1 mean|[e_s; e_s] - F|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn import functional
+
+# The layers of the combiner in the order of the formulas: W_p, W_s, W_1, W_2, W_c, W_o.
+LAYERS = ("pose_projection", "source_projection", "gate_hidden", "gate", "mixing", "output")
+
+Drop = Callable[[torch.Tensor], torch.Tensor]
+
+
+def combine(
+    source: torch.Tensor, pose: torch.Tensor, weights: Mapping[str, torch.Tensor], drop: Drop | None = None
+) -> torch.Tensor:
+    """e_f [N, D], of unit length, of embeddings [N, D]; `weights` are `<layer>.weight` and `<layer>.bias` of LAYERS.
+
+    `drop` is the dropout of training; without it nothing is dropped. No autograd formula of its own.
+    """
+    drop = drop or (lambda x: x)
+
+    def layer(name: str, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    projected = torch.cat(
+        [
+            drop(functional.relu(layer("pose_projection", pose))),
+            drop(functional.relu(layer("source_projection", source))),
+        ],
+        dim=-1,
+    )
+    gate = torch.sigmoid(layer("gate", drop(functional.relu(layer("gate_hidden", projected)))))
+    mixed = layer("output", drop(functional.relu(layer("mixing", projected))))
+    return functional.normalize(mixed + gate * pose + (1 - gate) * source, dim=-1)
+
+
+def source_enhanced_info_nce(
+    source: torch.Tensor, target: torch.Tensor, fused: torch.Tensor, temperature: float, l1: float
+) -> torch.Tensor:
+    """The loss of N embeddings [N, D] of each kind, a scalar. `temperature` and `l1` have no units."""
+    wanted, found = torch.cat([target, source]), torch.cat([fused, source])
+    similarity = functional.normalize(wanted, dim=-1) @ functional.normalize(found, dim=-1).T / temperature
+    contrast = (similarity.logsumexp(dim=1) - similarity.diagonal()).mean()
+    return contrast + l1 * (torch.cat([source, source]) - found).abs().mean()
+
+
+def retrieval_ranks(fused: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How many of N targets [N, D] are nearer to each e_f than its own, [N]; 0 is found at once.
+
+    Ours: among the targets alone. Equal ones, as of a pair that stands there twice, count as found.
+    """
+    similarity = functional.normalize(fused, dim=-1) @ functional.normalize(target, dim=-1).T
+    own = similarity.diagonal().unsqueeze(1)
+    return (similarity > own + 1e-6).sum(dim=1)
+
+
+def dropout(rate: float, generator: torch.Generator) -> Drop:
+    """Inverted dropout whose every call draws from `generator`, which lives on the CPU."""
+
+    def drop(x: torch.Tensor) -> torch.Tensor:
+        kept = torch.rand(x.shape, generator=generator) >= rate
+        return x * kept.to(x.device) / (1 - rate)
+
+    return drop

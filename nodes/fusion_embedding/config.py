@@ -1,0 +1,91 @@
+"""Settings of the fusion embedding. Defaults name their source: FPDM (arXiv 2412.07333), or "ours"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Ours: what a pose drawing has where somebody stands, in 0..1; the background of an OpenPose drawing is black.
+PERSON_THRESHOLD = 0.05
+
+
+@dataclass(frozen=True)
+class CombinerConfig:
+    """Stage 1: the combiner and, where it is trained, the image encoder."""
+
+    # Published: 5 epochs in batches of 48. Ours: this many steps, since data sets differ in size.
+    steps: int = 2000
+    batch_size: int = 48
+    # Published: AdamW at 1e-5 with weight decay 1e-4, temperature 0.07, L1 weight 1e-4, dropout 0.5.
+    learning_rate: float = 1e-5
+    weight_decay: float = 1e-4
+    temperature: float = 0.07
+    l1: float = 1e-4
+    dropout: float = 0.5
+    # Published: 768, both of the projections and of the hidden layers.
+    projection: int = 768
+    hidden: int = 768
+    # Published: one trainable CLIP ViT-L/14 for all three pictures.
+    train_encoder: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature <= 1:
+            raise ValueError(f"temperature is {self.temperature}: use a number above 0 and up to 1, say 0.07")
+        if self.batch_size < 2:
+            raise ValueError("batch_size is 1: a target is found among others, so use 2 or more, 48 as published")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Stage 2: appearance tokens, class embedding and pose path, with the UNet or a LoRA of it."""
+
+    # Ours: the publication counts epochs of a large data set.
+    steps: int = 10_000
+    batch_size: int = 1
+    # Published: AdamW at 1e-4, the whole UNet. A LoRA alone is ours, and learns well at the same rate.
+    learning_rate: float = 1e-4
+    whole_unet: bool = False
+    rank: int = 16
+    # Published: each of source, fusion embedding and pose is left out in this share. Ours: by picture, not by batch.
+    source_drop: float = 0.2
+    fusion_drop: float = 0.2
+    pose_drop: float = 0.2
+    # Published: 0.1.
+    noise_offset: float = 0.1
+    # Published: width of the hidden layer of the appearance tokens, and channels of the pose path.
+    hidden: int = 768
+    pose_channels: tuple[int, ...] = (16, 32, 96, 256)
+
+    def __post_init__(self) -> None:
+        for name in ("source_drop", "fusion_drop", "pose_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 0 (never) to below 1, 0.2 as published")
+        if not 0 <= self.noise_offset <= 1:
+            raise ValueError(f"noise_offset is {self.noise_offset}: use 0 (off) to 1, 0.1 as published")
+
+
+@dataclass(frozen=True)
+class ApplyConfig:
+    """Sampling with a trained generator."""
+
+    # Published: everything that was learnt, at its full weight.
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 2:
+            raise ValueError(f"strength is {self.strength}: use 0 (off) to 1 (as published), at most 2")
+
+
+@dataclass(frozen=True)
+class RetargetConfig:
+    """Body proportions of one skeleton on the pose of another; all of it is ours."""
+
+    # 0 keeps the pose's own proportions, 1 takes the source's.
+    amount: float = 1.0
+    # A point below this score was not found. It is what SDPose Draw Keypoints leaves out by default.
+    score_threshold: float = 0.3
+    # The largest factor on a limb: a wrongly found joint must not draw a giant.
+    largest_factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.amount <= 1:
+            raise ValueError(f"amount is {self.amount}: use 0 (off) to 1 (all of the source's proportions)")

@@ -1,0 +1,92 @@
+"""Fusions on disk: our own safetensors files, and the published Lightning checkpoints as far as they fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.clip_vision
+
+from .. import files
+from . import encoding, method, published
+from .method import LORA, WHOLE, Fusion, FusionError
+
+FOLDER = files.FUSION_EMBEDDINGS
+_KIND = "understudy fusion"
+_PARTS = ("combiner", "encoder", "generator", "unet")
+_OTHER = "Choose a fusion of this pack, or a published checkpoint"
+
+
+def choices() -> list[str]:
+    """Every file of the host's folder of fusions."""
+    return files.list_files(FOLDER)
+
+
+def save(fusion: Fusion, filename_prefix: str) -> Path:
+    """Write `output/fusion_embeddings/<prefix>_00001_.safetensors`; returns its path. Raises as files.save does.
+
+    Weights under `combiner.`, `encoder.`, `generator.` and `unet.`; the metadata says whether the last are a LoRA or
+    a whole UNet.
+    """
+    tensors = {}
+    for part in _PARTS:
+        weights = getattr(fusion, part)
+        if weights is not None:
+            weights = weights.get_sd() if part == "encoder" else weights
+            tensors |= {f"{part}.{key}": weight for key, weight in weights.items()}
+    metadata = {
+        "kind": _KIND, "method": "FPDM fusion embedding (arXiv 2412.07333)", "unet": fusion.unet_kind or "none",
+        "parts": ", ".join(fusion.parts),
+    }
+    if fusion.encoder is not None:
+        metadata["encoder"] = json.dumps(fusion.encoder.config)
+    return files.save(tensors, metadata, FOLDER, filename_prefix)
+
+
+def load(name: str) -> tuple[Fusion, list[str]]:
+    """The fusion in a listed file, its weights on the CPU, and lines that say what is in it and what did not fit.
+
+    Raises WeightFileError, naming the file and what is wrong, for any other kind of file.
+    """
+    path = files.find(FOLDER, name)
+    if path.suffix.lower() == files.EXTENSION:
+        tensors, metadata = files.read(path)
+    else:
+        tensors, metadata = files.read_pickle(path, without_settings=True), {}
+    try:
+        if metadata.get("kind") == _KIND:
+            fusion = _fusion(tensors, metadata)
+            return fusion, [f"holds: {', '.join(fusion.parts)}"]
+        if published.is_published(tensors):
+            return published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
+    except FusionError as error:
+        raise files.refused(path, f"is no fusion that can be used: {error}", _OTHER) from error
+    raise files.refused(path, f"holds {sorted(tensors)[0]!r}, which is no part of a fusion", _OTHER)
+
+
+def _fusion(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
+    parts: dict[str, method.Weights] = {}
+    for key, weight in tensors.items():
+        part, _, rest = key.partition(".")
+        if part not in _PARTS or not rest:
+            raise FusionError(f"it has {key!r} beside its parts")
+        parts.setdefault(part, {})[rest] = weight
+    kind = metadata.get("unet", "none")
+    if ("unet" in parts) != (kind in (LORA, WHOLE)):
+        raise FusionError(f"its metadata says that its UNet is {kind[:40]!r}, and its weights say otherwise")
+    if "combiner" in parts:
+        method.combiner_width(parts["combiner"])
+    if "generator" in parts:
+        method.generator_sizes(parts["generator"])
+    encoder = None
+    if "encoder" in parts:
+        try:
+            description = json.loads(metadata.get("encoder", ""))
+        except (ValueError, RecursionError) as error:
+            raise FusionError("its metadata does not describe its image encoder") from error
+        if not isinstance(description, dict):
+            raise FusionError("its metadata does not describe its image encoder")
+        encoder = encoding.rebuilt(description, parts["encoder"])
+    return Fusion(
+        parts.get("combiner"), encoder, parts.get("generator"), parts.get("unet"), kind if "unet" in parts else ""
+    )

@@ -1,0 +1,217 @@
+"""Nodes of the fusion embedding (FPDM): save, load, combine, apply, and other body proportions for a pose."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import io
+
+from .. import files
+from . import encoding, fusion_files, method, retargeting, running
+from .config import ApplyConfig, RetargetConfig
+
+CATEGORY = "Understudy/Fusion embedding"
+FUSION = io.Custom("UNDERSTUDY_FUSION")
+FUSION_EMBED = io.Custom("UNDERSTUDY_FUSION_EMBED")
+KEYPOINTS = io.Custom("POSE_KEYPOINT")
+_APPLY = ApplyConfig()
+_RETARGET = RetargetConfig()
+
+
+class UnderstudySaveFusion(io.ComfyNode):
+    """A trained fusion as a file that the loader lists."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudySaveFusion",
+            display_name="Save Fusion (FPDM)",
+            category=CATEGORY,
+            description="Writes a fusion to output/fusion_embeddings: the parts that it has, with a LoRA or a whole "
+            "UNet, and says which.",
+            search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export"],
+            is_output_node=True,
+            inputs=[
+                FUSION.Input("fusion", tooltip="A trained or loaded fusion."),
+                io.String.Input(
+                    "filename_prefix", default="fusion",
+                    tooltip="Name in output/fusion_embeddings, with folders if you like. A number is added; nothing "
+                    "is replaced.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, fusion, filename_prefix) -> io.NodeOutput:
+        path = fusion_files.save(fusion, filename_prefix)
+        logging.info("Understudy: saved %s, %s", path, ", ".join(fusion.parts))
+        return io.NodeOutput()
+
+
+class UnderstudyLoadFusion(io.ComfyNode):
+    """A fusion from a file, or from a published checkpoint as far as it fits."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyLoadFusion",
+            display_name="Load Fusion (FPDM)",
+            category=CATEGORY,
+            description="Reads a fusion of this pack, or a published checkpoint of either stage, and says below the "
+            "node what is in it and what did not fit.",
+            search_aliases=["FPDM", "load fusion embedding", "pose transfer", "person image synthesis"],
+            inputs=[
+                io.Combo.Input(
+                    "fusion_name", options=fusion_files.choices(),
+                    tooltip="A file in models/fusion_embeddings or output/fusion_embeddings, .safetensors or .ckpt.",
+                ),
+            ],
+            outputs=[
+                FUSION.Output(display_name="fusion", tooltip="Connect it to Combine Fusion and to Apply Fusion."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, fusion_name) -> int:
+        """A file written anew under its name is read anew."""
+        return files.find(fusion_files.FOLDER, fusion_name).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, fusion_name) -> io.NodeOutput:
+        fusion, report = fusion_files.load(fusion_name)
+        for line in report:
+            logging.info("Understudy, Load Fusion: %s", line)
+        return io.NodeOutput(fusion, ui={"text": tuple(report)})
+
+
+class UnderstudyCombineFusion(io.ComfyNode):
+    """The embedding of a source picture in a pose."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyCombineFusion",
+            display_name="Combine Fusion (FPDM)",
+            category=CATEGORY,
+            description="Makes one embedding of who it is and how they stand, near that of the picture that is to "
+            "be made.",
+            search_aliases=["FPDM", "fusion embedding", "combiner", "pose transfer", "image embedding"],
+            inputs=[
+                FUSION.Input("fusion", tooltip="A fusion with a combiner, from Train Fusion Combiner or a file."),
+                io.Image.Input("source", tooltip="Who it is. One picture for all poses, or one for each."),
+                io.Image.Input(
+                    "pose", tooltip="OpenPose drawings, 18 points on black, from SDPose Draw Keypoints or Puppet.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True,
+                    tooltip="The encoder that the combiner was trained beside. Only for a fusion that holds none.",
+                ),
+            ],
+            outputs=[
+                FUSION_EMBED.Output(
+                    display_name="fusion_embed", tooltip="Connect it to Apply Fusion, with the same pose."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, fusion, source, pose, clip_vision=None) -> io.NodeOutput:
+        if fusion.combiner is None:
+            raise method.FusionError("this fusion holds no combiner: train one with Train Fusion Combiner")
+        encoder = encoding.chosen(fusion, clip_vision)
+        method.check_poses(pose)
+        count = method.rows({"source": len(source), "pose": len(pose)})
+        vectors = encoding.fused(
+            fusion.combiner, encoder, method.expanded(source, count), method.expanded(pose, count)
+        )
+        return io.NodeOutput(method.FusionEmbedding(vectors))
+
+
+class UnderstudyApplyFusion(io.ComfyNode):
+    """A model and its two conditionings, for the person of the source in the pose."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyApplyFusion",
+            display_name="Apply Fusion (FPDM)",
+            category=CATEGORY,
+            description="Conditions the model that the fusion was trained for: the source's appearance in place of a "
+            "text, the fusion embedding, and the pose. Connect all three outputs to the sampler.",
+            search_aliases=["FPDM", "pose transfer", "pose guided", "person image synthesis", "reposing"],
+            inputs=[
+                io.Model.Input("model", tooltip="The SD 1.5, 2.1 or SDXL model of the training. It is not changed."),
+                FUSION.Input("fusion", tooltip="A fusion with a generator, from Train Fusion Generator or a file."),
+                FUSION_EMBED.Input(
+                    "fusion_embed", optional=True,
+                    tooltip="From Combine Fusion. Leave it free for a generator that was trained without a combiner.",
+                ),
+                io.ClipVisionOutput.Input(
+                    "appearance",
+                    tooltip="CLIP Vision Encode of the source, with crop none and the encoder of the training.",
+                ),
+                io.Image.Input(
+                    "pose", tooltip="OpenPose drawing at the size of the result in pixels; a batch makes a batch.",
+                ),
+                io.Float.Input(
+                    "strength", default=_APPLY.strength, min=0.0, max=2.0, step=0.01, round=False,
+                    tooltip="Weight of the pose, the embedding and what the UNet learnt: 1 as published, 0 is the "
+                    "model as it was.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="Connect it to the sampler."),
+                io.Conditioning.Output(display_name="positive", tooltip="Connect it to the sampler's positive."),
+                io.Conditioning.Output(
+                    display_name="negative",
+                    tooltip="Connect it to the sampler's negative: no appearance, no embedding, no pose.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, fusion, appearance, pose, strength, fusion_embed=None) -> io.NodeOutput:
+        fused = None if fusion_embed is None else fusion_embed.vectors
+        states = encoding.hidden(appearance)
+        return io.NodeOutput(*running.apply(model, fusion, states, fused, pose, ApplyConfig(strength)))
+
+
+class UnderstudyRetargetPose(io.ComfyNode):
+    """The source's body proportions on the keypoints of a pose."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyRetargetPose",
+            display_name="Retarget Pose (FPDM)",
+            category=CATEGORY,
+            description="Gives the person of a pose the limb lengths of another one, so that a child's pose fits a "
+            "grown-up. Limbs keep their directions, feet stay on the ground.",
+            search_aliases=["pose retargeting", "body proportions", "OpenPose", "keypoints", "skeleton"],
+            inputs=[
+                KEYPOINTS.Input("keypoints", tooltip="The pose to change, from SDPose Keypoint Extractor, or many."),
+                KEYPOINTS.Input(
+                    "source_keypoints", tooltip="The same of the source picture: whose proportions are taken.",
+                ),
+                io.Float.Input(
+                    "amount", default=_RETARGET.amount, min=0.0, max=1.0, step=0.01, round=False,
+                    tooltip="How far the way from the pose's own proportions: 0 is off, 1 are the source's.",
+                ),
+                io.Float.Input(
+                    "score_threshold", default=_RETARGET.score_threshold, min=0.0, max=1.0, step=0.01, round=False,
+                    optional=True, advanced=True,
+                    tooltip="Points below this score count as not found. As in SDPose Draw Keypoints.",
+                ),
+            ],
+            outputs=[
+                KEYPOINTS.Output(
+                    display_name="keypoints", tooltip="Connect it to SDPose Draw Keypoints, and that to the pose."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, keypoints, source_keypoints, amount, score_threshold=_RETARGET.score_threshold) -> io.NodeOutput:
+        config = RetargetConfig(amount, score_threshold)
+        return io.NodeOutput(retargeting.retarget(keypoints, source_keypoints, config))

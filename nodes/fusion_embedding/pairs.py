@@ -1,0 +1,172 @@
+"""Pairs to learn from: source, pose and target, of lists in a graph or of a folder that no memory has to hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import folder_paths
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .method import FusionError, check_poses, rows
+
+NONE = "none"
+ROLES = ("source", "pose", "target")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Pair(NamedTuple):
+    """Pictures [1, H, W, 3] in 0..1; the pose is a drawing of whoever the target shows."""
+
+    source: torch.Tensor
+    pose: torch.Tensor
+    target: torch.Tensor
+
+
+class Pairs(Protocol):
+    """Read by index, one pair at a time, so that a data set may be larger than memory."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the target in pixels, without reading its pixels."""
+
+    def digest(self) -> str:
+        """A short name for this very data, to tell whether a resumed run learns the same."""
+
+
+class ListedPairs:
+    """Batches and lists of a graph, used where they lie; one source serves all."""
+
+    def __init__(self, source: Sequence[torch.Tensor], pose: Sequence[torch.Tensor], target: Sequence[torch.Tensor]):
+        self.pictures = [_views(batches, name) for batches, name in zip((source, pose, target), ROLES, strict=True)]
+        self.count = rows({name: len(found) for name, found in zip(ROLES, self.pictures, strict=True)})
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Pair:
+        pair = Pair(*(_colour(found[index % len(found)], name)
+                      for name, found in zip(ROLES, self.pictures, strict=True)))
+        check_poses(pair.pose, f"pose {index + 1}")
+        return pair
+
+    def size(self, index: int) -> tuple[int, int]:
+        target = self.pictures[2]
+        return tuple(target[index % len(target)].shape[1:3])
+
+    def digest(self) -> str:
+        content = hashlib.sha256()
+        for found in self.pictures:
+            for picture in found:
+                content.update(np.ascontiguousarray(picture.cpu().float().numpy()).tobytes())
+        return content.hexdigest()[:16]
+
+
+class FolderPairs:
+    """A folder with the folders source, pose and target, whose files of one name are a pair."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        found = {role: _files(folder / role) for role in ROLES}
+        names = [set(files) for files in found.values()]
+        if not all(names):
+            empty = next(role for role, files in found.items() if not files)
+            raise FusionError(f"{folder / empty} has no picture: put {', '.join(ROLES)} folders of pictures there")
+        lonely = sorted(set.union(*names) - set.intersection(*names))
+        if lonely:
+            raise FusionError(
+                f"{lonely[0]!r} in {folder}, and {len(lonely) - 1} others, are not in all of {', '.join(ROLES)}: "
+                "give the three pictures of a pair one name"
+            )
+        self.files = [tuple(found[role][name] for role in ROLES) for name in sorted(names[0])]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Pair:
+        pair = Pair(*(_read(path) for path in self.files[index]))
+        check_poses(pair.pose, str(self.files[index][1]))
+        return pair
+
+    def size(self, index: int) -> tuple[int, int]:
+        with _opened(self.files[index][2]) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # the camera lay on its side
+        return (width, height) if turned else (height, width)
+
+    def digest(self) -> str:
+        content = hashlib.sha256()
+        for paths in self.files:
+            for path in paths:
+                content.update(f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}\n".encode())
+        return content.hexdigest()[:16]
+
+
+def choices() -> list[str]:
+    """What `dataset_folder` offers: "none", and each folder in the host's input folder that holds the three."""
+    listed = set(folder_paths.get_input_subfolders())
+    return [NONE, *(name for name in sorted(listed) if all(f"{name}/{role}" in listed for role in ROLES))]
+
+
+def chosen(given: dict[str, Sequence[torch.Tensor] | None], dataset_folder: str) -> Pairs:
+    """The folder's pairs, or those of the connected pictures. Raises FusionError, naming what is missing."""
+    if dataset_folder != NONE:
+        root = folder_paths.get_input_directory()
+        path = os.path.join(root, dataset_folder)
+        if not folder_paths.is_within_directory(root, path):
+            raise FusionError(f"dataset_folder {dataset_folder!r} leaves the input folder: choose a listed one")
+        return FolderPairs(Path(path))
+    missing = [name for name in ROLES if not given.get(name)]
+    if missing:
+        raise FusionError(f"{', '.join(missing)}: nothing is connected. Connect pictures, or choose a dataset_folder")
+    return ListedPairs(*(given[name] for name in ROLES))
+
+
+def _views(batches: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:
+    """Each picture as [1, H, W, C], sharing the memory of its batch."""
+    for batch in batches:
+        if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
+            raise FusionError(f"{name} has shape {tuple(batch.shape)}: connect pictures, [B, H, W, 3]")
+    views = [batch[i : i + 1] for batch in batches for i in range(len(batch))]
+    if not views:
+        raise FusionError(f"{name} holds no picture: connect at least one")
+    return views
+
+
+def _colour(picture: torch.Tensor, name: str) -> torch.Tensor:
+    if not torch.isfinite(picture).all():
+        raise FusionError(f"{name} holds NaN or infinite values: load or render the picture again")
+    return picture.expand(-1, -1, -1, 3).clone() if picture.shape[-1] == 1 else picture[..., :3].clone()
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        fix = f"it needs the folders {', '.join(ROLES)}"
+        raise FusionError(f"{folder} cannot be read ({error.strerror}): {fix}") from error
+    return {path.stem: path for path in entries if path.suffix.lower() in _ENDINGS and path.is_file()}
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (UnidentifiedImageError, OSError) as error:
+        raise FusionError(f"{path} is no picture that can be read ({error}): replace or remove the pair") from error
+
+
+def _read(path: Path) -> torch.Tensor:
+    try:
+        with _opened(path) as image:
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError) as error:  # what PIL raises for a file that ends too soon or is damaged
+        raise FusionError(f"{path} is damaged ({error}): replace or remove the pair") from error
+    return torch.from_numpy(pixels).float().div_(255).unsqueeze(0)

@@ -1,0 +1,132 @@
+"""Image encoders of the host: whole pictures, gradients beside transformers, and descriptions that are refused."""
+
+import fusions
+import pytest
+import torch
+import transformers
+from pack.nodes.fusion_embedding import encoding, method
+from pack.nodes.fusion_embedding.method import Fusion, FusionError
+from pack.nodes.puppets.vision import VISION_CONFIG, vision
+from pack.nodes.training.session import encoder_session
+
+
+def transformers_model(clip_vision):
+    """transformers' own CLIP with the same weights."""
+    config = transformers.CLIPVisionConfig(**{
+        key: clip_vision.config[key] for key in (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+            "projection_dim", "image_size", "patch_size",
+        )
+    })
+    model = transformers.CLIPVisionModelWithProjection(config)
+    model.load_state_dict({key: value.float() for key, value in clip_vision.get_sd().items()}, strict=False)
+    return model
+
+
+def pixels(clip_vision, pictures):
+    """Squeezed to the encoder's square and normalised, by hand."""
+    side = clip_vision.image_size
+    x = torch.nn.functional.interpolate(pictures.movedim(-1, 1), (side, side), mode="bicubic", antialias=True)
+    return ((255 * x).clamp(0, 255).round() / 255 - 0.5) / 0.5
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 40)])
+def test_embeddings_and_states_are_transformers(size):
+    clip_vision, pictures = fusions.vision(), fusions.pictures(3, *size)
+    with torch.no_grad():
+        expected = transformers_model(clip_vision)(pixels(clip_vision, pictures))
+    found = encoding.embeddings(clip_vision, pictures)
+    torch.testing.assert_close(found, expected.image_embeds, rtol=1e-3, atol=1e-4)
+    found = encoding.states(clip_vision, pictures)
+    torch.testing.assert_close(found, expected.last_hidden_state, rtol=1e-3, atol=1e-4)
+
+
+def test_more_pictures_than_go_in_one_pass():
+    clip_vision, pictures = fusions.vision(), fusions.pictures(19, 32, 32)
+    found = encoding.embeddings(clip_vision, pictures)
+    torch.testing.assert_close(found[17:18], encoding.embeddings(clip_vision, pictures[17:18]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_transformers(checkpointing):
+    """Through the host's encoder, whose layers add in place, as loaded: inference tensors."""
+    clip_vision, pictures = fusions.as_loaded(fusions.vision()), fusions.pictures(2, 40, 32)
+    theirs = transformers_model(clip_vision)
+    theirs(pixels(clip_vision, pictures)).image_embeds.square().sum().backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    with torch.inference_mode(), encoder_session(clip_vision.patcher, 0, checkpointing) as module:
+        from pack.nodes.training.whole_network import WholeNetwork
+
+        trained = WholeNetwork(module)
+        with trained.attached():
+            encode = encoding.differentiable(clip_vision, module)
+            found = encode(list(pictures.split(1)))
+            torch.testing.assert_close(found.detach(), encoding.embeddings(clip_vision, pictures))
+            found.square().sum().backward()
+    gradients = {name: p.grad for name, p in trained.parameters().items()}
+    assert expected.keys() == {name for name, gradient in gradients.items() if gradient is not None}
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=2e-3, atol=1e-4 * scale)
+    assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in clip_vision.model.modules())
+
+
+def test_an_encoder_of_another_width_is_refused_with_both_widths():
+    with pytest.raises(FusionError, match="embeddings of 20 numbers and the combiner takes 12"):
+        encoding.fused(fusions.combiner(), fusions.vision(width=20), fusions.pictures(), fusions.poses())
+
+
+def test_the_fusion_s_own_encoder_goes_first():
+    own, other = fusions.vision(), fusions.vision(seed=1)
+    assert encoding.chosen(Fusion(encoder=own), other) is own
+    assert encoding.chosen(Fusion(), other) is other
+    with pytest.raises(FusionError, match="clip_vision"):
+        encoding.chosen(Fusion(), None)
+
+
+def test_fused_is_the_combiner_without_dropout():
+    clip_vision, combiner = fusions.vision(), fusions.combiner()
+    source, pose = fusions.pictures(2), fusions.poses(2)
+    found = encoding.fused(combiner, clip_vision, source, pose)
+    assert torch.equal(found, encoding.fused(combiner, clip_vision, source, pose))
+    by_source, by_pose = (encoding.embeddings(clip_vision, x) for x in (source, pose))
+    assert torch.equal(found, method.kernel.combine(by_source, by_pose, combiner))
+
+
+def test_other_kinds_of_encoder_cannot_be_trained():
+    clip_vision = fusions.vision()
+    clip_vision.model_type = "siglip2_vision_model"
+    with pytest.raises(FusionError, match="train_encoder off"):
+        encoding.differentiable(clip_vision, clip_vision.model)
+
+
+def test_an_encoder_is_built_again_from_its_description():
+    made = fusions.vision()
+    again = encoding.rebuilt(made.config, made.get_sd())
+    pictures = fusions.pictures(2)
+    assert torch.equal(encoding.embeddings(made, pictures), encoding.embeddings(again, pictures))
+
+
+@pytest.mark.parametrize("changed", [
+    {"model_type": "bert"}, {"hidden_size": 1 << 40}, {"num_hidden_layers": 10**6}, {"hidden_size": -4},
+    {"patch_size": 0}, {"hidden_act": "none such"}, {"image_size": 65535, "patch_size": 1}, {"hidden_size": "16"},
+    {"num_attention_heads": 0}, {"num_hidden_layers": 3}, {"projection_dim": 13}, {"hidden_size": 48},
+])
+def test_descriptions_that_do_not_fit_are_refused(changed):
+    made = fusions.vision()
+    with pytest.raises(FusionError, match="its image encoder"):
+        encoding.rebuilt({**made.config, **changed}, made.get_sd())
+
+
+def test_the_theatre_s_encoder_is_the_host_s_class_at_a_size_for_a_cpu():
+    import comfy.clip_model
+    import comfy.clip_vision
+
+    own = comfy.clip_vision.ClipVisionModel(dict(VISION_CONFIG))
+    weights = {key: torch.randn(value.shape, generator=fusions.generator(i)).half() / 20
+               for i, (key, value) in enumerate(own.get_sd().items())}
+    made = vision(weights)
+    assert isinstance(made.model, comfy.clip_model.CLIPVisionModelProjection)
+    assert sum(value.numel() for value in weights.values()) < 1_000_000
+    assert encoding.embeddings(made, fusions.pictures(2, 128, 128)).shape == (2, 128)
+    assert encoding.states(made, fusions.pictures(1, 128, 128)).shape == (1, 65, 128)

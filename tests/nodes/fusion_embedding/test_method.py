@@ -1,0 +1,140 @@
+"""The generator's paths beside diffusers and plain layers, and what shapes and pictures are refused."""
+
+import diffusers.models.controlnets.controlnet as diffusers_controlnet
+import fusions
+import pytest
+import torch
+from pack.nodes.fusion_embedding import method
+from pack.nodes.fusion_embedding.config import (
+    ApplyConfig,
+    CombinerConfig,
+    GeneratorConfig,
+    RetargetConfig,
+)
+from pack.nodes.fusion_embedding.method import Fusion, FusionError, Sizes
+
+SIZES = Sizes(encoder=10, context=8, embedding=6, time=12, channels=5)
+CHANNELS = (4, 6, 8, 10)
+
+
+def generator(sizes=SIZES, seed=0):
+    return method.new_generator(sizes, 7, CHANNELS, fusions.generator(seed))
+
+
+def test_the_pose_path_is_diffusers_own():
+    """Weights go from one to the other by name, and give the same residual."""
+    theirs = diffusers_controlnet.ControlNetConditioningEmbedding(5, block_out_channels=CHANNELS)
+    with torch.no_grad():
+        for i, parameter in enumerate(theirs.parameters()):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=fusions.generator(i)))
+    ours = {f"pose.{key}": value for key, value in theirs.state_dict().items()}
+    assert ours.keys() == {key for key in generator() if key.startswith("pose.")}
+    for height, width in ((64, 64), (40, 72), (33, 50)):
+        pose = fusions.pictures(2, height, width).movedim(-1, 1)
+        with torch.no_grad():
+            expected = theirs(pose)
+        torch.testing.assert_close(method.pose_residual(ours, pose), expected, rtol=1e-5, atol=1e-6)
+    assert method.pose_reduction(ours) == 8
+
+
+def test_projections_are_plain_layers_in_the_published_order():
+    w = generator() | {"embedding.second.weight": torch.randn(12, 6, generator=fusions.generator(5))}
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(10, 7), torch.nn.GELU(), torch.nn.LayerNorm(7), torch.nn.Linear(7, 8)
+    )
+    w["appearance.norm.weight"] = 1 + 0.3 * torch.randn(7, generator=fusions.generator(3))
+    w["appearance.norm.bias"] = 0.3 * torch.randn(7, generator=fusions.generator(4))
+    names = {"0": "first", "2": "norm", "3": "second"}
+    parts = ("weight", "bias")
+    layers.load_state_dict({f"{i}.{p}": w[f"appearance.{name}.{p}"] for i, name in names.items() for p in parts})
+    states = torch.randn(2, 3, 10, generator=fusions.generator(1))
+    with torch.no_grad():
+        torch.testing.assert_close(method.appearance_tokens(w, states), layers(states))
+        mlp = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.GELU(), torch.nn.Linear(6, 12))
+        mlp.load_state_dict({
+            f"{i}.{part}": w[f"embedding.{name}.{part}"]
+            for i, name in (("0", "first"), ("2", "second")) for part in ("weight", "bias")
+        })
+        fused = fusions.fused(2, 6)
+        torch.testing.assert_close(method.class_embedding(w, fused), mlp(fused))
+
+
+def test_a_new_generator_adds_nothing_but_tokens():
+    w = generator()
+    assert not method.pose_residual(w, fusions.poses().movedim(-1, 1)).any()
+    assert not method.class_embedding(w, fusions.fused(3, 6)).any()
+    assert method.appearance_tokens(w, fusions.states(1, hidden=10)).std() > 0.01
+
+
+def test_a_start_follows_its_seed_and_not_the_global_one():
+    state = torch.get_rng_state()
+    first, again, other = generator(), generator(), generator(seed=1)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["appearance.first.weight"], other["appearance.first.weight"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sizes_are_read_from_weights():
+    assert method.generator_sizes(generator()) == SIZES
+    alone = Sizes(encoder=10, context=8, embedding=None, time=0, channels=5)
+    assert method.generator_sizes(generator(alone)) == alone
+    assert method.combiner_width(fusions.combiner(width=9)) == 9
+
+
+@pytest.mark.parametrize("key", sorted(generator()))
+def test_a_generator_with_a_bad_weight_is_refused_by_name(key):
+    w = generator()
+    with pytest.raises(FusionError):
+        method.generator_sizes({k: v for k, v in w.items() if k != key})
+    with pytest.raises(FusionError):
+        method.generator_sizes(w | {key: torch.zeros(*w[key].shape, 2)})
+    with pytest.raises(FusionError, match="pose.blocks.9.odd|embedding.third"):
+        method.generator_sizes(w | {"embedding.third": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("key", sorted(fusions.combiner()))
+def test_a_combiner_with_a_bad_weight_is_refused_by_name(key):
+    w = fusions.combiner()
+    with pytest.raises(FusionError):
+        method.combiner_width({k: v for k, v in w.items() if k != key})
+    with pytest.raises(FusionError):
+        method.combiner_width(w | {key: torch.zeros(*w[key].shape, 2)})
+
+
+def test_a_pose_without_a_person_is_refused_by_number():
+    poses = fusions.poses(3)
+    method.check_poses(poses)
+    poses[1] = 0
+    with pytest.raises(FusionError, match="pose 2 of 3 shows no person"):
+        method.check_poses(poses)
+    for blank in (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3), torch.full((1, 8, 8, 3), float("nan"))):
+        with pytest.raises(FusionError, match="pose shows no person"):
+            method.check_poses(blank)
+
+
+@pytest.mark.parametrize(("counts", "expected"), [((1, 1), 1), ((1, 4), 4), ((4, 1), 4), ((4, 4), 4), ((2, 4), None),
+                                                  ((3, 2), None), ((0, 1), 1)])
+def test_batches_are_equal_or_one(counts, expected):
+    named = dict(zip(("source", "pose"), counts, strict=True))
+    if expected is None or 0 in counts:
+        with pytest.raises(FusionError, match="source|pose"):
+            method.rows(named)
+    else:
+        assert method.rows(named) == expected
+
+
+def test_parts_are_named():
+    assert Fusion().parts == []
+    assert Fusion(fusions.combiner(), unet={"a": torch.zeros(1)}, unet_kind="lora").parts == ["combiner", "LoRA"]
+    assert Fusion(unet={"a": torch.zeros(1)}, unet_kind="whole").parts == ["whole UNet"]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: CombinerConfig(temperature=0.0), lambda: CombinerConfig(batch_size=1),
+    lambda: GeneratorConfig(pose_drop=1.0), lambda: GeneratorConfig(source_drop=-0.1),
+    lambda: GeneratorConfig(noise_offset=2.0),
+    lambda: ApplyConfig(strength=-1.0), lambda: RetargetConfig(amount=1.5),
+])
+def test_settings_out_of_range_are_refused(make):
+    with pytest.raises(ValueError, match="use"):
+        make()

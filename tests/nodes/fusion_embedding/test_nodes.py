@@ -1,0 +1,149 @@
+"""The nodes as the host calls them: the contract of their sockets, a run through all of them, and equal noise."""
+
+import comfy.sample
+import comfy.samplers
+import folder_paths
+import fusions
+import pytest
+import torch
+from comfy_extras.nodes_rebatch import ImageRebatch
+from pack.nodes import files
+from pack.nodes.fusion_embedding import nodes, training_nodes
+from pack.nodes.fusion_embedding.method import FusionError
+
+from nodes import CLIPVisionEncode
+
+MODEL = fusions.model()
+CONTRACT = {
+    training_nodes.UnderstudyTrainFusionCombiner: (
+        ["clip_vision", "source", "pose", "target", "steps", "learning_rate", "temperature", "batch_size",
+         "train_encoder", "seed", "dataset_folder", "resume_from"], ["UNDERSTUDY_FUSION", "LOSS_MAP"]),
+    training_nodes.UnderstudyTrainFusionGenerator: (
+        ["model", "vae", "fusion", "appearance_encoder", "source", "pose", "target", "steps", "learning_rate",
+         "batch_size", "whole_unet", "seed", "dataset_folder", "resume_from"], ["UNDERSTUDY_FUSION", "LOSS_MAP"]),
+    nodes.UnderstudySaveFusion: (["fusion", "filename_prefix"], []),
+    nodes.UnderstudyLoadFusion: (["fusion_name"], ["UNDERSTUDY_FUSION"]),
+    nodes.UnderstudyCombineFusion: (["fusion", "source", "pose", "clip_vision"], ["UNDERSTUDY_FUSION_EMBED"]),
+    nodes.UnderstudyApplyFusion: (
+        ["model", "fusion", "fusion_embed", "appearance", "pose", "strength"],
+        ["MODEL", "CONDITIONING", "CONDITIONING"]),
+    nodes.UnderstudyRetargetPose: (["keypoints", "source_keypoints", "amount"], ["POSE_KEYPOINT"]),
+}
+
+
+@pytest.mark.parametrize("node", CONTRACT)
+def test_ids_inputs_and_outputs_are_the_contract(node):
+    names, outputs = CONTRACT[node]
+    schema = node.GET_SCHEMA()
+    schema.validate()
+    assert schema.node_id == node.__name__ and schema.category == "Understudy/Fusion embedding"
+    assert [widget.id for widget in schema.inputs][: len(names)] == names
+    assert all(widget.optional for widget in schema.inputs[len(names) :])
+    assert [output.io_type for output in schema.outputs] == outputs
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    files.register_folders()
+    return tmp_path
+
+
+def as_lists(**values):
+    return {name: [value] for name, value in values.items()}
+
+
+def sampled(model, positive, negative, count=1, seed=5, batch_index=None):
+    latent = torch.zeros(count, 4, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, seed, batch_index)
+    return comfy.sample.sample(model, noise, 2, 2.0, "euler", "normal", positive, negative, latent, disable_pbar=True)
+
+
+def test_a_run_through_all_nodes(folder):
+    pictures, vision = fusions.pair_lists(4), fusions.vision()
+    lists = {name: [tensor[:1], tensor[1:]] for name, tensor in pictures.items()}
+    with torch.inference_mode():
+        combined, losses = training_nodes.UnderstudyTrainFusionCombiner.execute(
+            **as_lists(clip_vision=vision, steps=2, learning_rate=1e-3, temperature=0.07, batch_size=4,
+                       train_encoder=True, seed=1, resume_from="none"), **lists,
+        ).result
+        assert len(losses["loss"]) == 2 and combined.parts == ["combiner", "encoder"]
+        trained, losses = training_nodes.UnderstudyTrainFusionGenerator.execute(
+            **as_lists(model=MODEL, vae=fusions.autoencoder(), fusion=combined, appearance_encoder=vision, steps=2,
+                       learning_rate=1e-3, batch_size=2, whole_unet=False, seed=1, resume_from="none", rank=2),
+            **lists,
+        ).result
+        assert len(losses["loss"]) == 2
+        nodes.UnderstudySaveFusion.execute(trained, "both")
+        (name,) = nodes.fusion_files.choices()
+        loaded = nodes.UnderstudyLoadFusion.execute(name)
+        assert loaded.ui["text"] == ("holds: combiner, encoder, generator, LoRA",)
+        results = []
+        for fusion in (trained, loaded.result[0]):
+            appearance = CLIPVisionEncode().encode(vision, pictures["source"][:1], "none")[0]
+            source, pose = pictures["source"][:1], pictures["pose"][:3]
+            (embed,) = nodes.UnderstudyCombineFusion.execute(fusion, source, pose).result
+            assert embed.vectors.shape == (3, fusions.WIDTH)
+            applied = nodes.UnderstudyApplyFusion.execute(
+                MODEL, fusion, appearance, pose, 1.0, fusion_embed=embed
+            ).result
+            results.append(sampled(*applied, count=3))
+        assert torch.equal(*results) and torch.isfinite(results[0]).all()
+
+
+def test_a_sequence_of_poses_has_equal_noise_as_a_list_and_as_a_batch():
+    """Rebatch Images makes the list; a latent whose batch_index is one number, the batch."""
+    fusion = fusions.fusion(MODEL, encoder=fusions.vision())
+    source, poses = fusions.pictures(), fusions.poses(3)
+    with torch.inference_mode():
+        appearance = CLIPVisionEncode().encode(fusion.encoder, source, "none")[0]
+
+        def applied(pose):
+            (embed,) = nodes.UnderstudyCombineFusion.execute(fusion, source, pose).result
+            return nodes.UnderstudyApplyFusion.execute(MODEL, fusion, appearance, pose, 1.0, embed).result
+
+        listed = ImageRebatch.execute([poses], [1]).result[0]
+        singles = torch.cat([sampled(*applied(pose)) for pose in listed])
+        batch = sampled(*applied(poses), count=3, batch_index=[0, 0, 0])
+    torch.testing.assert_close(batch, singles, rtol=1e-4, atol=1e-4 * float(singles.abs().max()))
+    assert (singles[0] - singles[1]).abs().max() > 1e-3
+
+
+def test_combine_refuses_what_does_not_fit():
+    fusion = fusions.fusion(MODEL, encoder=fusions.vision())
+    combine = nodes.UnderstudyCombineFusion.execute
+    with pytest.raises(FusionError, match="source 2, pose 3"):
+        combine(fusion, fusions.pictures(2), fusions.poses(3))
+    with pytest.raises(FusionError, match="shows no person"):
+        combine(fusion, fusions.pictures(), torch.zeros(1, 64, 64, 3))
+    with pytest.raises(FusionError, match="connect that one to clip_vision"):
+        combine(fusions.fusion(MODEL), fusions.pictures(), fusions.poses())
+    with pytest.raises(FusionError, match="the combiner takes 12"):
+        combine(fusions.fusion(MODEL), fusions.pictures(), fusions.poses(), fusions.vision(width=20))
+    with pytest.raises(FusionError, match="Train Fusion Combiner"):
+        combine(fusions.fusion(MODEL, combiner=None), fusions.pictures(), fusions.poses())
+    colour = fusions.pictures()
+    alpha = torch.cat([colour, torch.ones(1, 64, 64, 1)], dim=-1)
+    found = [combine(fusion, picture, fusions.poses()).result[0].vectors for picture in (colour, alpha)]
+    assert torch.equal(*found)
+
+
+def test_train_nodes_name_what_is_missing_and_resume_checks_their_settings(folder):
+    pictures, vision = fusions.pair_lists(3), fusions.vision()
+    lists = {name: [tensor] for name, tensor in pictures.items()}
+    settings = dict(steps=2, learning_rate=1e-3, temperature=0.07, batch_size=3, train_encoder=False, seed=1,
+                    resume_from="none", checkpoint_every=1)
+    execute = training_nodes.UnderstudyTrainFusionCombiner.execute
+    with torch.inference_mode():
+        with pytest.raises(FusionError, match="pose, target: nothing is connected"):
+            execute(**as_lists(clip_vision=vision, **settings), source=lists["source"])
+        execute(**as_lists(clip_vision=vision, **settings), **lists)
+        (name,) = files.list_files(files.TRAINING_CHECKPOINTS)
+        more = settings | {"steps": 3, "resume_from": name}
+        assert len(execute(**as_lists(clip_vision=vision, **more), **lists).result[1]["loss"]) == 3
+        with pytest.raises(ValueError, match="temperature"):
+            execute(**as_lists(clip_vision=vision, **more | {"temperature": 0.1}), **lists)
+        with pytest.raises(ValueError, match="pairs"):
+            execute(**as_lists(clip_vision=vision, **more), **lists | {"target": [pictures["source"]]})

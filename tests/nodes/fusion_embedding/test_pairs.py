@@ -1,0 +1,141 @@
+"""Pairs of lists and folders: counts, kinds of pictures, damaged ones, and that a folder is read as it goes."""
+
+from pathlib import Path
+
+import folder_paths
+import fusions
+import numpy as np
+import pytest
+import torch
+from pack.nodes.fusion_embedding import pairs
+from pack.nodes.fusion_embedding.method import FusionError
+from pack.nodes.fusion_embedding.pairs import ROLES, FolderPairs, ListedPairs
+from PIL import Image
+
+
+def listed(**changed):
+    given = {role: [tensor] for role, tensor in fusions.pair_lists(3).items()} | changed
+    return ListedPairs(*(given[role] for role in ROLES))
+
+
+def test_batches_lists_and_one_source_for_all():
+    lists = fusions.pair_lists(3)
+    batch = listed()
+    mixed = listed(target=[lists["target"][:2], lists["target"][2:]], source=list(lists["source"].split(1)))
+    assert len(batch) == len(mixed) == 3 and batch.digest() == mixed.digest()
+    for i in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(batch[i], mixed[i], strict=True))
+    one = listed(source=[lists["source"][:1]])
+    assert len(one) == 3 and torch.equal(one[2].source, one[0].source)
+    assert one.digest() != batch.digest()
+
+
+@pytest.mark.parametrize("counts", [(2, 3, 3), (3, 2, 3), (3, 3, 2), (2, 3, 4)])
+def test_unequal_counts_are_refused_with_the_numbers(counts):
+    given = {role: [fusions.poses(count)] for role, count in zip(ROLES, counts, strict=True)}
+    with pytest.raises(FusionError, match=f"source {counts[0]}, pose {counts[1]}, target {counts[2]}"):
+        ListedPairs(*given.values())
+
+
+def test_alpha_is_dropped_grey_repeated_and_sizes_may_differ():
+    grey, alpha = fusions.pictures(3, channels=1), fusions.pictures(3, channels=4)
+    found = listed(source=[grey], target=[alpha[:2], fusions.pictures(1, 40, 24)])
+    assert found[0].source.shape == found[0].target.shape == (1, 64, 64, 3)
+    assert torch.equal(found[1].source[..., 0], found[1].source[..., 2])
+    assert torch.equal(found[1].target, alpha[1:2, ..., :3])
+    assert (found.size(0), found.size(2)) == ((64, 64), (40, 24))
+
+
+def test_lists_are_used_where_they_lie():
+    """A data set that just fits into memory must not be copied."""
+    lists = fusions.pair_lists(3)
+    found = listed(**{role: [tensor] for role, tensor in lists.items()})
+    for role, views in zip(ROLES, found.pictures, strict=True):
+        assert views[1].untyped_storage().data_ptr() == lists[role].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"pose": [torch.zeros(3, 64, 64, 3)]}, "pose 1 shows no person"),
+    ({"target": [torch.full((3, 64, 64, 3), float("nan"))]}, "target holds NaN"),
+    ({"target": [torch.zeros(3, 64, 64)]}, "target has shape"),
+    ({"source": []}, "source holds no picture"),
+])
+def test_bad_pictures_are_refused_by_name(changed, words):
+    with pytest.raises(FusionError, match=words):
+        listed(**changed)[0]
+
+
+def folder(path: Path, lists=None, names=("a", "b", "c"), ending="png") -> Path:
+    for role, pictures in (lists or fusions.pair_lists(3)).items():
+        (path / role).mkdir(parents=True)
+        for name, picture in zip(names, pictures, strict=True):
+            Image.fromarray((picture.numpy() * 255).round().astype(np.uint8)).save(path / role / f"{name}.{ending}")
+    return path
+
+
+def test_a_folder_is_its_pictures(tmp_path):
+    lists = fusions.pair_lists(3)
+    found, expected = FolderPairs(folder(tmp_path, lists)), listed()
+    assert len(found) == 3 and found.size(1) == (64, 64)
+    for i in range(3):
+        for ours, theirs in zip(found[i], expected[i], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+def test_a_folder_is_read_as_it_goes(tmp_path, monkeypatch):
+    """Three of three hundred pairs are wanted: three are read."""
+    names = [f"{i:05}" for i in range(300)]
+    folder(tmp_path, {role: tensor[:1].expand(300, -1, -1, -1) for role, tensor in fusions.pair_lists(1, 24).items()},
+           names)
+    read = []
+    monkeypatch.setattr(pairs, "_read", lambda path, original=pairs._read: read.append(path) or original(path))
+    found = FolderPairs(tmp_path)
+    assert len(found) == 300 and found.digest() and found.size(7) == (24, 24) and not read
+    for i in (250, 3, 77):
+        assert found[i].target.shape == (1, 24, 24, 3)
+    assert [path.stem for path in read[::3]] == ["00250", "00003", "00077"] and len(read) == 9
+
+
+def test_what_a_folder_lacks_is_named(tmp_path):
+    with pytest.raises(FusionError, match="source cannot be read"):
+        FolderPairs(tmp_path)
+    path = folder(tmp_path / "set")
+    (path / "pose" / "b.png").unlink()
+    with pytest.raises(FusionError, match="'b' in .*0 others"):
+        FolderPairs(path)
+    (path / "pose" / "b.png").write_bytes(b"no picture")
+    with pytest.raises(FusionError, match="b.png is no picture"):
+        FolderPairs(path)[1]
+    whole = (path / "target" / "c.png").read_bytes()
+    (path / "target" / "c.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FusionError, match="c.png is damaged"):
+        FolderPairs(path)[2]
+    Image.new("RGB", (8, 8)).save(path / "pose" / "a.png")
+    with pytest.raises(FusionError, match="a.png shows no person"):
+        FolderPairs(path)[0]
+    for file in (path / "target").iterdir():
+        file.unlink()
+    with pytest.raises(FusionError, match="target has no picture"):
+        FolderPairs(path)
+
+
+def test_a_camera_that_lay_on_its_side_is_known_before_reading(tmp_path):
+    path = folder(tmp_path)
+    image = Image.fromarray(np.zeros((10, 30, 3), np.uint8) + 9)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path / "target" / "a.png", exif=exif)
+    found = FolderPairs(path)
+    assert found.size(0) == tuple(found[0].target.shape[1:3]) == (30, 10)
+
+
+def test_the_folder_is_one_of_the_input_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    folder(tmp_path / "people" / "set one")
+    (tmp_path / "other" / "source").mkdir(parents=True)
+    assert pairs.choices() == ["none", "people/set one"]
+    assert len(pairs.chosen({}, "people/set one")) == 3
+    with pytest.raises(FusionError, match="leaves the input folder"):
+        pairs.chosen({}, "../elsewhere")
+    with pytest.raises(FusionError, match="source, pose, target: nothing is connected"):
+        pairs.chosen({"source": None}, "none")
