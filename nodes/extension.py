@@ -12,6 +12,14 @@ from .action_identifier.nodes import (
 from .action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from .frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
 from .frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
+from .fusion_embedding.nodes import (
+    UnderstudyApplyFusion,
+    UnderstudyCombineFusion,
+    UnderstudyLoadFusion,
+    UnderstudyRetargetPose,
+    UnderstudySaveFusion,
+)
+from .fusion_embedding.training_nodes import UnderstudyTrainFusionCombiner, UnderstudyTrainFusionGenerator
 from .identity_prior.nodes import (
     UnderstudyEditMasks,
     UnderstudyEncodeIdentity,
@@ -21,14 +29,6 @@ from .identity_prior.nodes import (
     UnderstudySaveIdentityPrior,
 )
 from .identity_prior.training_nodes import UnderstudyTrainIdentityPrior
-from .fusion_embedding.nodes import (
-    UnderstudyApplyFusion,
-    UnderstudyCombineFusion,
-    UnderstudyLoadFusion,
-    UnderstudyRetargetPose,
-    UnderstudySaveFusion,
-)
-from .fusion_embedding.training_nodes import UnderstudyTrainFusionCombiner, UnderstudyTrainFusionGenerator
 from .puppets import theatre
 from .puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
 from .video_identity.nodes import (
