@@ -1,6 +1,7 @@
 """Fusions on disk: exact round trips, LoRA or whole UNet, published checkpoints, and what is refused."""
 
 import argparse
+import copy
 import json
 
 import comfy.clip_vision
@@ -21,7 +22,7 @@ MODEL = fusions.model()
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
     files.register_folders()
     return tmp_path / files.FUSION_EMBEDDINGS
 

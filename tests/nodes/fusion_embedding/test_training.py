@@ -1,5 +1,7 @@
 """Both stages on real tiny models of the host: learning, resuming, cancelling, drops, and data read as it goes."""
 
+import copy
+
 import comfy.model_management
 import comfy.samplers
 import fusions
@@ -58,7 +60,7 @@ def folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
     files.register_folders()
     return tmp_path / files.TRAINING_CHECKPOINTS
 

@@ -47,7 +47,7 @@ def output(tmp_path, monkeypatch):
 def loaded(pack_root):
     theatre.register()
     with torch.inference_mode():
-        path = pack_root / "workflows" / "models" / "puppets_sd.safetensors"
+        path = pack_root / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
         return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)[:3]
 
 
