@@ -7,8 +7,8 @@ import comfy.samplers
 import comfy.supported_models
 import tiny_model
 import torch
-from pack.nodes.identity_prior import capture, inversion
-from pack.nodes.identity_prior.config import InversionConfig, MaskConfig
+from pack.nodes.identity_prior import blending, capture, inversion
+from pack.nodes.identity_prior.config import BlendConfig, InversionConfig, MaskConfig
 
 SHAPE = (1, 4, 8, 8)
 COLUMNS = (1, 2)
@@ -50,3 +50,38 @@ def inverted(model, *, given=None, sigmas=None, positive=None, method="fixed_poi
             model, prompt() if positive is None else positive, latent() if given is None else given, sigmas,
             InversionConfig(method, iterations), MaskConfig(grow=0, **masks),
         )
+
+
+MODEL = tiny_model.picture()
+FLOW = tiny_model.picture(flow=True)
+FOUND = {id(MODEL): inverted(MODEL), id(FLOW): inverted(FLOW)}
+EDIT = prompt(5)
+
+
+def blended(model=MODEL, mask=None, found=None, positive=EDIT, start=0.0, end=1.0, **masks):
+    """A clone of `model` that blends along its path in FOUND, or along `found`."""
+    found = FOUND[id(model)] if found is None else found
+    return blending.apply(model, found, positive, MaskConfig(**masks), BlendConfig(start, end), mask)
+
+
+def sample(model, sampler="euler", base=MODEL, found=None, **options):
+    """A run over the sigmas of the path of `base`, or of `found`, by a sampler or its name."""
+    if isinstance(sampler, str):
+        sampler = comfy.samplers.sampler_object(sampler)
+    found = FOUND[id(base)] if found is None else found
+    options = {"sigmas": torch.tensor(found.trajectory.sigmas), "positive": EDIT, **options}
+    return tiny_model.sample(model, sampler, **options)
+
+
+def recorded_inputs(model, patched, sampler, **options):
+    """(sigma, x) of each call of the model itself."""
+    calls = []
+
+    def answer(apply_model, args):
+        calls.append((float(args["timestep"][0]), args["input"][:1].clone()))
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    patched = patched.clone()
+    patched.set_model_unet_function_wrapper(answer)
+    sample(patched, sampler, model, **options)
+    return calls

@@ -1,38 +1,19 @@
-"""The blend under every sampler of the host, and the masks that the model's attention gives it."""
+"""The blend under every sampler of the host, by masks that are given."""
 
-import comfy.ldm.modules.attention
 import comfy.samplers
 import pytest
 import tiny_model
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_void import VOID_DDIM
-from identity_edits import COLUMNS, KINDS, SHAPE, grid, inverted, latent, prompt
+from identity_edits import EDIT, FLOW, FOUND, MODEL, SHAPE, blended, grid, inverted, latent, recorded_inputs, sample
 from pack.nodes import patching
 from pack.nodes.frequency_guidance.config import FrequencyGuidanceConfig
 from pack.nodes.frequency_guidance.method import FrequencyGuidance
-from pack.nodes.identity_prior import blending, capture, inversion
-from pack.nodes.identity_prior.config import BlendConfig, MaskConfig
-from pack.nodes.identity_prior.nodes import UnderstudyEditMasks, UnderstudyIdentityMaskBlend, UnderstudyInvertImage
+from pack.nodes.identity_prior import inversion
+from pack.nodes.identity_prior.config import BlendConfig
 
-MODEL = tiny_model.picture()
-FLOW = tiny_model.picture(flow=True)
-FOUND = {id(MODEL): inverted(MODEL), id(FLOW): inverted(FLOW)}
 SHORT = {id(model): inverted(model, method="ddim", steps=4) for model in (MODEL, FLOW)}
-EDIT = prompt(5)
-
-
-def blended(model=MODEL, mask=None, found=None, positive=EDIT, start=0.0, end=1.0, **masks):
-    found = FOUND[id(model)] if found is None else found
-    return blending.apply(model, found, positive, MaskConfig(**masks), BlendConfig(start, end), mask)
-
-
-def sample(model, sampler="euler", base=MODEL, found=None, **options):
-    if isinstance(sampler, str):
-        sampler = comfy.samplers.sampler_object(sampler)
-    found = FOUND[id(base)] if found is None else found
-    options = {"sigmas": torch.tensor(found.trajectory.sigmas), "positive": EDIT, **options}
-    return tiny_model.sample(model, sampler, **options)
 
 
 def with_inverted_noise(model, sampler, found, callback=None):
@@ -66,12 +47,6 @@ def test_no_mask_ends_on_the_source_and_a_full_one_is_plain_sampling(model, name
         assert torch.equal(every, sample(model, name, model, **options)[1])
 
 
-def test_found_masks_of_everything_are_plain_sampling_too():
-    """Threshold 0: the whole capture runs, and changes no bit, wherever the source's subject was."""
-    assert FOUND[id(MODEL)].source_mask.mean() < 1
-    assert torch.equal(sample(blended(threshold=0.0, grow=0)), sample(MODEL))
-
-
 @pytest.mark.parametrize("name", ["euler", "ddim"])
 @pytest.mark.parametrize("model", [MODEL, FLOW], ids=["eps", "flow"])
 def test_without_a_mask_euler_and_ddim_walk_the_inverted_path(model, name):
@@ -81,20 +56,6 @@ def test_without_a_mask_euler_and_ddim_walk_the_inverted_path(model, name):
     assert len(seen) == len(found.trajectory.latents) - 1
     for x, stored in zip(seen, found.trajectory.latents, strict=False):
         torch.testing.assert_close(x, stored, rtol=1e-4, atol=1e-4)
-
-
-def recorded_inputs(model, patched, sampler, **options):
-    """(sigma, x) of each call of the model itself."""
-    calls = []
-
-    def answer(apply_model, args):
-        calls.append((float(args["timestep"][0]), args["input"][:1].clone()))
-        return apply_model(args["input"], args["timestep"], **args["c"])
-
-    patched = patched.clone()
-    patched.set_model_unet_function_wrapper(answer)
-    sample(patched, sampler, model, **options)
-    return calls
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "dpmpp_2m", "dpmpp_sde", "uni_pc", "dpm_adaptive", "lcm"])
@@ -214,212 +175,3 @@ def test_masks_of_any_size_keep_their_zeros_and_ones(size):
     torch.testing.assert_close(
         sample(blended(mask=torch.zeros(1, *size))), latent()["samples"], rtol=1e-4, atol=1e-5
     )
-
-
-# What the attention tells
-
-
-def attention_by_hand(model, x, sigma, context):
-    """The mean share of the subject's tokens in each cell, by torch hooks on the model's own projections."""
-    network = model.model.diffusion_model
-    modules = [block.attn2 for block in network.modules()
-               if isinstance(block, comfy.ldm.modules.attention.BasicTransformerBlock)]
-    seen = {}
-    handles = [
-        projection.register_forward_hook(lambda _m, _i, out, key=(n, name): seen.__setitem__(key, out))
-        for n, module in enumerate(modules) for name, projection in (("q", module.to_q), ("k", module.to_k))
-    ]
-    with torch.inference_mode():
-        model.model.apply_model(x, sigma, c_crossattn=context, transformer_options={"cond_or_uncond": [0]})
-    for handle in handles:
-        handle.remove()
-    maps = []
-    for n, module in enumerate(modules):
-        q, k = (seen[n, name].unflatten(-1, (module.heads, -1)).transpose(1, 2).double() for name in "qk")
-        share = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)[..., list(COLUMNS)].sum(-1).mean(1)
-        maps.append(share.unflatten(1, (8, 8)))
-    return torch.stack(maps).mean(0), len(modules)
-
-
-def heats_of(model, patched, monkeypatch, **options):
-    """The map of every call in a run."""
-    heats = []
-    original = capture.Watch.heat
-    monkeypatch.setattr(capture.Watch, "heat", lambda self: heats.append(original(self)) or heats[-1])
-    sample(patched, base=model, **options)
-    return heats
-
-
-def test_the_map_is_the_subject_s_share_of_the_positive_half_alone(monkeypatch):
-    patched = blended(threshold=0.0)
-    heats = heats_of(MODEL, patched, monkeypatch)
-    calls = recorded_inputs(MODEL, blended(threshold=0.0), "euler")
-    assert len(calls) == 6
-    for heat, (sigma, x) in zip(heats, calls, strict=False):
-        expected, count = attention_by_hand(MODEL, x, torch.tensor([sigma]), EDIT[0][0])
-        torch.testing.assert_close(heat[:, 0].double(), expected, rtol=1e-3, atol=1e-5)
-    assert count == len(capture.layers_of(MODEL)) == 4
-
-
-def test_a_negative_that_names_the_subject_is_not_looked_at():
-    def entry(uuid, columns=COLUMNS):
-        return {"uuid": uuid, capture.SUBJECT_COLUMNS: columns, "cross_attn": torch.zeros(1, 4, 8)}
-
-    conditions = {"positive": [entry("a"), entry("b", ())], "negative": [entry("c")], "middle": None}
-    assert capture.columns_by_entry(conditions) == {"a": (COLUMNS, 4)}
-
-
-def test_prompts_of_unlike_lengths_are_repeated_by_the_host(monkeypatch):
-    """CFG with 4 and 8 tokens: the positive's tokens stand there twice."""
-    heats = heats_of(MODEL, blended(threshold=0.0), monkeypatch)
-    original = tiny_model.conditioning
-    monkeypatch.setattr(tiny_model, "conditioning", lambda seed, tokens=4: original(seed, 8 if seed == 2 else tokens))
-    longer = heats_of(MODEL, blended(threshold=0.0), monkeypatch)
-    torch.testing.assert_close(longer[0], heats[0], rtol=1e-4, atol=1e-6)
-
-
-def test_masks_join_the_source_and_the_edit_and_are_shown():
-    patched = blended(grow=0, threshold=0.8)
-    result = sample(patched)
-    run = blending.masks_of(patched, result)
-    source, edited = run
-    joined = torch.maximum(source, edited)
-    assert 0 < joined.mean() < 1 and not torch.equal(source, edited)
-    outside = (joined[:, 0] == 0).unsqueeze(1).expand_as(result)
-    torch.testing.assert_close(result[outside], latent()["samples"][outside], rtol=1e-4, atol=1e-5)
-    assert (result - latent()["samples"])[~outside].abs().mean() > 0.01
-    masks = UnderstudyEditMasks.execute(patched, {"samples": result})
-    shown_source, shown_edited = masks.result
-    assert shown_source.shape == (1, 64, 64) and torch.equal(shown_source[:, ::8, ::8], source[:, 0])
-    assert torch.equal(shown_edited[:, 4::8, 4::8], edited[:, 0])
-    assert masks.ui["images"]
-
-
-def test_masks_belong_to_the_samples_that_they_made():
-    patched = blended(threshold=0.7)
-    results = [sample(patched, seed=seed) for seed in (3, 4)]
-    first, second = (blending.masks_of(patched, result)[1] for result in results)
-    assert not torch.equal(first, second)
-    # What was changed meanwhile shows the last run's.
-    assert torch.equal(blending.masks_of(patched, results[0] * 2)[1], second)
-    with pytest.raises(ValueError, match="has not been sampled"):
-        blending.masks_of(blended(), results[0])
-    with pytest.raises(ValueError, match="no blend"):
-        blending.masks_of(MODEL, results[0])
-
-
-def test_patches_leave_the_model_and_each_other_alone():
-    options = MODEL.model_options["transformer_options"]
-    before = dict(options)
-    patched = blended()
-    again = blended(patched, found=FOUND[id(MODEL)], mask=None)
-    assert MODEL.model_options["transformer_options"] == before
-    first = sample(patched)
-    assert torch.equal(sample(again), first) and torch.equal(sample(patched.clone()), first)
-    places = again.model_options["transformer_options"]["patches_replace"]["attn2"].values()
-    assert len(places) == 4 and all(patch.earlier is None for patch in places)
-    assert torch.equal(sample(MODEL), sample(capture.watched(MODEL)))
-
-
-def test_an_earlier_cross_attention_patch_keeps_working():
-    seen = []
-
-    def earlier(q, k, v, options):
-        seen.append(options["block"])
-        return comfy.ldm.modules.attention.optimized_attention(q, k, v, options["n_heads"]) * 0.5
-
-    model = MODEL.clone()
-    model.set_model_attn2_replace(earlier, "middle", 0)
-    found = inverted(model)
-    seen.clear()
-    plain = sample(model, found=found)
-    count = len(seen)
-    assert torch.equal(sample(blended(model, found=found, threshold=0.0), found=found), plain)
-    assert count and len(seen) == 2 * count
-
-
-@pytest.mark.parametrize("layers", ["0", "1-2", "all", "auto"])
-def test_layers_and_resolution_are_chosen(layers):
-    assert torch.isfinite(sample(blended(layers=layers, resolution=5, smoothing=0.0))).all()
-
-
-def test_what_cannot_show_the_subject_is_refused():
-    for settings, words in (({"layers": "9"}, "0 to 3"), ({"layers": "x"}, "layers is 'x'")):
-        with pytest.raises(ValueError, match=words):
-            blended(**settings)
-    with pytest.raises(ValueError, match="connect Encode Identity to `positive`"):
-        blended(positive=tiny_model.conditioning(1))
-    with pytest.raises(ValueError, match="sampler's positive does not say"):
-        sample(blended(), positive=tiny_model.conditioning(1))
-    wan = tiny_model.wan()
-    with pytest.raises(ValueError, match="invert with this model"):
-        blending.apply(wan, FOUND[id(MODEL)], EDIT, MaskConfig(), BlendConfig(), None)
-
-
-def test_context_windows_and_models_without_cross_attention_need_a_mask(monkeypatch):
-    watch = capture.Watch({}, capture.layers_of(MODEL), MaskConfig(), torch.Size(SHAPE))
-    q = torch.zeros(1, 64, 32)
-    with pytest.raises(ValueError, match="context windows.*outside `mask`"):
-        watch.record(0, q, q, 2, {"context_window": object(), "uuids": []})
-    with pytest.raises(ValueError, match="has 63 places where the latent has"):
-        watch.entries = {"a": (COLUMNS, 4)}
-        watch.record(0, q[:, :63], q[:, :4], 2, {"uuids": ["a"]})
-    with pytest.raises(ValueError, match="looks at 6 tokens and the prompt has 4"):
-        watch.record(0, q, q[:, :6], 2, {"uuids": ["a"]})
-    monkeypatch.setattr(capture, "layers_of", lambda model: ())
-    found = inverted(MODEL, positive=tiny_model.conditioning(1))
-    assert found.source_mask.all()
-    with pytest.raises(ValueError, match="no cross-attention.*outside `mask`"):
-        blended(found=found)
-    result = sample(blended(mask=torch.zeros(1, 8, 8), found=found), found=found)
-    torch.testing.assert_close(result, latent()["samples"], rtol=1e-4, atol=1e-5)
-
-
-def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
-    """Text comes second in a block's attentions, and third where a picture's features are before it."""
-    for kind, use in (("t2v", 1), ("i2v", 2)):
-        wan = tiny_model.wan(kind)
-        assert {patch.use for patch in capture.watched(wan).model_options["transformer_options"]["patches_replace"][
-            "dit"].values()} == {use}
-    wan = tiny_model.wan()
-    shape = (1, 16, 3, 8, 6)
-    clip = {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(1))}
-    found = inverted(wan, given=clip, steps=3, iterations=2)
-    network = wan.model.diffusion_model
-    seen = []
-    attention = network.blocks[1].cross_attn
-    handles = [
-        module.register_forward_hook(lambda _m, _i, out: seen.append(out))
-        for module in (attention.norm_q, attention.norm_k)
-    ]
-    # The middle third of three blocks is the second alone.
-    patched = blended(wan, found=found, threshold=0.0)
-    options = {"shape": shape, "cfg": 1.0, "found": found}
-    heats = heats_of(wan, patched, monkeypatch, **options)
-    for handle in handles:
-        handle.remove()
-    q, k = (rows.unflatten(-1, (network.num_heads, -1)).transpose(1, 2).double() for rows in seen[:2])
-    share = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)[..., list(COLUMNS)].sum(-1).mean(1)
-    torch.testing.assert_close(heats[0].flatten(1).double(), share, rtol=1e-3, atol=1e-5)
-    assert heats[0].shape == (1, 3, 4, 3)
-    assert torch.equal(sample(patched, **options), sample(wan, **options))
-    masks = torch.zeros(9, 16, 16)
-    masks[:5] = 1
-    edit = sample(blended(wan, masks, found=found), **options)
-    torch.testing.assert_close(edit[:, :, 2], clip["samples"][:, :, 2], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(edit[:, :, :0], clip["samples"][:, :, :0])
-    with pytest.raises(ValueError, match="mask has 4 frames"):
-        blended(wan, masks[:4], found=found)
-
-
-def test_the_nodes_hand_on_what_belongs_together():
-    sigmas = grid(MODEL, 4)
-    with torch.inference_mode():
-        found, noise, mask = UnderstudyInvertImage.execute(
-            MODEL, prompt(), latent(), sigmas, "ddim", 1, 0.5, smoothing=0.0
-        ).result
-        patched = UnderstudyIdentityMaskBlend.execute(MODEL, found, EDIT, 0.3, 1, 0.0, 1.0).result[0]
-    assert mask.shape == (1, 64, 64) and set(mask.unique().tolist()) == {0.0, 1.0}
-    assert noise.generate_noise(latent()).shape == SHAPE
-    assert torch.isfinite(sample(patched, found=found)).all()
-    assert KINDS and found.method == "ddim"
