@@ -1,32 +1,19 @@
 """Faults in a real server: leaks between prompts, memory, cancelling, queues, bad inputs."""
 
-import random
-import time
-
 import pytest
 import safetensors.torch
 import torch
-from faults import prompts, server_memory
+from faults import drives, prompts, server_memory
 from host.server import Server, ServerError
 from PIL import Image
 
 
 def alternate(server: Server, count: int) -> None:
-    """`count` prompts, plain and guided in turn on one cached model: each kind must repeat its first bits."""
-    builders = {
-        "plain": lambda: prompts.plain(),
+    first = drives.alternate(server, {
+        "plain": prompts.plain,
         "guided": lambda: prompts.guided(server),
         "other seed": lambda: prompts.guided(server, seed=2),
-    }
-    first = {}
-    for index in range(count):
-        name = list(builders)[index % len(builders)]
-        entry = server.queue(builders[name]())
-        result = prompts.latent(server, entry)
-        cached = prompts.message(entry, "execution_cached").get("nodes", [])
-        assert prompts.SAMPLER not in cached, "the sampler did not run, so this prompt shows nothing"
-        assert index == 0 or prompts.LOADER in cached, "the model was loaded anew, so no patch could leak"
-        assert torch.equal(result, first.setdefault(name, result)), f"prompt {index} ({name}) changed"
+    }, count)
     assert not torch.equal(first["plain"], first["guided"]), "guidance did nothing"
 
 
@@ -48,24 +35,12 @@ def test_memory_is_flat_over_three_hundred_prompts(fault_server):
     assert server_memory.growth(used, 30, 60) < 0.1
 
 
-def cancel(server: Server, seconds: float) -> None:
-    """Cancel a guided prompt that would run for minutes, this long after it began."""
-    prompt_id = server.submit(prompts.guided(server, seed=9, steps=5000, name="cancelled"))
-    while not any(item[1] == prompt_id for item in server.get("/queue")["queue_running"]):
-        time.sleep(0.02)
-    time.sleep(seconds)
-    server.interrupt()
-    entry = server.wait(prompt_id, timeout=60)
-    assert prompts.message(entry, "execution_interrupted"), entry["status"]
-    assert prompts.RESULT not in entry["outputs"]
+def long(server: Server) -> dict:
+    return prompts.guided(server, seed=9, steps=5000, name="cancelled")
 
 
 def cancel_and_rerun(server: Server, count: int) -> None:
-    clean = prompts.run(server, prompts.guided(server))
-    generator = random.Random(count)
-    for _ in range(count):
-        cancel(server, generator.uniform(0, 1))
-        assert torch.equal(prompts.run(server, prompts.guided(server)), clean)
+    drives.cancel_and_rerun(server, lambda: prompts.guided(server), lambda: long(server), count)
 
 
 def test_a_cancelled_prompt_leaves_nothing_behind(fault_server):
@@ -79,21 +54,17 @@ def test_ten_cancelled_prompts_leave_nothing_behind(fault_server):
 
 @pytest.mark.soak
 def test_a_rerun_after_cancelling_equals_a_fresh_server(fault_server, comfy_path, tmp_path):
-    cancel(fault_server, 0.5)
+    drives.cancel(fault_server, long(fault_server), 0.5)
     rerun = prompts.run(fault_server, prompts.guided(fault_server))
     with Server(comfy_path, tmp_path, cpu=True) as fresh:
         assert torch.equal(prompts.run(fresh, prompts.guided(fresh)), rerun)
 
 
 def test_queued_prompts_are_independent(fault_server):
-    builders = [
+    drives.queue_together(fault_server, [
         lambda name: prompts.guided(fault_server, seed=3, name=name),
         lambda name: prompts.plain(seed=4, name=name),
-    ]
-    alone = [prompts.run(fault_server, build("alone")) for build in builders]
-    ids = [fault_server.submit(build("together")) for build in builders * 2]
-    results = [prompts.latent(fault_server, fault_server.wait(prompt_id)) for prompt_id in ids]
-    assert all(torch.equal(result, expected) for result, expected in zip(results, alone * 2, strict=True))
+    ])
 
 
 # Inputs

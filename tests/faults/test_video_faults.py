@@ -1,12 +1,9 @@
 """Faults of the video identity adapter in a real server: leaks, cancelling, queues, memory, bad inputs."""
 
-import random
-import time
-
 import pytest
 import safetensors.torch
 import torch
-from faults import prompts, server_memory
+from faults import drives, prompts, server_memory
 from host.server import Server
 
 
@@ -16,22 +13,12 @@ def theatre_adapter(fault_server):
 
 
 def alternate(server: Server, count: int) -> None:
-    """`count` prompts in turn on one cached model: each kind must repeat its first bits."""
-    builders = {
+    first = drives.alternate(server, {
         "plain": prompts.video,
         "one": lambda: prompts.identified(server, "test 3"),
         "other": lambda: prompts.identified(server, "test 8"),
         "larger": lambda: prompts.identified(server, "test 3", size=80),
-    }
-    first = {}
-    for index in range(count):
-        name = list(builders)[index % len(builders)]
-        entry = server.queue(builders[name]())
-        result = prompts.latent(server, entry)
-        cached = prompts.message(entry, "execution_cached").get("nodes", [])
-        assert prompts.SAMPLER not in cached, "the sampler did not run, so this prompt shows nothing"
-        assert index == 0 or prompts.LOADER in cached, "the model was loaded anew, so no patch could leak"
-        assert torch.equal(result, first.setdefault(name, result)), f"prompt {index} ({name}) changed"
+    }, count)
     assert not torch.equal(first["plain"], first["one"]) and not torch.equal(first["one"], first["other"])
 
 
@@ -54,24 +41,11 @@ def test_memory_is_flat_over_three_hundred_videos(fault_server):
     assert server_memory.growth(used, 30, 60) < 0.1
 
 
-def cancel(server: Server, seconds: float) -> None:
-    """Cancel a prompt that would run for minutes, this long after it began."""
-    prompt_id = server.submit(prompts.identified(server, seed=9, steps=5000, name="cancelled"))
-    while not any(item[1] == prompt_id for item in server.get("/queue")["queue_running"]):
-        time.sleep(0.02)
-    time.sleep(seconds)
-    server.interrupt()
-    entry = server.wait(prompt_id, timeout=60)
-    assert prompts.message(entry, "execution_interrupted"), entry["status"]
-    assert prompts.RESULT not in entry["outputs"]
-
-
 def cancel_and_rerun(server: Server, count: int) -> None:
-    clean = prompts.run(server, prompts.identified(server))
-    generator = random.Random(count)
-    for _ in range(count):
-        cancel(server, generator.uniform(0, 1))
-        assert torch.equal(prompts.run(server, prompts.identified(server)), clean)
+    def long() -> dict:
+        return prompts.identified(server, seed=9, steps=5000, name="cancelled")
+
+    drives.cancel_and_rerun(server, lambda: prompts.identified(server), long, count)
 
 
 def test_a_cancelled_video_leaves_nothing_behind(fault_server):
@@ -84,15 +58,10 @@ def test_ten_cancelled_videos_leave_nothing_behind(fault_server):
 
 
 def test_queued_videos_are_independent(fault_server):
-    builders = [
+    drives.queue_together(fault_server, [
         lambda name: prompts.identified(fault_server, "test 3", seed=3, name=name),
         lambda name: prompts.identified(fault_server, "test 8", seed=4, name=name),
-    ]
-    alone = [prompts.run(fault_server, build("alone")) for build in builders]
-    ids = [fault_server.submit(build("together")) for build in builders * 2]
-    results = [prompts.latent(fault_server, fault_server.wait(prompt_id)) for prompt_id in ids]
-    assert all(torch.equal(result, expected) for result, expected in zip(results, alone * 2, strict=True))
-    assert not torch.equal(*alone)
+    ])
 
 
 def test_models_unloaded_in_mid_run_change_nothing(fault_server):
