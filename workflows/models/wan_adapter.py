@@ -6,6 +6,7 @@ from pathlib import Path
 import comfy.sd
 import numpy as np
 import torch
+import wan_export
 import wan_stages as stages
 from pack.nodes.puppets import captions, render, theatre, world
 from pack.nodes.puppets.config import NAMED_ACTIONS, SCENES, Identity, Take
@@ -95,7 +96,8 @@ def train(
     run = TrainingConfig(
         settings.adapter_steps, settings.adapter_lr, seed=config.seed, batch_size=settings.adapter_batch, dtype="fp32"
     )
-    kept = checkpoints.Checkpoints(name, {**dataclasses.asdict(settings), "pairs": len(indices)})
+    of = {"pairs": len(indices), "transformer": wan_export.sha256(transformer)}
+    kept = checkpoints.Checkpoints(name, {**dataclasses.asdict(settings), **of})
     earlier = [choice for choice in checkpoints.choices() if choice.startswith(name)]
     adapter, losses = training.train(
         model, as_encoded(torch.from_numpy(clips[indices])), as_encoded(references(state, config, indices, device)),

@@ -53,9 +53,9 @@ class Config:
     motion_crop: int = 48
     motion_lr: float = 1e-3
     motion_noise: float = 0.06  # the decoder learns to forgive the transformer's errors, too
-    image_steps: int = 3_400  # of the transformer, on single frames; a frame is a fifth of a clip's work
+    image_steps: int = 3_100  # of the transformer, on single frames; a frame is a fifth of a clip's work
     image_batch: int = 48
-    clip_steps: int = 1_500  # after those, on clips
+    clip_steps: int = 1_300  # after those, on clips
     clip_batch: int = 12
     dit_lr: float = 6e-4
     ema: float = 0.998
