@@ -306,14 +306,23 @@ class BlockPatch:
         references = options.get(KEY, {}).get(self.index)
         if references is None:
             return self._inner(args, extra)
+        acted = []
+
+        def original_block(given: dict) -> dict:
+            """The block itself, which an earlier patch may run once, twice or not at all."""
+            users = given["transformer_options"]
+            attention = RestrictedAttention(references, users.get(_OVERRIDE))
+            out = extra["original_block"]({**given, "transformer_options": {**users, _OVERRIDE: attention}})
+            attention.period = attention.uses
+            acted.append(attention.uses > 0)
+            return out
+
         options = dict(options)
         # A second patch of ours further in, under someone else's, must not add the references again.
         del options[KEY]
-        attention = RestrictedAttention(references, options.get(_OVERRIDE))
-        options[_OVERRIDE] = attention
-        out = self._inner({**args, "transformer_options": options}, extra)
-        attention.period = attention.uses
-        if not attention.uses:
+        out = self._inner({**args, "transformer_options": options}, {**extra, "original_block": original_block})
+        # A block that is skipped gives back what it was given; any other result is of an attention that we missed.
+        if not all(acted) or (not acted and out["img"] is not args["img"]):
             raise RuntimeError(
                 f"block {self.index} of this model did not use the host's attention, so the identity could not act: "
                 "remove the node or extension that replaces the model's self-attention"

@@ -230,6 +230,27 @@ def test_earlier_and_later_block_patches_are_kept():
     assert torch.equal(call(around, X), call(chaining(shown(MODEL, *pair)), X))
 
 
+def with_patch(model, patch):
+    model = model.clone()
+    model.set_model_patch_replace(patch, "dit", "double_block", 1)
+    return model
+
+
+def test_an_earlier_patch_may_run_its_block_twice_or_skip_it():
+    def twice(args, extra):
+        first, second = (extra["original_block"](args)["img"] for _ in range(2))
+        assert torch.equal(first, second)
+        return {"img": second}
+
+    def skip(args, extra):
+        return args
+
+    assert torch.equal(call(shown(with_patch(MODEL, twice)), X), call(shown(), X))
+    assert torch.equal(call(shown(with_patch(MODEL, skip)), X), call(with_patch(shown(), skip), X))
+    with pytest.raises(RuntimeError, match="block 1 of this model did not use the host's attention"):
+        call(shown(with_patch(MODEL, lambda args, extra: {"img": 1.5 * args["img"]})), X)
+
+
 def test_an_attention_that_was_replaced_is_named_not_ignored():
     attention = MODEL.model.diffusion_model.blocks[1].self_attn
     cross = MODEL.model.diffusion_model.blocks[1].cross_attn
