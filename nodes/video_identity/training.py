@@ -71,7 +71,7 @@ class _WithReferences:
         network = self.denoiser.network
         rows = running.reference_rows(
             self.model, self.adapter, images, frozenset(range(len(network.blocks))),
-            running.token_grid(network, noisy), self.denoiser.patcher.model_options["transformer_options"],
+            running.token_grid(network, noisy), self.denoiser.transformer_options,
         )
         seen = {i: (Reference(k, v),) for i, (k, v) in rows.items()}
         return self.denoiser.denoise(noisy, sigma, conditions, {running.KEY: seen})
