@@ -47,12 +47,7 @@ def apply(model: Any, identity: Identity) -> Any:
     network = wan_network(model)
     identity.adapter.check(network.dim, len(network.blocks))
     method.kept_blocks(identity.config, len(network.blocks))
-    channels = model.model.latent_format.latent_channels
-    if identity.latent.shape[1] != channels:
-        raise ValueError(
-            f"reference has {identity.latent.shape[1]} channels and the model's latents have {channels}: encode it "
-            "with the VAE of this model"
-        )
+    check_channels(model, identity.latent, "reference")
     if identity.mask is not None and type(network).__name__ not in VERIFIED:
         raise ValueError(f"masks are not known to fit a {type(network).__name__}: disconnect `mask`")
     if identity.off:
@@ -85,6 +80,16 @@ def wan_network(model: Any) -> Any:
     if name not in VERIFIED:
         logging.warning("Understudy: the video identity adapter is not verified with %s", name)
     return network
+
+
+def check_channels(model: Any, latent: torch.Tensor, name: str) -> None:
+    """Raises ValueError, naming the input, where a latent [1, C, ...] is of another VAE than the model's."""
+    channels = model.model.latent_format.latent_channels
+    if latent.shape[1] != channels:
+        raise ValueError(
+            f"{name} has {latent.shape[1]} channels and the model's latents have {channels}: encode it with the VAE "
+            "of this model"
+        )
 
 
 class VideoIdentities:
