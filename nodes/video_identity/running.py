@@ -107,8 +107,8 @@ class VideoIdentities:
         """The host's PREPARE_SAMPLING: the estimate of memory grows by the cache, as columns of the latent."""
         shape = list(noise_shape)
         if len(shape) == 5:
-            # The width, since context windows overwrite the frames.
-            column = model.model.memory_required([1, *shape[1:-1], 1])
+            # The width, since context windows overwrite the frames; of the whole batch, which shares one cache.
+            column = model.model.memory_required([*shape[:-1], 1])
             shape[-1] += math.ceil(self.cache_bytes(model.model) / column)
         return executor(model, shape, *args, **kwargs)
 
