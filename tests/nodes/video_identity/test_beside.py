@@ -11,7 +11,8 @@ import tiny_model
 import torch
 from comfy.ldm.modules.attention import attention_basic, attention_pytorch, attention_split, attention_sub_quad
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from pack.nodes import patching
 from pack.nodes.video_identity import method, running
 from video_identities import (
@@ -171,6 +172,21 @@ def test_weights_that_stay_away_until_needed():
         patched.detach()
 
 
+def test_weights_that_go_away_in_mid_run():
+    """As when another model needs the room; the LoRA then acts in the cast of every layer."""
+    patched, freed = lora(shown(tiny_model.wan(operations=comfy.ops.manual_cast))), []
+
+    def make_room(step, *_rest):
+        if step == 1:
+            freed.append(patched.partially_unload(tiny_model.CPU, 1 << 14))
+
+    results = []
+    for callback in (None, make_room):
+        results.append(sample(patched, steps=4, callback=callback))
+        patched.detach()
+    assert freed[0] >= 1 << 14 and relative(results[1], results[0]) < 1e-5
+
+
 @pytest.mark.parametrize("backend", [attention_pytorch, attention_split, attention_sub_quad, attention_basic])
 def test_attention_backends(backend, monkeypatch):
     for module in (comfy.ldm.wan.model, running):
@@ -282,13 +298,24 @@ def test_compiled_models_give_the_same_and_never_compile_again(keys, settings, f
     torch._dynamo.reset()
 
 
-def test_easycache_skips_steps_beside_it():
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_easycache_skips_steps_beside_it(node):
     def cached(model):
-        return EasyCacheNode.execute(model, 10.0, 0.1, 1.0, False).result[0]
+        return node.execute(model, 10.0, 0.1, 1.0, False).result[0]
 
     results = [sample(cached(shown()), steps=8), sample(shown(cached(MODEL)), steps=8)]
     assert torch.equal(*results) and not torch.equal(results[0], sample(shown(), steps=8))
     assert not torch.equal(results[0], sample(cached(MODEL), steps=8))
+
+
+def test_a_guidance_that_skips_a_block_beside_it():
+    """The host's node puts its own patch in place of ours, for one call of the model in every step."""
+    def guided(model):
+        return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1").result[0]
+
+    results = [sample(guided(shown())), sample(shown(guided(MODEL)))]
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], sample(shown())) and not torch.equal(results[0], sample(guided(MODEL)))
 
 
 def test_the_adapter_is_not_touched():
