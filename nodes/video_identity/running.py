@@ -311,18 +311,17 @@ class BlockPatch:
         references = options.get(KEY, {}).get(self.index)
         if references is None:
             return self._inner(args, extra)
-        acted = []
+        attention, acted = RestrictedAttention(references, options.get(_OVERRIDE)), []
 
         def original_block(given: dict) -> dict:
             """The block itself, which an earlier patch may run once, twice or not at all."""
-            users = given["transformer_options"]
-            attention = RestrictedAttention(references, users.get(_OVERRIDE))
-            out = extra["original_block"]({**given, "transformer_options": {**users, _OVERRIDE: attention}})
+            attention.uses = attention.period = 0
+            out = extra["original_block"](given)
             attention.period = attention.uses
             acted.append(attention.uses > 0)
             return out
 
-        options = dict(options)
+        options = {**options, _OVERRIDE: attention}
         # A second patch of ours further in, under someone else's, must not add the references again.
         del options[KEY]
         out = self._inner({**args, "transformer_options": options}, {**extra, "original_block": original_block})

@@ -14,6 +14,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from pack.nodes import patching
+from pack.nodes.identity_prior import capture
 from pack.nodes.video_identity import method, running
 from video_identities import (
     ADAPTER,
@@ -306,6 +307,22 @@ def test_easycache_skips_steps_beside_it(node):
     results = [sample(cached(shown()), steps=8), sample(shown(cached(MODEL)), steps=8)]
     assert torch.equal(*results) and not torch.equal(results[0], sample(shown(), steps=8))
     assert not torch.equal(results[0], sample(cached(MODEL), steps=8))
+
+
+@pytest.mark.parametrize("settings", [{}, {"strength": 0.5}])
+def test_an_identity_prior_sees_the_cross_attention_beside_it(settings):
+    """With a strength no attention of the user's is asked about the video, only about the text."""
+    seen = []
+
+    class Recorder:
+        def record(self, index, q, k, heads, options):
+            seen.append((index, k.shape[1]))
+
+    one = identity(**settings)
+    for model in (capture.watched(shown(MODEL, one)), shown(capture.watched(MODEL), one)):
+        result = call(model, X, options={capture.KEY: Recorder()})
+        assert seen == [(0, 4), (1, 4), (2, 4)] and torch.equal(result, call(shown(MODEL, one), X))
+        seen.clear()
 
 
 def test_a_guidance_that_skips_a_block_beside_it():
