@@ -51,6 +51,9 @@ def apply(model: Any, identity: Identity) -> Any:
     if identity.mask is not None and type(network).__name__ not in VERIFIED:
         raise ValueError(f"masks are not known to fit a {type(network).__name__}: disconnect `mask`")
     if identity.off:
+        if identity.config.strength:
+            # As Load Image gives it for a picture without alpha: asked for or not, it cannot be seen in the video.
+            logging.warning("Understudy: the mask is 0 everywhere, so Apply Video Identity shows no reference")
         return model
     earlier = patching.parts(model, KEY)
     identities = VideoIdentities((*(earlier.identities if earlier else ()), identity))
