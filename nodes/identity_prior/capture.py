@@ -219,11 +219,16 @@ class BlockPatch:
         self.earlier = earlier
 
     def __call__(self, args: dict, extra: dict) -> dict:
-        options = args["transformer_options"]
-        watch = options.get(KEY)
-        if watch is not None:
+        block, watch = extra["original_block"], args["transformer_options"].get(KEY)
+
+        def watched(given: dict) -> dict:
+            """The block itself, watched around whatever another patch does to its attention."""
+            options = given["transformer_options"]
             watching = _WatchedUse(self, watch, options)
-            args = {**args, "transformer_options": {**options, _OVERRIDE: watching}}
+            return block({**given, "transformer_options": {**options, _OVERRIDE: watching}})
+
+        if watch is not None:
+            extra = {**extra, "original_block": watched}
         return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
 
 

@@ -36,6 +36,12 @@ class Denoiser:
     def network(self) -> torch.nn.Module:
         return self.model.diffusion_model
 
+    @property
+    def transformer_options(self) -> dict[str, Any]:
+        """A copy of the patcher's own, with an attention that has a backward pass."""
+        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)["transformer_options"]
+        return {**options, "optimized_attention_override": _attention_with_gradient}
+
     def prepare(self, conditioning: list, latent: torch.Tensor) -> dict[str, Any]:
         """The model's own conditions of one CONDITIONING for latents of this shape [1, C, ...], as the host makes
         them (pooled vectors, sizes, ...), ready for `denoise`. Raises ValueError unless it has one entry.
@@ -69,10 +75,8 @@ class Denoiser:
             [{key: value.process_cond(batch_size=1, area=None) for key, value in c.items()} for c in conditions],
             device=self.device,
         )
-        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)["transformer_options"]
-        options |= {
-            "cond_or_uncond": [0] * len(conditions), "sigmas": sigma,
-            "optimized_attention_override": _attention_with_gradient, **(extra or {}),
+        options = {
+            **self.transformer_options, "cond_or_uncond": [0] * len(conditions), "sigmas": sigma, **(extra or {}),
         }
         return self.model.apply_model(noisy, sigma, transformer_options=options, **batched)
 

@@ -37,7 +37,7 @@ def prepare(
     for i, picture in enumerate(images.float()):
         picture = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
         own = None if mask is None else mask[min(i, len(mask) - 1)]
-        box, message = _box(_boxes_of(bboxes, i), own, bboxes is not None)
+        box, message = _box(_boxes_of(bboxes, i, len(images)), own, bboxes is not None)
         if own is not None and bool((own > 0.5).any()):
             picture = picture * own[..., None] + _WHITE * (1 - own[..., None])
         elif own is not None:
@@ -60,8 +60,8 @@ def _fitted_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def _boxes_of(bboxes: Any, index: int) -> Sequence[Mapping[str, float]]:
-    """The boxes of one picture: the host gives one dict, a list of them, or a list of lists."""
+def _boxes_of(bboxes: Any, index: int, count: int) -> Sequence[Mapping[str, float]]:
+    """The boxes of one picture of `count`: the host gives one dict, a list of them, or a list of lists."""
     if bboxes is None:
         return ()
     if isinstance(bboxes, Mapping):
@@ -70,6 +70,10 @@ def _boxes_of(bboxes: Any, index: int) -> Sequence[Mapping[str, float]]:
         return ()
     if isinstance(bboxes[0], Mapping):
         return bboxes
+    if len(bboxes) not in (1, count):
+        raise ValueError(
+            f"bboxes are of {len(bboxes)} pictures and image holds {count}: connect the boxes of these very pictures"
+        )
     return bboxes[min(index, len(bboxes) - 1)] or ()
 
 

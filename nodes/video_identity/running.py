@@ -47,15 +47,13 @@ def apply(model: Any, identity: Identity) -> Any:
     network = wan_network(model)
     identity.adapter.check(network.dim, len(network.blocks))
     method.kept_blocks(identity.config, len(network.blocks))
-    channels = model.model.latent_format.latent_channels
-    if identity.latent.shape[1] != channels:
-        raise ValueError(
-            f"reference has {identity.latent.shape[1]} channels and the model's latents have {channels}: encode it "
-            "with the VAE of this model"
-        )
+    check_channels(model, identity.latent, "reference")
     if identity.mask is not None and type(network).__name__ not in VERIFIED:
         raise ValueError(f"masks are not known to fit a {type(network).__name__}: disconnect `mask`")
     if identity.off:
+        if identity.config.strength:
+            # As Load Image gives it for a picture without alpha: asked for or not, it cannot be seen in the video.
+            logging.warning("Understudy: the mask is 0 everywhere, so Apply Video Identity shows no reference")
         return model
     earlier = patching.parts(model, KEY)
     identities = VideoIdentities((*(earlier.identities if earlier else ()), identity))
@@ -87,6 +85,16 @@ def wan_network(model: Any) -> Any:
     return network
 
 
+def check_channels(model: Any, latent: torch.Tensor, name: str) -> None:
+    """Raises ValueError, naming the input, where a latent [1, C, ...] is of another VAE than the model's."""
+    channels = model.model.latent_format.latent_channels
+    if latent.shape[1] != channels:
+        raise ValueError(
+            f"{name} has {latent.shape[1]} channels and the model's latents have {channels}: encode it with the VAE "
+            "of this model"
+        )
+
+
 class VideoIdentities:
     """The references of one patched model, in the order of its nodes, and what was computed for them in this run."""
 
@@ -102,8 +110,8 @@ class VideoIdentities:
         """The host's PREPARE_SAMPLING: the estimate of memory grows by the cache, as columns of the latent."""
         shape = list(noise_shape)
         if len(shape) == 5:
-            # The width, since context windows overwrite the frames.
-            column = model.model.memory_required([1, *shape[1:-1], 1])
+            # The width, since context windows overwrite the frames; of the whole batch, which shares one cache.
+            column = model.model.memory_required([*shape[:-1], 1])
             shape[-1] += math.ceil(self.cache_bytes(model.model) / column)
         return executor(model, shape, *args, **kwargs)
 
@@ -306,14 +314,22 @@ class BlockPatch:
         references = options.get(KEY, {}).get(self.index)
         if references is None:
             return self._inner(args, extra)
-        options = dict(options)
+        attention, acted = RestrictedAttention(references, options.get(_OVERRIDE)), []
+
+        def original_block(given: dict) -> dict:
+            """The block itself, which an earlier patch may run once, twice or not at all."""
+            attention.uses = attention.period = 0
+            out = extra["original_block"](given)
+            attention.period = attention.uses
+            acted.append(attention.uses > 0)
+            return out
+
+        options = {**options, _OVERRIDE: attention}
         # A second patch of ours further in, under someone else's, must not add the references again.
         del options[KEY]
-        attention = RestrictedAttention(references, options.get(_OVERRIDE))
-        options[_OVERRIDE] = attention
-        out = self._inner({**args, "transformer_options": options}, extra)
-        attention.period = attention.uses
-        if not attention.uses:
+        out = self._inner({**args, "transformer_options": options}, {**extra, "original_block": original_block})
+        # A block that is skipped gives back what it was given; any other result is of an attention that we missed.
+        if not all(acted) or (not acted and out["img"] is not args["img"]):
             raise RuntimeError(
                 f"block {self.index} of this model did not use the host's attention, so the identity could not act: "
                 "remove the node or extension that replaces the model's self-attention"

@@ -39,7 +39,11 @@ def train(
     """
     resume = checkpoints.resume(resume_from)
     largest = max(latents, key=lambda latent: latent.numel())
-    with session(running.extended(model), [config.batch_size, *largest.shape[1:]], config) as denoiser:
+    patched = running.extended(model)
+    for name, given in (("latents", latents), ("references", references)):
+        for latent in given:
+            running.check_channels(model, latent, name)
+    with session(patched, [config.batch_size, *largest.shape[1:]], config) as denoiser:
         network = denoiser.network
         made = method.new_adapter(
             network.dim, len(network.blocks), rank, lambda i: loop.step_seed(config.seed, _FIRST_SEED + i)
@@ -71,7 +75,7 @@ class _WithReferences:
         network = self.denoiser.network
         rows = running.reference_rows(
             self.model, self.adapter, images, frozenset(range(len(network.blocks))),
-            running.token_grid(network, noisy), self.denoiser.patcher.model_options["transformer_options"],
+            running.token_grid(network, noisy), self.denoiser.transformer_options,
         )
         seen = {i: (Reference(k, v),) for i, (k, v) in rows.items()}
         return self.denoiser.denoise(noisy, sigma, conditions, {running.KEY: seen})

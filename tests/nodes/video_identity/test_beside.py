@@ -11,8 +11,10 @@ import tiny_model
 import torch
 from comfy.ldm.modules.attention import attention_basic, attention_pytorch, attention_split, attention_sub_quad
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from pack.nodes import patching
+from pack.nodes.identity_prior import capture
 from pack.nodes.video_identity import method, running
 from video_identities import (
     ADAPTER,
@@ -171,6 +173,21 @@ def test_weights_that_stay_away_until_needed():
         patched.detach()
 
 
+def test_weights_that_go_away_in_mid_run():
+    """As when another model needs the room; the LoRA then acts in the cast of every layer."""
+    patched, freed = lora(shown(tiny_model.wan(operations=comfy.ops.manual_cast))), []
+
+    def make_room(step, *_rest):
+        if step == 1:
+            freed.append(patched.partially_unload(tiny_model.CPU, 1 << 14))
+
+    results = []
+    for callback in (None, make_room):
+        results.append(sample(patched, steps=4, callback=callback))
+        patched.detach()
+    assert freed[0] >= 1 << 14 and relative(results[1], results[0]) < 1e-5
+
+
 @pytest.mark.parametrize("backend", [attention_pytorch, attention_split, attention_sub_quad, attention_basic])
 def test_attention_backends(backend, monkeypatch):
     for module in (comfy.ldm.wan.model, running):
@@ -230,6 +247,27 @@ def test_earlier_and_later_block_patches_are_kept():
     assert torch.equal(call(around, X), call(chaining(shown(MODEL, *pair)), X))
 
 
+def with_patch(model, patch):
+    model = model.clone()
+    model.set_model_patch_replace(patch, "dit", "double_block", 1)
+    return model
+
+
+def test_an_earlier_patch_may_run_its_block_twice_or_skip_it():
+    def twice(args, extra):
+        first, second = (extra["original_block"](args)["img"] for _ in range(2))
+        assert torch.equal(first, second)
+        return {"img": second}
+
+    def skip(args, extra):
+        return args
+
+    assert torch.equal(call(shown(with_patch(MODEL, twice)), X), call(shown(), X))
+    assert torch.equal(call(shown(with_patch(MODEL, skip)), X), call(with_patch(shown(), skip), X))
+    with pytest.raises(RuntimeError, match="block 1 of this model did not use the host's attention"):
+        call(shown(with_patch(MODEL, lambda args, extra: {"img": 1.5 * args["img"]})), X)
+
+
 def test_an_attention_that_was_replaced_is_named_not_ignored():
     attention = MODEL.model.diffusion_model.blocks[1].self_attn
     cross = MODEL.model.diffusion_model.blocks[1].cross_attn
@@ -261,13 +299,40 @@ def test_compiled_models_give_the_same_and_never_compile_again(keys, settings, f
     torch._dynamo.reset()
 
 
-def test_easycache_skips_steps_beside_it():
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_easycache_skips_steps_beside_it(node):
     def cached(model):
-        return EasyCacheNode.execute(model, 10.0, 0.1, 1.0, False).result[0]
+        return node.execute(model, 10.0, 0.1, 1.0, False).result[0]
 
     results = [sample(cached(shown()), steps=8), sample(shown(cached(MODEL)), steps=8)]
     assert torch.equal(*results) and not torch.equal(results[0], sample(shown(), steps=8))
     assert not torch.equal(results[0], sample(cached(MODEL), steps=8))
+
+
+@pytest.mark.parametrize("settings", [{}, {"strength": 0.5}])
+def test_an_identity_prior_sees_the_cross_attention_beside_it(settings):
+    """With a strength no attention of the user's is asked about the video, only about the text."""
+    seen = []
+
+    class Recorder:
+        def record(self, index, q, k, heads, options):
+            seen.append((index, k.shape[1]))
+
+    one = identity(**settings)
+    for model in (capture.watched(shown(MODEL, one)), shown(capture.watched(MODEL), one)):
+        result = call(model, X, options={capture.KEY: Recorder()})
+        assert seen == [(0, 4), (1, 4), (2, 4)] and torch.equal(result, call(shown(MODEL, one), X))
+        seen.clear()
+
+
+def test_a_guidance_that_skips_a_block_beside_it():
+    """The host's node puts its own patch in place of ours, for one call of the model in every step."""
+    def guided(model):
+        return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1").result[0]
+
+    results = [sample(guided(shown())), sample(shown(guided(MODEL)))]
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], sample(shown())) and not torch.equal(results[0], sample(guided(MODEL)))
 
 
 def test_the_adapter_is_not_touched():

@@ -137,6 +137,7 @@ def test_batches_alpha_grey_and_what_is_refused():
         ((torch.ones(1, 4, 4, 2), ReferenceConfig()), "image has shape"),
         ((picture(), ReferenceConfig(), torch.ones(3, 60, 100)), "mask has shape"),
         ((picture(), ReferenceConfig(), None, [[{"x": 1}]]), "no x, y, width and height"),
+        ((images.repeat(2, 1, 1, 1), ReferenceConfig(), None, boxes), "bboxes are of 2 pictures and image holds 4"),
         ((picture(), ReferenceConfig(), None, [[box(500, 500, 10, 10)]]), "outside the picture"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -59,7 +59,12 @@ def test_it_learns_in_the_published_names_and_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpointing):
     """One step from a random adapter: loss and every gradient, against autograd through the formulas in fp64."""
+    def users_own(function, q, k, v, heads, **kwargs):
+        """Without a backward pass, as SageAttention is; training must not use it."""
+        return function(q.detach(), k.detach(), v.detach(), heads, **kwargs)
+
     model = wan()
+    model.model_options["transformer_options"]["optimized_attention_override"] = users_own
     start = tiny_model.video_adapter(model, seed=4)
     monkeypatch.setattr(method, "new_adapter", lambda *_a: method.adapter_from(start))
     seen = {}
@@ -160,6 +165,8 @@ def test_the_node_takes_batches_and_lists_and_one_for_all():
         (listed, [listed[0]], [text], "single pictures of one size"),
         (listed, [one, {"samples": draw(1, 1, 16, 1, 6, 6)}], [text], "single pictures of one size"),
         ([{"samples": torch.full(SHAPE, float("nan"))}], [one], [text], "latents hold NaN"),
+        ([{"samples": draw(1, 1, 48, 2, 4, 4)}], [one], [text], "latents has 48 channels .* 16: .* VAE of this model"),
+        (listed, [{"samples": draw(1, 1, 4, 4, 4)}], [text], "references has 4 channels and the model's latents have"),
         ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents hold something else"),
         ([{"samples": torch.ones(0, *SHAPE[1:])}], [one], [text], "latents hold no latent"),
     ):

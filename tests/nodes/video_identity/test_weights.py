@@ -1,5 +1,7 @@
 """What is exactly off, and where and how strongly a reference acts: strength, masks, windows, steps and blocks."""
 
+import logging
+
 import comfy.model_patcher
 import pytest
 import torch
@@ -51,6 +53,14 @@ def test_zero_is_bit_identical_to_the_plain_model():
     x = draw(2, 1, 16, 2, 8, 6)
     masked = shown(MODEL, identity(mask=mask))
     assert torch.equal(call(masked, x, options={"context_window": part}), call(MODEL, x))
+
+
+def test_an_empty_mask_is_said_and_strength_zero_is_not(caplog):
+    with caplog.at_level(logging.WARNING):
+        shown(MODEL, identity(strength=0.0, mask=torch.zeros(1, 64, 64)))
+        assert not caplog.text
+        shown(MODEL, identity(mask=torch.zeros(1, 64, 64)))
+    assert "the mask is 0 everywhere" in caplog.text
 
 
 def test_an_all_one_mask_is_the_unmasked_model():
