@@ -5,11 +5,11 @@
     python workflows/models/train_puppets_wan.py --stage export  # write both files from what has been trained
 
 Stages: `vae` (Wan's autoencoder on single frames), `motion` (on short clips), `latents`, `dit` (the transformer on
-single frames, then on clips of 17), `export` (both files), `adapter` (by the pack's own training, for the exported
-transformer; its file). Captions are read by the text encoder of `puppets_sd.safetensors`,
-which stays as it is: one encoder serves both models. Seeded by step number, the same on a GPU and on a CPU. A
-stage's length is fixed when it begins, since learning rates fall to 0 at its end. State lies under
-`.cache/training/puppets_wan`; delete what follows a stage that is trained again.
+single frames, then on clips of 17), `looks` (it learns to keep what a clean first frame shows), `export` (both
+files), `adapter` (by the pack's own training, for the exported transformer; its file). Captions are read by the text encoder
+of `puppets_sd.safetensors`, which stays as it is: one encoder serves both models. Seeded by step number, the same on
+a GPU and on a CPU. A stage's length is fixed when it begins, since learning rates fall to 0 at its end. State lies
+under `.cache/training/puppets_wan`; delete what follows a stage that is trained again.
 """
 
 import argparse
@@ -60,13 +60,14 @@ def export(config: stages.Config, device) -> None:
     _, clips = stages.latents(STATE, config)
     mean, deviation = stages.statistics(clips)
     vae = stages.trained_vae(STATE, config, device)["vae"]
-    state = torch.load(STATE / "dit.pt", map_location="cpu", weights_only=True)
+    state = torch.load(STATE / "looks.pt", map_location="cpu", weights_only=True)
     training = {**dataclasses.asdict(config), "steps": state["done"], "text_encoder": wan_export.sha256(ENCODER)}
     wan_export.save_vae(AUTOENCODER, vae, mean, deviation, training)
     wan_export.save_dit(TRANSFORMER, state["modules"]["average"], training)
     for path in (TRANSFORMER, AUTOENCODER):
         print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, sha256 {wan_export.sha256(path)}")
-    print(f"transformer step {state['done']}, last losses {[round(loss, 4) for _, loss in state['log'][-3:]]}")
+    losses = [round(loss, 4) for _, loss in state["log"][-3:]]
+    print(f"transformer step {state['done']} of the last stage, last losses {losses}")
     print(f"PSNR {stages.picture_psnr(vae, STATE, config, device):.2f} dB on pictures, "
           f"{stages.clip_psnr(vae, config, device):.2f} dB on clips")
     print("latent to RGB:", np.round(preview(config, clips, mean.numpy(), deviation.numpy()), 4).tolist())
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stage_names = ["all", "vae", "motion", "latents", "dit", "export", "adapter"]
+    stage_names = ["all", "vae", "motion", "latents", "dit", "looks", "export", "adapter"]
     parser.add_argument("--stage", choices=stage_names, default="all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
     for field in (*dataclasses.fields(stages.Config), *dataclasses.fields(wan_adapter.AdapterConfig)):
@@ -106,6 +107,7 @@ def main() -> None:
         "motion": lambda: stages.train_motion(STATE, config, device, deadline),
         "latents": lambda: stages.encode_all(STATE, config, device, deadline),
         "dit": lambda: stages.train_dit(STATE, config, device, deadline, ENCODER),
+        "looks": lambda: stages.train_looks(STATE, config, device, deadline, ENCODER),
     }
     for name, train in steps.items():
         if arguments.stage in ("all", name) and not train():

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import whole_clip
 from comfy.ldm.wan.model import WanModel
-from pack.nodes.puppets import render, theatre, world
+from pack.nodes.puppets import captions, render, theatre, world
 from pack.nodes.puppets.config import Take
 from pack.nodes.training.session import host_in_training
 from timeboxed import Optimiser, Stage, autocast, pictures, reconstruction_loss
@@ -57,6 +57,8 @@ class Config:
     image_batch: int = 48
     clip_steps: int = 1_300  # after those, on clips
     clip_batch: int = 12
+    looks_steps: int = 1_600  # after those, with clean first frames and captions without clothes
+    looks_rate: float = 0.5  # of the learning rates before
     dit_lr: float = 6e-4
     ema: float = 0.998
     drop_caption: float = 0.1
@@ -303,42 +305,94 @@ def noise_levels(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def flow_loss(dit, clean, noise, sigma, context):
-    """Flow matching: the velocity from latents to noise at clean + sigma * (noise - clean). All [B, 16, T, h, w]."""
-    level = sigma[:, None, None, None, None]
+    """Flow matching: the velocity from latents to noise at clean + sigma * (noise - clean). All [B, 16, T, h, w].
+
+    sigma is [B], or [B, T] where frames differ; those at 0 are given, not learnt.
+    """
+    level = (sigma[:, None] if sigma.ndim == 1 else sigma)[:, None, :, None, None]
     with autocast(clean.device):
         output = dit(torch.lerp(clean, noise, level), sigma * 1000, context=context).float()
-    return F.mse_loss(output, noise - clean)
+    learnt = (level > 0).expand_as(noise)
+    return F.mse_loss(output[learnt], (noise - clean)[learnt])
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a step learns from: latents as encoded [B, 16, T, h, w], a text each, whether its first frame is given.
+
+    The texts are read last, after noise and levels, as they were when the shipped model was trained.
+    """
+
+    latents: np.ndarray
+    texts: Iterable[str]
+    given: np.ndarray
 
 
 def train_dit(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
     """On single frames, then on clips; `encoder` is the checkpoint whose text encoder reads the captions."""
-    dit = make_dit(config, device)
-    average = copy.deepcopy(dit).requires_grad_(False)
-    steps = config.image_steps + config.clip_steps
-    stage = Stage(state / "dit.pt", Optimiser(dit, config.matrix_lr, config.dit_lr), steps,
-                  {"live": dit, "average": average}, deadline)
-    if stage.done >= steps:
-        return True
-    text = text_encoder.trained(encoder, device)
     images, clips = latents(state, config)
-    mean, deviation = (value[:, None, None, None].to(device) for value in statistics(clips))
 
-    def step(index):
-        rng = rng_for(config, "dit", index)
-        if index:
-            decay = min(config.ema, (1 + index) / (10 + index))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(dit.parameters()), 1 - decay)
+    def draw(rng: np.random.Generator, index: int) -> Batch:
         moving = index >= config.image_steps
         data = clips if moving else images
         chosen = rng.integers(0, len(data), config.clip_batch if moving else config.image_batch)
         takes = [clip_takes(int(i)) if moving else (world.sample_take(int(i), "train"),) for i in chosen]
-        clean = (torch.from_numpy(data[chosen]).to(device).float() - mean) / deviation
+        texts = (text_encoder.training_text(shown, rng, config.drop_caption) for shown in takes)
+        return Batch(data[chosen], texts, np.zeros(len(chosen), bool))
+
+    steps = config.image_steps + config.clip_steps
+    return _train_flow("dit", make_dit(config, device), steps, 1, draw, state, config, device, deadline, encoder)
+
+
+def train_looks(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
+    """Goes on from `train_dit` with clips of which half name no clothes and half have a clean first frame.
+
+    So the model learns to invent looks, and to keep those that a frame shows, as an image-to-video model does.
+    """
+    clips = latents(state, config)[1]
+    dit = make_dit(config, device)
+    dit.load_state_dict(torch.load(state / "dit.pt", map_location=device, weights_only=True)["modules"]["average"])
+
+    def draw(rng: np.random.Generator, index: int) -> Batch:
+        chosen = rng.integers(0, len(clips), config.clip_batch)
+        bare, given = rng.random((2, len(chosen))) < 0.5
+        texts = (
+            captions.group_caption(clip_takes(int(i))) if plain and rng.random() >= config.drop_caption
+            else text_encoder.training_text(clip_takes(int(i)), rng, config.drop_caption)
+            for i, plain in zip(chosen, bare, strict=True)
+        )
+        return Batch(clips[chosen], texts, given)
+
+    return _train_flow(
+        "looks", dit, config.looks_steps, config.looks_rate, draw, state, config, device, deadline, encoder
+    )
+
+
+def _train_flow(name, dit, steps, rate, draw, state, config: Config, device, deadline: float, encoder: Path) -> bool:
+    """Learn from `draw(random numbers, step)` with the config's learning rates times `rate`."""
+    average = copy.deepcopy(dit).requires_grad_(False)
+    optimiser = Optimiser(dit, rate * config.matrix_lr, rate * config.dit_lr)
+    stage = Stage(state / f"{name}.pt", optimiser, steps, {"live": dit, "average": average}, deadline)
+    if stage.done >= steps:
+        return True
+    text = text_encoder.trained(encoder, device)
+    mean, deviation = (value[:, None, None, None].to(device) for value in statistics(latents(state, config)[1]))
+
+    def step(index):
+        rng = rng_for(config, name, index)
+        if index:
+            decay = min(config.ema, (1 + index) / (10 + index))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(dit.parameters()), 1 - decay)
+        batch = draw(rng, index)
+        clean = (torch.from_numpy(batch.latents).to(device).float() - mean) / deviation
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
         sigma = torch.from_numpy(noise_levels(rng, len(clean))).to(device)
-        texts = [text_encoder.training_text(shown, rng, config.drop_caption) for shown in takes]
+        if batch.given.any():
+            sigma = sigma[:, None].repeat(1, clean.shape[2])
+            sigma[torch.from_numpy(batch.given).to(device), 0] = 0
         with torch.no_grad():
-            context = text(text_encoder.tokens(texts, device)).last_hidden_state
+            context = text(text_encoder.tokens(list(batch.texts), device)).last_hidden_state
         return flow_loss(dit, clean, noise, sigma, context)
 
     with host_in_training():

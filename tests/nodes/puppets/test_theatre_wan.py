@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 TINY = wan_stages.Config(
     size=32, pictures=4, clips=3, vae_dim=8, vae_steps=2, vae_batch=2, vae_crop=16, motion_steps=2,
     motion_frames=5, motion_crop=16, image_steps=1, image_batch=2, clip_steps=1, clip_batch=2,
+    looks_steps=2,
 )
 PROMPT = "a red striped cat waving right on a beach"
 
@@ -219,7 +220,7 @@ class Clock:
 
 
 # By stage, the question that is asked before the second step (or part).
-BEFORE_SECOND = {"vae": 4, "motion": 4, "encode": 2, "dit": 4}
+BEFORE_SECOND = {"vae": 4, "motion": 4, "encode": 2, "dit": 4, "looks": 4}
 
 
 def run_stages(folder, monkeypatch, interrupted):
@@ -228,7 +229,8 @@ def run_stages(folder, monkeypatch, interrupted):
         images = [render.render(world.sample_take(i, split), TINY.size).image for i in range(count)]
         np.save(folder / f"{split}_{count}_{TINY.size}.npy", np.stack(images))
     stages = {"vae": wan_stages.train_vae, "motion": wan_stages.train_motion, "encode": wan_stages.encode_all,
-              "dit": functools.partial(wan_stages.train_dit, encoder=ENCODER)}
+              "dit": functools.partial(wan_stages.train_dit, encoder=ENCODER),
+              "looks": functools.partial(wan_stages.train_looks, encoder=ENCODER)}
     calls = dict.fromkeys(stages, 1)
     for name, stage in stages.items():
         clock = Clock(BEFORE_SECOND[name] if interrupted else 0)
@@ -257,7 +259,7 @@ def test_interrupted_stages_give_the_same_bits(tmp_path, monkeypatch):
     assert set(run_stages(folders[0], monkeypatch, False).values()) == {1}
     assert set(run_stages(folders[1], monkeypatch, True).values()) == {2}
     straight, interrupted = (
-        {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("vae", "motion", "dit")}
+        {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("vae", "motion", "dit", "looks")}
         for folder in folders
     )
     for name, state in straight.items():
@@ -314,3 +316,18 @@ def test_a_reference_is_the_same_puppet_on_white_in_no_held_out_action():
     assert not {(who.species, take.action) for take in takes} & world.HELD_OUT_PAIRS
     image = wan_adapter.reference_image(takes[0], 96)
     assert image.shape == (1, 96, 96, 3) and (image[0, [0, 0, -1, -1], [0, -1, 0, -1]] > 0.97).all()
+
+
+def test_a_given_frame_is_clean_and_not_learnt():
+    generator = torch.Generator().manual_seed(3)
+    clean, noise = torch.randn(2, 1, 16, 2, 4, 4, generator=generator)
+    seen = []
+
+    def blind(x, timestep, context):
+        seen.append((x, timestep))
+        return torch.zeros_like(x)
+
+    loss = wan_stages.flow_loss(blind, clean, noise, torch.tensor([[0.0, 0.5]]), None)
+    (x, timestep), = seen
+    assert torch.equal(x[:, :, 0], clean[:, :, 0]) and timestep.tolist() == [[0.0, 500.0]]
+    assert torch.allclose(loss, (noise - clean)[:, :, 1].square().mean())
