@@ -33,6 +33,7 @@ SUBJECTS, DEVELOPMENT_SUBJECTS = 8, 2
 COMPARED = ("composition", "identity", "action", "background_error", "identity_error", "joint_error", "error")
 
 OURS = "ours"
+ENCODED = ("source through the autoencoder", "truth through the autoencoder")
 WORDS_CFG = sampling.CFG  # without a prior, what the checkpoint was measured with
 DENOISE = 0.75
 PRIOR, PLAIN, SHORT = Learning(), Learning(prior_weight=0.0), Learning(short_captions=True)
@@ -75,18 +76,21 @@ ARMS = {
 
 
 def pictures(editor: Editor, arms: dict[str, Arm], stage: Stage, kept: report.Pictures) -> dict[str, np.ndarray]:
-    """Every arm's pictures, and what they are to be compared with."""
-    count = len(stage.edits)
-    key = report.fingerprint(stage.subjects, [prompt(edit.truth) for edit in stage.edits])
-    found = {"source itself": stage.source}
-    for name, shown in (("source", stage.source), ("truth", stage.truth)):
-        decode = functools.partial(editor.theatre.round_trip, shown)
-        found[f"{name} through the autoencoder"] = kept.get(f"{name}_{key}", count, EDITS, decode)
-    for label, arm in arms.items():
-        setting = report.fingerprint(key, arm, editor.settings(arm), STEPS, SAMPLER, SEED)
-        found[label] = kept.get(setting, count, EDITS, functools.partial(editor.edited, arm))
-        print(f"{label}, {count} pictures", flush=True)
-    return found
+    """Every arm's pictures, and what they are to be compared with; one subject after the other."""
+    made: dict[str, list[np.ndarray]] = {name: [] for name in ("source itself", *ENCODED, *arms)}
+    for i, one in enumerate(stage.subjects):
+        some = slice(i * EDITS, (i + 1) * EDITS)
+        key = report.fingerprint(one, [prompt(edit.truth) for edit in one.edits])
+        made["source itself"].append(stage.source[some])
+        for name, shown in zip(ENCODED, (stage.source, stage.truth)):
+            decode = functools.partial(editor.theatre.round_trip, shown[some])
+            made[name].append(kept.get(f"{name.split()[0]}_{key}", EDITS, EDITS, decode))
+        for label, arm in arms.items():
+            setting = report.fingerprint(key, arm, editor.settings(arm), STEPS, SAMPLER, SEED)
+            edit = functools.partial(editor.edited, arm, i)
+            made[label].append(kept.get(setting, EDITS, EDITS, lambda _start, _stop, edit=edit: edit()))
+            print(f"subject {i}: {label}", flush=True)
+    return {label: np.concatenate(parts) for label, parts in made.items()}
 
 
 def comparisons(rows: list[dict]) -> dict:

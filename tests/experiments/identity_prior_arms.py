@@ -122,9 +122,9 @@ class Editor:
         masks = torch.from_numpy(self.stage.masks[some]).float()
         return F.max_pool2d(masks.unsqueeze(1), 8).squeeze(1)
 
-    def edited(self, arm: Arm, start: int, stop: int) -> np.ndarray:
-        """The arm's pictures of cases `start` to `stop` - 1, all edits of one subject."""
-        theatre, some, i = self.theatre, slice(start, stop), start // EDITS
+    def edited(self, arm: Arm, i: int) -> np.ndarray:
+        """The arm's pictures of all edits of subject `i`."""
+        theatre, some = self.theatre, slice(i * EDITS, (i + 1) * EDITS)
         takes = [edit.truth for edit in self.stage.edits[some]]
         latents = theatre.encode(self.stage.source[some])
         noise = noise_mask = None
@@ -148,7 +148,7 @@ class Editor:
         begin = latents if arm.denoise < 1 or arm.background == "inpaint" or arm.start == "inverted" else None
         with torch.inference_mode():
             made = theatre.sample(
-                theatre.sampler(SAMPLER), positive, [SEED + case for case in range(start, stop)], begin,
+                theatre.sampler(SAMPLER), positive, [SEED + i * EDITS + j for j in range(EDITS)], begin,
                 arm.denoise, steps=STEPS, cfg=arm.cfg, model=model, noise=noise, noise_mask=noise_mask,
             )
             return theatre.decode(made)
