@@ -37,10 +37,10 @@ EXTENSION = ".safetensors"
 
 # The theatre's own files, by the host's list that shows them and the folder of `workflows/models` they lie in.
 THEATRE_FILES = {
-    "checkpoints": "puppets_sd.safetensors",
-    "diffusion_models": "puppets_wan.safetensors",
-    "vae": "puppets_wan_vae.safetensors",
-    "loras": "puppets_wan_identity.safetensors",
+    "checkpoints": ("puppets_sd.safetensors",),
+    "diffusion_models": ("puppets_wan.safetensors",),
+    "vae": ("puppets_wan_vae.safetensors",),
+    "loras": ("puppets_sd_identity.safetensors", "puppets_wan_identity.safetensors"),
 }
 
 MAX_HEADER = 8 << 20  # bytes; a 14-billion-parameter model's header is under one tenth of it
@@ -365,8 +365,8 @@ def register_folders() -> None:
         folder_paths.folder_names_and_paths[key] = (paths, endings)
     if theatre_enabled():
         models = PACK_ROOT / "workflows" / "models"
-        for key, file in THEATRE_FILES.items():
-            if (models / key / file).is_file():
+        for key, names in THEATRE_FILES.items():
+            if any((models / key / name).is_file() for name in names):
                 folder_paths.add_model_folder_path(key, str(models / key))
 
 

@@ -26,8 +26,9 @@ KEY = "understudy_token_attention"
 # The entry of a CONDITIONING that says which of its tokens are the subject.
 SUBJECT_COLUMNS = "understudy_subject_columns"
 _OVERRIDE = "optimized_attention_override"
-# Ours: UNets know subjects best in their coarse layers, of so many cells or more; 16 is Prompt-to-Prompt's.
-_BEST_CELLS = 16
+# Ours: UNets know subjects best in their coarse layers, of so many cells or more. In SD these have 16, as in
+# Prompt-to-Prompt, since only the middle block is coarser; on the theatre 8 overlap better with the true masks.
+_BEST_CELLS = 8
 # Ours: SD 1.5 has five such layers, SDXL 60 and Wan 14B 14; watching so many would cost more than they tell.
 _MOST_LAYERS = 5
 

@@ -372,11 +372,13 @@ def test_damaged_settings_leave_the_theatre_open(output, content):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_theatre_s_models_stand_only_in_the_lists_they_belong_to(tmp_path, output, monkeypatch, enabled):
     models = tmp_path / "pack" / "workflows" / "models"
-    (models / "checkpoints").mkdir(parents=True)
-    (models / "checkpoints" / files.THEATRE_FILES["checkpoints"]).touch()
+    shipped = {"checkpoints": files.THEATRE_FILES["checkpoints"][0], "loras": files.THEATRE_FILES["loras"][-1]}
+    for key, name in shipped.items():
+        (models / key).mkdir(parents=True)
+        (models / key / name).touch()
     monkeypatch.setattr(files, "PACK_ROOT", tmp_path / "pack")
     monkeypatch.setenv("UNDERSTUDY_THEATRE", str(int(enabled)))
     files.register_folders()
     shown = [key for key in files.THEATRE_FILES if str(models / key) in folder_paths.get_folder_paths(key)]
-    assert shown == (["checkpoints"] if enabled else [])
-    assert (files.THEATRE_FILES["checkpoints"] in files.list_files("checkpoints")) is enabled
+    assert shown == (list(shipped) if enabled else [])
+    assert all((name in files.list_files(key)) is enabled for key, name in shipped.items())

@@ -13,10 +13,10 @@ FACTORS = {
     "SD 1.5": FOUR_LEVELS, "SD 2.1": FOUR_LEVELS, "SDXL": [2] * 4 + [4] * 60 + [2] * 6,
     "Wan 2.1 1.3B": [2] * 30, "Wan 2.1 14B": [2] * 40,
 }
-# The longer side of latents of 512, 768, 1024 and 832 pixels.
+# The longer side of latents of 512, 768, 1024, 256 and 832 pixels.
 AUTO = [
     ("SD 1.5", 64, {4, 5, 7, 8, 9}), ("SD 2.1", 96, {4, 5, 7, 8, 9}), ("SD 1.5", 128, {4, 5, 7, 8, 9}),
-    ("SDXL", 128, {4, 19, 34, 48, 63}),
+    ("SDXL", 128, {4, 19, 34, 48, 63}), ("SD 1.5", 32, {4, 5, 7, 8, 9}),
     ("Wan 2.1 1.3B", 104, {10, 12, 14, 17, 19}), ("Wan 2.1 14B", 104, {13, 16, 19, 23, 26}),
 ]
 
@@ -37,7 +37,7 @@ def test_every_cross_attention_is_known_with_its_cells(name):
 
 
 @pytest.mark.parametrize(("name", "side", "expected"), AUTO)
-def test_auto_takes_five_layers_of_about_sixteen_cells_or_in_the_middle(name, side, expected):
+def test_auto_takes_five_layers_of_the_coarsest_or_in_the_middle(name, side, expected):
     found = layers(name)
     assert capture.chosen_layers(found, MaskConfig(), side) == expected
     assert len(capture.chosen_layers(found, MaskConfig(layers="all"), side)) == len(found)

@@ -120,7 +120,7 @@ def test_the_threshold_cuts_the_range_of_each_map():
 def test_a_spot_is_found_where_it_is_and_enlarged_with_the_latent():
     heat = torch.zeros(1, 1, 8, 8)
     heat[..., 2:4, 5:7] = 1
-    mask = method.subject_mask(heat, (32, 32), MaskConfig(threshold=0.5))
+    mask = method.subject_mask(heat, (32, 32), MaskConfig(threshold=0.5, smoothing=0.5))
     rows, columns = mask[0, 0].nonzero().T
     assert 7 <= rows.min() <= 9 and 14 <= rows.max() <= 16 and 19 <= columns.min() <= 21 and columns.max() <= 28
 

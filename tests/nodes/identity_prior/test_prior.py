@@ -9,13 +9,14 @@ import diffusers
 import folder_paths
 import pytest
 import safetensors.torch
+import tiny_clip
 import tiny_model
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
-from identity_edits import SHAPE
+from identity_edits import SHAPE, blended, inverted, sample, v_prediction
 from pack.nodes import files
 from pack.nodes.fingerprint import fingerprint
-from pack.nodes.identity_prior import capture, method, prior_files, references
+from pack.nodes.identity_prior import blending, capture, method, prior_files, references
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEncodeIdentity,
     UnderstudyLoadIdentityPrior,
@@ -111,6 +112,39 @@ def test_a_prior_is_trained_previewed_saved_and_loaded(output, loaded, puppets, 
     model, known, trigger = UnderstudyLoadIdentityPrior.execute(loaded[0], name, 1.0).result
     assert known == identity and trigger == "sks robot" and "another base" not in caplog.text
     assert len(model.patches) == len(stems)
+
+
+class Shrinking:
+    """A VAE of latents that are the picture's colours, an eighth the size."""
+
+    def encode(self, pictures):
+        small = torch.nn.functional.avg_pool2d(pictures[..., :3].movedim(-1, 1), 8)
+        return torch.cat([small, small.mean(1, keepdim=True)], 1) * 2 - 1
+
+
+@pytest.mark.parametrize(("kind", "make"), [("SD 2.1", v_prediction), ("SDXL", tiny_model.xl)])
+def test_models_of_v_prediction_and_of_two_encoders_learn_and_edit(puppets, kind, make):
+    """With class pictures of their own; then the prior edits: it is inverted with and blended."""
+    model = tiny_model.as_loaded(make())
+    given = model, tiny_clip.as_loaded(tiny_clip.clip(kind)), Shrinking()
+    images, captions = puppets
+    lora, identity, losses = train(given, images, captions, steps=3, learning_rate=1e-2, class_count=1)
+    assert torch.isfinite(torch.tensor(losses["loss"])).all()
+    assert all(weight.any() for key, weight in lora.items() if "lora_up" in key), "zero until learnt"
+    learnt = prior_files.apply(model, lora, identity, 1.0, "prior")
+    assert len(learnt.patches) == len(lora) // 3 and identity.base == fingerprint(model)
+    positive = UnderstudyEncodeIdentity.execute(given[1], identity, "a {subject} waving").result[0]
+    with torch.inference_mode():
+        latent = {"samples": given[2].encode(images[0])}
+    found = inverted(learnt, given=latent, positive=positive, steps=4)
+    patched = blended(learnt, found=found, positive=positive, threshold=0.9, grow=0)
+    edited = sample(
+        patched, found=found, positive=positive, negative=positive, latent=latent["samples"],
+        shape=latent["samples"].shape,
+    )
+    joined = torch.maximum(*blending.masks_of(patched, edited)).expand_as(edited)
+    assert 0 < joined.mean() < 1 and torch.isfinite(edited).all()
+    torch.testing.assert_close(edited[joined == 0], latent["samples"][joined == 0], rtol=1e-4, atol=1e-5)
 
 
 def test_batches_cost_one_pass_of_twice_their_size(loaded, puppets):
