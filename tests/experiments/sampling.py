@@ -25,6 +25,14 @@ def training_pictures(path: Path) -> int:
         return json.loads((file.metadata() or {}).get("config", "{}")).get("pictures", 0)
 
 
+def joined(entries: Sequence) -> list:
+    """One CONDITIONING whose batch holds these entries, one a picture, with the options of the first."""
+    options = dict(entries[0][1])
+    if options.get("pooled_output") is not None:
+        options["pooled_output"] = torch.cat([entry[1]["pooled_output"] for entry in entries])
+    return [[torch.cat([entry[0] for entry in entries]), options]]
+
+
 class Theatre:
     """MODEL, CLIP and VAE of a checkpoint. Pictures: uint8 [N, H, W, 3]; latents: [N, 8, H/8, W/8]."""
 
@@ -46,11 +54,7 @@ class Theatre:
 
     def prompts(self, texts: Sequence[str]) -> list:
         """One CONDITIONING whose batch holds one prompt a picture."""
-        encoded = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in texts]
-        options = dict(encoded[0][1])
-        if options.get("pooled_output") is not None:
-            options["pooled_output"] = torch.cat([entry[1]["pooled_output"] for entry in encoded])
-        return [[torch.cat([entry[0] for entry in encoded]), options]]
+        return joined([self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in texts])
 
     def encode(self, pictures: np.ndarray) -> torch.Tensor:
         """Latents as the VAE Encode node gives them."""
@@ -72,6 +76,11 @@ class Theatre:
         """A SAMPLER of the host."""
         return self._samplers.sampler_object(name)
 
+    def sigmas(self, steps: int = STEPS, denoise: float = 1.0) -> torch.Tensor:
+        """Those of `steps` steps, the last ones of a longer schedule where `denoise` < 1."""
+        sampling = self.model.get_model_object("model_sampling")
+        return self._samplers.calculate_sigmas(sampling, self.scheduler, round(steps / denoise))[-(steps + 1) :]
+
     def sample(
         self,
         sampler,
@@ -83,27 +92,30 @@ class Theatre:
         cfg: float = CFG,
         size: int = 128,
         model=None,
+        noise: torch.Tensor | None = None,
+        noise_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Latents from `seeds`, one a picture; img2img where `latents` are given and `denoise` < 1.
 
-        `model` is a patched clone of the theatre's to use instead of it.
+        `model` is a patched clone of the theatre's to use instead of it; `noise` is used instead of the seeds' own;
+        `noise_mask` [N, 1, H, W], in latent cells, is 1 where the picture may change.
         """
-        # Every picture has the noise of its own seed, so that a case does not depend on its batch.
-        shape = self.latent_shape(size)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        if noise is None:
+            # Every picture has the noise of its own seed, so that a case does not depend on its batch.
+            shape = self.latent_shape(size)
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         start = torch.zeros_like(noise) if latents is None else latents
-        sampling = self.model.get_model_object("model_sampling")
-        sigmas = self._samplers.calculate_sigmas(sampling, self.scheduler, round(steps / denoise))[-(steps + 1) :]
         negative = self.prompts([self.negative] * len(noise))
         return self._sample.sample_custom(
             self.model if model is None else model,
             noise,
             cfg,
             sampler,
-            sigmas,
+            self.sigmas(steps, denoise),
             positive,
             negative,
             start,
+            noise_mask=noise_mask,
             disable_pbar=True,
             seed=int(seeds[0]),
         )
