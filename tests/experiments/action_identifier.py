@@ -198,11 +198,14 @@ class Stage:
         euler, found = self.theatre.sampler("euler"), []
         for i, take in enumerate(cases(action, develop=True)):
             latent = self.theatre.encode(drawn([take]))
-            found.append([
-                float((self.theatre.sample(
+            steps = [
+                self.theatre.sample(
                     euler, positive(take), [SEED + i], latent, cfg=1.0, model=model, sigmas=torch.tensor([sigma, 0.0])
-                ) - latent).square().mean()) / sigma**2
-                for sigma in DEVELOPMENT_SIGMAS
+                ) for sigma in DEVELOPMENT_SIGMAS
+            ]
+            found.append([
+                float((denoised - latent).detach().square().mean()) / sigma**2
+                for denoised, sigma in zip(steps, DEVELOPMENT_SIGMAS, strict=True)
             ])
         return np.array(found).mean(1)
 

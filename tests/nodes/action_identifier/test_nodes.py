@@ -72,6 +72,11 @@ def test_it_trains_on_lists_batches_and_lines_alike():
     assert torch.isfinite(grey.tokens["l"]).all() and len(loss_map["loss"]) == 2
 
 
+def test_the_noise_levels_weight_reaches_the_training():
+    plain, weighed = (train(min_snr_gamma=[gamma])[0].tokens["l"] for gamma in (0.0, 0.1))
+    assert torch.equal(plain, train()[0].tokens["l"]) and not torch.equal(plain, weighed)
+
+
 @pytest.mark.parametrize(("given", "message"), [
     ({"images": [images(1)], "subjects": ["a cat"]}, "images holds 1 picture: give at least 2"),
     ({"subjects": ["a cat\na dog"]}, "subjects has 2 texts for 3 pictures"),
