@@ -32,7 +32,8 @@ class ActionTrainingConfig:
     context_learning_rate: float = 5e-3
     # Ours: actions that a base model can draw, to set against the one that is learnt.
     contrast_words: str = "standing, sitting, running, jumping, kicking"
-    # False: no triples and no masks, as P+ (arXiv 2303.09522) learns tokens for each layer; for comparisons.
+    # False: no triples and no masks, as P+ (arXiv 2303.09522) learns tokens for each layer, from batches; for
+    # comparisons.
     triples: bool = True
     # False: one token for all layers, as textual inversion (arXiv 2208.01618) has; for comparisons.
     layer_wise: bool = True

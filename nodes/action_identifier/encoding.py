@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..identity_prior import subject
+from ..identity_prior.method import SUBJECT, Identity
 from .method import ActionError, ActionIdentifier
 
 # What the host's tokenizers give: encoder -> sections of (token id or embedding, weight).
@@ -24,13 +26,13 @@ _STAND_INS = ("sks", "zwx", "vkt", "xjq", "zebra", "violin", "copper", "garden")
 _AT_ONCE = 16
 
 
-def expand_subject(text: str, identity: Any) -> str:
+def expand_subject(text: str, identity: Identity | None) -> str:
     """`text` with {subject} as an identity prior's token and class noun. Raises ValueError where one is missing."""
-    if "{subject}" not in text:
+    if SUBJECT not in text:
         return text
     if identity is None:
-        raise ValueError("text contains {subject}: connect `identity`, or write the subject in words")
-    return text.replace("{subject}", f"{identity.token} {identity.class_noun}")
+        raise ValueError(f"text contains {SUBJECT}: connect `identity`, or write the subject in words")
+    return text.replace(SUBJECT, identity.trigger)
 
 
 def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
@@ -88,7 +90,7 @@ class Prompt:
         self.places: dict[str, list[tuple[str, int]]] = {}
         self.tokens: Tokens = {}
         for encoder in next(iter(counts.values())):
-            marked, mark = _marked(tokenize, pattern, text, encoder, counts)
+            _, marked, mark = _marked(tokenize, text, encoder, counts)
             self.tokens[encoder] = [
                 [(_MARK if _is(token, mark) else token, weight) for token, weight in section]
                 for section in marked[encoder]
@@ -121,18 +123,34 @@ def _vector(vectors, encoder: str, place: tuple[str, int]) -> torch.Tensor:
     return vectors[placeholder][encoder][index]
 
 
-def _marked(tokenize, pattern: re.Pattern, text: str, encoder: str, counts) -> tuple[Tokens, int]:
-    """The tokenized text with a stand-in's id at each place of an identifier's token, and that id."""
+def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int]:
+    """The text with a word for each of an identifier's tokens, this text tokenized, and the id of the word."""
+    pattern = _pattern(counts)
     in_text = {token for section in tokenize(pattern.sub(" ", text))[encoder] for token, _ in section}
     for word in _STAND_INS:
         ids = word_ids(tokenize, word)[encoder]
         if len(ids) != 1 or ids[0] in in_text:
             continue
-        marked = tokenize(pattern.sub(lambda match: f" {' '.join([word] * counts[match[0]][encoder])} ", text))
+        written = pattern.sub(lambda match: f" {' '.join([word] * counts[match[0]][encoder])} ", text)
+        marked = tokenize(written)
         found = sum(_is(token, ids[0]) for section in marked[encoder] for token, _ in section)
         if found == sum(counts[match[0]][encoder] for match in pattern.finditer(text)):
-            return marked, ids[0]
+            return written, marked, ids[0]
     raise ValueError(f"no word is free to stand for the action in text: leave out one of {', '.join(_STAND_INS)}")
+
+
+def name_subject(
+    conditioning: list, clip: Any, text: str, actions: Sequence[ActionIdentifier], identity: Identity
+) -> list:
+    """The CONDITIONING of `encode`, with the columns in which its layers read the identity's words.
+
+    Where an action takes more or fewer tokens than its initial word, they are other columns than of the plain prompt.
+    Raises ValueError as Encode Identity does.
+    """
+    widths = encoder_widths(clip)
+    counts = token_counts({action.placeholder: action.for_encoders(widths) for action in actions})
+    written, _, _ = _marked(clip.tokenize, text, next(iter(widths)), counts)
+    return subject.remembering(conditioning, clip, identity, written)
 
 
 def encode_each(encode: Callable[[Tokens], Sequence[torch.Tensor]], prompts: Sequence[Tokens]) -> list[torch.Tensor]:

@@ -119,8 +119,10 @@ class UnderstudyEncodeAction(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text, actions, identity=None) -> io.NodeOutput:
         connected = [action for action in actions.values() if action is not None]
-        text = encoding.expand_subject(text, identity)
-        conditioning, contexts = encoding.encode(clip, text, connected)
+        expanded = encoding.expand_subject(text, identity)
+        conditioning, contexts = encoding.encode(clip, expanded, connected)
+        if expanded != text:
+            conditioning = encoding.name_subject(conditioning, clip, expanded, connected, identity)
         return io.NodeOutput(running.seal(conditioning, contexts, connected))
 
 

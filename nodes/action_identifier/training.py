@@ -65,7 +65,7 @@ def train(
     places = layers.places(model.get_model_object("diffusion_model"))
     base = fingerprint(model)
     encoder = TextEncoder(clip)
-    count = 3 if action.triples else 1
+    count = 3 if action.triples else config.batch_size
     shape = [count, *exemplars.latents[0].shape[1:]]
     # With the patch of Apply Action Identifier, so that previews read the tokens as a user's run does.
     patched = running.apply(model, 1.0)
@@ -151,12 +151,13 @@ class _Learner:
             ]
             return self.errors(pictures, who, contexts, generator)
 
-        def of_one(_step: int, generator: torch.Generator) -> torch.Tensor:
-            i = method.draw_triple(count, generator).anchor
-            return self.errors([self.latents[i]], [i], [self.contexts(prompts[i], name, tokens)], generator).mean()
+        def of_some(_step: int, generator: torch.Generator) -> torch.Tensor:
+            some = torch.randperm(count, generator=generator)[: self.config.batch_size].tolist()
+            conditions = [{**self.conditions[i], _CONTEXTS: self.contexts(prompts[i], name, tokens)} for i in some]
+            return self.error.loss(torch.cat([self.latents[i] for i in some]), conditions, generator).mean()
 
         if not self.action.triples:
-            return of_one, None
+            return of_some, None
         triples = method.TripleObjective(of_triple, tokens, count, self.action.mask_percentile, self.action.merge)
         return triples, lambda: triples.masks
 

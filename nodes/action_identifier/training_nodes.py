@@ -90,6 +90,7 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
                     tooltip="Actions, parted by commas, that the model draws for comparison: none may be the one to "
                     "learn. Without effect with contrast_images.",
                 ),
+                widgets.min_snr_gamma(),
             ],
             outputs=[
                 ACTION.Output(display_name="action", tooltip="Connect it to Encode or Save Action Identifier."),
@@ -101,7 +102,9 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
     def execute(cls, images, subjects, contrast_images=None, **lists) -> io.NodeOutput:
         given = {name: values[0] for name, values in lists.items()}
         action = _action(given)
-        config = widgets.config(given, preview_every=given.get("preview_every", 0))
+        config = widgets.config(
+            given, preview_every=given.get("preview_every", 0), min_snr_gamma=given.get("min_snr_gamma", 0.0)
+        )
         exemplars = _exemplars(given["vae"], images, subjects, contrast_images)
         identifier, loss_map = training.train(
             given["model"], given["clip"], exemplars, action, config,
@@ -157,8 +160,8 @@ def _settings(action: ActionTrainingConfig, config: TrainingConfig, exemplars: t
         "contrast_images": "drawn" if contrasts is None else inputs.digest(contrasts),
         "placeholder": action.placeholder, "initial_word": action.initial_word, "merge": action.merge,
         "context_steps": action.context_steps, "mask_percentile": action.mask_percentile,
-        "contrast_words": action.contrasts, "learning_rate": config.learning_rate, "seed": config.seed,
-        "dtype": config.dtype,
+        "contrast_words": action.contrasts, "learning_rate": config.learning_rate,
+        "min_snr_gamma": config.min_snr_gamma, "seed": config.seed, "dtype": config.dtype,
     }
 
 

@@ -17,14 +17,21 @@ def encode(clip: Any, identity: Identity, text: str) -> list:
     Raises ValueError where the text does not name the subject, or it falls out of the encoder's view.
     """
     expanded = identity.expand(text)
-    tokens = clip.tokenize(expanded, return_word_ids=True)
+    return remembering(clip.encode_from_tokens_scheduled(clip.tokenize(expanded)), clip, identity, expanded)
+
+
+def remembering(conditioning: list, clip: Any, identity: Identity, text: str) -> list:
+    """The CONDITIONING with the columns in which its layers read the subject, those of `text`.
+
+    Raises ValueError as `encode` does.
+    """
+    tokens = clip.tokenize(text, return_word_ids=True)
     columns = subject_columns(tokens, clip.tokenize(identity.trigger, return_word_ids=True))
     if not columns:
         raise ValueError(
             f"the tokens of {identity.trigger!r} are not found in those of the text: write {method.SUBJECT} once, "
             "between spaces, without weights inside it"
         )
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(expanded))
     width = min(tensor.shape[1] for tensor, _ in conditioning)
     if columns[-1] >= width:
         raise ValueError(f"the text is longer than the {width} tokens that are encoded: name the subject earlier")

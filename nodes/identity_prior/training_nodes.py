@@ -85,10 +85,7 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
                     tooltip="How many class pictures the model makes where none are connected.",
                 ),
                 widgets.dtype(),
-                io.Float.Input(
-                    "min_snr_gamma", default=0.0, min=0.0, max=100.0, step=0.5, optional=True, advanced=True,
-                    tooltip="Min-SNR weighting of the noise levels: 0 is off, 5 the published value.",
-                ),
+                widgets.min_snr_gamma(),
                 widgets.gradient_checkpointing(),
                 io.Int.Input(
                     "preview_every", default=0, min=0, max=100_000, optional=True, advanced=True,

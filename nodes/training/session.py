@@ -133,7 +133,7 @@ def encoder_session(
         comfy.model_management.load_models_gpu([patcher], memory_required=required, force_full_load=True)
         stack.enter_context(host_in_training())
         stack.enter_context(_frozen_normal_parameters(patcher.model))
-        stack.enter_context(_copied_inputs(patcher.model))
+        stack.enter_context(copied_inputs(patcher.model, (torch.nn.LayerNorm,)))
         if gradient_checkpointing:
             for part in list(patcher.model.modules()):
                 if any(isinstance(child, torch.nn.ModuleList) for child in part.children()):
@@ -142,12 +142,14 @@ def encoder_session(
 
 
 @contextlib.contextmanager
-def _copied_inputs(model: torch.nn.Module) -> Iterator[None]:
-    """Norms read copies: the host's encoders add in place to what they read, and a gradient needs that."""
+def copied_inputs(model: torch.nn.Module, norms: tuple[type[torch.nn.Module], ...]) -> Iterator[None]:
+    """Modules of these kinds read copies: the host's encoders add in place to what they read, and a gradient needs
+    that. No trace of it stays.
+    """
     handles = []
     try:
         for module in model.modules():
-            if isinstance(module, torch.nn.LayerNorm):
+            if isinstance(module, norms):
                 handles.append(module.register_forward_pre_hook(lambda _module, read: (read[0].clone(), *read[1:])))
         yield
     finally:

@@ -43,6 +43,14 @@ def dtype() -> io.Combo.Input:
     )
 
 
+def min_snr_gamma() -> io.Float.Input:
+    """For models that predict noise or v."""
+    return io.Float.Input(
+        "min_snr_gamma", default=0.0, min=0.0, max=100.0, step=0.5, optional=True, advanced=True,
+        tooltip="Min-SNR weighting of the noise levels: 0 is off, 5 the published value.",
+    )
+
+
 def gradient_checkpointing() -> io.Boolean.Input:
     """Memory for time."""
     return io.Boolean.Input(

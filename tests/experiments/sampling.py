@@ -94,11 +94,12 @@ class Theatre:
         model=None,
         noise: torch.Tensor | None = None,
         noise_mask: torch.Tensor | None = None,
+        sigmas: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Latents from `seeds`, one a picture; img2img where `latents` are given and `denoise` < 1.
 
         `model` is a patched clone of the theatre's to use instead of it; `noise` is used instead of the seeds' own;
-        `noise_mask` [N, 1, H, W], in latent cells, is 1 where the picture may change.
+        `noise_mask` [N, 1, H, W], in latent cells, is 1 where the picture may change; `sigmas` instead of `steps`.
         """
         if noise is None:
             # Every picture has the noise of its own seed, so that a case does not depend on its batch.
@@ -111,7 +112,7 @@ class Theatre:
             noise,
             cfg,
             sampler,
-            self.sigmas(steps, denoise),
+            self.sigmas(steps, denoise) if sigmas is None else sigmas,
             positive,
             negative,
             start,

@@ -1,7 +1,5 @@
 """The action identifier's nodes: schema as agreed, inputs as graphs give them, and one graph with other methods."""
 
-import types
-
 import action_identifiers
 import comfy.samplers
 import pytest
@@ -17,6 +15,7 @@ from pack.nodes.action_identifier.nodes import (
 )
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
+from pack.nodes.identity_prior.method import Identity
 
 MODEL = action_identifiers.reading(tiny_model.picture())
 CLIP = tiny_clip.clip()
@@ -73,6 +72,11 @@ def test_it_trains_on_lists_batches_and_lines_alike():
     assert torch.isfinite(grey.tokens["l"]).all() and len(loss_map["loss"]) == 2
 
 
+def test_the_noise_levels_weight_reaches_the_training():
+    plain, weighed = (train(min_snr_gamma=[gamma])[0].tokens["l"] for gamma in (0.0, 0.1))
+    assert torch.equal(plain, train()[0].tokens["l"]) and not torch.equal(plain, weighed)
+
+
 @pytest.mark.parametrize(("given", "message"), [
     ({"images": [images(1)], "subjects": ["a cat"]}, "images holds 1 picture: give at least 2"),
     ({"subjects": ["a cat\na dog"]}, "subjects has 2 texts for 3 pictures"),
@@ -111,7 +115,7 @@ def sample(model, positive, sampler=EULER):
 
 def test_a_trained_action_an_identity_s_subject_and_frequency_guidance_in_one_graph():
     action, _ = train()
-    identity = types.SimpleNamespace(token="sks", class_noun="robot")
+    identity = Identity("sks", "robot")
     positive = encode("a {subject} <action>, on a beach", action, identity=identity)
     assert torch.equal(positive[0][0], action_identifiers.plain(CLIP, "a sks robot dancing, on a beach")[0][0])
     (model,) = UnderstudyApplyActionIdentifier.execute(MODEL, 1.0).result

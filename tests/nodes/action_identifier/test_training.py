@@ -279,6 +279,26 @@ def test_it_learns_with_and_without_triples():
         assert bool(found.places) == settings.layer_wise
 
 
+@pytest.mark.parametrize(("asked", "taken"), [(1, 1), (2, 2), (9, len(SUBJECTS))])
+def test_without_triples_a_step_is_one_pass_of_a_batch(asked, taken, monkeypatch):
+    sizes, original = [], training.DenoisingObjective.loss_at
+
+    def loss_at(self, clean, conditions, noise, level):
+        assert len(set(level.tolist())) == len(level), "each picture has its own noise level"
+        sizes.append(len(clean))
+        return original(self, clean, conditions, noise, level)
+
+    monkeypatch.setattr(training.DenoisingObjective, "loss_at", loss_at)
+    train(settings=action(triples=False), steps=2, batch_size=asked)
+    assert sizes == [taken] * 2
+
+
+def test_noise_levels_are_weighed_if_asked():
+    plain, weighed = (train(steps=3, min_snr_gamma=gamma) for gamma in (0.0, 0.1))
+    assert not same(plain[0].tokens, weighed[0].tokens)
+    assert all(loss < before for before, loss in zip(plain[1]["loss"], weighed[1]["loss"], strict=True))
+
+
 def test_gradient_checkpointing_learns_the_same():
     plain, recomputed = (train(gradient_checkpointing=on)[0].tokens["l"] for on in (False, True))
     torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
