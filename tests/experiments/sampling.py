@@ -83,10 +83,12 @@ class Theatre:
         cfg: float = CFG,
         size: int = 128,
         model=None,
+        negative: list | None = None,
     ) -> torch.Tensor:
         """Latents from `seeds`, one a picture; img2img where `latents` are given and `denoise` < 1.
 
-        `model` is a patched clone of the theatre's to use instead of it.
+        `model` is a patched clone of the theatre's to use instead of it, `negative` a CONDITIONING in place of the
+        negative prompt.
         """
         # Every picture has the noise of its own seed, so that a case does not depend on its batch.
         shape = self.latent_shape(size)
@@ -94,7 +96,8 @@ class Theatre:
         start = torch.zeros_like(noise) if latents is None else latents
         sampling = self.model.get_model_object("model_sampling")
         sigmas = self._samplers.calculate_sigmas(sampling, self.scheduler, round(steps / denoise))[-(steps + 1) :]
-        negative = self.prompts([self.negative] * len(noise))
+        if negative is None:
+            negative = self.prompts([self.negative] * len(noise))
         return self._sample.sample_custom(
             self.model if model is None else model,
             noise,
