@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
-import comfy.text_encoders.t5
 import torch
 
 from ..training.session import whole_clone
 from .encoding import Tokens
-
-# Modules that read what the host's layers then add to in place: a gradient needs what they read.
-_NORMS = (torch.nn.LayerNorm, comfy.text_encoders.t5.T5LayerNorm)
 
 
 class TextEncoder:
@@ -33,20 +27,3 @@ class TextEncoder:
             stage.set_clip_options({"layer": self.clip.layer_idx})
         stage.set_clip_options({"execution_device": self.patcher.load_device})
         return [stage.encode_token_weights(tokens)[0]]
-
-    @contextlib.contextmanager
-    def differentiable(self) -> Iterator[None]:
-        """Inside this context the encoder may be differentiated through; no trace of it stays."""
-        handles = []
-        try:
-            for module in self.clip.cond_stage_model.modules():
-                if isinstance(module, _NORMS):
-                    handles.append(module.register_forward_pre_hook(_copy_input))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _copy_input(_module, inputs):
-    return inputs[0].clone(), *inputs[1:]

@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.text_encoders.t5
 import torch
 
 from .. import patching
@@ -19,6 +20,8 @@ from .config import TrainingConfig
 from .whole_network import BYTES_A_WEIGHT
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Modules that read what the layers of the host's encoders then add to in place.
+_NORMS = (torch.nn.LayerNorm, comfy.text_encoders.t5.T5LayerNorm)
 # Ours: a backward pass keeps activations that the host's estimate for sampling does not count.
 _MEMORY_FACTOR = 3
 
@@ -109,6 +112,8 @@ def session(
         stack.enter_context(host_in_training())
         for loaded in (patcher, *beside):
             stack.enter_context(_frozen_normal_parameters(loaded.model))
+        for encoder in beside:
+            stack.enter_context(_copied_inputs(encoder.model))
         if config.gradient_checkpointing:
             stack.enter_context(_checkpointed(patcher.model.diffusion_model))
         yield Denoiser(patcher)
@@ -143,7 +148,7 @@ def _copied_inputs(model: torch.nn.Module) -> Iterator[None]:
     handles = []
     try:
         for module in model.modules():
-            if isinstance(module, torch.nn.LayerNorm):
+            if isinstance(module, _NORMS):
                 handles.append(module.register_forward_pre_hook(lambda _module, read: (read[0].clone(), *read[1:])))
         yield
     finally:
