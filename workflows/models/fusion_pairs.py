@@ -25,14 +25,14 @@ class Config:
     vision_lr: float = 1e-3
     # Stage 1. Narrower than published, since embeddings have 128 numbers and not 768.
     combiner_width: int = 256
-    combiner_steps: int = 300
+    combiner_steps: int = 200
     combiner_batch: int = 48
     combiner_lr: float = 3e-4
     # Stage 2; over the second half of its steps the rate falls to 0.
     generator_width: int = 256
     generator_steps: int = 1_200
     generator_batch: int = 24
-    generator_lr: float = 1e-3
+    generator_lr: float = 5e-4
     generator_min_snr: float = 5.0  # as the theatre's UNet was trained; published: 0
     whole_unet: int = 1  # 0 trains a LoRA
     rank: int = 32
