@@ -51,7 +51,8 @@ def main() -> None:
     import fusion_stages
     import fusion_vision
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the pack's training tells its steps there
+    # The pack's training tells its steps there.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     data = rendered(options.state, config)
     train = {
         "vision": lambda: fusion_vision.train(options.state, data, config, deadline),
