@@ -60,13 +60,15 @@ def source_enhanced_info_nce(
 
 
 def retrieval_ranks(fused: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How many of N targets [N, D] are nearer to each e_f than its own, [N]; 0 is found at once.
+    """How many of N targets [N, D] are nearer to each e_f than its own, [N]; below 1 is found at once.
 
-    Ours: among the targets alone. Equal ones, as of a pair that stands there twice, count as found.
+    Ours: among the targets alone. Equal ones count half each: a pair that stands there twice is found, and embeddings
+    that have all become one find nothing.
     """
     similarity = functional.normalize(fused, dim=-1) @ functional.normalize(target, dim=-1).T
-    own = similarity.diagonal().unsqueeze(1)
-    return (similarity > own + 1e-6).sum(dim=1)
+    apart = similarity - similarity.diagonal().unsqueeze(1)
+    equal = (apart.abs() <= 1e-6).sum(dim=1) - 1  # without itself
+    return (apart > 1e-6).sum(dim=1) + equal / 2
 
 
 def dropout(rate: float, generator: torch.Generator) -> Drop:

@@ -30,7 +30,7 @@ from .identity_prior.nodes import (
 )
 from .identity_prior.training_nodes import UnderstudyTrainIdentityPrior
 from .puppets import theatre
-from .puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
+from .puppets.nodes import UnderstudyLoadPuppetVision, UnderstudyPuppet, UnderstudyPuppetSet
 from .video_identity.nodes import (
     UnderstudyApplyVideoIdentity,
     UnderstudyLoadVideoIdentityAdapter,
@@ -72,6 +72,7 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
 THEATRE_NODES: list[type[io.ComfyNode]] = [
     UnderstudyPuppet,
     UnderstudyPuppetSet,
+    UnderstudyLoadPuppetVision,
 ]
 
 

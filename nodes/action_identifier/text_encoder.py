@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-import comfy.text_encoders.t5
 import torch
 
-from ..training.session import copied_inputs, whole_clone
+from ..training.session import whole_clone
 from .encoding import Tokens
-
-# What the host's text encoders read with, and then add to in place.
-_NORMS = (torch.nn.LayerNorm, comfy.text_encoders.t5.T5LayerNorm)
 
 
 class TextEncoder:
@@ -32,7 +27,3 @@ class TextEncoder:
             stage.set_clip_options({"layer": self.clip.layer_idx})
         stage.set_clip_options({"execution_device": self.patcher.load_device})
         return [stage.encode_token_weights(tokens)[0]]
-
-    def differentiable(self) -> contextlib.AbstractContextManager[None]:
-        """Inside this context the encoder may be differentiated through; no trace of it stays."""
-        return copied_inputs(self.clip.cond_stage_model, _NORMS)

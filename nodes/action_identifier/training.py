@@ -69,7 +69,7 @@ def train(
     shape = [count, *exemplars.latents[0].shape[1:]]
     # With the patch of Apply Action Identifier, so that previews read the tokens as a user's run does.
     patched = running.apply(model, 1.0)
-    with session(patched, shape, config, beside=[encoder.patcher]) as denoiser, encoder.differentiable():
+    with session(patched, shape, config, beside=[encoder.patcher]) as denoiser:
         learner = _Learner(denoiser, encoder, exemplars, action, config)
         contrasts = learner.contrasts(resume) if action.triples else []
         tokens = learner.first_tokens(len(places) if action.layer_wise else 1)

@@ -28,6 +28,11 @@ def save(fusion: Fusion, filename_prefix: str) -> Path:
     Weights under `combiner.`, `encoder.`, `generator.` and `unet.`; the metadata says whether the last are a LoRA or
     a whole UNet.
     """
+    return files.save(*packed(fusion), FOLDER, filename_prefix)
+
+
+def packed(fusion: Fusion) -> tuple[method.Weights, dict[str, str]]:
+    """A file's tensors and metadata."""
     tensors = {}
     for part in _PARTS:
         weights = getattr(fusion, part)
@@ -40,7 +45,7 @@ def save(fusion: Fusion, filename_prefix: str) -> Path:
     }
     if fusion.encoder is not None:
         metadata["encoder"] = json.dumps(fusion.encoder.config)
-    return files.save(tensors, metadata, FOLDER, filename_prefix)
+    return tensors, metadata
 
 
 def load(name: str) -> tuple[Fusion, list[str]]:
@@ -55,7 +60,7 @@ def load(name: str) -> tuple[Fusion, list[str]]:
         tensors, metadata = files.read_pickle(path, without_settings=True), {}
     try:
         if metadata.get("kind") == _KIND:
-            fusion = _fusion(tensors, metadata)
+            fusion = unpacked(tensors, metadata)
             return fusion, [f"holds: {', '.join(fusion.parts)}"]
         if published.is_published(tensors):
             return published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
@@ -64,13 +69,15 @@ def load(name: str) -> tuple[Fusion, list[str]]:
     raise files.refused(path, f"holds {sorted(tensors)[0]!r}, which is no part of a fusion", _OTHER)
 
 
-def _fusion(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
+def unpacked(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
+    """The Fusion of a file's tensors and metadata. Raises FusionError, naming the first thing that does not fit."""
     parts: dict[str, method.Weights] = {}
     for key, weight in tensors.items():
         part, _, rest = key.partition(".")
         if part not in _PARTS or not rest:
             raise FusionError(f"it has {key!r} beside its parts")
-        parts.setdefault(part, {})[rest] = weight
+        # Combiner and generator compute in fp32, however small the file is.
+        parts.setdefault(part, {})[rest] = weight.float() if part in ("combiner", "generator") else weight
     kind = metadata.get("unet", "none")
     if ("unet" in parts) != (kind in (LORA, WHOLE)):
         raise FusionError(f"its metadata says that its UNet is {kind[:40]!r}, and its weights say otherwise")

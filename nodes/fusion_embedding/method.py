@@ -201,7 +201,8 @@ def _projection(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor)
 
 def check_poses(pose: torch.Tensor, name: str = "pose") -> None:
     """Raises FusionError, naming the picture, where a drawing [B, H, W, 3] in 0..1 has nobody on it."""
-    spread = pose.flatten(1).amax(1) - pose.flatten(1).amin(1)
+    drawn = pose[..., :3].flatten(1)  # without alpha, which is 1 on black
+    spread = drawn.amax(1) - drawn.amin(1)
     for i, value in enumerate(spread.tolist()):
         if not value > PERSON_THRESHOLD:
             of = f" {i + 1} of {len(pose)}" if len(pose) > 1 else ""

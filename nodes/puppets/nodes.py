@@ -1,4 +1,4 @@
-"""The puppet theatre in a graph: pictures, masks, poses and captions that need no file."""
+"""The puppet theatre in a graph: pictures, masks, poses and captions that need no file, and its image encoder."""
 
 import dataclasses
 import re
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from . import vision
 from .captions import caption, subject_phrase
 from .config import ACTIONS, NAMED_ACTIONS, SCENES, Identity, Picture, Take
 from .render import draw_pose, render, render_clip
@@ -150,6 +151,30 @@ class UnderstudyPuppetSet(io.ComfyNode):
         images, masks, poses = (list(column) for column in zip(*drawn, strict=True))
         subjects = [subject_phrase(take.identity) for take in takes]
         return io.NodeOutput(images, masks, poses, [caption(take) for take in takes], subjects)
+
+
+class UnderstudyLoadPuppetVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyLoadPuppetVision",
+            display_name="Load Puppet Vision",
+            category="Understudy/Theatre",
+            description="Loads the theatre's own small image encoder, which comes with the pack: 64 pixels, 128 "
+            "numbers a picture. For puppets; real pictures need a CLIP or DINOv2 from Load CLIP Vision.",
+            search_aliases=["clip vision", "image encoder", "puppet theatre", "load vision model"],
+            inputs=[],
+            outputs=[
+                io.ClipVision.Output(
+                    display_name="clip_vision",
+                    tooltip="Connect it to CLIP Vision Encode, or to a Train Fusion node.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(vision.shipped())
 
 
 def _takes(identities: list[str], actions: list[str], scenes: list[str], count: int, seed: int) -> list[Take]:

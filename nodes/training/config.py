@@ -19,6 +19,8 @@ class TrainingConfig:
     weight_decay: float = 0.01
     # Ours, as common in diffusion training: the longest gradient that one step may follow.
     max_gradient_norm: float = 1.0
+    # Ours: the share of the steps, the last ones, over which the rate falls in a line towards 0; 0 never lowers it.
+    decay: float = 0.0
     # Min-SNR weighting (Hang et al., arXiv 2303.09556): 5 is the published value, 0 is off.
     min_snr_gamma: float = 0.0
     gradient_checkpointing: bool = False
@@ -37,13 +39,22 @@ class TrainingConfig:
         for name, value in (
             ("min_snr_gamma", self.min_snr_gamma),
             ("weight_decay", self.weight_decay),
+            ("decay", self.decay),
             ("preview_every", self.preview_every),
             ("checkpoint_every", self.checkpoint_every),
         ):
             if value < 0:
                 raise ValueError(f"{name} is {value}: use 0 (off) or more")
+        if self.decay > 1:
+            raise ValueError(f"decay is {self.decay}: use a share of the steps, 0 (off) to 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: a function of it alone, so that a resumed run repeats it."""
+        if not self.decay:
+            return self.learning_rate
+        return self.learning_rate * min(1.0, (self.steps - step) / (self.decay * self.steps))
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ def _one_step(step, objective, optimiser, parameters, config, masks) -> float:
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingDiverged(_advice("loss", value, step, config))
+    for group in optimiser.param_groups:
+        group["lr"] = config.rate(step)
     loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm))
     if not math.isfinite(norm):

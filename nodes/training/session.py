@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.text_encoders.t5
 import torch
 
 from .. import patching
@@ -19,6 +20,8 @@ from .config import TrainingConfig
 from .whole_network import BYTES_A_WEIGHT
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Modules that read what the layers of the host's encoders then add to in place.
+_NORMS = (torch.nn.LayerNorm, comfy.text_encoders.t5.T5LayerNorm)
 # Ours: a backward pass keeps activations that the host's estimate for sampling does not count.
 _MEMORY_FACTOR = 3
 
@@ -113,6 +116,8 @@ def session(
         stack.enter_context(host_in_training())
         for loaded in (patcher, *beside):
             stack.enter_context(_frozen_normal_parameters(loaded.model))
+        for encoder in beside:
+            stack.enter_context(_copied_inputs(encoder.model))
         if config.gradient_checkpointing:
             stack.enter_context(_checkpointed(patcher.model.diffusion_model))
         yield Denoiser(patcher)
@@ -133,7 +138,7 @@ def encoder_session(
         comfy.model_management.load_models_gpu([patcher], memory_required=required, force_full_load=True)
         stack.enter_context(host_in_training())
         stack.enter_context(_frozen_normal_parameters(patcher.model))
-        stack.enter_context(copied_inputs(patcher.model, (torch.nn.LayerNorm,)))
+        stack.enter_context(_copied_inputs(patcher.model))
         if gradient_checkpointing:
             for part in list(patcher.model.modules()):
                 if any(isinstance(child, torch.nn.ModuleList) for child in part.children()):
@@ -142,14 +147,12 @@ def encoder_session(
 
 
 @contextlib.contextmanager
-def copied_inputs(model: torch.nn.Module, norms: tuple[type[torch.nn.Module], ...]) -> Iterator[None]:
-    """Modules of these kinds read copies: the host's encoders add in place to what they read, and a gradient needs
-    that. No trace of it stays.
-    """
+def _copied_inputs(model: torch.nn.Module) -> Iterator[None]:
+    """Norms read copies: the host's encoders add in place to what they read, and a gradient needs that."""
     handles = []
     try:
         for module in model.modules():
-            if isinstance(module, norms):
+            if isinstance(module, _NORMS):
                 handles.append(module.register_forward_pre_hook(lambda _module, read: (read[0].clone(), *read[1:])))
         yield
     finally:

@@ -95,18 +95,21 @@ class Theatre:
         noise: torch.Tensor | None = None,
         noise_mask: torch.Tensor | None = None,
         sigmas: torch.Tensor | None = None,
+        negative: list | None = None,
     ) -> torch.Tensor:
         """Latents from `seeds`, one a picture; img2img where `latents` are given and `denoise` < 1.
 
         `model` is a patched clone of the theatre's to use instead of it; `noise` is used instead of the seeds' own;
-        `noise_mask` [N, 1, H, W], in latent cells, is 1 where the picture may change; `sigmas` instead of `steps`.
+        `noise_mask` [N, 1, H, W], in latent cells, is 1 where the picture may change; `sigmas` instead of `steps`;
+        `negative` is a CONDITIONING in place of the negative prompt.
         """
         if noise is None:
             # Every picture has the noise of its own seed, so that a case does not depend on its batch.
             shape = self.latent_shape(size)
             noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         start = torch.zeros_like(noise) if latents is None else latents
-        negative = self.prompts([self.negative] * len(noise))
+        if negative is None:
+            negative = self.prompts([self.negative] * len(noise))
         return self._sample.sample_custom(
             self.model if model is None else model,
             noise,

@@ -101,10 +101,12 @@ def test_ranks_are_places_in_a_sorted_list(count, seed):
         assert sorted(range(count), key=lambda j: -row[j]).index(i) == ranks[i]
 
 
-def test_equal_targets_count_as_found():
+def test_equal_targets_count_half():
     target = torch.eye(3)[[0, 0, 1]]
-    assert fusion_embedding.retrieval_ranks(target, target).tolist() == [0, 0, 0]
-    assert fusion_embedding.retrieval_ranks(target.roll(1, 0), target).tolist() == [1, 0, 2]
+    assert fusion_embedding.retrieval_ranks(target, target).tolist() == [0.5, 0.5, 0]
+    assert fusion_embedding.retrieval_ranks(target.roll(1, 0), target).tolist() == [1.5, 0.5, 2]
+    collapsed = torch.ones(48, 5)
+    assert fusion_embedding.retrieval_ranks(collapsed, collapsed).min() > 20
 
 
 def test_dropout_keeps_the_mean_and_repeats_with_its_generator():

@@ -1,6 +1,7 @@
 """Templates whose models are too large to be here show their graph: its picture, from the real frontend.
 
     python tests/workflows/graph_thumbnails.py          # of every workflow that names models for download
+    python tests/workflows/graph_thumbnails.py NAME ... # of these alone
 
 Needs a Chromium, as the browser test does. The other templates' pictures are results: workflows/run.py --thumbnails.
 """
@@ -58,7 +59,7 @@ def main() -> None:
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not executable:
         raise SystemExit("no Chromium here; Debian's package is `chromium`")
-    found = [workflow for workflow in workflows.find(ROOT / "workflows", []) if workflow.models()]
+    found = [workflow for workflow in workflows.find(ROOT / "workflows", sys.argv[1:]) if workflow.models()]
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
         for model in (model for workflow in found for model in workflow.models()):

@@ -18,7 +18,7 @@ from pack.nodes.puppets import theatre
 from pack.nodes.training import loop
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
-from pack.nodes.training.session import host_in_training, session
+from pack.nodes.training.session import session
 
 SUBJECTS = ("a cat on a beach", "a (red:1.2) robot", "a dog <action> at night")
 MODEL = tiny_model.as_loaded(action_identifiers.reading(tiny_model.picture()))
@@ -103,8 +103,7 @@ def test_gradients_to_the_tokens_are_those_of_the_formulas():
     ):
         encoder = TextEncoder(clip)
         tokens = vectors.clone().requires_grad_()
-        with host_in_training(), encoder.differentiable(), session(MODEL, (1, 4, 8, 8), config(),
-                                                                   beside=[encoder.patcher]):
+        with session(MODEL, (1, 4, 8, 8), config(), beside=[encoder.patcher]):
             prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": 2}})
             filled = [prompt.filled({"<a>": {"l": tokens[layer]}}) for layer in range(2)]
             joined = {"l": filled[0]["l"] + filled[1]["l"]}
@@ -160,7 +159,7 @@ def test_a_t5_has_gradients_too_as_finite_differences_say():
         prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": 1}})
         return (encoder.encode(prompt.filled({"<a>": {"l": moved}}))[0] * weight).sum()
 
-    with encoder.differentiable(), session(MODEL, (1, 4, 8, 8), config(), beside=[encoder.patcher]):
+    with session(MODEL, (1, 4, 8, 8), config(), beside=[encoder.patcher]):
         token = vector.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(value(token), token)
         with torch.no_grad():
@@ -183,7 +182,7 @@ def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
     encoder = TextEncoder(CLIP)
     patched = running.apply(MODEL, 1.0)
     places = action_identifiers.places(MODEL)
-    with session(patched, (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser, encoder.differentiable():
+    with session(patched, (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
         learner = learner_of(denoiser, encoder, run)
         learner.action = action(merge=merge)
         contrasts = learner.contrasts(None)
@@ -313,10 +312,9 @@ def test_contexts_are_learnt_and_contrasts_drawn_with_another_action():
     run = config()
     encoder = TextEncoder(CLIP)
     with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
-        with encoder.differentiable():
-            learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
-            contexts = learner._learn_contexts()
-            drawn = learner.contrasts(None)
+        learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
+        contexts = learner._learn_contexts()
+        drawn = learner.contrasts(None)
     means = [encoding.word_vectors(CLIP, text)["l"].mean(0) for text in (
         "a cat on a beach dancing", "a (red:1.2) robot dancing", "a dog dancing at night"
     )]

@@ -107,7 +107,8 @@ def test_a_pose_without_a_person_is_refused_by_number():
     poses[1] = 0
     with pytest.raises(FusionError, match="pose 2 of 3 shows no person"):
         method.check_poses(poses)
-    for blank in (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3), torch.full((1, 8, 8, 3), float("nan"))):
+    opaque = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(1, 8, 8, 4)
+    for blank in (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3), torch.full((1, 8, 8, 3), float("nan")), opaque):
         with pytest.raises(FusionError, match="pose shows no person"):
             method.check_poses(blank)
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack.nodes.puppets import render, world
 from pack.nodes.puppets.config import COLOURS, NAMED_ACTIONS, PART_NAMES, Take
+from PIL import Image, ImageFilter
 
 HELD_OUT = 64
 
@@ -240,3 +241,33 @@ def test_damage_and_rejects_are_seeded(shown):
         assert float(first.min()) >= 0 and float(first.max()) <= 1
         assert make is data.damaged or not torch.equal(first, pictures)
         assert third.shape == pictures.shape
+
+
+def test_structural_similarity_is_that_of_its_formula_window_by_window():
+    """Against loops over the places of a small picture (Wang et al. 2004)."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random((13, 14, 3)), rng.random((13, 14, 3))
+    window = np.exp(-np.add.outer(np.arange(-5, 6) ** 2, np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    found = []
+    for top in range(3):
+        for left in range(4):
+            for channel in range(3):
+                x, y = (p[top : top + 11, left : left + 11, channel] for p in (a, b))
+                mx, my = (window * x).sum(), (window * y).sum()
+                vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+                vxy = (window * (x - mx) * (y - my)).sum()
+                found.append(
+                    (2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+                )
+    assert metrics.ssim(a, b) == pytest.approx(np.mean(found), abs=1e-9)
+    assert metrics.ssim(a, a) == pytest.approx(1)
+
+
+def test_the_feature_distance_tells_a_blur_from_another_puppet():
+    take = world.sample_take(3, "validation")
+    image = render.render(take).image
+    blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.6)))
+    other = render.render(dataclasses.replace(take, identity=world.sample_identity(5))).image
+    assert metrics.feature_distance(image, image) == 0
+    assert 0 < metrics.feature_distance(blurred, image) < metrics.feature_distance(other, image) < 2

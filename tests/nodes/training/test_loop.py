@@ -62,13 +62,13 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@given(stop=st.integers(1, STEPS - 1))
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop):
-    whole, losses, _ = run()
-    _, _, stopped = run(stop_at=stop)
+@given(stop=st.integers(1, STEPS - 1), decay=st.sampled_from((0.0, 0.5, 1.0)))
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, decay):
+    whole, losses, _ = run(decay=decay)
+    _, _, stopped = run(stop_at=stop, decay=decay)
     (state,) = stopped.states
     assert state.step == stop and state.losses == losses[:stop]
-    resumed, again, _ = run(resume=copy.deepcopy(state))
+    resumed, again, _ = run(resume=copy.deepcopy(state), decay=decay)
     assert again == losses
     assert same(whole, resumed)
 
@@ -158,16 +158,19 @@ def test_a_checkpoint_of_other_parameters_is_refused_by_name():
         run(resume=loop.State(step=STEPS + 1))
 
 
-def test_it_is_adamw_step_by_step():
+@pytest.mark.parametrize(("decay", "rates"), [
+    (0.0, (0.1, 0.1, 0.1, 0.1)), (0.5, (0.1, 0.1, 0.1, 0.05)), (1.0, (0.1, 0.075, 0.05, 0.025)),
+])
+def test_it_is_adamw_step_by_step(decay, rates):
     """Against the formulas of Loshchilov and Hutter, written out for one parameter and no clipping."""
     weight = torch.nn.Parameter(torch.tensor([2.0, -3.0], dtype=torch.float64))
-    config = TrainingConfig(steps=3, learning_rate=0.1, weight_decay=0.2, max_gradient_norm=1e9)
+    config = TrainingConfig(steps=4, learning_rate=0.1, weight_decay=0.2, max_gradient_norm=1e9, decay=decay)
     loop.train(lambda _step, _generator: (weight**2).sum(), {"w": weight}, config, Recorder())
     w, m, v = torch.tensor([2.0, -3.0], dtype=torch.float64), 0.0, 0.0
-    for t in range(1, 4):
+    for t, rate in enumerate(rates, 1):
         g = 2 * w
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        w = w - 0.1 * 0.2 * w - 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        w = w - rate * 0.2 * w - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
     torch.testing.assert_close(weight.detach(), w, rtol=1e-12, atol=0)
 
 
@@ -185,6 +188,8 @@ def test_step_seeds_are_valid_and_differ_from_step_to_step(seed, step):
         (TrainingConfig, {"learning_rate": 0.0}, "learning_rate"),
         (TrainingConfig, {"learning_rate": float("nan")}, "learning_rate"),
         (TrainingConfig, {"min_snr_gamma": -1.0}, "min_snr_gamma"),
+        (TrainingConfig, {"decay": -0.1}, "decay"),
+        (TrainingConfig, {"decay": 1.1}, "decay"),
         (TrainingConfig, {"dtype": "fp16"}, "dtype"),
         (LoraConfig, {"rank": 0}, "rank"),
     ],
