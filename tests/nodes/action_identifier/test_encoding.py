@@ -1,7 +1,5 @@
 """Prompts with identifiers, against the host's own embeddings in its own prompts."""
 
-import types
-
 import action_identifiers
 import comfy.hooks
 import pytest
@@ -12,6 +10,7 @@ import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from pack.nodes.action_identifier import encoding
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
+from pack.nodes.identity_prior.method import Identity
 
 KINDS = list(tiny_clip.WIDTHS)
 MODEL = tiny_model.picture()
@@ -136,7 +135,7 @@ def test_stand_ins_give_way_to_the_text_s_own_words(clips):
 
 
 def test_the_subject_of_an_identity():
-    identity = types.SimpleNamespace(token="sks", class_noun="robot")
+    identity = Identity("sks", "robot")
     assert encoding.expand_subject("a {subject} <action>", identity) == "a sks robot <action>"
     assert encoding.expand_subject("a cat", None) == "a cat"
     with pytest.raises(ValueError, match="connect `identity`"):
