@@ -111,6 +111,8 @@ def test_a_pose_without_a_person_is_refused_by_number():
     for blank in (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3), torch.full((1, 8, 8, 3), float("nan")), opaque):
         with pytest.raises(FusionError, match="pose shows no person"):
             method.check_poses(blank)
+    with pytest.raises(FusionError, match="pose is grey: .* connect the coloured"):
+        method.check_poses(fusions.poses(1)[..., :1])
 
 
 @pytest.mark.parametrize(("counts", "expected"), [((1, 1), 1), ((1, 4), 4), ((4, 1), 4), ((4, 4), 4), ((2, 4), None),
