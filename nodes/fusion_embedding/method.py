@@ -202,7 +202,7 @@ def _projection(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor)
 def check_poses(pose: torch.Tensor, name: str = "pose") -> None:
     """Raises FusionError, naming the picture, where a drawing [B, H, W, 3] in 0..1 has no colours or nobody on it."""
     if pose.shape[-1] < 3:
-        raise FusionError(f"{name} is grey: the colours tell the limbs apart, so connect the coloured OpenPose drawing")
+        raise FusionError(f"{name} is grey: the colours tell the limbs apart: connect the coloured OpenPose drawing")
     drawn = pose[..., :3].flatten(1)  # without alpha, which is 1 on black
     spread = drawn.amax(1) - drawn.amin(1)
     for i, value in enumerate(spread.tolist()):
