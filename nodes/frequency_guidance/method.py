@@ -114,8 +114,8 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
         )
     if latent.shape[0] not in (1, shape[0]):
         raise ValueError(
-            f"{name} holds {latent.shape[0]} latents and the batch is {shape[0]}: connect one latent, "
-            f"or {shape[0]} of them"
+            f"{name} holds {latent.shape[0]} latents and the batch is {shape[0]}: connect one latent"
+            + (f", or {shape[0]} of them" if shape[0] > 1 else "")
         )
     if len(shape) == 5 and latent.shape[2] not in (1, shape[2]):
         raise ValueError(

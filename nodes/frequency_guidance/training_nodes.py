@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 
 from ..training import checkpoints, inputs, picture_training, widgets
@@ -79,6 +81,9 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
     def execute(cls, **lists) -> io.NodeOutput:
         source, driving = (inputs.one_picture(lists.pop(name), name) for name in ("source", "driving"))
         texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in ("source", "driving")]
+        for name, text in zip(("source", "driving"), texts, strict=True):
+            if not text.strip():
+                logging.warning("Understudy: %s_text is empty, so no prompt will mean the %s picture", name, name)
         given = {name: values[0] for name, values in lists.items()}
         config, lora = _configs(given)
         latents = picture_training.encode_pictures(given["vae"], [source, driving])
@@ -120,7 +125,8 @@ def _configs(given: dict) -> tuple[TrainingConfig, LoraConfig | None]:
 def _settings(config: TrainingConfig, lora: LoraConfig | None, texts: list[str], latents: list) -> dict:
     """What a resumed run must share with the one it goes on from."""
     return {
-        "pictures": inputs.digest(latents), "dtype": config.dtype,
+        "source picture": inputs.digest(latents[:1]), "driving picture": inputs.digest(latents[1:]),
+        "dtype": config.dtype,
         "source_text": texts[0], "driving_text": texts[1], "seed": config.seed,
         "rank": lora.rank if lora else "whole UNet",
         "learning_rate": config.learning_rate, "min_snr_gamma": config.min_snr_gamma,

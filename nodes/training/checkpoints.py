@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 
 import torch
@@ -12,6 +14,8 @@ from .loop import State
 
 NONE = "none"
 _KIND = "understudy training checkpoint"
+# As inputs.digest makes it, which tells a reader nothing but that two differ.
+_DIGEST = re.compile("[0-9a-f]{16}")
 
 
 def choices() -> list[str]:
@@ -35,12 +39,13 @@ class Checkpoints:
         self.path = files.save(tensors, metadata, files.TRAINING_CHECKPOINTS, self.name)
         if before is not None:
             before.unlink(missing_ok=True)
+        logging.info("[Understudy] checkpoint %s after optimiser step %d", self.path.name, state.step)
 
     def resume(self, name: str) -> State | None:
         """The state of a listed checkpoint, or None for "none".
 
-        Raises WeightFileError for another kind of file; ValueError, naming the setting, where it was made with
-        other settings than this run's.
+        Raises WeightFileError for another kind of file; ValueError, naming the settings, where it was made with
+        others than this run's.
         """
         if name == NONE:
             return None
@@ -49,11 +54,13 @@ class Checkpoints:
         if metadata.get("kind") != _KIND or "losses" not in tensors:
             raise files.refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
         made_with = json.loads(metadata["settings"])
-        for key in sorted(self.settings.keys() | made_with.keys()):
-            here, there = self.settings.get(key), made_with.get(key)
-            if here != there:
-                raise ValueError(
-                    f"{name} was made with {key} {there!r} and this run has {here!r}: set it as it was, "
-                    f"or set resume_from to {NONE}"
-                )
+        differing = [
+            f"another {key}" if _DIGEST.fullmatch(str(there)) else f"{key} {there!r}, not {here!r}"
+            for key in sorted(self.settings.keys() | made_with.keys())
+            if (here := self.settings.get(key)) != (there := made_with.get(key))
+        ]
+        if differing:
+            raise ValueError(
+                f"{name} was made with {'; '.join(differing)}: set it as it was, or set resume_from to {NONE}"
+            )
         return State(int(metadata["step"]), tensors.pop("losses").tolist(), tensors)

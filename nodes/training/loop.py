@@ -6,7 +6,9 @@ makes a host's model trainable meanwhile.
 
 from __future__ import annotations
 
+import logging
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -86,6 +88,7 @@ def train(
                 kept = len(losses)
                 monitor.checkpoint(_snapshot(losses, parameters, optimiser))
         kept = len(losses)
+        _warn_of_ruin(losses, config)
     except TrainingDiverged:
         kept = len(losses)
         raise
@@ -144,6 +147,16 @@ def _advice(what: str, value: float, step: int, config: TrainingConfig) -> str:
     )
 
 
+def _warn_of_ruin(losses: list[float], config: TrainingConfig) -> None:
+    """A warning where a finite loss rose to that of a model that knows nothing: noise has a variance of 1."""
+    last = statistics.median(losses[-max(1, len(losses) // 4) :])
+    if last > 0.7 and last > 3 * losses[0]:
+        logging.warning(
+            "Understudy: the loss rose from %.4f to %.4f, so what was trained is probably ruined: lower "
+            "learning_rate (%g)", losses[0], last, config.learning_rate,
+        )
+
+
 def _snapshot(losses, parameters, optimiser) -> State:
     tensors = {f"parameter.{name}": parameter.detach().cpu().clone() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
@@ -155,7 +168,8 @@ def _snapshot(losses, parameters, optimiser) -> State:
 def _restore(state: State, parameters: Parameters, optimiser: torch.optim.Optimizer, config: TrainingConfig) -> None:
     if state.step > config.steps:
         raise ValueError(
-            f"the checkpoint has {state.step} steps done and this run is to have {config.steps}: raise steps"
+            f"the checkpoint has {state.step} optimiser steps done and this run is to have {config.steps}: "
+            "raise steps"
         )
     for name, parameter in parameters.items():
         stored = state.tensors.get(f"parameter.{name}")

@@ -58,7 +58,7 @@ class HostMonitor:
             recent = self.losses[-max(1, len(self.losses) // 10) :]
             noted = f", {self.note()}" if self.note is not None else ""
             mean = sum(recent) / len(recent)
-            logging.info("[Understudy] step %d of %d, loss %.4f%s", step, config.steps, mean, noted)
+            logging.info("[Understudy] optimiser step %d of %d, loss %.4f%s", step, config.steps, mean, noted)
 
     def checkpoint(self, state: State) -> None:
         self.checkpoints.save(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import comfy.model_management
@@ -29,7 +30,17 @@ MakeObjective = Callable[[DenoisingObjective, Sequence[Sample]], loop.Objective]
 
 
 def encode_pictures(vae, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """One latent [1, C, ...] for each picture [1, H, W, 3], as VAE Encode makes it."""
+    """One latent [1, C, ...] for each picture [1, H, W, 3], as VAE Encode makes it.
+
+    Raises ValueError for a picture too small to learn from; warns of edges that the VAE cuts off.
+    """
+    cell = vae.spacial_compression_encode()
+    for height, width in {tuple(picture.shape[1:3]) for picture in pictures}:
+        size = f"{width} x {height} pixels"
+        if min(height, width) < 4 * cell:
+            raise ValueError(f"a picture of {size} is too small to learn from: scale it to the size to generate")
+        if height % cell or width % cell:
+            logging.warning("Understudy: pictures of %s are cut to multiples of %d pixels", size, cell)
     return [vae.encode(picture).clone() for picture in pictures]
 
 

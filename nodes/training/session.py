@@ -101,6 +101,10 @@ def session(
     differentiable with it. Raises ValueError where a model cannot be trained through.
     """
     patcher = _trainable_clone(model, config.dtype, whole)
+    # When a clone ends the host goes back to its parent: one that ends with it, in an error's frames, would leave
+    # the host with a model that nobody can unload.
+    while patcher.parent is not None and patcher.parent.parent is not None:
+        patcher.parent = patcher.parent.parent
     required = patcher.memory_required(list(shape)) * _MEMORY_FACTOR
     if whole:
         required += BYTES_A_WEIGHT * sum(weight.numel() for weight in patcher.model.diffusion_model.parameters())

@@ -198,3 +198,18 @@ def test_settings_that_train_nothing_are_refused_by_name(config, settings, named
     base = {"steps": 1, "learning_rate": 1e-4} if config is TrainingConfig else {}
     with pytest.raises(ValueError, match=named):
         config(**{**base, **settings})
+
+
+def test_a_loss_that_rose_to_nothing_learnt_is_said(caplog):
+    def rising(to):
+        weights = parameters()
+
+        def objective(step, _generator):
+            return weights["a"].sum() * 0 + (0.01 if step == 0 else to)
+
+        loop.train(objective, weights, TrainingConfig(steps=STEPS, learning_rate=0.1), Recorder())
+        return [record.getMessage() for record in caplog.records]
+
+    assert not rising(0.5)
+    (message,) = rising(1.0)
+    assert "rose from 0.0100 to 1.0000" in message and "lower learning_rate (0.1)" in message

@@ -1,5 +1,7 @@
 """Training through real tiny models of the host: gradients, LoRA files, host state, batches, interruptions."""
 
+import gc
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
@@ -283,3 +285,36 @@ def test_a_preview_waits_for_room(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
     with session(inference_model(), SHAPE, config()) as denoiser:
         assert preview(denoiser) is None
+
+
+def test_the_host_can_unload_a_model_whose_training_failed():
+    model = tiny_model.picture(dtype=torch.bfloat16)
+    frames = []
+    try:
+        with session(model, SHAPE, config(dtype="fp32")) as denoiser:
+            frames.append((frames, denoiser))  # a cycle, as an error's frames make one
+            raise loop.TrainingDiverged
+    except loop.TrainingDiverged:
+        pass
+    del denoiser, frames
+    gc.collect()
+    assert not any(loaded.is_dead() for loaded in comfy.model_management.current_loaded_models)
+
+
+class Cells:
+    """An encoder of eight pixels a cell."""
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, picture):
+        return picture[:, ::8, ::8].movedim(-1, 1)
+
+
+def test_pictures_that_fit_no_cells_are_said(caplog):
+    picture_training.encode_pictures(Cells(), [torch.zeros(1, 64, 48, 3)])
+    assert not caplog.records
+    picture_training.encode_pictures(Cells(), [torch.zeros(1, 64, 50, 3)])
+    assert "pictures of 50 x 64 pixels are cut to multiples of 8" in caplog.text
+    with pytest.raises(ValueError, match="7 x 200 pixels is too small to learn from"):
+        picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, 7, 3)])

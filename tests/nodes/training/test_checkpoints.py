@@ -1,0 +1,34 @@
+"""What a run leaves on disk, and what it says when another run is to go on from it."""
+
+import logging
+
+import pytest
+import torch
+from pack.nodes import files
+from pack.nodes.training import checkpoints, inputs
+from pack.nodes.training.loop import State
+
+SETTINGS = {"pictures": inputs.digest([torch.zeros(1)]), "rank": 4, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A checkpoint of seven steps, in a folder of its own."""
+    monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: str(tmp_path))
+    files.register_folders()
+    run = checkpoints.Checkpoints("name", SETTINGS)
+    run.save(State(7, [0.5] * 7, {"parameter.a": torch.ones(2)}))
+    return run
+
+
+def test_every_setting_that_differs_is_named_at_once(kept):
+    other = {**SETTINGS, "pictures": inputs.digest([torch.ones(1)]), "rank": "whole UNet", "learning_rate": 1e-4}
+    with pytest.raises(ValueError, match="made with learning_rate 0.001, not 0.0001; another pictures; rank 4"):
+        checkpoints.Checkpoints("name", other).resume(kept.path.name)
+
+
+def test_a_checkpoint_says_its_name(kept, caplog):
+    with caplog.at_level(logging.INFO):
+        kept.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))
+    assert f"checkpoint {kept.path.name} after optimiser step 9" in caplog.text
+    assert kept.resume(kept.path.name).step == 9
