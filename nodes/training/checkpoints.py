@@ -55,7 +55,7 @@ class Checkpoints:
             raise files.refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
         made_with = json.loads(metadata["settings"])
         differing = [
-            f"another {key}" if _DIGEST.fullmatch(str(there)) else f"{key} {there!r}, not {here!r}"
+            f"different {key}" if _DIGEST.fullmatch(str(there)) else f"{key} {there!r} and this run has {here!r}"
             for key in sorted(self.settings.keys() | made_with.keys())
             if (here := self.settings.get(key)) != (there := made_with.get(key))
         ]
