@@ -23,7 +23,7 @@ def kept(tmp_path, monkeypatch):
 
 def test_every_setting_that_differs_is_named_at_once(kept):
     other = {**SETTINGS, "pictures": inputs.digest([torch.ones(1)]), "rank": "whole UNet", "learning_rate": 1e-4}
-    with pytest.raises(ValueError, match="made with 0.001 and .* 0.0001; different pictures; rank 4 and"):
+    with pytest.raises(ValueError, match="learning_rate 0.001 and .* 0.0001; different pictures; rank 4 and"):
         checkpoints.Checkpoints("name", other).resume(kept.path.name)
 
 
