@@ -32,7 +32,7 @@ def cancel(server: Server, prompt: dict, seconds: float) -> None:
         time.sleep(0.02)
     time.sleep(seconds)
     server.interrupt()
-    entry = server.wait(prompt_id, timeout=60)
+    entry = server.wait(prompt_id, timeout=120)
     assert prompts.message(entry, "execution_interrupted"), entry["status"]
     assert prompts.RESULT not in entry["outputs"]
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from faults import prompts
+from faults import drives, prompts
 
 TRAIN, IDENTIFIERS, CHECKPOINTS = "train", "action_identifiers", "training_checkpoints"
 NUMBERS = itertools.count()
@@ -119,13 +119,7 @@ def test_an_identifier_of_another_model_and_too_few_pictures_are_refused(fault_s
 
 def cancel(server, seconds, **settings):
     prompt = training(server, **settings)
-    prompt_id = server.submit(prompt)
-    while not any(item[1] == prompt_id for item in server.get("/queue")["queue_running"]):
-        time.sleep(0.02)
-    time.sleep(seconds)
-    server.interrupt()
-    entry = server.wait(prompt_id, timeout=120)
-    assert prompts.message(entry, "execution_interrupted"), entry["status"]
+    drives.cancel(server, prompt, seconds)
     assert not saved(server, prompt)
 
 
