@@ -28,7 +28,7 @@ MAPS: Inputs = (("layers", "0-4"), ("resolution", 8), ("smoothing", 1.0))
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """A run of UnderstudyTrainIdentityPrior on the references, with its other defaults; 0 steps is the plain model."""
+    """UnderstudyTrainIdentityPrior on the references, with its other defaults; 0 steps is the plain model."""
 
     steps: int = 200
     learning_rate: float = 3e-3
