@@ -47,10 +47,10 @@ def ours(learning: Learning = PRIOR, **more) -> Arm:
 FAMILIES: dict[str, dict[str, Arm]] = {
     "ours": {
         OURS: ours(),
-        "CFG 3": ours(cfg=3.0),
+        "CFG 2": ours(cfg=2.0),
         "fresh noise": dataclasses.replace(ours(), start="noise"),
         "grow 0": ours(blend=(*Arm().blend, ("grow", 0))),
-        "threshold 0.4": ours(blend=(*Arm().blend, ("threshold", 0.4))),
+        "threshold 0.6": ours(blend=(*Arm().blend, ("threshold", 0.6))),
         "until 0.8": ours(blend=(*Arm().blend, ("end_percent", 0.8))),
     },
     "learning": {
@@ -64,7 +64,6 @@ FAMILIES: dict[str, dict[str, Arm]] = {
 ARMS = {
     "words": Arm(cfg=WORDS_CFG),
     "img2img": Arm(denoise=DENOISE, cfg=WORDS_CFG),
-    "img2img, prior": Arm(PRIOR, denoise=DENOISE),
     "plain LoRA": Arm(PLAIN),
     "plain LoRA, inpainting": Arm(PLAIN, background="inpaint"),
     "inversion, no blend": Arm(PRIOR, start="inverted"),
@@ -72,6 +71,7 @@ ARMS = {
     "short captions": ours(SHORT),
     "no regularisation": ours(PLAIN),
     "no mask union": ours(mask="edited"),
+    "no prior": ours(Learning(steps=0)),
 }
 
 

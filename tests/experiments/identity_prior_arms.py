@@ -28,7 +28,7 @@ MAPS: Inputs = (("layers", "0-4"), ("resolution", 8), ("smoothing", 1.0))
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """A run of UnderstudyTrainIdentityPrior on the references, with its other defaults."""
+    """UnderstudyTrainIdentityPrior on the references, with its other defaults; 0 steps is the plain model."""
 
     steps: int = 200
     learning_rate: float = 3e-3
@@ -39,10 +39,10 @@ class Learning:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way of making the result. Without learning, the prompt has the words of the caption for the subject."""
+    """One way of making the result. Without learning, the prompt is the caption as the theatre has it."""
 
     learning: Learning | None = None
-    cfg: float = 2.0
+    cfg: float = 3.0
     start: str = "noise"  # or "inverted": the source picture's
     denoise: float = 1.0  # below 1: img2img from the source picture
     background: str = "free"  # or "inpaint" with the true mask, or "blend"
@@ -79,6 +79,8 @@ class Editor:
         """The theatre's MODEL after it has learnt subject `i`; kept as a file between runs."""
         import comfy.sd
 
+        if not learning.steps:
+            return self.theatre.model
         one = self.stage.subjects[i]
         path = self.folder / f"prior_{report.fingerprint(one, learning)}.safetensors"
         if not path.exists():
@@ -144,7 +146,7 @@ class Editor:
             ).result[0]
         elif arm.background == "inpaint":
             noise_mask = self.true_mask(some).unsqueeze(1)
-        # Only what goes on from the source picture starts at its latents.
+        # Only what goes on from the source picture starts at its latent.
         begin = latents if arm.denoise < 1 or arm.background == "inpaint" or arm.start == "inverted" else None
         with torch.inference_mode():
             made = theatre.sample(

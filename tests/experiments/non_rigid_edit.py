@@ -68,8 +68,8 @@ def subject(index: int, develop: bool) -> Subject:
 
 
 def prompt(take: Take) -> str:
-    """The take's caption, `{subject}` in place of all words that say who it is."""
-    return captions.caption(take).replace(captions.subject_phrase(take.identity), "a {subject}")
+    """The take's caption with all its words, `{subject}` in place of the species."""
+    return captions.caption(take).replace(f" {take.identity.species} ", " {subject} ", 1)
 
 
 class Stage:
