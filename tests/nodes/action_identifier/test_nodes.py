@@ -25,6 +25,9 @@ EULER = comfy.samplers.sampler_object("euler")
 class Pictures:
     """Encodes a picture [1, 64, 64, 3] as its mean colours, [1, 4, 8, 8]."""
 
+    def spacial_compression_encode(self):
+        return 8
+
     def encode(self, picture):
         grid = picture.reshape(1, 8, 8, 8, 8, 3).mean((2, 4)).movedim(-1, 1)
         return torch.cat([grid, grid.mean(1, keepdim=True)], dim=1)

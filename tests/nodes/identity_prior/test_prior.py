@@ -117,6 +117,9 @@ def test_a_prior_is_trained_previewed_saved_and_loaded(output, loaded, puppets, 
 class Shrinking:
     """A VAE of latents that are the picture's colours, an eighth the size."""
 
+    def spacial_compression_encode(self):
+        return 8
+
     def encode(self, pictures):
         small = torch.nn.functional.avg_pool2d(pictures[..., :3].movedim(-1, 1), 8)
         return torch.cat([small, small.mean(1, keepdim=True)], 1) * 2 - 1
