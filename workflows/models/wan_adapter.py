@@ -26,9 +26,9 @@ class AdapterConfig:
     """A run over `PAIRS` clips of one puppet each."""
 
     adapter_rank: int = 16
-    adapter_steps: int = 1_000
+    adapter_steps: int = 600
     adapter_batch: int = 12
-    adapter_lr: float = 1e-3
+    adapter_lr: float = 2e-3
     adapter_drop: float = 0.1  # of the captions, for guidance without a prompt
 
 
