@@ -200,18 +200,24 @@ def _projection(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor)
 
 
 def check_poses(pose: torch.Tensor, name: str = "pose") -> None:
-    """Raises FusionError, naming the picture, where a drawing [B, H, W, 3] in 0..1 has no colours or nobody on it."""
-    if pose.shape[-1] < 3:
-        raise FusionError(f"{name} is grey: the colours tell the limbs apart: connect the coloured OpenPose drawing")
-    drawn = pose[..., :3].flatten(1)  # without alpha, which is 1 on black
-    spread = drawn.amax(1) - drawn.amin(1)
-    for i, value in enumerate(spread.tolist()):
-        if not value > PERSON_THRESHOLD:
-            of = f" {i + 1} of {len(pose)}" if len(pose) > 1 else ""
+    """Raises FusionError, naming the picture, where a drawing [B, H, W, 3] in 0..1 has nobody on it or no colours."""
+    for i, drawn in enumerate(pose[..., :3].flatten(1, 2)):  # without alpha, which is 1 on black
+        of = f" {i + 1} of {len(pose)}" if len(pose) > 1 else ""
+        if not _spread(drawn, 0) > PERSON_THRESHOLD:
             raise FusionError(
                 f"{name}{of} shows no person: draw a skeleton of a picture in which a pose detector finds one, or "
                 "take the pose of the Puppet node"
             )
+        # A grey file comes with three equal channels.
+        if not _spread(drawn, 1) > PERSON_THRESHOLD:
+            raise FusionError(
+                f"{name}{of} is grey: the colours tell the limbs apart: connect the coloured OpenPose drawing"
+            )
+
+
+def _spread(drawn: torch.Tensor, dim: int) -> float:
+    """The largest difference along places (0) or channels (1) of a drawing [H W, C]."""
+    return float((drawn.amax(dim) - drawn.amin(dim)).max())
 
 
 def rows(counts: Mapping[str, int]) -> int:
