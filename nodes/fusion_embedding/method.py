@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from ...kernels import fusion_embedding as kernel
+from ..fingerprint import weights_fingerprint
 from .config import PERSON_THRESHOLD
 
 Weights = dict[str, torch.Tensor]
@@ -51,9 +52,10 @@ class Fusion:
 
 @dataclass(frozen=True)
 class FusionEmbedding:
-    """e_f of each picture, [B, D], of unit length, fp32 on the CPU."""
+    """e_f of each picture, [B, D], of unit length, fp32 on the CPU, and the fingerprint of the combiner it is of."""
 
     vectors: torch.Tensor
+    combiner: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,25 @@ class Sizes:
 
 
 # The combiner
+
+
+def embedding(fusion: Fusion, vectors: torch.Tensor) -> FusionEmbedding:
+    """What a fusion's combiner made."""
+    return FusionEmbedding(vectors, weights_fingerprint(fusion.combiner))
+
+
+def vectors_for(fusion: Fusion, made: FusionEmbedding | None) -> torch.Tensor | None:
+    """e_f [B, D] for a fusion's generator, or None where none is given. Raises FusionError where it is not for it."""
+    if made is None:
+        return None
+    if fusion.generator is not None and "embedding.first.weight" not in fusion.generator:
+        raise FusionError("this fusion was trained without a fusion embedding: leave fusion_embed free")
+    if fusion.combiner is not None and made.combiner != weights_fingerprint(fusion.combiner):
+        raise FusionError(
+            "fusion_embed is of another combiner than this fusion's: connect one fusion to both Combine Fusion and "
+            "Apply Fusion"
+        )
+    return made.vectors
 
 
 def new_combiner(width: int, projection: int, hidden: int, generator: torch.Generator) -> Weights:

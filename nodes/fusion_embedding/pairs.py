@@ -127,15 +127,24 @@ def choices() -> list[str]:
 def chosen(given: dict[str, Sequence[torch.Tensor] | None], dataset_folder: str) -> Pairs:
     """The folder's pairs, or those of the connected pictures. Raises FusionError, naming what is missing."""
     if dataset_folder != NONE:
-        root = folder_paths.get_input_directory()
-        path = os.path.join(root, dataset_folder)
-        if not folder_paths.is_within_directory(root, path):
-            raise FusionError(f"dataset_folder {dataset_folder!r} leaves the input folder: choose a listed one")
-        return FolderPairs(Path(path))
+        return _in_input_folder(dataset_folder)
     missing = [name for name in ROLES if not given.get(name)]
     if missing:
         raise FusionError(f"{', '.join(missing)}: nothing is connected. Connect pictures, or choose a dataset_folder")
     return ListedPairs(*(given[name] for name in ROLES))
+
+
+def folder_digest(dataset_folder: str) -> str:
+    """The digest of a folder's pairs as they are now, empty for none. Raises FusionError as `chosen` does."""
+    return "" if dataset_folder == NONE else _in_input_folder(dataset_folder).digest()
+
+
+def _in_input_folder(name: str) -> FolderPairs:
+    root = folder_paths.get_input_directory()
+    path = os.path.join(root, name)
+    if not folder_paths.is_within_directory(root, path):
+        raise FusionError(f"dataset_folder {name!r} leaves the input folder: choose a listed one")
+    return FolderPairs(Path(path))
 
 
 def _views(batches: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:
