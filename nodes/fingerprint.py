@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ def fingerprint(model: Any) -> str:
 
     Equal for equal files; a file in another precision, or of another training, has its own.
     """
-    network = model.model.diffusion_model
-    weights = network.state_dict()
     originals = {key.removeprefix("diffusion_model."): kept.weight for key, kept in model.backup.items()}
+    return weights_fingerprint(model.model.diffusion_model.state_dict(), originals)
+
+
+def weights_fingerprint(weights: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor] = {}) -> str:
+    """The same of any weights by name; `originals` stand for those of their names."""
     content = hashlib.sha256()
     for key in sorted(weights):
         content.update(f"{key} {tuple(weights[key].shape)}\n".encode())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # Ours: what a pose drawing has where somebody stands, in 0..1; the background of an OpenPose drawing is black.
 PERSON_THRESHOLD = 0.05
+# Published: the CFG of its samples.
+GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)

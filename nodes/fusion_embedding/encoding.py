@@ -112,7 +112,8 @@ def rebuilt(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> A
         expected, found = (tuple(part[key].shape) if key in part else None for part in (own, weights))
         if expected != found:
             raise FusionError(f"its image encoder's {key!r} has shape {found}, where {expected} is expected")
-    made.load_sd(dict(weights))
+    # Where the host streams weights it takes these tensors themselves, whatever their precision.
+    made.load_sd({key: weight.to(own[key].dtype) for key, weight in weights.items()})
     return made
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from ...kernels import fusion_embedding as kernel
+from ..fingerprint import weights_fingerprint
 from .config import PERSON_THRESHOLD
 
 Weights = dict[str, torch.Tensor]
@@ -51,9 +52,10 @@ class Fusion:
 
 @dataclass(frozen=True)
 class FusionEmbedding:
-    """e_f of each picture, [B, D], of unit length, fp32 on the CPU."""
+    """e_f of each picture, [B, D], of unit length, fp32 on the CPU, and the fingerprint of the combiner it is of."""
 
     vectors: torch.Tensor
+    combiner: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,25 @@ class Sizes:
 
 
 # The combiner
+
+
+def embedding(fusion: Fusion, vectors: torch.Tensor) -> FusionEmbedding:
+    """What a fusion's combiner made."""
+    return FusionEmbedding(vectors, weights_fingerprint(fusion.combiner))
+
+
+def vectors_for(fusion: Fusion, made: FusionEmbedding | None) -> torch.Tensor | None:
+    """e_f [B, D] for a fusion's generator, or None where none is given. Raises FusionError where it is not for it."""
+    if made is None:
+        return None
+    if fusion.generator is not None and "embedding.first.weight" not in fusion.generator:
+        raise FusionError("this fusion was trained without a fusion embedding: leave fusion_embed free")
+    if fusion.combiner is not None and made.combiner != weights_fingerprint(fusion.combiner):
+        raise FusionError(
+            "fusion_embed is of another combiner than this fusion's: connect one fusion to both Combine Fusion and "
+            "Apply Fusion"
+        )
+    return made.vectors
 
 
 def new_combiner(width: int, projection: int, hidden: int, generator: torch.Generator) -> Weights:
@@ -200,18 +221,24 @@ def _projection(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor)
 
 
 def check_poses(pose: torch.Tensor, name: str = "pose") -> None:
-    """Raises FusionError, naming the picture, where a drawing [B, H, W, 3] in 0..1 has no colours or nobody on it."""
-    if pose.shape[-1] < 3:
-        raise FusionError(f"{name} is grey: the colours tell the limbs apart: connect the coloured OpenPose drawing")
-    drawn = pose[..., :3].flatten(1)  # without alpha, which is 1 on black
-    spread = drawn.amax(1) - drawn.amin(1)
-    for i, value in enumerate(spread.tolist()):
-        if not value > PERSON_THRESHOLD:
-            of = f" {i + 1} of {len(pose)}" if len(pose) > 1 else ""
+    """Raises FusionError, naming the picture, where a drawing [B, H, W, 3] in 0..1 has nobody on it or no colours."""
+    for i, drawn in enumerate(pose[..., :3].flatten(1, 2)):  # without alpha, which is 1 on black
+        of = f" {i + 1} of {len(pose)}" if len(pose) > 1 else ""
+        if not _spread(drawn, 0) > PERSON_THRESHOLD:
             raise FusionError(
                 f"{name}{of} shows no person: draw a skeleton of a picture in which a pose detector finds one, or "
                 "take the pose of the Puppet node"
             )
+        # A grey file comes with three equal channels.
+        if not _spread(drawn, 1) > PERSON_THRESHOLD:
+            raise FusionError(
+                f"{name}{of} is grey: the colours tell the limbs apart: connect the coloured OpenPose drawing"
+            )
+
+
+def _spread(drawn: torch.Tensor, dim: int) -> float:
+    """The largest difference along places (0) or channels (1) of a drawing [H W, C]."""
+    return float((drawn.amax(dim) - drawn.amin(dim)).max())
 
 
 def rows(counts: Mapping[str, int]) -> int:

@@ -125,7 +125,7 @@ class UnderstudyCombineFusion(io.ComfyNode):
         vectors = encoding.fused(
             fusion.combiner, encoder, method.expanded(source, count), method.expanded(pose, count)
         )
-        return io.NodeOutput(method.FusionEmbedding(vectors))
+        return io.NodeOutput(method.embedding(fusion, vectors))
 
 
 class UnderstudyApplyFusion(io.ComfyNode):
@@ -172,7 +172,7 @@ class UnderstudyApplyFusion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, fusion, appearance, pose, strength, fusion_embed=None) -> io.NodeOutput:
-        fused = None if fusion_embed is None else fusion_embed.vectors
+        fused = method.vectors_for(fusion, fusion_embed)
         states = encoding.hidden(appearance)
         return io.NodeOutput(*running.apply(model, fusion, states, fused, pose, ApplyConfig(strength)))
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .method import FusionError, check_poses, rows
+from .method import FusionError, check_poses
 
 NONE = "none"
 ROLES = ("source", "pose", "target")
@@ -47,7 +47,14 @@ class ListedPairs:
 
     def __init__(self, source: Sequence[torch.Tensor], pose: Sequence[torch.Tensor], target: Sequence[torch.Tensor]):
         self.pictures = [_views(batches, name) for batches, name in zip((source, pose, target), ROLES, strict=True)]
-        self.count = rows({name: len(found) for name, found in zip(ROLES, self.pictures, strict=True)})
+        counts = {name: len(found) for name, found in zip(ROLES, self.pictures, strict=True)}
+        self.count = counts["target"]
+        if counts["pose"] != self.count or counts["source"] not in (1, self.count):
+            given = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise FusionError(
+                f"the numbers of pictures differ ({given}): give each target its own pose, and each its own source "
+                "or one for all"
+            )
 
     def __len__(self) -> int:
         return self.count
@@ -82,9 +89,10 @@ class FolderPairs:
             raise FusionError(f"{folder / empty} has no picture: put {', '.join(ROLES)} folders of pictures there")
         lonely = sorted(set.union(*names) - set.intersection(*names))
         if lonely:
+            others = f" and {len(lonely) - 1} others" if len(lonely) > 1 else ""
             raise FusionError(
-                f"{lonely[0]!r} in {folder}, and {len(lonely) - 1} others, are not in all of {', '.join(ROLES)}: "
-                "give the three pictures of a pair one name"
+                f"{lonely[0]!r}{others} in {folder}: not in all of {', '.join(ROLES)}: give the three pictures of a "
+                "pair one name"
             )
         self.files = [tuple(found[role][name] for role in ROLES) for name in sorted(names[0])]
 
@@ -119,15 +127,24 @@ def choices() -> list[str]:
 def chosen(given: dict[str, Sequence[torch.Tensor] | None], dataset_folder: str) -> Pairs:
     """The folder's pairs, or those of the connected pictures. Raises FusionError, naming what is missing."""
     if dataset_folder != NONE:
-        root = folder_paths.get_input_directory()
-        path = os.path.join(root, dataset_folder)
-        if not folder_paths.is_within_directory(root, path):
-            raise FusionError(f"dataset_folder {dataset_folder!r} leaves the input folder: choose a listed one")
-        return FolderPairs(Path(path))
+        return _in_input_folder(dataset_folder)
     missing = [name for name in ROLES if not given.get(name)]
     if missing:
         raise FusionError(f"{', '.join(missing)}: nothing is connected. Connect pictures, or choose a dataset_folder")
     return ListedPairs(*(given[name] for name in ROLES))
+
+
+def folder_digest(dataset_folder: str) -> str:
+    """The digest of a folder's pairs as they are now, empty for none. Raises FusionError as `chosen` does."""
+    return "" if dataset_folder == NONE else _in_input_folder(dataset_folder).digest()
+
+
+def _in_input_folder(name: str) -> FolderPairs:
+    root = folder_paths.get_input_directory()
+    path = os.path.join(root, name)
+    if not folder_paths.is_within_directory(root, path):
+        raise FusionError(f"dataset_folder {name!r} leaves the input folder: choose a listed one")
+    return FolderPairs(Path(path))
 
 
 def _views(batches: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:
@@ -153,7 +170,14 @@ def _files(folder: Path) -> dict[str, Path]:
     except OSError as error:
         fix = f"it needs the folders {', '.join(ROLES)}"
         raise FusionError(f"{folder} cannot be read ({error.strerror}): {fix}") from error
-    return {path.stem: path for path in entries if path.suffix.lower() in _ENDINGS and path.is_file()}
+    found: dict[str, Path] = {}
+    for path in entries:
+        # Names that begin with a dot are leftovers of other systems.
+        if path.suffix.lower() in _ENDINGS and path.is_file() and not path.name.startswith("."):
+            other = found.setdefault(path.stem, path)
+            if other is not path:
+                raise FusionError(f"{folder} has {other.name} and {path.name}, of one name: remove or rename one")
+    return found
 
 
 def _opened(path: Path) -> Image.Image:

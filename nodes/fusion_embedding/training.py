@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import comfy.conds
 import torch
+from PIL import Image
 
 from ..training import loop, picture_training
 from ..training.checkpoints import Checkpoints
@@ -20,7 +21,7 @@ from ..training.objective import DenoisingObjective
 from ..training.session import Denoiser, encoder_session, no_training, session
 from ..training.whole_network import BYTES_A_WEIGHT, WholeNetwork
 from . import encoding, method, running
-from .config import CombinerConfig, GeneratorConfig
+from .config import GUIDANCE, CombinerConfig, GeneratorConfig
 from .method import LORA, WHOLE, Fusion, FusionError, Weights, kernel
 from .pairs import Pairs
 
@@ -60,9 +61,10 @@ def train_combiner(
         objective = RetrievalObjective(encode, len(pairs), weights, config.batch_size, combiner)
         parameters = {f"combiner.{key}": value for key, value in weights.items()}
         parameters |= {} if trained is None else {f"encoder.{k}": v for k, v in trained.parameters().items()}
-        monitor = HostMonitor(config, checkpoints)
+        monitor = HostMonitor(config, checkpoints, device=clip_vision.load_device)
         monitor.note = objective.accuracy
         losses = loop.train(objective, parameters, config, monitor, resume)
+        monitor.say_peak()
         learnt = None if trained is None else _on_cpu(module.state_dict())
     encoder = None if learnt is None else encoding.rebuilt(clip_vision.config, learnt)
     return Fusion(_on_cpu(weights), encoder), {"loss": losses}
@@ -78,7 +80,7 @@ def _encoder(clip_vision: Any, config: TrainingConfig, train: bool) -> Iterator[
     copies = BYTES_A_WEIGHT * sum(weight.numel() for weight in clip_vision.model.parameters())
     required = copies + _ACTIVATIONS
     with encoder_session(clip_vision.patcher, required, config.gradient_checkpointing) as module:
-        trained = WholeNetwork(module)
+        trained = WholeNetwork(module, "switch train_encoder off")
         with trained.attached():
             yield module, trained
 
@@ -163,6 +165,7 @@ class PairEncoder:
         self.combiner, self.encoder = combiner, encoder
         self.kept: dict[int, Encoded] = {}
         self.room = _KEPT_BYTES
+        self._sizes: list[tuple[int, int]] = []
 
     def __getitem__(self, index: int) -> Encoded:
         if index in self.kept:
@@ -194,8 +197,10 @@ class PairEncoder:
                 self[i]
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of each pair's latent."""
-        return [tuple(n // self.ratio for n in self.pairs.size(i)) for i in range(len(self.pairs))]
+        """Height and width of each pair's latent; looked up once, since a folder opens every file for it."""
+        if not self._sizes:
+            self._sizes = [tuple(n // self.ratio for n in self.pairs.size(i)) for i in range(len(self.pairs))]
+        return self._sizes
 
 
 class _Batch(NamedTuple):
@@ -304,9 +309,14 @@ def train_generator(
         objective = PairObjective(denoising, encoded, config.batch_size, generator)
         parameters = {f"generator.{key}": value for key, value in weights.items()}
         parameters |= {f"unet.{key}": value for key, value in trained.parameters().items()}
-        monitor = HostMonitor(config, checkpoints, lambda: _preview(denoiser, vae, weights, encoded[0], config.seed))
+
+        def draw() -> Image.Image | None:
+            return _preview(denoiser, vae, weights, encoded[0], config.seed)
+
+        monitor = HostMonitor(config, checkpoints, draw, denoiser.device)
         with trained.attached():
             losses = loop.train(objective, parameters, config, monitor, resume)
+        monitor.say_peak()
         if generator.whole_unet:
             unet = {f"diffusion_model.{key}": value for key, value in _on_cpu(trained.parameters()).items()}
         else:
@@ -322,7 +332,7 @@ def _preview(denoiser: Denoiser, vae: Any, weights: Weights, pair: Encoded, seed
             denoiser.patcher, {key: value.detach() for key, value in weights.items()}, pair.states, pair.fused,
             pair.pose.movedim(1, -1),
         )
-    return picture_training.preview_of(vae, positive, negative, pair.latent.shape, seed)(denoiser)
+    return picture_training.preview_of(vae, positive, negative, pair.latent.shape, seed, GUIDANCE)(denoiser)
 
 
 def _cropped(picture: torch.Tensor, ratio: int) -> torch.Tensor:

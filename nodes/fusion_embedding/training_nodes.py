@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..training import checkpoints, inputs, widgets
-from . import pairs, training
+from ..fingerprint import fingerprint, weights_fingerprint
+from ..training import checkpoints, widgets
+from . import encoding, pairs, training
 from .config import CombinerConfig, GeneratorConfig
 from .method import Fusion
 from .nodes import CATEGORY, FUSION
@@ -96,6 +97,11 @@ class UnderstudyTrainFusionCombiner(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, dataset_folder=(pairs.NONE,), **_lists) -> str:
+        """A folder whose pictures changed is learnt anew."""
+        return pairs.folder_digest(dataset_folder[0] or pairs.NONE)  # None where it is a link
+
+    @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
         given, data = _given(lists)
         combiner = CombinerConfig(
@@ -106,6 +112,7 @@ class UnderstudyTrainFusionCombiner(io.ComfyNode):
             "pairs": data.digest(), "seed": config.seed, "batch_size": config.batch_size,
             "learning_rate": config.learning_rate, "temperature": combiner.temperature,
             "train_encoder": combiner.train_encoder,
+            "clip_vision": weights_fingerprint(given["clip_vision"].get_sd()),
         }
         fusion, loss_map = training.train_combiner(
             given["clip_vision"], data, config, combiner,
@@ -186,6 +193,11 @@ class UnderstudyTrainFusionGenerator(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, dataset_folder=(pairs.NONE,), **_lists) -> str:
+        """A folder whose pictures changed is learnt anew."""
+        return pairs.folder_digest(dataset_folder[0] or pairs.NONE)  # None where it is a link
+
+    @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
         given, data = _given(lists)
         chosen = {
@@ -202,8 +214,13 @@ class UnderstudyTrainFusionGenerator(io.ComfyNode):
             "learning_rate": config.learning_rate, "rank": "whole UNet" if generator.whole_unet else generator.rank,
             "source_drop": generator.source_drop, "fusion_drop": generator.fusion_drop,
             "pose_drop": generator.pose_drop, "noise_offset": generator.noise_offset,
-            "combiner": inputs.digest([weight for _, weight in sorted((fusion.combiner or {}).items())]),
+            "model": fingerprint(given["model"]), "vae": weights_fingerprint(given["vae"].get_sd()),
+            "appearance_encoder": weights_fingerprint(given["appearance_encoder"].get_sd()),
+            "combiner": weights_fingerprint(fusion.combiner or {}),
         }
+        if fusion.combiner is not None:
+            encoder = encoding.chosen(fusion, given.get("clip_vision"))
+            settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
         trained, loss_map = training.train_generator(
             given["model"], given["vae"], given["appearance_encoder"], data, fusion, given.get("clip_vision"), config,
             generator, checkpoints=checkpoints.Checkpoints("fusion_generator", settings),

@@ -97,7 +97,9 @@ def train_on_pictures(
         return lora_model(trained, unet_config), {"loss": losses}
 
 
-def preview_of(vae, positive: list, negative: list, shape: Sequence[int], seed: int):
+def preview_of(
+    vae, positive: list, negative: list, shape: Sequence[int], seed: int, cfg: float = _PREVIEW_CFG
+):
     """A preview for `train_on_pictures`: one picture of `shape` [1, C, ...] with a fixed prompt and a fixed noise.
 
     It gives None where the device has no room to sample beside the training.
@@ -106,20 +108,23 @@ def preview_of(vae, positive: list, negative: list, shape: Sequence[int], seed: 
     def preview(denoiser: Denoiser) -> Image.Image | None:
         if not _room_to_sample(denoiser, shape):
             return None
-        samples = draw(denoiser, positive, negative, shape, seed, _PREVIEW_STEPS)
+        samples = draw(denoiser, positive, negative, shape, seed, _PREVIEW_STEPS, cfg)
         with no_training():
             return _picture(vae, samples, denoiser)
 
     return preview
 
 
-def draw(denoiser: Denoiser, positive: list, negative: list, shape: Sequence[int], seed: int, steps: int):
+def draw(
+    denoiser: Denoiser, positive: list, negative: list, shape: Sequence[int], seed: int, steps: int,
+    cfg: float = _PREVIEW_CFG,
+):
     """A latent of `shape` [1, C, ...], as VAE Decode takes it, sampled by the model that is in training."""
     with no_training():
         latent = torch.zeros(tuple(shape))
         noise = comfy.sample.prepare_noise(latent, seed)
         samples = comfy.sample.sample(
-            denoiser.patcher, noise, steps, _PREVIEW_CFG, "dpmpp_2m", "normal", positive, negative, latent,
+            denoiser.patcher, noise, steps, cfg, "dpmpp_2m", "normal", positive, negative, latent,
             disable_pbar=True, seed=seed,
         )
         denoiser.patcher.pre_run()

@@ -17,17 +17,18 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 class WholeNetwork:
     """A trainable copy of every parameter of `network`, by the parameter's name.
 
-    Raises ValueError, naming the first one, where a weight is quantised: it has no gradient to follow.
+    Raises ValueError, naming the first one and what to do `otherwise`, where a weight is quantised: it has no
+    gradient to follow.
     """
 
-    def __init__(self, network: torch.nn.Module):
+    def __init__(self, network: torch.nn.Module, otherwise: str = "switch whole_unet off to learn a LoRA"):
         self.network = network
         self.originals: dict[str, torch.Tensor] = {}
         for name, weight in network.named_parameters():
             if type(weight) is not torch.nn.Parameter or weight.dtype not in _PLAIN:
                 raise ValueError(
-                    f"weight {name} is {weight.dtype}, and a whole UNet trains from fp32, bf16 or fp16 alone: load "
-                    "such a file of this model, or switch whole_unet off to learn a LoRA"
+                    f"weight {name} is {weight.dtype}, and a whole network trains from fp32, bf16 or fp16 alone: "
+                    f"load such a file of this model, or {otherwise}"
                 )
             self.originals[name] = weight
         self.trained = {

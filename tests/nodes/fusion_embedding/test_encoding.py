@@ -1,5 +1,6 @@
 """Image encoders of the host: whole pictures, gradients beside transformers, and descriptions that are refused."""
 
+import comfy.model_patcher
 import fusions
 import pytest
 import torch
@@ -105,6 +106,14 @@ def test_an_encoder_is_built_again_from_its_description():
     again = encoding.rebuilt(made.config, made.get_sd())
     pictures = fusions.pictures(2)
     assert torch.equal(encoding.embeddings(made, pictures), encoding.embeddings(again, pictures))
+
+
+def test_an_encoder_has_the_host_s_precision_where_weights_stream(monkeypatch):
+    """There the host takes the given tensors themselves."""
+    made = fusions.vision()
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "is_dynamic", lambda _patcher: True)
+    again = encoding.rebuilt(made.config, {key: weight.double() for key, weight in made.get_sd().items()})
+    assert {key: w.dtype for key, w in again.get_sd().items()} == {key: w.dtype for key, w in made.get_sd().items()}
 
 
 @pytest.mark.parametrize("changed", [

@@ -108,11 +108,16 @@ def test_a_pose_without_a_person_is_refused_by_number():
     with pytest.raises(FusionError, match="pose 2 of 3 shows no person"):
         method.check_poses(poses)
     opaque = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(1, 8, 8, 4)
-    for blank in (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3), torch.full((1, 8, 8, 3), float("nan")), opaque):
+    plain = torch.tensor([0.9, 0.1, 0.1]).expand(1, 8, 8, 3)
+    for blank in (
+        torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3), torch.full((1, 8, 8, 3), float("nan")), opaque, plain
+    ):
         with pytest.raises(FusionError, match="pose shows no person"):
             method.check_poses(blank)
-    with pytest.raises(FusionError, match="pose is grey: .* connect the coloured"):
-        method.check_poses(fusions.poses(1)[..., :1])
+    grey = fusions.poses(1)[..., :1]
+    for drawn in (grey, grey.expand(-1, -1, -1, 3)):
+        with pytest.raises(FusionError, match="pose is grey: .* connect the coloured"):
+            method.check_poses(drawn)
 
 
 @pytest.mark.parametrize(("counts", "expected"), [((1, 1), 1), ((1, 4), 4), ((4, 1), 4), ((4, 4), 4), ((2, 4), None),

@@ -7,10 +7,11 @@ import comfy.samplers
 import folder_paths
 import fusions
 import pytest
+import tiny_model
 import torch
 from comfy_extras.nodes_rebatch import ImageRebatch
 from pack.nodes import files
-from pack.nodes.fusion_embedding import nodes, training_nodes
+from pack.nodes.fusion_embedding import method, nodes, training_nodes
 from pack.nodes.fusion_embedding.method import FusionError
 
 from nodes import CLIPVisionEncode
@@ -130,6 +131,66 @@ def test_combine_refuses_what_does_not_fit():
     alpha = torch.cat([colour, torch.ones(1, 64, 64, 1)], dim=-1)
     found = [combine(fusion, picture, fusions.poses()).result[0].vectors for picture in (colour, alpha)]
     assert torch.equal(*found)
+
+
+def test_an_embedding_is_for_the_fusion_whose_combiner_made_it():
+    fusion, other = (fusions.fusion(MODEL, seed=seed, encoder=fusions.vision()) for seed in (0, 1))
+    alone = fusions.fusion(MODEL, combiner=None, generator=fusions.weights(MODEL, embedding=None))
+    with torch.inference_mode():
+        (embed,) = nodes.UnderstudyCombineFusion.execute(fusion, fusions.pictures(), fusions.poses()).result
+        appearance = CLIPVisionEncode().encode(fusion.encoder, fusions.pictures(), "none")[0]
+        apply = nodes.UnderstudyApplyFusion.execute
+        assert len(apply(MODEL, fusion, appearance, fusions.poses(), 1.0, embed).result) == 3
+        with pytest.raises(FusionError, match="connect one fusion to both Combine Fusion and Apply Fusion"):
+            apply(MODEL, other, appearance, fusions.poses(), 1.0, embed)
+        with pytest.raises(FusionError, match="leave fusion_embed free"):
+            apply(MODEL, alone, appearance, fusions.poses(), 1.0, embed)
+
+
+def test_a_run_is_not_resumed_with_another_model_of_the_same_shape(folder):
+    lists = {name: [tensor] for name, tensor in fusions.pair_lists(3).items()}
+    vision, vae, fusion = fusions.vision(), fusions.autoencoder(), fusions.fusion(MODEL, encoder=fusions.vision(2))
+    common = dict(learning_rate=1e-3, seed=1, checkpoint_every=1)
+    cases = {
+        training_nodes.UnderstudyTrainFusionCombiner: (
+            dict(clip_vision=vision, temperature=0.07, batch_size=3, train_encoder=False),
+            {"clip_vision": fusions.vision(1)},
+        ),
+        training_nodes.UnderstudyTrainFusionGenerator: (
+            dict(model=MODEL, vae=vae, fusion=fusion, appearance_encoder=vision, batch_size=1, whole_unet=False),
+            {
+                "model": tiny_model.picture(channels=fusions.CHANNELS), "vae": fusions.autoencoder(1),
+                "appearance_encoder": fusions.vision(1),
+                "clip_vision": fusions.fusion(MODEL, encoder=fusions.vision(3)),
+            },
+        ),
+    }
+    with torch.inference_mode():
+        for node, (models, others) in cases.items():
+            node.execute(**as_lists(**models, **common, steps=1, resume_from="none"), **lists)
+            more = common | {"steps": 2, "resume_from": files.list_files(files.TRAINING_CHECKPOINTS)[-1]}
+            for name, other in others.items():
+                changed = models | {"fusion" if isinstance(other, method.Fusion) else name: other}
+                with pytest.raises(ValueError, match=f"different {name}: "):
+                    node.execute(**as_lists(**changed, **more), **lists)
+            assert len(node.execute(**as_lists(**models, **more), **lists).result[1]["loss"]) == 2
+
+
+@pytest.mark.parametrize(
+    "node", [training_nodes.UnderstudyTrainFusionCombiner, training_nodes.UnderstudyTrainFusionGenerator]
+)
+def test_a_folder_whose_pictures_changed_is_learnt_anew(node, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    for role in ("source", "pose", "target"):
+        (tmp_path / "people" / role).mkdir(parents=True)
+        for name in "ab":
+            (tmp_path / "people" / role / f"{name}.png").write_bytes(b"1")
+    asked = as_lists(dataset_folder="people", steps=1)
+    before = node.fingerprint_inputs(**asked)
+    assert node.fingerprint_inputs(**asked) == before
+    (tmp_path / "people" / "target" / "b.png").write_bytes(b"another")
+    assert node.fingerprint_inputs(**asked) != before
+    assert node.fingerprint_inputs(**as_lists(dataset_folder=None)) == node.fingerprint_inputs() == ""
 
 
 def test_train_nodes_name_what_is_missing_and_resume_checks_their_settings(folder):

@@ -30,7 +30,7 @@ def test_batches_lists_and_one_source_for_all():
     assert one.digest() != batch.digest()
 
 
-@pytest.mark.parametrize("counts", [(2, 3, 3), (3, 2, 3), (3, 3, 2), (2, 3, 4)])
+@pytest.mark.parametrize("counts", [(2, 3, 3), (3, 2, 3), (3, 3, 2), (2, 3, 4), (3, 1, 3), (3, 3, 1), (3, 1, 1)])
 def test_unequal_counts_are_refused_with_the_numbers(counts):
     given = {role: [fusions.poses(count)] for role, count in zip(ROLES, counts, strict=True)}
     with pytest.raises(FusionError, match=f"source {counts[0]}, pose {counts[1]}, target {counts[2]}"):
@@ -56,6 +56,7 @@ def test_lists_are_used_where_they_lie():
 
 @pytest.mark.parametrize(("changed", "words"), [
     ({"pose": [torch.zeros(3, 64, 64, 3)]}, "pose 1 shows no person"),
+    ({"pose": [fusions.poses(3)[..., :1]]}, "pose 1 is grey"),
     ({"target": [torch.full((3, 64, 64, 3), float("nan"))]}, "target holds NaN"),
     ({"target": [torch.zeros(3, 64, 64)]}, "target has shape"),
     ({"source": []}, "source holds no picture"),
@@ -101,7 +102,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
         FolderPairs(tmp_path)
     path = folder(tmp_path / "set")
     (path / "pose" / "b.png").unlink()
-    with pytest.raises(FusionError, match="'b' in .*0 others"):
+    with pytest.raises(FusionError, match=r"'b' in \S+: not in all of source, pose, target"):
         FolderPairs(path)
     (path / "pose" / "b.png").write_bytes(b"no picture")
     with pytest.raises(FusionError, match="b.png is no picture"):
@@ -110,9 +111,19 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     (path / "target" / "c.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FusionError, match="c.png is damaged"):
         FolderPairs(path)[2]
+    with Image.open(path / "pose" / "a.png") as coloured:
+        coloured.convert("L").save(path / "pose" / "a.png")
+    with pytest.raises(FusionError, match="a.png is grey"):
+        FolderPairs(path)[0]
     Image.new("RGB", (8, 8)).save(path / "pose" / "a.png")
     with pytest.raises(FusionError, match="a.png shows no person"):
         FolderPairs(path)[0]
+    Image.new("RGB", (8, 8)).save(path / "source" / "._a.png")
+    assert len(FolderPairs(path)) == 3, "a leftover of another system is no picture"
+    Image.new("RGB", (8, 8)).save(path / "source" / "a.jpg")
+    with pytest.raises(FusionError, match="a.jpg and a.png, of one name"):
+        FolderPairs(path)
+    (path / "source" / "a.jpg").unlink()
     for file in (path / "target").iterdir():
         file.unlink()
     with pytest.raises(FusionError, match="target has no picture"):

@@ -253,7 +253,7 @@ def test_a_pose_of_another_size_and_a_batch_of_another_length_name_the_fix():
         denoised(patched, positive, negative, cfg=2.0)
 
 
-def test_alpha_and_grey_poses_work():
+def test_a_pose_may_have_alpha():
     rgb = fusions.poses()
     alpha = torch.cat([rgb, torch.ones(1, 64, 64, 1)], dim=-1)
     found = [applied(pose=pose)[1][0][1]["model_conds"][running.POSE].cond for pose in (rgb, alpha)]

@@ -3,6 +3,7 @@
 import copy
 
 import comfy.model_management
+import comfy.sample
 import comfy.samplers
 import fusions
 import pytest
@@ -138,6 +139,13 @@ def test_the_objective_is_the_published_loss_with_the_step_s_dropout():
     assert asked == [order.tolist()] and len(set(asked[0])) == 4
     assert torch.equal(loss, expected)
     assert objective.accuracy().startswith("top-1 ")
+
+
+def test_an_encoder_that_cannot_be_trained_names_its_own_switch():
+    vision = fusions.vision()
+    vision.model.visual_projection.weight.data = vision.model.visual_projection.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="visual_projection.weight is torch.float8_e4m3fn.*train_encoder off"):
+        combined(clip_vision=vision, train_encoder=True)
 
 
 def test_one_pair_is_no_retrieval():
@@ -322,6 +330,32 @@ def counted(count):
     return Counted(*([lists[role]] for role in pairs.ROLES))
 
 
+@pytest.mark.parametrize("stage", [combined, generated])
+def test_pairs_are_not_encoded_any_more_once_a_run_is_cancelled(stage, monkeypatch):
+    """Both stages encode many pairs before a step is done."""
+    read = []
+
+    class Cancelling(pairs.ListedPairs):
+        def __getitem__(self, index):
+            read.append(index)
+            if len(read) == 3:
+                comfy.model_management.interrupt_current_processing()
+            return super().__getitem__(index)
+
+    lists = fusions.pair_lists(6)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stage(Cancelling(*([lists[role]] for role in pairs.ROLES)))
+    assert len(read) == 3
+
+
+def test_both_stages_say_their_peak_memory(caplog):
+    for stage in (combined, generated):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            stage(steps=1)
+        assert sum("peak memory" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_what_does_not_fit_into_memory_is_read_when_its_turn_comes(monkeypatch):
     small = counted(6)
     kept, _ = generated(small, seed=4)
@@ -368,13 +402,15 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_previews_are_drawn_and_change_nothing(monkeypatch):
-    drawn = []
-    original = training._preview
+    drawn, guidance = [], []
+    original, sample = training._preview, comfy.sample.sample
     monkeypatch.setattr(training, "_preview", lambda *args: drawn.append(original(*args)) or drawn[-1])
+    monkeypatch.setattr(comfy.sample, "sample", lambda *a, **given: guidance.append(a[3]) or sample(*a, **given))
     alone, _ = generated(seed=9)
     assert not drawn
     watched, _ = generated(seed=9, preview_every=2)
     assert len(drawn) == 2 and all(image is not None and image.width >= 256 for image in drawn)
+    assert guidance == [2.0, 2.0]
     assert same(watched.generator, alone.generator) and same(watched.unet, alone.unet)
 
 
