@@ -134,7 +134,8 @@ class ActionContexts:
             for action in sealed.actions:
                 method.check_places(action.places, self.places, action.placeholder)
                 self._compare(action)
-            contexts = sealed.opened(cond["cross_attn"], self.strength)
+            # Where areas differ, the host gives these conditions to an entry whose own prompt is another one.
+            contexts = sealed.opened(cond["model_conds"]["c_crossattn"].cond, self.strength)
         return {**cond, "model_conds": {**cond["model_conds"], KEY: OpenContexts(contexts)}}
 
     def _compare(self, action: ActionIdentifier) -> None:

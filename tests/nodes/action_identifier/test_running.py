@@ -260,6 +260,16 @@ def test_areas_and_masks():
 
 def test_concat_with_the_action_first_adds_its_tokens_to_every_layer():
     sealed, more = prompt(), plain("on the moon")
+def test_a_negative_with_an_area_meets_an_action_without_one():
+    """The host then gives the positive a part there, of the negative's entry with the action's conditions."""
+    sealed, place = prompt(), (32, 64, 0, 0, 1.0)
+    (negative,) = host.ConditioningSetArea().append(plain("a dog"), *place)
+    (part,) = host.ConditioningSetArea().append(sealed, *place)
+    found = sample(running.apply(MODEL, 1.0), sealed, negative=negative + NEGATIVE)
+    close(found, sample(running.apply(MODEL, 1.0), sealed + part, negative=negative + NEGATIVE))
+    far(found, sample(running.apply(MODEL, 1.0), plain(), negative=negative + NEGATIVE))
+
+
     (joined,) = host.ConditioningConcat().concat(sealed, more)
     contexts = torch.cat([contexts_of(sealed), more[0][0].expand(4, -1, -1)], dim=1)
     (word,) = host.ConditioningConcat().concat(plain(), more)
