@@ -117,7 +117,7 @@ class ActionContexts:
         self.places = places
         self.strength = strength
         self.base = base
-        self.warned: set[str] = set()
+        self.warned: set[tuple[str, str]] = set()
 
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """The host's CALC_COND_BATCH: open the sealed, give the others a neutral condition."""
@@ -139,8 +139,9 @@ class ActionContexts:
         return {**cond, "model_conds": {**cond["model_conds"], KEY: OpenContexts(contexts)}}
 
     def _compare(self, action: ActionIdentifier) -> None:
-        if action.base and action.base != self.base and action.placeholder not in self.warned:
-            self.warned.add(action.placeholder)
+        known = action.placeholder, action.base
+        if action.base and action.base != self.base and known not in self.warned:
+            self.warned.add(known)
             logging.warning(
                 "Understudy: %s was learnt beside other weights than this model's; it may act less, or otherwise",
                 action.placeholder,

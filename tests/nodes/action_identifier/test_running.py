@@ -344,7 +344,10 @@ def test_other_weights_warn_once_and_never_stop(caplog):
         sample(running.apply(MODEL, 1.0), prompt(actions=[own]))
         assert "learnt beside other weights" not in caplog.text
         sample(running.apply(MODEL, 1.0), prompt(actions=[other]), steps=3)
-    assert caplog.text.count("learnt beside other weights") == 1
+        patched = running.apply(MODEL, 1.0)
+        for name in ("0123456789abcdef", "0123456789abcdef", "fedcba9876543210"):
+            sample(patched, prompt(actions=[action_identifiers.identifier(MODEL, base=name)]), steps=1)
+    assert caplog.text.count("learnt beside other weights") == 1 + 2, "once for each file under one placeholder"
     assert running.fingerprint(tiny_model.picture()) != base
 
 
