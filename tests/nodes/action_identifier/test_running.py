@@ -364,6 +364,25 @@ def test_a_lora_on_the_model_is_still_the_same_model():
 
 def test_wan_blocks_read_their_own_context():
     model = tiny_model.wan()
+class Doubling:
+    """As a hypernetwork is for the host: a patch that changes keys and values, each otherwise."""
+
+    def __call__(self, n, context, value, _extra_options):
+        return n, 2 * context, 3 * value
+
+
+def test_a_patch_of_keys_and_values_acts_on_the_action_before_apply_and_after():
+    sealed, earlier = prompt(), MODEL.clone()
+    earlier.set_model_attn2_patch(Doubling())
+    later = running.apply(MODEL, 1.0)
+    later.set_model_attn2_patch(Doubling())
+    for positive in (sealed, plain()):
+        found = sample(running.apply(earlier, 1.0), positive)
+        assert torch.equal(found, sample(later, positive))
+        far(found, sample(running.apply(MODEL, 1.0), positive))
+    assert torch.equal(sample(running.apply(earlier, 1.0), plain()), sample(earlier, plain()))
+
+
     action = action_identifiers.identifier(model)
     sealed = prompt(actions=[action])
     shape = (1, 16, 1, 4, 4)
