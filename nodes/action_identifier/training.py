@@ -49,7 +49,9 @@ class Exemplars:
     def prompt(self, index: int, action: str, placeholder: str) -> str:
         """The words of a picture with `action` in the place of the action: where the placeholder is, or behind."""
         subject = self.subjects[index]
-        return subject.replace(placeholder, action) if placeholder in subject else f"{subject} {action}".strip()
+        if encoding.contains(subject, placeholder):
+            return encoding.in_words(subject, {placeholder: action})
+        return f"{subject} {action}".strip()
 
 
 def train(
