@@ -86,7 +86,11 @@ def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> A
         check_placeholder(placeholder)
     except ValueError as error:
         raise ActionError(str(error)) from error
-    tokens = {key.removeprefix(_KEY): tensor for key, tensor in tensors.items()}
+    tokens = {
+        # In fp32: numbers of 8 bits cannot say whether they are finite. Whole numbers are refused later.
+        key.removeprefix(_KEY): tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in tensors.items()
+    }
     return ActionIdentifier(
         placeholder, metadata.get("initial_word", ""), tokens, _places(metadata.get("layers", "")),
         metadata.get("base", ""),

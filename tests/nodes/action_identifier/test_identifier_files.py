@@ -48,6 +48,13 @@ def test_a_saved_identifier_is_read_back_bit_for_bit(kind, folders):
     assert identifier_files.choices() == ["people/wave_00001_.safetensors"]
 
 
+def test_tokens_of_8_bits_are_read_in_fp32(folders):
+    tokens = torch.tensor([[[0.5, -1.0, 3.0]]])
+    listed = write(folders, "file.safetensors", {"identifier.l": tokens.to(torch.float8_e4m3fn)}, SOUND)
+    found = identifier_files.load(listed).tokens["l"]
+    assert found.dtype == torch.float32 and torch.equal(found, tokens)
+
+
 def write(folders, name, tensors, metadata=None, folder="action_identifiers"):
     path = folders / folder / name
     if name.endswith(".safetensors"):
