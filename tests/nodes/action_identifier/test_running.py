@@ -88,6 +88,8 @@ def test_the_map_of_layers_comes_from_the_network():
     assert [place.kind for place in sd] == ["input"] * 6 + ["middle"] + ["output"] * 9
     with pytest.raises(ValueError, match="is a Linear, and action identifiers need"):
         layers.places(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="is a CausalWanModel, and action identifiers need"):
+        layers.places(tiny_model.wan("causal").model.diffusion_model)
 
 
 def test_each_layer_reads_its_own_context():
@@ -258,8 +260,6 @@ def test_areas_and_masks():
     far(both[..., :4], estimate(plain("a dog"))[..., :4])
 
 
-def test_concat_with_the_action_first_adds_its_tokens_to_every_layer():
-    sealed, more = prompt(), plain("on the moon")
 def test_a_negative_with_an_area_meets_an_action_without_one():
     """The host then gives the positive a part there, of the negative's entry with the action's conditions."""
     sealed, place = prompt(), (32, 64, 0, 0, 1.0)
@@ -270,6 +270,8 @@ def test_a_negative_with_an_area_meets_an_action_without_one():
     far(found, sample(running.apply(MODEL, 1.0), plain(), negative=negative + NEGATIVE))
 
 
+def test_concat_with_the_action_first_adds_its_tokens_to_every_layer():
+    sealed, more = prompt(), plain("on the moon")
     (joined,) = host.ConditioningConcat().concat(sealed, more)
     contexts = torch.cat([contexts_of(sealed), more[0][0].expand(4, -1, -1)], dim=1)
     (word,) = host.ConditioningConcat().concat(plain(), more)
@@ -362,8 +364,6 @@ def test_a_lora_on_the_model_is_still_the_same_model():
     patched.unpatch_model()
 
 
-def test_wan_blocks_read_their_own_context():
-    model = tiny_model.wan()
 class Doubling:
     """As a hypernetwork is for the host: a patch that changes keys and values, each otherwise."""
 
@@ -383,6 +383,8 @@ def test_a_patch_of_keys_and_values_acts_on_the_action_before_apply_and_after():
     assert torch.equal(sample(running.apply(earlier, 1.0), plain()), sample(earlier, plain()))
 
 
+def test_wan_blocks_read_their_own_context():
+    model = tiny_model.wan()
     action = action_identifiers.identifier(model)
     sealed = prompt(actions=[action])
     shape = (1, 16, 1, 4, 4)
