@@ -41,8 +41,8 @@ def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
     for action in actions:
         if action.placeholder in seen:
             raise ValueError(
-                f"two actions have the placeholder {action.placeholder}: train one of them with another placeholder, "
-                "or rename the file that it is imported from"
+                f"two actions have the placeholder {action.placeholder}: give one of them another, by `placeholder` "
+                "of Load Action Identifier"
             )
         seen.add(action.placeholder)
         if not contains(text, action.placeholder):

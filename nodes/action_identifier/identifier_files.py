@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -35,11 +36,15 @@ def find(name: str) -> Path:
     return files.find(FOLDER, name)
 
 
-def load(name: str) -> ActionIdentifier:
+def load(name: str, placeholder: str = "") -> ActionIdentifier:
     """The identifier in a listed file; an embedding becomes one that is equal in all layers, called <NAME>.
 
-    Raises WeightFileError, naming the file and what is wrong, for any other kind of file.
+    `placeholder` stands for it in place of its own word. Raises WeightFileError, naming the file and what is wrong,
+    for any other kind of file; ValueError for no placeholder.
     """
+    if placeholder:
+        check_placeholder(placeholder)
+        return dataclasses.replace(load(name), placeholder=placeholder)
     path = find(name)
     if path.suffix.lower() == files.EXTENSION:
         tensors, metadata = files.read(path)

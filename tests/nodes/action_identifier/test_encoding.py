@@ -156,7 +156,7 @@ def test_errors_say_what_to_do(clips):
     action = action_identifiers.identifier(MODEL)
     with pytest.raises(ValueError, match="text does not contain <action>: write it where"):
         encoding.encode(clips["SD 1.5"], "a cat", [action])
-    with pytest.raises(ValueError, match="two actions have the placeholder"):
+    with pytest.raises(ValueError, match="two actions have the placeholder <action>: give one of them another"):
         encoding.encode(clips["SD 1.5"], "<action>", [action, action])
     for kind in ("SD 2.1", "SDXL"):
         with pytest.raises(ActionError, match="was learnt with text encoder l of width 16 and this clip has"):
