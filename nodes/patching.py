@@ -45,8 +45,9 @@ def with_sampling_parts(
     wrappers and callbacks go by the host's kinds; `attachment` is what `parts(model, key)` finds again.
     blocks[i](earlier) makes what stands for transformer block i; `earlier` is the patch there before, or None,
     and is called by the new one. cross_attention does the same for a UNet: (part, block, transformer) as in
-    ("input", 4, 0). `cross_attention_inputs` is called by a UNet's layers with their inputs, after those that are
-    there. A patch that is `key`'s own already, by its attribute `key`, stays.
+    ("input", 4, 0). `cross_attention_inputs` is called by a UNet's layers with their inputs, before those that are
+    there, which change keys and values each in their own way. A patch that is `key`'s own already, by its attribute
+    `key`, stays.
     """
     patcher = model.clone()
     for kind, wrapper in wrappers.items():
@@ -69,7 +70,9 @@ def with_sampling_parts(
             patcher.set_model_patch_replace(make(earlier), "attn2", *place)
     present = patcher.model_options["transformer_options"].get("patches", {}).get("attn2_patch", [])
     if cross_attention_inputs is not None and all(getattr(patch, "key", None) != key for patch in present):
-        patcher.set_model_attn2_patch(cross_attention_inputs)
+        patcher.model_options["transformer_options"].setdefault("patches", {})["attn2_patch"] = [
+            cross_attention_inputs, *present
+        ]
     return patcher
 
 

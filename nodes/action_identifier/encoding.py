@@ -41,21 +41,30 @@ def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
     for action in actions:
         if action.placeholder in seen:
             raise ValueError(
-                f"two actions have the placeholder {action.placeholder}: train one of them with another placeholder, "
-                "or rename the file that it is imported from"
+                f"two actions have the placeholder {action.placeholder}: give one of them another, by `placeholder` "
+                "of Load Action Identifier"
             )
         seen.add(action.placeholder)
-        if not _pattern([action.placeholder]).search(text):
+        if not contains(text, action.placeholder):
             raise ValueError(
                 f"text does not contain {action.placeholder}: write it where the action belongs, such as "
                 f'"a cat {action.placeholder} on a beach"'
             )
 
 
+def contains(text: str, placeholder: str) -> bool:
+    """Whether the text holds the placeholder as a word: `wave` is not in `microwave`."""
+    return bool(_pattern([placeholder]).search(text))
+
+
+def in_words(text: str, words: Mapping[str, str]) -> str:
+    """The text with words[placeholder] for each placeholder."""
+    return _pattern(words).sub(lambda match: words[match[0]], text)
+
+
 def plain_text(text: str, actions: Sequence[ActionIdentifier]) -> str:
     """The text with each placeholder as its initial word: what it means at strength 0."""
-    words = {action.placeholder: action.initial_word for action in actions}
-    return _pattern(words).sub(lambda match: words[match[0]], text)
+    return in_words(text, {action.placeholder: action.initial_word for action in actions})
 
 
 def _pattern(placeholders: Iterable[str]) -> re.Pattern:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -35,11 +36,15 @@ def find(name: str) -> Path:
     return files.find(FOLDER, name)
 
 
-def load(name: str) -> ActionIdentifier:
+def load(name: str, placeholder: str = "") -> ActionIdentifier:
     """The identifier in a listed file; an embedding becomes one that is equal in all layers, called <NAME>.
 
-    Raises WeightFileError, naming the file and what is wrong, for any other kind of file.
+    `placeholder` stands for it in place of its own word. Raises WeightFileError, naming the file and what is wrong,
+    for any other kind of file; ValueError for no placeholder.
     """
+    if placeholder:
+        check_placeholder(placeholder)
+        return dataclasses.replace(load(name), placeholder=placeholder)
     path = find(name)
     if path.suffix.lower() == files.EXTENSION:
         tensors, metadata = files.read(path)
@@ -86,7 +91,11 @@ def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> A
         check_placeholder(placeholder)
     except ValueError as error:
         raise ActionError(str(error)) from error
-    tokens = {key.removeprefix(_KEY): tensor for key, tensor in tensors.items()}
+    tokens = {
+        # In fp32: numbers of 8 bits cannot say whether they are finite. Whole numbers are refused later.
+        key.removeprefix(_KEY): tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in tensors.items()
+    }
     return ActionIdentifier(
         placeholder, metadata.get("initial_word", ""), tokens, _places(metadata.get("layers", "")),
         metadata.get("base", ""),

@@ -196,8 +196,9 @@ class TripleObjective:
         errors = self.loss(triple, copies, generator)
         # The samples of a batch do not meet, so each copy's gradient is that of its own error.
         gradients = torch.autograd.grad(errors.sum(), list(copies.values()))
-        # One that is not finite must stop the run, though the mask may hide it.
-        value = errors.detach()[0] if errors.isfinite().all() else errors.detach().sum()
+        # What is not finite must stop the run, though the mask may hide it.
+        finite = all(found.isfinite().all() for found in (errors, *gradients))
+        value = errors.detach()[0] if finite else torch.full_like(errors.detach()[0], float("nan"))
         for (name, token), gradient in zip(self.tokens.items(), gradients, strict=True):
             anchor, same_action, same_context = gradient
             self.masks[name] = channel_mask(anchor, same_action, same_context, self.percentile, self.merge)

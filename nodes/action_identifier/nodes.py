@@ -12,7 +12,7 @@ from .config import HIGHEST_STRENGTH
 CATEGORY = "Understudy/Action identifier"
 ACTION = io.Custom("UNDERSTUDY_ACTION")
 IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
-_MOST_ACTIONS = 10
+_MOST_ACTIONS = 100  # as many as the host allows
 
 
 class UnderstudySaveActionIdentifier(io.ComfyNode):
@@ -68,18 +68,23 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
                     "action_name", options=identifier_files.choices(),
                     tooltip="A file in models/action_identifiers or output/action_identifiers, or an embedding.",
                 ),
+                io.String.Input(
+                    "placeholder", default="", optional=True, advanced=True,
+                    tooltip="Another word for the action in prompts, say where two actions share one. Empty keeps "
+                    "its own.",
+                ),
             ],
             outputs=[ACTION.Output(display_name="action", tooltip="Connect it to Encode Action.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, action_name) -> int:
+    def fingerprint_inputs(cls, action_name, placeholder="") -> int:
         """A file written anew under its name is read anew."""
         return identifier_files.find(action_name).stat().st_mtime_ns
 
     @classmethod
-    def execute(cls, action_name) -> io.NodeOutput:
-        return io.NodeOutput(identifier_files.load(action_name))
+    def execute(cls, action_name, placeholder="") -> io.NodeOutput:
+        return io.NodeOutput(identifier_files.load(action_name, placeholder.strip()))
 
 
 class UnderstudyEncodeAction(io.ComfyNode):

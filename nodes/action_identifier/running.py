@@ -117,7 +117,7 @@ class ActionContexts:
         self.places = places
         self.strength = strength
         self.base = base
-        self.warned: set[str] = set()
+        self.warned: set[tuple[str, str]] = set()
 
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """The host's CALC_COND_BATCH: open the sealed, give the others a neutral condition."""
@@ -134,12 +134,14 @@ class ActionContexts:
             for action in sealed.actions:
                 method.check_places(action.places, self.places, action.placeholder)
                 self._compare(action)
-            contexts = sealed.opened(cond["cross_attn"], self.strength)
+            # Where areas differ, the host gives these conditions to an entry whose own prompt is another one.
+            contexts = sealed.opened(cond["model_conds"]["c_crossattn"].cond, self.strength)
         return {**cond, "model_conds": {**cond["model_conds"], KEY: OpenContexts(contexts)}}
 
     def _compare(self, action: ActionIdentifier) -> None:
-        if action.base and action.base != self.base and action.placeholder not in self.warned:
-            self.warned.add(action.placeholder)
+        known = action.placeholder, action.base
+        if action.base and action.base != self.base and known not in self.warned:
+            self.warned.add(known)
             logging.warning(
                 "Understudy: %s was learnt beside other weights than this model's; it may act less, or otherwise",
                 action.placeholder,

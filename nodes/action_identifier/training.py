@@ -49,7 +49,9 @@ class Exemplars:
     def prompt(self, index: int, action: str, placeholder: str) -> str:
         """The words of a picture with `action` in the place of the action: where the placeholder is, or behind."""
         subject = self.subjects[index]
-        return subject.replace(placeholder, action) if placeholder in subject else f"{subject} {action}".strip()
+        if encoding.contains(subject, placeholder):
+            return encoding.in_words(subject, {placeholder: action})
+        return f"{subject} {action}".strip()
 
 
 def train(
@@ -58,8 +60,8 @@ def train(
 ) -> tuple[ActionIdentifier, dict[str, list[float]]]:
     """Learn an identifier, fp32 on the CPU, and the host's LOSS_MAP. Model and clip are used, not changed.
 
-    preview(denoiser, positive, ...) is drawn every `config.preview_every` steps. Raises loop.TrainingDiverged,
-    ValueError as `session` does, and the host's interruption.
+    preview(denoiser, clip, [what is learnt so far]) is drawn every `config.preview_every` steps. Raises
+    loop.TrainingDiverged, ValueError as `session` does, and the host's interruption.
     """
     resume = checkpoints.resume(resume_from)
     places = layers.places(model.get_model_object("diffusion_model"))
@@ -166,7 +168,8 @@ class _Learner:
         if self.exemplars.contrasts is not None:
             return [self._into(latent) for latent in self.exemplars.contrasts]
         if resume is not None:
-            return [resume.tensors[f"{_CONTRAST}{i}"] for i in range(len(self.latents))]
+            # Read to the CPU, where pictures need not lie.
+            return [resume.tensors[f"{_CONTRAST}{i}"].to(latent) for i, latent in enumerate(self.latents)]
         contexts = self._learn_contexts()
         words, name = self.action.contrasts, self.action.placeholder
         negative, drawn = self._encode(""), []
@@ -208,7 +211,13 @@ class _Learner:
             steps=count * action.context_steps, learning_rate=action.context_learning_rate,
             seed=loop.step_seed(self.config.seed, _CONTEXT_SEED), checkpoint_every=0,
         )
-        loop.train(objective, parameters, run, HostMonitor(run, _Unkept()))
+        try:
+            loop.train(objective, parameters, run, HostMonitor(run, _Unkept()))
+        except loop.TrainingDiverged as error:
+            raise loop.TrainingDiverged(
+                "the surroundings of the pictures could not be learnt, since a loss or gradient is no finite number: "
+                "set dtype to fp32, use fewer context_steps, or connect contrast_images"
+            ) from error
         return [{e: token.detach() for e, token in found.items()} for found in tokens]
 
 

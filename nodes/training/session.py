@@ -63,7 +63,8 @@ class Denoiser:
         entries = processed["positive"]
         conditions = {key: copy.copy(value) for key, value in entries[0]["model_conds"].items()}
         for condition in conditions.values():
-            condition.cond = _outside_inference(condition.cond)
+            if hasattr(condition, "cond"):  # one without says itself, on its way to the model, what it waits for
+                condition.cond = _outside_inference(condition.cond)
         return conditions
 
     def denoise(

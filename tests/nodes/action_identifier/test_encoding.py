@@ -8,7 +8,7 @@ import tiny_clip
 import tiny_model
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
-from pack.nodes.action_identifier import encoding
+from pack.nodes.action_identifier import encoding, training
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from pack.nodes.identity_prior.method import Identity
 
@@ -114,6 +114,16 @@ def test_a_placeholder_is_found_as_a_word(text, placeholder, found, clips):
             encoding.check_prompt(text, [action])
 
 
+def test_a_subject_s_line_holds_the_placeholder_as_a_word_or_gets_it_at_its_end():
+    lines = ["a cook <a>, at work", "a cook with a microwave", "to wave, a sailor", ""]
+    exemplars = training.Exemplars([], lines)
+    assert exemplars.prompt(0, "dancing", "<a>") == "a cook dancing, at work"
+    assert [exemplars.prompt(i, "dancing", "wave") for i in (1, 2, 3)] == [
+        "a cook with a microwave dancing", "to dancing, a sailor", "dancing",
+    ]
+    assert exemplars.prompt(1, "wave", "wave") == "a cook with a microwave wave"
+
+
 def test_longer_placeholders_win():
     actions = [same_everywhere("SD 1.5", name, 1, 0) for name in ("<a>", "<a>b")]
     actions[0] = ActionIdentifier("<a>", "dancing", actions[0].tokens)
@@ -146,7 +156,7 @@ def test_errors_say_what_to_do(clips):
     action = action_identifiers.identifier(MODEL)
     with pytest.raises(ValueError, match="text does not contain <action>: write it where"):
         encoding.encode(clips["SD 1.5"], "a cat", [action])
-    with pytest.raises(ValueError, match="two actions have the placeholder"):
+    with pytest.raises(ValueError, match="two actions have the placeholder <action>: give one of them another"):
         encoding.encode(clips["SD 1.5"], "<action>", [action, action])
     for kind in ("SD 2.1", "SDXL"):
         with pytest.raises(ActionError, match="was learnt with text encoder l of width 16 and this clip has"):

@@ -1,5 +1,6 @@
 """Identifiers on disk: exact round trips, ordinary embeddings both ways, and files that are none."""
 
+import dataclasses
 import json
 
 import action_identifiers
@@ -13,6 +14,7 @@ from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from pack.nodes import files
 from pack.nodes.action_identifier import encoding, identifier_files
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
+from pack.nodes.action_identifier.nodes import UnderstudyLoadActionIdentifier
 from pack.nodes.files_names import WeightFileError
 
 MODEL = tiny_model.picture()
@@ -46,6 +48,23 @@ def test_a_saved_identifier_is_read_back_bit_for_bit(kind, folders):
     stored = safetensors.torch.load_file(path)
     assert {tuple(v.shape) for v in stored.values()} == {(4, 2, w) for w in tiny_clip.WIDTHS[kind].values()}
     assert identifier_files.choices() == ["people/wave_00001_.safetensors"]
+
+
+def test_an_action_is_loaded_under_another_word(folders):
+    action = action_identifiers.identifier(MODEL)
+    listed = identifier_files.save(action, "wave").name
+    for given, expected in (("", "<action>"), (" <wave> ", "<wave>")):
+        (found,) = UnderstudyLoadActionIdentifier.execute(listed, given).result
+        equal(found, dataclasses.replace(action, placeholder=expected))
+    with pytest.raises(ValueError, match="placeholder is 'two words': use one word"):
+        identifier_files.load(listed, "two words")
+
+
+def test_tokens_of_8_bits_are_read_in_fp32(folders):
+    tokens = torch.tensor([[[0.5, -1.0, 3.0]]])
+    listed = write(folders, "file.safetensors", {"identifier.l": tokens.to(torch.float8_e4m3fn)}, SOUND)
+    found = identifier_files.load(listed).tokens["l"]
+    assert found.dtype == torch.float32 and torch.equal(found, tokens)
 
 
 def write(folders, name, tensors, metadata=None, folder="action_identifiers"):

@@ -88,6 +88,8 @@ def test_the_map_of_layers_comes_from_the_network():
     assert [place.kind for place in sd] == ["input"] * 6 + ["middle"] + ["output"] * 9
     with pytest.raises(ValueError, match="is a Linear, and action identifiers need"):
         layers.places(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="is a CausalWanModel, and action identifiers need"):
+        layers.places(tiny_model.wan("causal").model.diffusion_model)
 
 
 def test_each_layer_reads_its_own_context():
@@ -258,6 +260,16 @@ def test_areas_and_masks():
     far(both[..., :4], estimate(plain("a dog"))[..., :4])
 
 
+def test_a_negative_with_an_area_meets_an_action_without_one():
+    """The host then gives the positive a part there, of the negative's entry with the action's conditions."""
+    sealed, place = prompt(), (32, 64, 0, 0, 1.0)
+    (negative,) = host.ConditioningSetArea().append(plain("a dog"), *place)
+    (part,) = host.ConditioningSetArea().append(sealed, *place)
+    found = sample(running.apply(MODEL, 1.0), sealed, negative=negative + NEGATIVE)
+    close(found, sample(running.apply(MODEL, 1.0), sealed + part, negative=negative + NEGATIVE))
+    far(found, sample(running.apply(MODEL, 1.0), plain(), negative=negative + NEGATIVE))
+
+
 def test_concat_with_the_action_first_adds_its_tokens_to_every_layer():
     sealed, more = prompt(), plain("on the moon")
     (joined,) = host.ConditioningConcat().concat(sealed, more)
@@ -334,7 +346,10 @@ def test_other_weights_warn_once_and_never_stop(caplog):
         sample(running.apply(MODEL, 1.0), prompt(actions=[own]))
         assert "learnt beside other weights" not in caplog.text
         sample(running.apply(MODEL, 1.0), prompt(actions=[other]), steps=3)
-    assert caplog.text.count("learnt beside other weights") == 1
+        patched = running.apply(MODEL, 1.0)
+        for name in ("0123456789abcdef", "0123456789abcdef", "fedcba9876543210"):
+            sample(patched, prompt(actions=[action_identifiers.identifier(MODEL, base=name)]), steps=1)
+    assert caplog.text.count("learnt beside other weights") == 1 + 2, "once for each file under one placeholder"
     assert running.fingerprint(tiny_model.picture()) != base
 
 
@@ -347,6 +362,25 @@ def test_a_lora_on_the_model_is_still_the_same_model():
     sample(patched, plain(), steps=1)
     assert running.fingerprint(patched) == before == running.fingerprint(MODEL)
     patched.unpatch_model()
+
+
+class Doubling:
+    """As a hypernetwork is for the host: a patch that changes keys and values, each otherwise."""
+
+    def __call__(self, n, context, value, _extra_options):
+        return n, 2 * context, 3 * value
+
+
+def test_a_patch_of_keys_and_values_acts_on_the_action_before_apply_and_after():
+    sealed, earlier = prompt(), MODEL.clone()
+    earlier.set_model_attn2_patch(Doubling())
+    later = running.apply(MODEL, 1.0)
+    later.set_model_attn2_patch(Doubling())
+    for positive in (sealed, plain()):
+        found = sample(running.apply(earlier, 1.0), positive)
+        assert torch.equal(found, sample(later, positive))
+        far(found, sample(running.apply(MODEL, 1.0), positive))
+    assert torch.equal(sample(running.apply(earlier, 1.0), plain()), sample(earlier, plain()))
 
 
 def test_wan_blocks_read_their_own_context():

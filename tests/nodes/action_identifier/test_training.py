@@ -11,7 +11,7 @@ import pytest
 import tiny_clip
 import tiny_model
 import torch
-from pack.nodes.action_identifier import encoding, running, training
+from pack.nodes.action_identifier import encoding, method, running, training
 from pack.nodes.action_identifier.config import ActionTrainingConfig
 from pack.nodes.action_identifier.text_encoder import TextEncoder
 from pack.nodes.puppets import theatre
@@ -241,6 +241,44 @@ def test_what_is_not_finite_anywhere_in_a_triple_stops_the_run():
     with pytest.raises(loop.TrainingDiverged, match="at step"):
         train(given=given, checkpoints=kept, steps=40)
     assert kept.states == []
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_no_loss_says_so_and_the_mask_hides_it():
+    """The contrast's alone, at a root of zero."""
+    token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+
+    def errors(_triple, copies, _generator):
+        own = copies["l"].flatten(1)
+        return torch.stack([own[0].sum(), (2 * own[1]).sum(), own[2].sqrt().sum()])
+
+    objective = method.TripleObjective(errors, {"l": token}, 3, 0.6, "intersection")
+    value = objective(0, torch.Generator().manual_seed(0))
+    assert not torch.isfinite(value.detach())
+
+
+def test_surroundings_that_cannot_be_learnt_say_what_to_change():
+    given = exemplars(contrasts=False)
+    given.latents[0][..., 0, 0] = float("inf")
+    with pytest.raises(loop.TrainingDiverged, match="surroundings .* connect contrast_images"):
+        train(given=given)
+
+
+def test_contrasts_of_a_checkpoint_lie_where_the_pictures_do():
+    run = config()
+    encoder = TextEncoder(CLIP)
+    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
+        learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
+        kept = {f"contrast.{i}": latent.double() for i, latent in enumerate(latents())}
+        found = learner.contrasts(loop.State(3, [0.0] * 3, kept))
+    assert all(latent.dtype == torch.float32 for latent in found)
+
+
+def test_an_action_s_prompt_is_refused_by_a_training_that_reads_plain_ones():
+    sealed = action_identifiers.prompt(CLIP, [action_identifiers.identifier(MODEL)])
+    with session(MODEL, (1, 4, 8, 8), config()) as denoiser:
+        conditions = denoiser.prepare(sealed, latents(1)[0])
+        with pytest.raises(ValueError, match="use CLIP Text Encode for a plain prompt"):
+            denoiser.denoise(latents(1)[0], denoiser.sigmas[:1], [conditions])
 
 
 # The whole way
