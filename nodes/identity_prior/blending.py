@@ -9,6 +9,7 @@ done, what lies outside is the end of the path itself.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from typing import Any
 
@@ -19,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from .. import patching
 from . import capture, method
 from .config import BlendConfig, MaskConfig
-from .inversion import Inversion
+from .inversion import Inversion, Inverting
 
 KEY = "understudy_identity_blend"
 _KEPT_RUNS = 4
@@ -117,7 +118,8 @@ class Blending:
             options = {**model_options["transformer_options"], capture.KEY: watch}
             model_options = {**model_options, "transformer_options": options}
         denoised = executor(method.blend(x, run.path.at(sigma), run.mask), timestep, model_options, seed)
-        if watch is not None:
+        # EasyCache and its like skip the model in some steps: the mask then stays as it was last seen.
+        if watch is not None and (watch.maps or not run.seen):
             run.see(watch.heat())
         return method.blend(denoised, run.path.denoised(sigma), run.mask)
 
@@ -146,6 +148,7 @@ class _Run:
             )
         self.source = blending.inversion.source_mask.to(noise.device)
         self.edited = torch.zeros_like(self.source)
+        self.seen = False
         # As published, nothing is blended before the first step has shown where the subject is.
         self.mask = torch.ones_like(self.source) if blending.outside is None else blending.outside.to(noise.device)
 
@@ -170,15 +173,15 @@ class _Run:
         """The edited branch's map of one call, [B, T, h, w]: the mask from now on."""
         masks = self.blending.masks
         self.edited = method.subject_mask(heat.to(self.source.device), self.source.shape[-2:], masks)
-        self.mask = self._joined()
+        self.mask = method.grown(method.union(self.source, self.edited), masks.grow)
+        self.seen = True
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Source and edited mask [B, T, H, W], of one shape."""
         edited = self.edited if self.blending.outside is None else self.mask
-        batch, frames = len(self.source), self.source.shape[1]
-        return self.source.cpu(), edited.expand(max(batch, len(edited)), frames, -1, -1).cpu()
-
-    def _joined(self) -> torch.Tensor:
-        return method.grown(method.union(self.source, self.edited), self.blending.masks.grow)
+        count, frames = max(len(self.source), len(edited)), self.source.shape[1]
+        source, edited = (mask.expand(count, frames, -1, -1).cpu() for mask in (self.source, edited))
+        return source, edited
 
 
 def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,6 +193,11 @@ def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     if found is None:
         # Upscaled, composited or cut meanwhile: the last run's is what remains known.
         found = next(reversed(blending.runs.values()), None)
+        if len(blending.runs) > 1:
+            logging.warning(
+                "[Understudy] samples are not what the sampler made, or older than its last %d runs: Edit Masks "
+                "shows the last run's. Connect the sampler's own latent to `samples`", _KEPT_RUNS,
+            )
     if found is None:
         raise ValueError(
             "model has not been sampled with: connect the very output of Identity Mask Blend that the sampler has, "
@@ -204,6 +212,11 @@ def _digest(samples: torch.Tensor) -> str:
 
 def _check_sampler(sampler: Any) -> str:
     """The sampler's name. Raises ValueError for one whose latents are not known to be the model's."""
+    if isinstance(sampler, Inverting):
+        raise ValueError(
+            "the model of Invert Image has a blend already: connect the model from before Identity Mask Blend to "
+            "`model`"
+        )
     while not isinstance(sampler, comfy.samplers.KSAMPLER) and hasattr(sampler, "sampler"):
         sampler = sampler.sampler
     name = patching.sampler_name(sampler)

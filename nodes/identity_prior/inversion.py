@@ -36,7 +36,7 @@ def run(
     model: Any, positive: list, latent: dict, sigmas: torch.Tensor, config: InversionConfig, masks: MaskConfig
 ) -> Inversion:
     """Invert `latent` under `positive` alone, without CFG. Raises ValueError, naming the input and the fix."""
-    samples = _checked(latent["samples"])
+    samples = _checked(latent["samples"], model.model.latent_format)
     grid = [float(sigma) for sigma in sigmas]
     method.check_sigmas(grid)
     prediction_kind(model.get_model_object("model_sampling"), "inversion")
@@ -45,7 +45,7 @@ def run(
         capture.require_subject(positive, "positive")
     else:
         logging.warning("[Understudy] this model has no cross-attention: the source mask is the whole picture")
-    sampler = _Inverting(config, masks, layers)
+    sampler = Inverting(config, masks, layers)
     guider = comfy.samplers.CFGGuider(capture.watched(model) if layers else model)
     guider.set_conds(positive, positive)
     guider.set_cfg(1.0)
@@ -59,9 +59,16 @@ def run(
     return inversion
 
 
-def _checked(samples: torch.Tensor) -> torch.Tensor:
+def _checked(samples: torch.Tensor, latent_format: Any) -> torch.Tensor:
     if samples.is_nested or samples.ndim not in (4, 5) or samples.numel() == 0:
         raise ValueError("latent is no image or video latent: connect VAE Encode to `latent`")
+    channels, dimensions = latent_format.latent_channels, latent_format.latent_dimensions
+    if samples.shape[1] != channels or samples.ndim != 2 + dimensions:
+        wanted = f"[B, {channels}, {'T, ' if dimensions == 3 else ''}H, W]"
+        raise ValueError(
+            f"latent has shape {tuple(samples.shape)} and the model's latents are {wanted}: encode the picture with "
+            "this model's own VAE"
+        )
     if not torch.isfinite(samples).all():
         raise ValueError("latent holds NaN or infinite values: encode it again, with the VAE in fp32")
     if not samples.any():
@@ -69,7 +76,7 @@ def _checked(samples: torch.Tensor) -> torch.Tensor:
     return samples
 
 
-class _Inverting(comfy.samplers.Sampler):
+class Inverting(comfy.samplers.Sampler):
     """Runs the sigmas backwards as a SAMPLER, so that the host loads, watches and frees as in every run."""
 
     def __init__(self, config: InversionConfig, masks: MaskConfig, layers: Sequence[capture.Layer]):
@@ -100,7 +107,7 @@ class _Inverting(comfy.samplers.Sampler):
                 x.to(latent_image.device), x.new_full((len(x),), sigma, device=latent_image.device),
                 model_options=options, seed=extra_args["seed"],
             ).to(kept)
-            if watch is not None:
+            if watch is not None and (watch.maps or heat is None):  # a cache beside it may have skipped the model
                 heat = watch.heat()
             return estimate
 
@@ -108,6 +115,11 @@ class _Inverting(comfy.samplers.Sampler):
 
         def on_step(i: int, x: torch.Tensor) -> None:
             nonlocal total, steps
+            if not torch.isfinite(x).all():
+                raise ValueError(
+                    f"the inversion became NaN or infinite at sigma {grid[i]:.4g}: set method to ddim, give the "
+                    "scheduler more steps, or load the model in bf16 or fp32"
+                )
             if heat is not None:
                 total = heat if total is None else total + heat
             steps += 1

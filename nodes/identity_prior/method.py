@@ -7,6 +7,7 @@ and the mean of renoised predictions (Garibi et al., arXiv 2403.14602).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,17 +49,26 @@ class Identity:
     def expand(self, text: str, name: str = "text") -> str:
         """`text` with the subject's words. Raises ValueError, naming the input, where the text has no subject."""
         expanded = " ".join(text.replace(SUBJECT, self.trigger).split())
-        if self.trigger.lower() not in expanded.lower():
+        if not _words(self.trigger).search(expanded):
             raise ValueError(
-                f"{name} does not name the subject: {text!r} has neither {SUBJECT} nor {self.trigger!r}. Write "
-                f"{SUBJECT} where the subject stands"
+                f"{name} does not name the subject: {text!r} has neither {SUBJECT} nor {self.trigger!r} as words of "
+                f"their own. Write {SUBJECT} where the subject stands"
             )
         return expanded
 
     def of_class(self, text: str) -> str:
         """`text` about any member of the class."""
         noun = " ".join(self.class_noun.split())
-        return " ".join(text.replace(SUBJECT, noun).replace(self.trigger, noun).split())
+        text = " ".join(text.replace(SUBJECT, self.trigger).split())
+        # The token alone, too: beside the class it would come to mean any member.
+        for words in (self.trigger, self.token):
+            text = _words(words).sub(lambda _match: noun, text)
+        return text
+
+
+def _words(text: str) -> re.Pattern[str]:
+    """Finds `text` in any case, but not as a part of longer words; scripts without spaces may follow on it."""
+    return re.compile(rf"(?<![A-Za-z0-9_]){re.escape(text)}(?![A-Za-z0-9_])", re.IGNORECASE)
 
 
 def columns_of(tokens: Sequence[Sequence[tuple]], phrase: Sequence[int]) -> tuple[int, ...]:

@@ -284,9 +284,7 @@ class UnderstudyEditMasks(io.ComfyNode):
     @classmethod
     def execute(cls, model, samples) -> io.NodeOutput:
         source, edited = (_pixels(mask, model) for mask in blending.masks_of(model, samples["samples"]))
-        count = max(len(source), len(edited))
-        pair = [mask.expand(count, -1, -1) for mask in (source, edited)]
-        shown = torch.cat(pair, dim=2).unsqueeze(-1).expand(-1, -1, -1, 3)
+        shown = torch.cat([source, edited], dim=2).unsqueeze(-1).expand(-1, -1, -1, 3)
         return io.NodeOutput(source, edited, ui=ui.PreviewImage(shown, cls=cls).as_dict())
 
 

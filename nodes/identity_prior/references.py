@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.utils
 import torch
 
 from ..training.loop import step_seed
@@ -15,10 +17,14 @@ from ..training.loop import step_seed
 _LEAST_CROP = 0.9
 _CROPS = 3
 _CLASS_STEPS, _CLASS_CFG = 20, 4.5
+_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 def variants(pictures: Sequence[torch.Tensor], texts: Sequence[str], augment: str, seed: int):
-    """Pictures [1, H, W, 3] and texts with crops of each, and with mirror images of all, as `augment` asks."""
+    """Pictures [1, H, W, 3] and texts with crops of each, and with mirror images of all, as `augment` asks.
+
+    What is on the left in a picture is on the right in its mirror image's text.
+    """
     generator = torch.Generator().manual_seed(step_seed(seed, 2_000_000_011))
     chosen = []
     for picture, text in zip(pictures, texts, strict=True):
@@ -26,8 +32,18 @@ def variants(pictures: Sequence[torch.Tensor], texts: Sequence[str], augment: st
         if augment != "none":
             chosen += [(_crop(picture, generator), text) for _ in range(_CROPS)]
     if augment == "crop_and_flip":
-        chosen += [(picture.flip(2), text) for picture, text in chosen]
+        chosen += [(picture.flip(2), _mirrored(text)) for picture, text in chosen]
     return [picture for picture, _ in chosen], [text for _, text in chosen]
+
+
+def _mirrored(text: str) -> str:
+    """The text with left and right in each other's place, in their case."""
+
+    def other(match: re.Match) -> str:
+        word = "right" if match[0].lower() == "left" else "left"
+        return word.upper() if match[0].isupper() else word.title() if match[0][0].isupper() else word
+
+    return _SIDE.sub(other, text)
 
 
 def _crop(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -45,6 +61,7 @@ def _crop(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def generate(model: Any, conditionings: Sequence[list], negative: list, shape: torch.Size, seed: int) -> list:
     """One latent of `shape` [1, C, ...] for each CONDITIONING, by the base model itself, as a VAE would give it."""
     made = []
+    bar = comfy.utils.ProgressBar(len(conditionings))
     for i, conditioning in enumerate(conditionings):
         comfy.model_management.throw_exception_if_processing_interrupted()
         latent = torch.zeros(tuple(shape))
@@ -56,4 +73,5 @@ def generate(model: Any, conditionings: Sequence[list], negative: list, shape: t
                 disable_pbar=True, seed=own_seed,
             ).cpu()
         )
+        bar.update(1)
     return made

@@ -77,12 +77,14 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
                 io.Combo.Input(
                     "augment", options=list(AUGMENTS), default=_DEFAULT.augment,
                     tooltip="none learns the pictures as they are. crop adds slight crops. crop_and_flip adds mirror "
-                    "images, too: not for text, or for a subject whose sides differ.",
+                    "images, too, with left and right swapped in their captions: not for text, or for a subject "
+                    "whose sides differ.",
                 ),
                 widgets.resume_from(),
                 io.Int.Input(
                     "class_count", default=_DEFAULT.class_count, min=1, max=1000, optional=True, advanced=True,
-                    tooltip="How many class pictures the model makes where none are connected.",
+                    tooltip="How many class pictures the model makes where none are connected; at least one for each "
+                    "class caption.",
                 ),
                 widgets.dtype(),
                 widgets.min_snr_gamma(),
@@ -130,7 +132,7 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
             )
         conditionings = picture_training.encode_texts(given["clip"], [*texts, *class_texts, ""])
         settings = {
-            "pictures": inputs.digest(latents), "captions": texts,
+            "model": identity.base, "pictures": inputs.digest(latents), "captions": texts,
             "class_pictures": inputs.digest(class_latents) if class_images else "made by the model",
             "class_captions": class_texts, "rank": given["rank"], "seed": config.seed,
             "batch_size": config.batch_size, "learning_rate": config.learning_rate, "dtype": config.dtype,
@@ -176,10 +178,11 @@ def _classes(given, identity, texts, shape, count, class_images, class_captions)
     if class_images:
         pictures = inputs.pictures(class_images, "class_images")
         class_texts = inputs.lines(class_captions or f"a {noun}", len(pictures), "class_captions")
-        return picture_training.encode_pictures(given["vae"], pictures), class_texts
-    known = list(dict.fromkeys(identity.of_class(text) for text in texts))
-    if class_captions:
-        known = [line for text in class_captions for line in text.splitlines() if line.strip()] or known
+        return picture_training.encode_pictures(given["vae"], pictures), [identity.of_class(t) for t in class_texts]
+    told = [line for text in class_captions or () for line in text.splitlines() if line.strip()]
+    known = list(dict.fromkeys(identity.of_class(text) for text in told or texts))
+    if told:  # none of them is left out
+        count = max(count, len(known))
     class_texts = [known[i % len(known)] for i in range(count)]
     conditionings = picture_training.encode_texts(given["clip"], [*class_texts, ""])
     made = references.generate(given["model"], conditionings[:-1], conditionings[-1], shape, given["seed"])

@@ -4,6 +4,7 @@ import comfy.ldm.modules.attention
 import pytest
 import tiny_model
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from identity_edits import (
     COLUMNS,
     EDIT,
@@ -105,13 +106,15 @@ def test_masks_join_the_source_and_the_edit_and_are_shown():
     assert masks.ui["images"]
 
 
-def test_masks_belong_to_the_samples_that_they_made():
+def test_masks_belong_to_the_samples_that_they_made(caplog):
     patched = blended(threshold=0.7)
     results = [sample(patched, seed=seed) for seed in (3, 4)]
     first, second = (blending.masks_of(patched, result)[1] for result in results)
     assert not torch.equal(first, second)
     # What was changed meanwhile shows the last run's.
+    assert not caplog.records
     assert torch.equal(blending.masks_of(patched, results[0] * 2)[1], second)
+    assert "shows the last run's" in caplog.text
     with pytest.raises(ValueError, match="has not been sampled"):
         blending.masks_of(blended(), results[0])
     with pytest.raises(ValueError, match="no blend"):
@@ -129,6 +132,26 @@ def test_patches_leave_the_model_and_each_other_alone():
     places = again.model_options["transformer_options"]["patches_replace"]["attn2"].values()
     assert len(places) == 4 and all(patch.earlier is None for patch in places)
     assert torch.equal(sample(MODEL), sample(capture.watched(MODEL)))
+
+
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_steps_in_which_a_cache_skips_the_model_keep_the_mask(node):
+    cached = node.execute(MODEL, 100.0, 0.0, 1.0, False).result[0]
+    assert torch.isfinite(inverted(cached).trajectory.latents).all()
+    found = FOUND[id(MODEL)]
+    plain = sample(cached, found=found)
+    assert not torch.equal(plain, sample(MODEL))
+    patched = blended(cached, found=found, grow=0, threshold=0.8)
+    result = sample(patched, found=found)
+    joined = torch.maximum(*blending.masks_of(patched, result)).expand_as(result)
+    assert 0 < joined.mean() < 1
+    torch.testing.assert_close(result[joined == 0], latent()["samples"][joined == 0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(sample(blended(cached, found=found, threshold=0.0), found=found), plain)
+
+
+def test_a_blended_model_is_not_inverted_with():
+    with pytest.raises(ValueError, match="connect the model from before Identity Mask Blend"):
+        inverted(blended())
 
 
 def test_an_earlier_cross_attention_patch_keeps_working():
@@ -213,6 +236,9 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     torch.testing.assert_close(heats[0].flatten(1).double(), share, rtol=1e-3, atol=1e-5)
     assert heats[0].shape == (1, 3, 4, 3)
     assert torch.equal(sample(patched, **options), sample(wan, **options))
+    pair = {**options, "shape": (2, *shape[1:])}
+    shown = UnderstudyEditMasks.execute(patched, {"samples": sample(patched, **pair)}).result
+    assert [mask.shape for mask in shown] == [(6, 64, 48)] * 2, "one source for a batch of clips"
     masks = torch.zeros(9, 16, 16)
     masks[:5] = 1
     edit = sample(blended(wan, masks, found=found), **options)

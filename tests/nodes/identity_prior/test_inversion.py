@@ -156,6 +156,8 @@ def test_the_model_is_left_alone_and_the_size_is_said(caplog):
     ({"samples": torch.zeros(SHAPE)}, "all zero"),
     ({"samples": torch.full(SHAPE, torch.nan)}, "NaN"),
     ({"samples": torch.zeros(0, 4, 8, 8)}, "VAE Encode"),
+    ({"samples": torch.ones(1, 16, 8, 8)}, r"model's latents are \[B, 4, H, W\]: encode the picture"),
+    ({"samples": torch.ones(1, 4, 2, 8, 8)}, r"model's latents are \[B, 4, H, W\]"),
 ])
 def test_latents_that_cannot_be_inverted_are_refused(given, words):
     with pytest.raises(ValueError, match=words):
@@ -182,6 +184,18 @@ def test_prompts_without_the_subject_and_other_predictions_are_refused():
         inverted(odd)
     with pytest.raises(ValueError, match="connect the inverted latent"):
         inversion.InvertedNoise(model, inverted(model)).generate_noise({"samples": torch.zeros(1, 4, 8, 6)})
+
+
+def test_a_video_model_wants_a_video_latent():
+    with pytest.raises(ValueError, match=r"latents are \[B, 16, T, H, W\]"):
+        inverted(tiny_model.wan(), given={"samples": torch.ones(1, 16, 8, 8)})
+
+
+def test_numbers_that_are_not_finite_stop_the_inversion():
+    broken = KINDS["eps"]().clone()
+    broken.set_model_unet_function_wrapper(lambda run, a: run(a["input"], a["timestep"], **a["c"]) * torch.nan)
+    with pytest.raises(ValueError, match="NaN or infinite at sigma 0.*set method to ddim"):
+        inverted(broken)
 
 
 def test_an_interrupt_stops_within_a_call(monkeypatch):

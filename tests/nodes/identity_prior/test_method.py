@@ -18,8 +18,11 @@ def test_texts_name_the_subject_or_are_refused():
     assert IDENTITY.expand("a {subject}\n jumping") == "a sks tabby cat jumping"
     assert IDENTITY.expand("A SKS tabby cat") == "A SKS tabby cat"
     assert IDENTITY.of_class("a {subject} and sks tabby cat") == "a tabby cat and tabby cat"
-    with pytest.raises(ValueError, match="text does not name the subject.*Write {subject}"):
-        IDENTITY.expand("a cat jumping")
+    assert IDENTITY.of_class("A SKS Tabby Cat, sks's tail, {subject}") == "A tabby cat, tabby cat's tail, tabby cat"
+    assert IDENTITY.expand("sks tabby cat在跳，{subject}在跑") == "sks tabby cat在跳，sks tabby cat在跑"
+    for other in ("a cat jumping", "he asks tabby cat", "a sks tabby caterpillar", "two {subject}s"):
+        with pytest.raises(ValueError, match="text does not name the subject.*Write {subject}"):
+            IDENTITY.expand(other)
     for token, noun in (("", "cat"), ("two words", "cat"), ("sks", " ")):
         with pytest.raises(ValueError, match="identity_token"):
             method.Identity(token, noun)

@@ -5,6 +5,7 @@ import logging
 
 import comfy.lora
 import comfy.sd
+import comfy.utils
 import diffusers
 import folder_paths
 import pytest
@@ -173,6 +174,9 @@ def test_a_resumed_training_equals_the_whole_one(output, loaded, puppets):
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
     with pytest.raises(ValueError, match="made with prior_weight 1.0"):
         train(loaded, images, captions, steps=4, resume_from=state.name, prior_weight=0.5, **options)
+    with pytest.raises(ValueError, match="made with different model"):
+        other = tiny_model.as_loaded(tiny_model.picture(in_channels=8))
+        train((other, *loaded[1:]), images, captions, steps=4, resume_from=state.name, **options)
 
 
 def test_alpha_grey_one_reference_and_one_caption_for_all(loaded, puppets):
@@ -224,7 +228,31 @@ def test_nothing_is_mirrored_unless_asked():
     assert counts == {"none": (2, 2, 1), "crop": (8, 8, 4), "crop_and_flip": (16, 8, 8)}
 
 
-def test_class_pictures_come_from_the_model_and_the_seed():
+def test_captions_of_mirror_images_say_the_other_side():
+    picture = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(0))
+    told = "Left of it, seen from the right, RIGHT, bright, leftover"
+    _, texts = references.variants([picture], [told], "crop_and_flip", 3)
+    assert texts == [told] * 4 + ["Right of it, seen from the left, LEFT, bright, leftover"] * 4
+
+
+def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        references, "generate", lambda _m, conditionings, _n, shape, _s: [torch.randn(shape) for _ in conditionings]
+    )
+    monkeypatch.setattr(
+        picture_training, "encode_texts", lambda _clip, texts: made.append(texts) or [[] for _ in texts]
+    )
+    monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
+    train(loaded, puppets[0][:1], ["a {subject}"], class_captions=["a {subject}\nA SKS robot waving\ntwo robots"])
+    assert made[0] == ["a robot", "A robot waving", "two robots", ""]
+    train(loaded, puppets[0][:1], ["a {subject}"], class_images=puppets[0][:1], class_captions=["a {subject} here"])
+    assert made[-1] == ["a sks robot", "a robot here", ""]
+
+
+def test_class_pictures_come_from_the_model_and_the_seed(monkeypatch):
+    shown = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *told, **_more: shown.append(told[:2]))
     model = tiny_model.as_loaded(tiny_model.picture())
     texts = [tiny_model.conditioning(1), tiny_model.conditioning(2)]
     with torch.inference_mode():
@@ -234,6 +262,7 @@ def test_class_pictures_come_from_the_model_and_the_seed():
     assert [latent.shape for latent in made] == [SHAPE] * 2
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
     assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], other[0])
+    assert shown[:2] == [(1, 2), (2, 2)]
 
 
 # Files
