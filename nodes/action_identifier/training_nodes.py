@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
+from ..fingerprint import fingerprint
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import TrainingConfig
 from . import encoding, running, training
@@ -106,9 +107,10 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
             given, preview_every=given.get("preview_every", 0), min_snr_gamma=given.get("min_snr_gamma", 0.0)
         )
         exemplars = _exemplars(given["vae"], images, subjects, contrast_images)
+        settings = {"model": fingerprint(given["model"]), **_settings(action, config, exemplars)}
         identifier, loss_map = training.train(
             given["model"], given["clip"], exemplars, action, config,
-            checkpoints=checkpoints.Checkpoints("action_identifier", _settings(action, config, exemplars)),
+            checkpoints=checkpoints.Checkpoints("action_identifier", settings),
             resume_from=given["resume_from"], preview=_preview(given["vae"], exemplars, action, config),
         )
         return io.NodeOutput(identifier, loss_map)

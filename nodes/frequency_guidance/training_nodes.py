@@ -6,6 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
+from ..fingerprint import fingerprint
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import LoraConfig, TrainingConfig
 from . import method
@@ -94,7 +95,10 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
             conditionings[:2],
             config,
             lora,
-            checkpoints=checkpoints.Checkpoints("source_driving_pair", _settings(config, lora, texts, latents)),
+            checkpoints=checkpoints.Checkpoints(
+                "source_driving_pair",
+                {"model": fingerprint(given["model"]), **_settings(config, lora, texts, latents)},
+            ),
             resume_from=given["resume_from"],
             make_objective=lambda denoising, samples: method.PairObjective(denoising.loss, samples, config.seed),
             preview=picture_training.preview_of(

@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from .. import files
+from ..messages import tell
 from . import encoding, fusion_files, method, retargeting, running
 from .config import ApplyConfig, RetargetConfig
 
@@ -80,8 +81,7 @@ class UnderstudyLoadFusion(io.ComfyNode):
     @classmethod
     def execute(cls, fusion_name) -> io.NodeOutput:
         fusion, report = fusion_files.load(fusion_name)
-        for line in report:
-            logging.info("Understudy, Load Fusion: %s", line)
+        tell("Load Fusion", report)
         return io.NodeOutput(fusion, ui={"text": tuple(report)})
 
 

@@ -52,10 +52,6 @@ def run(
     callback = latent_preview.prepare_callback(model, len(grid) - 1)
     guider.sample(torch.zeros_like(samples), samples, sampler, sigmas, callback=callback, disable_pbar=True, seed=0)
     inversion = Inversion(method.Trajectory(grid, sampler.path), sampler.mask, config.method)
-    logging.info(
-        "[Understudy] inverted over %d steps by %s; the path takes %.1f MB on %s",
-        len(grid) - 1, config.method, inversion.megabytes, sampler.path.device,
-    )
     return inversion
 
 

@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .. import files
+from ..messages import tell
 from . import blending, inversion, prior_files, subject
 from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
 
@@ -201,9 +202,11 @@ class UnderstudyInvertImage(io.ComfyNode):
     def execute(cls, model, positive, latent, sigmas, method, iterations, mask_threshold, **maps) -> io.NodeOutput:
         masks = MaskConfig(threshold=mask_threshold, grow=0, **maps)
         found = inversion.run(model, positive, latent, sigmas, InversionConfig(method, iterations), masks)
-        shown = {"text": (f"{found.megabytes:.1f} MB on {found.trajectory.latents.device}",)}
+        size = f"{found.megabytes:.1f} MB on {found.trajectory.latents.device}"
+        said = f"inverted over {len(sigmas) - 1} steps by {method}; the path takes {size}"
+        tell("Invert Image", [said])
         mask = _pixels(found.source_mask, model)
-        return io.NodeOutput(found, inversion.InvertedNoise(model, found), mask, ui=shown)
+        return io.NodeOutput(found, inversion.InvertedNoise(model, found), mask, ui={"text": (said,)})
 
 
 class UnderstudyIdentityMaskBlend(io.ComfyNode):

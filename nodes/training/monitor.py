@@ -11,6 +11,7 @@ import psutil
 import torch
 from PIL import Image, ImageDraw
 
+from ..messages import tell
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .loop import State
@@ -64,8 +65,8 @@ class HostMonitor:
         self.checkpoints.save(state)
 
     def say_peak(self) -> None:
-        """One line for the log: the most memory that the run took."""
-        logging.info("[Understudy] peak memory %.2f GB on %s", self.peak.gigabytes, self.peak.device.type)
+        """The most memory that the run took."""
+        tell("training", [f"peak memory {self.peak.gigabytes:.2f} GB on {self.peak.device.type}"])
 
     def _card(self) -> Image.Image:
         """The latest preview with the loss curve under it."""

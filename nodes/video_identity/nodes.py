@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import io, ui
 
 from .. import files
+from ..messages import tell
 from . import adapter_files, method, reference_picture, running
 from .config import ReferenceConfig, VideoIdentityConfig
 
@@ -63,8 +64,7 @@ class UnderstudyPrepareReference(io.ComfyNode):
     def execute(cls, image, size, crop_factor, mask=None, bboxes=None) -> io.NodeOutput:
         config = ReferenceConfig(size=size, crop_factor=crop_factor)
         prepared, messages = reference_picture.prepare(image, config, mask, bboxes)
-        for message in messages:
-            logging.warning("Understudy, Prepare Reference: %s", message)
+        tell("Prepare Reference", messages, logging.WARNING)
         shown = ui.PreviewImage(prepared, cls=cls).as_dict()
         return io.NodeOutput(prepared, ui={**shown, "text": tuple(messages)} if messages else shown)
 
