@@ -5,11 +5,12 @@
     python workflows/models/train_puppets_wan.py --stage export  # write both files from what has been trained
 
 Stages: `vae` (Wan's autoencoder on single frames), `motion` (on short clips), `latents`, `dit` (the transformer on
-single frames, then on clips of 17), `looks` (it learns to keep what a clean first frame shows), `export` (both
-files), `adapter` (by the pack's own training, for the exported transformer; its file). Captions are read by the
-text encoder of `puppets_sd.safetensors`, which stays as it is: one encoder serves both models. Seeded by step
-number, the same on a GPU and on a CPU. A stage's length is fixed when it begins, since learning rates fall to 0 at
-its end. State lies under `.cache/training/puppets_wan`; delete what follows a stage that is trained again.
+single frames, then on clips of 17), `looks` (it learns to keep what a clean first frame shows), `shots` (and what
+another picture of the same puppet shows), `export` (both files), `adapter` (by the pack's own training, for the
+exported transformer; its file). Captions are read by the text encoder of `puppets_sd.safetensors`, which stays as
+it is: one encoder serves both models. Seeded by step number, the same on a GPU and on a CPU. A stage's length is
+fixed when it begins, since learning rates fall to 0 at its end. State lies under `.cache/training/puppets_wan`;
+delete what follows a stage that is trained again.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from comfy.cli_args import args as host_options  # noqa: E402
 host_options.use_pytorch_cross_attention = True
 import wan_adapter  # noqa: E402
 import wan_export  # noqa: E402
+import wan_looks  # noqa: E402
 import wan_stages as stages  # noqa: E402
 from pack.nodes import files  # noqa: E402
 
@@ -60,7 +62,7 @@ def export(config: stages.Config, device) -> None:
     _, clips = stages.latents(STATE, config)
     mean, deviation = stages.statistics(clips)
     vae = stages.trained_vae(STATE, config, device)["vae"]
-    state = torch.load(STATE / "looks.pt", map_location="cpu", weights_only=True)
+    state = torch.load(STATE / "shots.pt", map_location="cpu", weights_only=True)
     training = {**dataclasses.asdict(config), "steps": state["done"], "text_encoder": wan_export.sha256(ENCODER)}
     wan_export.save_vae(AUTOENCODER, vae, mean, deviation, training)
     wan_export.save_dit(TRANSFORMER, state["modules"]["average"], training)
@@ -87,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stage_names = ["all", "vae", "motion", "latents", "dit", "looks", "export", "adapter"]
+    stage_names = ["all", "vae", "motion", "latents", "dit", "looks", "shots", "export", "adapter"]
     parser.add_argument("--stage", choices=stage_names, default="all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
     for field in (*dataclasses.fields(stages.Config), *dataclasses.fields(wan_adapter.AdapterConfig)):
@@ -107,7 +109,8 @@ def main() -> None:
         "motion": lambda: stages.train_motion(STATE, config, device, deadline),
         "latents": lambda: stages.encode_all(STATE, config, device, deadline),
         "dit": lambda: stages.train_dit(STATE, config, device, deadline, ENCODER),
-        "looks": lambda: stages.train_looks(STATE, config, device, deadline, ENCODER),
+        "looks": lambda: wan_looks.train_looks(STATE, config, device, deadline, ENCODER),
+        "shots": lambda: wan_looks.train_shots(STATE, config, device, deadline, ENCODER),
     }
     for name, train in steps.items():
         if arguments.stage in ("all", name) and not train():

@@ -39,11 +39,11 @@ def reference_take(identity: Identity, rng: np.random.Generator) -> Take:
 
 
 def reference_image(take: Take, size: int) -> torch.Tensor:
-    """float [1, 96, 96, 3] in 0..1: the puppet alone on white, as Prepare Reference gives it."""
+    """float [1, size, size, 3] in 0..1: the puppet alone on white, as Prepare Reference gives it."""
     picture = render.render(take, size)
     image = torch.from_numpy(picture.image).float()[None] / 255
     mask = torch.from_numpy(np.array(picture.mask)).float()[None]
-    return reference_picture.prepare(image, REFERENCE, mask)[0]
+    return reference_picture.prepare(image, dataclasses.replace(REFERENCE, size=size), mask)[0]
 
 
 def alone(config: stages.Config) -> list[int]:

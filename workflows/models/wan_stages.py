@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import whole_clip
 from comfy.ldm.wan.model import WanModel
-from pack.nodes.puppets import captions, render, theatre, world
+from pack.nodes.puppets import render, theatre, world
 from pack.nodes.puppets.config import Take
 from pack.nodes.training.session import host_in_training
 from timeboxed import Optimiser, Stage, autocast, pictures, reconstruction_loss
@@ -59,6 +59,11 @@ class Config:
     clip_batch: int = 12
     looks_steps: int = 1_600  # after those, with clean first frames and captions without clothes
     looks_rate: float = 0.5  # of the learning rates before
+    shot_pictures: int = 3_000  # pictures and clips whose puppet is drawn once more, for the last stage
+    shot_clips: int = 1_500
+    shots_steps: int = 900
+    shots_rate: float = 0.7
+    shots_batch: int = 32  # of two pictures each
     dit_lr: float = 6e-4
     ema: float = 0.998
     drop_caption: float = 0.1
@@ -231,7 +236,7 @@ def encode_all(state: Path, config: Config, device, deadline: float) -> bool:
                 return False
             if vae is None:
                 vae = trained_vae(state, config, device)["vae"]
-            _keep(path, _encoded(vae, state, config, kind, start, stop, device))
+            keep(path, _encoded(vae, state, config, kind, start, stop, device))
             print(f"latents of {kind} {stop}/{getattr(config, kind)}", flush=True)
     return True
 
@@ -251,7 +256,7 @@ def _encoded(vae, state: Path, config: Config, kind: str, start: int, stop: int,
     return np.concatenate(found)
 
 
-def _keep(path: Path, array: np.ndarray) -> None:
+def keep(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".part.npy")
     np.save(temporary, array)
@@ -318,7 +323,7 @@ def flow_loss(dit, clean, noise, sigma, context):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a step learns from: latents as encoded [B, 16, T, h, w], a text each, whether its first frame is given.
+    """What a step learns from: latents as encoded [B, 16, T, h, w], a text each, which frames are given, bool [B, T].
 
     The texts are read last, after noise and levels, as they were when the shipped model was trained.
     """
@@ -338,37 +343,13 @@ def train_dit(state: Path, config: Config, device, deadline: float, encoder: Pat
         chosen = rng.integers(0, len(data), config.clip_batch if moving else config.image_batch)
         takes = [clip_takes(int(i)) if moving else (world.sample_take(int(i), "train"),) for i in chosen]
         texts = (text_encoder.training_text(shown, rng, config.drop_caption) for shown in takes)
-        return Batch(data[chosen], texts, np.zeros(len(chosen), bool))
+        return Batch(data[chosen], texts, np.zeros((len(chosen), data.shape[2]), bool))
 
     steps = config.image_steps + config.clip_steps
-    return _train_flow("dit", make_dit(config, device), steps, 1, draw, state, config, device, deadline, encoder)
+    return train_flow("dit", make_dit(config, device), steps, 1, draw, state, config, device, deadline, encoder)
 
 
-def train_looks(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
-    """Goes on from `train_dit` with clips of which half name no clothes and half have a clean first frame.
-
-    So the model learns to invent looks, and to keep those that a frame shows, as an image-to-video model does.
-    """
-    clips = latents(state, config)[1]
-    dit = make_dit(config, device)
-    dit.load_state_dict(torch.load(state / "dit.pt", map_location=device, weights_only=True)["modules"]["average"])
-
-    def draw(rng: np.random.Generator, index: int) -> Batch:
-        chosen = rng.integers(0, len(clips), config.clip_batch)
-        bare, given = rng.random((2, len(chosen))) < 0.5
-        texts = (
-            captions.group_caption(clip_takes(int(i))) if plain and rng.random() >= config.drop_caption
-            else text_encoder.training_text(clip_takes(int(i)), rng, config.drop_caption)
-            for i, plain in zip(chosen, bare, strict=True)
-        )
-        return Batch(clips[chosen], texts, given)
-
-    return _train_flow(
-        "looks", dit, config.looks_steps, config.looks_rate, draw, state, config, device, deadline, encoder
-    )
-
-
-def _train_flow(name, dit, steps, rate, draw, state, config: Config, device, deadline: float, encoder: Path) -> bool:
+def train_flow(name, dit, steps, rate, draw, state, config: Config, device, deadline: float, encoder: Path) -> bool:
     """Learn from `draw(random numbers, step)` with the config's learning rates times `rate`."""
     average = copy.deepcopy(dit).requires_grad_(False)
     optimiser = Optimiser(dit, rate * config.matrix_lr, rate * config.dit_lr)
@@ -389,8 +370,7 @@ def _train_flow(name, dit, steps, rate, draw, state, config: Config, device, dea
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
         sigma = torch.from_numpy(noise_levels(rng, len(clean))).to(device)
         if batch.given.any():
-            sigma = sigma[:, None].repeat(1, clean.shape[2])
-            sigma[torch.from_numpy(batch.given).to(device), 0] = 0
+            sigma = sigma[:, None].masked_fill(torch.from_numpy(batch.given).to(device), 0)
         with torch.no_grad():
             context = text(text_encoder.tokens(list(batch.texts), device)).last_hidden_state
         return flow_loss(dit, clean, noise, sigma, context)

@@ -1,0 +1,111 @@
+"""The transformer's last two stages: it learns to keep the looks that it is shown."""
+
+from pathlib import Path
+
+import numpy as np
+import text_encoder
+import torch
+import wan_adapter
+import wan_stages as stages
+from pack.nodes.puppets import captions, render, world
+from pack.nodes.puppets.config import Take
+from wan_stages import Batch, Config
+
+_SHOTS = 0x5407
+
+
+def _texts(takes: list[tuple[Take, ...]], bare: np.ndarray, rng: np.random.Generator, drop: float):
+    """A text for each take, without a word of the clothes where it is bare."""
+    return (
+        captions.group_caption(shown) if plain and rng.random() >= drop
+        else text_encoder.training_text(shown, rng, drop)
+        for shown, plain in zip(takes, bare, strict=True)
+    )
+
+
+def _clips_with_first_frame(clips: np.ndarray, rng: np.random.Generator, config: Config) -> Batch:
+    """Of the clips half name no clothes and half have a clean first frame."""
+    chosen = rng.integers(0, len(clips), config.clip_batch)
+    bare, given = rng.random((2, len(chosen))) < 0.5
+    frames = np.zeros((len(chosen), clips.shape[2]), bool)
+    frames[:, 0] = given
+    takes = [stages.clip_takes(int(i)) for i in chosen]
+    return Batch(clips[chosen], _texts(takes, bare, rng, config.drop_caption), frames)
+
+
+def train_looks(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
+    """Goes on from `train_dit`: the model invents looks, and keeps those of a first frame, as image-to-video does."""
+    clips = stages.latents(state, config)[1]
+
+    def draw(rng: np.random.Generator, index: int) -> Batch:
+        return _clips_with_first_frame(clips, rng, config)
+
+    return stages.train_flow(
+        "looks", _trained(state, "dit", config, device), config.looks_steps, config.looks_rate, draw, state, config,
+        device, deadline, encoder,
+    )
+
+
+def train_shots(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
+    """Goes on from `train_looks` with another shot of the same puppet before or after a picture or a clip.
+
+    A first frame is copied place by place; what another shot tells of has to be found wherever it stands. Of four
+    steps two have pictures, one has clips, and one is of the stage before.
+    """
+    images, clips = stages.latents(state, config)
+    alone = wan_adapter.alone(config)[:config.shot_clips]
+    shots = _shots(state, config, alone, device)
+
+    def draw(rng: np.random.Generator, index: int) -> Batch:
+        if index % 4 == 0:
+            return _clips_with_first_frame(clips, rng, config)
+        moving = index % 4 == 1
+        batch, count = (config.clip_batch, len(alone)) if moving else (config.shots_batch, config.shot_pictures)
+        rows = rng.integers(0, count, batch)
+        bare, given, before = rng.random((3, len(rows))) < np.array([0.5, 0.75, 0.5])[:, None]
+        data = clips[np.array(alone)[rows]] if moving else images[rows]
+        shot = shots[rows + (config.shot_pictures if moving else 0)]
+        latents = np.where(
+            before[:, None, None, None, None], np.concatenate([shot, data], 2), np.concatenate([data, shot], 2)
+        )
+        frames = np.zeros((len(rows), latents.shape[2]), bool)
+        frames[np.arange(len(rows)), np.where(before, 0, -1)] = given
+        takes = [stages.clip_takes(alone[i]) if moving else (world.sample_take(int(i), "train"),) for i in rows]
+        return Batch(latents, _texts(takes, bare, rng, config.drop_caption), frames)
+
+    return stages.train_flow(
+        "shots", _trained(state, "looks", config, device), config.shots_steps, config.shots_rate, draw, state, config,
+        device, deadline, encoder,
+    )
+
+
+def _trained(state: Path, name: str, config: Config, device):
+    dit = stages.make_dit(config, device)
+    kept = torch.load(state / f"{name}.pt", map_location=device, weights_only=True)
+    dit.load_state_dict(kept["modules"]["average"])
+    return dit
+
+
+def _shots(state: Path, config: Config, alone: list[int], device) -> np.ndarray:
+    """fp16 [N, 16, 1, H/8, W/8]: another take of each picture's puppet, then of each clip's; half on white."""
+    path = state / f"shots_{config.size}_{config.shot_pictures}_{len(alone)}.npy"
+    if not path.exists():
+        takes = [world.sample_take(i, "train") for i in range(config.shot_pictures)]
+        takes += [stages.clip_takes(i)[0] for i in alone]
+        vae, found = stages.trained_vae(state, config, device)["vae"], []
+        for start in range(0, len(takes), 32):
+            numbers = range(start, min(start + 32, len(takes)))
+            drawn = np.stack([_drawn(takes[i], i, config) for i in numbers])
+            with torch.no_grad(), stages.autocast(device):
+                pixels = stages.to_pixels(drawn[:, None], device)
+                found.append(stages.whole_clip.encode(vae, pixels).to(torch.float16).cpu().numpy())
+        stages.keep(path, np.concatenate(found))
+    return np.load(path)
+
+
+def _drawn(take: Take, number: int, config: Config) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    other = wan_adapter.reference_take(take.identity, np.random.default_rng([_SHOTS, config.seed, number]))
+    if number % 2:
+        return (wan_adapter.reference_image(other, config.size)[0].numpy() * 255).round().astype(np.uint8)
+    return render.render(other, config.size).image
