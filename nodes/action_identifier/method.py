@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...kernels.channel_mask import channel_mask
+from ..errors import shown_by_name
 
 # The encoder's name in an identifier that fits whichever encoder has its width.
 ANY_ENCODER = "any"
@@ -32,6 +33,7 @@ class Place(NamedTuple):
         return f"{self.kind} {self.index}"
 
 
+@shown_by_name
 class ActionError(ValueError):
     """An identifier that is none, or does not fit; the message says what was expected and found."""
 
