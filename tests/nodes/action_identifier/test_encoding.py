@@ -159,14 +159,26 @@ def test_errors_say_what_to_do(clips):
     with pytest.raises(ValueError, match="two actions have the placeholder <action>: give one of them another"):
         encoding.encode(clips["SD 1.5"], "<action>", [action, action])
     for kind in ("SD 2.1", "SDXL"):
-        with pytest.raises(ActionError, match="was learnt with text encoder l of width 16 and this clip has"):
+        with pytest.raises(ActionError, match="another kind of model, with text encoder l of width 16, and this"):
             encoding.encode(clips[kind], "a <action>", [action])
     wide = ActionIdentifier("<action>", "dancing", {"l": torch.zeros(1, 1, 768)})
-    with pytest.raises(ActionError, match="l of width 768 .* l of width 16"):
+    with pytest.raises(ActionError, match="l of width 768, .* l of width 16"):
         encoding.encode(clips["SD 1.5"], "a <action>", [wide])
     other = action_identifiers.identifier(tiny_model.wan(), placeholder="<b>")
     with pytest.raises(ActionError, match="different models"):
         encoding.encode(clips["SD 1.5"], "<action> <b>", [action, other])
+
+
+@pytest.mark.parametrize("kind", ["SD 1.5", "SDXL"])
+def test_words_in_pieces_are_unknown(kind, clips):
+    assert encoding.unknown_words(clips[kind].tokenize, "dancing starfishing") == ["starfishing"]
+
+
+def test_words_that_share_the_token_of_all_unknown_ones_are_unknown():
+    def tokenize(text):
+        return {"l": [[(token, 1.0) for token in (0, *(2 + (word != "waving") for word in text.split()), 1)]]}
+
+    assert encoding.unknown_words(tokenize, "waving at dragons") == ["at", "dragons"]
 
 
 def test_an_imported_embedding_means_nothing_at_strength_0(clips):
