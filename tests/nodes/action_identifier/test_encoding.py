@@ -11,6 +11,7 @@ from comfy_extras.nodes_hooks import SetClipHooks
 from pack.nodes.action_identifier import encoding, training
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from pack.nodes.identity_prior.method import Identity
+from pack.nodes.puppets import theatre
 
 KINDS = list(tiny_clip.WIDTHS)
 MODEL = tiny_model.picture()
@@ -175,10 +176,8 @@ def test_words_in_pieces_are_unknown(kind, clips):
 
 
 def test_words_that_share_the_token_of_all_unknown_ones_are_unknown():
-    def tokenize(text):
-        return {"l": [[(token, 1.0) for token in (0, *(2 + (word != "waving") for word in text.split()), 1)]]}
-
-    assert encoding.unknown_words(tokenize, "waving at dragons") == ["at", "dragons"]
+    tokenize = theatre.PuppetsTokenizer().tokenize_with_weights
+    assert encoding.unknown_words(tokenize, "waving starfishing") == ["starfishing"]
 
 
 def test_an_imported_embedding_means_nothing_at_strength_0(clips):
