@@ -3,12 +3,15 @@
 import os
 import unicodedata
 
+from .errors import shown_by_name
+
 MAX_PART = 120  # bytes of UTF-8 a folder or file name; with counter and ending below any filesystem's limit
 MAX_PARTS = 8
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "123456789¹²³")}
 
 
+@shown_by_name
 class WeightFileError(ValueError):
     """A weight file, its name or its content was refused; the message names the file and the fix."""
 

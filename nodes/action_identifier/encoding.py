@@ -22,6 +22,8 @@ Tokens = dict[str, list[list[tuple[Any, float]]]]
 
 # Single tokens of the tokenizers in use; the first that is one here and not in the prompt serves.
 _STAND_INS = ("sks", "zwx", "vkt", "xjq", "zebra", "violin", "copper", "garden")
+# Where this is one token, it is the one of every unknown word.
+_NONSENSE = "xqzvkjwq"
 # Prompts that go through the text encoder at once.
 _AT_ONCE = 16
 
@@ -85,6 +87,16 @@ def word_ids(tokenize: Callable[[str], Tokens], word: str) -> dict[str, list[int
                if isinstance(token, numbers.Integral) and token not in special[name]]
         for name, sections in tokenize(word).items()
     }
+
+
+def unknown_words(tokenize: Callable[[str], Tokens], text: str) -> list[str]:
+    """Those words of the text that an encoder has in pieces only, or as the one token of all that it lacks."""
+    nonsense = word_ids(tokenize, _NONSENSE)
+
+    def known(word: str) -> bool:
+        return all(len(ids) == 1 and ids != nonsense[name] for name, ids in word_ids(tokenize, word).items())
+
+    return [word for word in text.split() if not known(word)]
 
 
 class Prompt:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...kernels.channel_mask import channel_mask
+from ..errors import shown_by_name
 
 # The encoder's name in an identifier that fits whichever encoder has its width.
 ANY_ENCODER = "any"
@@ -32,6 +33,7 @@ class Place(NamedTuple):
         return f"{self.kind} {self.index}"
 
 
+@shown_by_name
 class ActionError(ValueError):
     """An identifier that is none, or does not fit; the message says what was expected and found."""
 
@@ -73,8 +75,8 @@ class ActionIdentifier:
         have = {encoder: tokens.shape[-1] for encoder, tokens in found.items()}
         if have != dict(widths):
             raise ActionError(
-                f"{self.placeholder} was learnt with {_encoders(have)} and this clip has {_encoders(widths)}: "
-                "connect the clip of the model that it was learnt with"
+                f"{self.placeholder} was learnt for another kind of model, with {_encoders(have)}, and this clip has "
+                f"{_encoders(widths)}: connect the clip of the model that it was learnt with"
             )
         return found
 
@@ -90,8 +92,8 @@ def check_places(expected: Sequence[Place], found: Sequence[Place], placeholders
         differing = next((pair for pair in zip(expected, found, strict=False) if pair[0] != pair[1]), None)
         first = "" if differing is None else f"; the first that differs is {differing[0]}, here {differing[1]}"
         raise ActionError(
-            f"{placeholders} was learnt for {_count(expected)} and this model has {_count(found)}{first}: connect "
-            "the model that it was learnt with, or one of its kind"
+            f"{placeholders} was learnt for another kind of model, with {_count(expected)}, and this one has "
+            f"{_count(found)}{first}: connect the model that it was learnt with, or one of its kind"
         )
 
 

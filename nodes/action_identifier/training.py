@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def train(
         def show() -> Image.Image | None:
             return preview(denoiser, encoder.clip, [learnt()])
 
-        monitor = HostMonitor(config, _Keeping(checkpoints, contrasts), None if preview is None else show)
+        monitor = HostMonitor(
+            config, _Keeping(checkpoints, contrasts), None if preview is None else show, phase="action"
+        )
         objective, masks = learner.objective(tokens, contrasts)
         losses = loop.train(objective, tokens, config, monitor, resume, masks)
         return learnt(), {"loss": losses}
@@ -176,6 +179,7 @@ class _Learner:
         bar = comfy.utils.ProgressBar(len(contexts))
         for i, context in enumerate(contexts):
             comfy.model_management.throw_exception_if_processing_interrupted()
+            logging.info("[Understudy] drawing contrast %d of %d", i + 1, len(contexts))
             seed = loop.step_seed(self.config.seed, _CONTRAST_SEED + i)
             text = f"{self.exemplars.prompt(i, words[seed % len(words)], name)} {_CONTEXT}"
             prompt = self._prompt(text, context, _CONTEXT).filled(encoding.at_layer({_CONTEXT: context}, 0))
@@ -212,7 +216,7 @@ class _Learner:
             seed=loop.step_seed(self.config.seed, _CONTEXT_SEED), checkpoint_every=0,
         )
         try:
-            loop.train(objective, parameters, run, HostMonitor(run, _Unkept()))
+            loop.train(objective, parameters, run, HostMonitor(run, _Unkept(), phase="contexts"))
         except loop.TrainingDiverged as error:
             raise loop.TrainingDiverged(
                 "the surroundings of the pictures could not be learnt, since a loss or gradient is no finite number: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
 from ..fingerprint import fingerprint
+from ..messages import tell
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import TrainingConfig
 from . import encoding, running, training
@@ -41,7 +43,8 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
                 ),
                 io.String.Input(
                     "subjects", multiline=True,
-                    tooltip="Who is in each picture and where, without the action: a line or a list item a picture.",
+                    tooltip="Who is in each picture and where, without the action: a line or a list item a picture, "
+                    "or one for all.",
                 ),
                 io.String.Input(
                     "placeholder", default=_DEFAULT.placeholder,
@@ -107,6 +110,7 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
             given, preview_every=given.get("preview_every", 0), min_snr_gamma=given.get("min_snr_gamma", 0.0)
         )
         exemplars = _exemplars(given["vae"], images, subjects, contrast_images)
+        tell("Train Action Identifier", _doubts(given["clip"], action, exemplars), logging.WARNING)
         settings = {"model": fingerprint(given["model"]), **_settings(action, config, exemplars)}
         identifier, loss_map = training.train(
             given["model"], given["clip"], exemplars, action, config,
@@ -142,6 +146,22 @@ def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:
     _check_sizes([*pictures, *(contrasts or ())])
     encoded = None if contrasts is None else picture_training.encode_pictures(vae, contrasts)
     return training.Exemplars(picture_training.encode_pictures(vae, pictures), texts, encoded)
+
+
+def _doubts(clip, action: ActionTrainingConfig, exemplars: training.Exemplars) -> list[str]:
+    """What probably spoils the action, though it can be learnt."""
+    doubts = []
+    if unknown := encoding.unknown_words(clip.tokenize, action.initial_word):
+        doubts.append(
+            f"initial_word: the text encoder does not know {', '.join(unknown)} as a whole word: use a verb that it "
+            "knows, say dancing"
+        )
+    if not all(subject.strip() for subject in exemplars.subjects):
+        doubts.append(
+            "subjects are empty, so who is in the pictures and where will be learnt with the action: describe each "
+            "picture without it"
+        )
+    return doubts
 
 
 def _check_sizes(pictures: Sequence[torch.Tensor]) -> None:

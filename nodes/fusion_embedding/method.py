@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from ...kernels import fusion_embedding as kernel
+from ..errors import shown_by_name
 from ..fingerprint import weights_fingerprint
 from .config import PERSON_THRESHOLD
 
@@ -24,6 +25,7 @@ Weights = dict[str, torch.Tensor]
 LORA, WHOLE = "lora", "whole"
 
 
+@shown_by_name
 class FusionError(ValueError):
     """Weights, pictures or sizes that do not belong together; the message names the fix."""
 

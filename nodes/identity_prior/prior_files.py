@@ -19,6 +19,7 @@ from .method import Identity
 FOLDER = "loras"
 _ENTRY = "understudy_identity"
 _KIND = "LIPE identity prior (arXiv 2406.17236)"
+_ANOTHER, _OWN = "was made for another kind of model", "Load the model that it was trained on"
 
 
 def choices() -> list[str]:
@@ -79,7 +80,7 @@ def _check(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
             continue
         target = known.get(stem)
         if target is None:
-            raise files.refused(name, f"has {stem}, which this model lacks", "Load the model that it was trained on")
+            raise files.refused(name, f"{_ANOTHER}: it has {stem}, which this one lacks", _OWN)
         weight = comfy.utils.get_attr(model.model, target)
         down = tensors.get(f"{stem}.lora_down.weight")
         if type(weight) not in (torch.Tensor, torch.nn.Parameter) or down is None:
@@ -87,6 +88,6 @@ def _check(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
         shape = (up.shape[0], down.shape[1])
         if shape != tuple(weight.shape[:2]):
             raise files.refused(
-                name, f"has {stem} for a weight of shape {shape}, and this model's is {tuple(weight.shape)}",
-                "Load the model that it was trained on",
+                name, f"{_ANOTHER}: it has {stem} for a weight of shape {shape}, and this one's is "
+                f"{tuple(weight.shape)}", _OWN,
             )

@@ -34,7 +34,9 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Write the state, then delete the one before it: a whole file stands at any moment."""
         tensors = {**state.tensors, "losses": torch.tensor(state.losses, dtype=torch.float64)}
-        metadata = {"kind": _KIND, "step": str(state.step), "settings": json.dumps(self.settings)}
+        metadata = {
+            "kind": _KIND, "run": self.name, "step": str(state.step), "settings": json.dumps(self.settings),
+        }
         before = self.path
         self.path = files.save(tensors, metadata, files.TRAINING_CHECKPOINTS, self.name)
         if before is not None:
@@ -44,8 +46,8 @@ class Checkpoints:
     def resume(self, name: str) -> State | None:
         """The state of a listed checkpoint, or None for "none".
 
-        Raises WeightFileError for another kind of file; ValueError, naming the settings, where it was made with
-        others than this run's.
+        Raises WeightFileError for another kind of file; ValueError for another node's checkpoint and, naming the
+        settings, for one that was made with others than this run's.
         """
         if name == NONE:
             return None
@@ -53,9 +55,16 @@ class Checkpoints:
         tensors, metadata = files.read(path)
         if metadata.get("kind") != _KIND or "losses" not in tensors:
             raise files.refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
+        # Those from before it was written down are compared by their settings.
+        if (run := metadata.get("run", self.name)) != self.name:
+            raise ValueError(
+                f"{name} is a checkpoint of another training, {run}: choose one of this node, whose names begin with "
+                f"{self.name}, or set resume_from to {NONE}"
+            )
         made_with = json.loads(metadata["settings"])
         differing = [
-            f"different {key}" if _DIGEST.fullmatch(str(there)) else f"{key} {there!r} and this run has {here!r}"
+            f"different {key}" if any(_DIGEST.fullmatch(str(value)) for value in (there, here))
+            else f"{key} {there!r} and this run has {here!r}"
             for key in sorted(self.settings.keys() | made_with.keys())
             if (here := self.settings.get(key)) != (there := made_with.get(key))
         ]

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..errors import shown_by_name
 from .config import TrainingConfig
 
 # objective(step, generator) -> scalar loss with a graph to the parameters
@@ -25,6 +26,7 @@ Parameters = dict[str, torch.nn.Parameter]
 Masks = Callable[[], dict[str, torch.Tensor]]
 
 
+@shown_by_name
 class TrainingDiverged(RuntimeError):
     """A loss or a gradient that is not finite; names the step. Nothing after the last good step is kept."""
 

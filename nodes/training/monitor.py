@@ -26,15 +26,17 @@ class HostMonitor:
     """Reports to the host's progress bar, obeys its cancel button and keeps checkpoints.
 
     `preview()` gives a picture of what has been learnt so far, or None; it is called every `preview_every` steps.
+    `phase` names what is learnt, where a node has several runs in turn.
     """
 
     def __init__(
         self, config: TrainingConfig, checkpoints: Checkpoints, preview: Preview | None = None,
-        device: torch.device | None = None,
+        device: torch.device | None = None, phase: str = "",
     ):
         self.config = config
         self.checkpoints = checkpoints
         self.preview = preview
+        self.phase = phase and f"{phase}: "
         self.picture: Image.Image | None = None
         self.bar = comfy.utils.ProgressBar(config.steps)
         self.losses: list[float] = []
@@ -59,7 +61,9 @@ class HostMonitor:
             recent = self.losses[-max(1, len(self.losses) // 10) :]
             noted = f", {self.note()}" if self.note is not None else ""
             mean = sum(recent) / len(recent)
-            logging.info("[Understudy] optimiser step %d of %d, loss %.4f%s", step, config.steps, mean, noted)
+            logging.info(
+                "[Understudy] %soptimiser step %d of %d, loss %.4f%s", self.phase, step, config.steps, mean, noted
+            )
 
     def checkpoint(self, state: State) -> None:
         self.checkpoints.save(state)

@@ -47,7 +47,8 @@ def min_snr_gamma() -> io.Float.Input:
     """For models that predict noise or v."""
     return io.Float.Input(
         "min_snr_gamma", default=0.0, min=0.0, max=100.0, step=0.5, optional=True, advanced=True,
-        tooltip="Min-SNR weighting of the noise levels: 0 is off, 5 the published value.",
+        tooltip="Min-SNR weighting of the noise levels: 0 is off, 5 the published value. The lower, the less do low "
+        "levels count, which show colours rather than poses.",
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..errors import shown_by_name
 from .config import VideoIdentityConfig, parse_blocks
 
 Rows = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -26,6 +27,7 @@ _KEY = re.compile(_PREFIX + r"(blocks\.(\d{1,4})\.self_attn\.([qkv])_loras\.(dow
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@shown_by_name
 class AdapterError(ValueError):
     """Weights that are no video identity adapter, or one for another model; names key, expected and found shape."""
 

@@ -11,6 +11,7 @@ from comfy_extras.nodes_hooks import SetClipHooks
 from pack.nodes.action_identifier import encoding, training
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from pack.nodes.identity_prior.method import Identity
+from pack.nodes.puppets import theatre
 
 KINDS = list(tiny_clip.WIDTHS)
 MODEL = tiny_model.picture()
@@ -159,14 +160,24 @@ def test_errors_say_what_to_do(clips):
     with pytest.raises(ValueError, match="two actions have the placeholder <action>: give one of them another"):
         encoding.encode(clips["SD 1.5"], "<action>", [action, action])
     for kind in ("SD 2.1", "SDXL"):
-        with pytest.raises(ActionError, match="was learnt with text encoder l of width 16 and this clip has"):
+        with pytest.raises(ActionError, match="another kind of model, with text encoder l of width 16, and this"):
             encoding.encode(clips[kind], "a <action>", [action])
     wide = ActionIdentifier("<action>", "dancing", {"l": torch.zeros(1, 1, 768)})
-    with pytest.raises(ActionError, match="l of width 768 .* l of width 16"):
+    with pytest.raises(ActionError, match="l of width 768, .* l of width 16"):
         encoding.encode(clips["SD 1.5"], "a <action>", [wide])
     other = action_identifiers.identifier(tiny_model.wan(), placeholder="<b>")
     with pytest.raises(ActionError, match="different models"):
         encoding.encode(clips["SD 1.5"], "<action> <b>", [action, other])
+
+
+@pytest.mark.parametrize("kind", ["SD 1.5", "SDXL"])
+def test_words_in_pieces_are_unknown(kind, clips):
+    assert encoding.unknown_words(clips[kind].tokenize, "dancing starfishing") == ["starfishing"]
+
+
+def test_words_that_share_the_token_of_all_unknown_ones_are_unknown():
+    tokenize = theatre.PuppetsTokenizer().tokenize_with_weights
+    assert encoding.unknown_words(tokenize, "waving starfishing") == ["starfishing"]
 
 
 def test_an_imported_embedding_means_nothing_at_strength_0(clips):

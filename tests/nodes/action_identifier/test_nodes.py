@@ -1,5 +1,7 @@
 """The action identifier's nodes: schema as agreed, inputs as graphs give them, and one graph with other methods."""
 
+import logging
+
 import action_identifiers
 import comfy.samplers
 import pytest
@@ -98,6 +100,18 @@ def test_the_noise_levels_weight_reaches_the_training():
 def test_inputs_that_do_not_fit_are_named_with_what_to_do(given, message):
     with pytest.raises(ValueError, match=message):
         train(**given)
+
+
+@pytest.mark.parametrize(("given", "warning"), [
+    ({}, None),
+    ({"initial_word": ["doing starfishing"]}, "initial_word: the text encoder does not know starfishing as a whole"),
+    ({"subjects": [""]}, "subjects are empty, so who is in the pictures and where will be learnt with the action"),
+])
+def test_what_spoils_the_action_is_said(given, warning, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(**given)
+    said = [record.message for record in caplog.records if "Train Action Identifier" in record.message]
+    assert len(said) == (warning is not None) and (not said or warning in said[0])
 
 
 def test_a_word_that_the_action_shares_is_not_drawn_against_it():

@@ -333,7 +333,8 @@ def test_an_identifier_of_another_model_is_refused_before_a_pass():
     larger = action_identifiers.identifier(tiny_model.xl())
     sealed = prompt(actions=[larger])
     with passes(MODEL) as sizes, pytest.raises(
-        ActionError, match="learnt for 8 cross-attention layers .* this model has 4 .* is input 3, here input 1"
+        ActionError,
+        match="another kind of model, with 8 cross-attention layers .* this one has 4 .* is input 3, here input 1",
     ):
         sample(running.apply(MODEL, 1.0), sealed)
     assert sizes == []

@@ -1,5 +1,7 @@
 """Learning an identifier through real tiny models of the host: gradients, triples, phases, resuming."""
 
+import logging
+
 import action_identifiers
 import comfy.clip_model
 import comfy.model_management
@@ -362,6 +364,16 @@ def test_contexts_are_learnt_and_contrasts_drawn_with_another_action():
         assert 1e-3 < moved.max() < 1.2e-2
     assert [latent.shape for latent in drawn] == [(1, 4, 8, 8)] * 3
     assert all(torch.isfinite(latent).all() for latent in drawn) and not torch.equal(drawn[0], drawn[1])
+
+
+def test_the_log_says_which_phase_it_is(caplog):
+    with caplog.at_level(logging.INFO):
+        train(given=exemplars(contrasts=False))
+    ours = [record.getMessage() for record in caplog.records if "[Understudy]" in record.getMessage()]
+    phases = [line.removeprefix("[Understudy] ").split(" step")[0] for line in ours]
+    drawn = [f"drawing contrast {i} of 3" for i in (1, 2, 3)]
+    # Two steps a context, three of the action.
+    assert phases == 6 * ["contexts: optimiser"] + drawn + 3 * ["action: optimiser"]
 
 
 def test_a_resumed_run_equals_the_whole_one_and_draws_no_contrast_again(monkeypatch):

@@ -99,7 +99,7 @@ def test_a_combiner_resumed_from_its_checkpoint_equals_the_whole_run(folder, tra
     whole, losses = combined(steps=4, **options)
     made = Checkpoints("stage1", {"a": 1})
     combined(steps=3, checkpoints=made, checkpoint_every=2, **options)
-    again = Checkpoints("again", {"a": 1})
+    again = Checkpoints("stage1", {"a": 1})
     found, resumed = combined(steps=4, checkpoints=again, resume_from=made.path.name, **options)
     assert same(found.combiner, whole.combiner) and resumed == losses
     if train_encoder:
@@ -189,7 +189,7 @@ def test_a_generator_resumed_from_its_checkpoint_equals_the_whole_run(folder, wh
     expected, losses = generated(steps=4, **options)
     made = Checkpoints("stage2", {})
     generated(steps=3, checkpoints=made, checkpoint_every=2, **options)
-    found, resumed = generated(steps=4, checkpoints=Checkpoints("again", {}), resume_from=made.path.name, **options)
+    found, resumed = generated(steps=4, checkpoints=Checkpoints("stage2", {}), resume_from=made.path.name, **options)
     assert same(found.generator, expected.generator) and same(found.unet, expected.unet) and resumed == losses
 
 

@@ -328,9 +328,9 @@ def test_another_base_warns_and_another_shape_is_refused(output, caplog):
     key = next(key for key in lora if key.endswith("attn2_to_k.lora_down.weight"))
     for changed, words in (
         ({**lora, key: torch.zeros(2, 99)}, r"attn2_to_k for a weight of shape \(32, 99\), and this"),
-        ({"lora_unet_nowhere.lora_up.weight": torch.zeros(2, 2)}, "has lora_unet_nowhere, which this model lacks"),
+        ({"lora_unet_nowhere.lora_up.weight": torch.zeros(2, 2)}, "has lora_unet_nowhere, which this one lacks"),
     ):
-        with pytest.raises(files.WeightFileError, match=words):
+        with pytest.raises(files.WeightFileError, match=f"another kind of model: .*{words}"):
             prior_files.apply(model, changed, identity, 1.0, name)
     assert not model.patches
 

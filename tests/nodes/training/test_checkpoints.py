@@ -27,6 +27,17 @@ def test_every_setting_that_differs_is_named_at_once(kept):
         checkpoints.Checkpoints("name", other).resume(kept.path.name)
 
 
+def test_a_setting_that_one_of_them_lacks_shows_no_digest(kept):
+    with pytest.raises(ValueError, match="made with different model: ") as refused:
+        checkpoints.Checkpoints("name", {**SETTINGS, "model": inputs.digest([torch.ones(1)])}).resume(kept.path.name)
+    assert "None" not in str(refused.value)
+
+
+def test_another_node_s_checkpoint_is_told_by_its_name(kept):
+    with pytest.raises(ValueError, match="another training, name: choose one .* begin with other, or .* to none"):
+        checkpoints.Checkpoints("other", {"epochs": 3}).resume(kept.path.name)
+
+
 def test_a_checkpoint_says_its_name(kept, caplog):
     with caplog.at_level(logging.INFO):
         kept.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))
