@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .. import patching
+from ..messages import tell
 from . import capture, method
 from .config import BlendConfig, MaskConfig
 from .inversion import Inversion, Inverting
@@ -89,6 +91,9 @@ class Blending:
                 f"{len(self.inversion.trajectory.sigmas)}: connect the same SIGMAS to Invert Image and to the sampler"
             )
         run = _Run(self, guider.inner_model, noise, name, capture.columns_by_entry(guider.conds))
+        if run.starts_elsewhere(guider, sigmas, noise, latent_image):
+            said = "noise is not that of Invert Image, so the edit will not follow the picture: connect its `noise`"
+            tell("Identity Mask Blend", [said], logging.WARNING)
         options = extra_args["model_options"]
         options = {**options, "transformer_options": {**options["transformer_options"], KEY: run}}
         samples = executor(
@@ -154,6 +159,17 @@ class _Run:
 
     def acts(self, sigma: float) -> bool:
         return self.start >= sigma and (sigma > self.end or self.to_the_end)
+
+    def starts_elsewhere(self, guider, sigmas, noise, latent_image) -> bool:
+        """Whether what the sampler makes of the noise is not the path's first latent; a later stretch may differ."""
+        first = self.path.sigmas[0]
+        if not noise.any() or not math.isclose(float(sigmas[0]), first, rel_tol=method.SIGMA_TOLERANCE):
+            return False
+        most = comfy.samplers.Sampler().max_denoise(guider, sigmas)
+        x = guider.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, most)
+        start = self.path.at(first).to(x)
+        # Rounding is far below a tenth, and another noise as large as the path itself.
+        return bool((x - start).square().mean() > 0.01 * start.square().mean())
 
     def check(self, x: torch.Tensor) -> None:
         """Raises ValueError where x does not fit the path."""

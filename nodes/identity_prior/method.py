@@ -263,7 +263,8 @@ def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def check_masks(count: int, batch: int) -> None:
     """Raises ValueError where so many masks do not fit the batch."""
     if count not in (1, batch):
-        raise ValueError(f"mask holds {count} masks and the batch is {batch}: connect one, or {batch}")
+        more = f", or {batch}" if batch > 1 else ""
+        raise ValueError(f"mask holds {count} masks and the batch is {batch}: connect one{more}")
 
 
 def blend(x: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ INVERSION = io.Custom("UNDERSTUDY_INVERSION")
 _INVERSION = InversionConfig()
 _MASK = MaskConfig()
 _BLEND = BlendConfig()
+_GAP = 8  # pixels between the two masks that Edit Masks shows
 
 
 def _threshold(id: str, tooltip: str) -> io.Float.Input:
@@ -287,7 +288,8 @@ class UnderstudyEditMasks(io.ComfyNode):
     @classmethod
     def execute(cls, model, samples) -> io.NodeOutput:
         source, edited = (_pixels(mask, model) for mask in blending.masks_of(model, samples["samples"]))
-        shown = torch.cat([source, edited], dim=2).unsqueeze(-1).expand(-1, -1, -1, 3)
+        gap = source.new_full((*source.shape[:2], _GAP), 0.5)
+        shown = torch.cat([source, gap, edited], dim=2).unsqueeze(-1).expand(-1, -1, -1, 3)
         return io.NodeOutput(source, edited, ui=ui.PreviewImage(shown, cls=cls).as_dict())
 
 

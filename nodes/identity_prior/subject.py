@@ -46,6 +46,27 @@ def subject_columns(tokens: dict[str, list], trigger: dict[str, list]) -> tuple[
         raise ValueError(
             f"this text encoder joins {', '.join(tokens)}, whose columns are not known: use an SD, SDXL or Wan model"
         )
-    name = next(iter(tokens))
-    phrase = [entry[0] for chunk in trigger[name] for entry in chunk if entry[2] != 0]
-    return method.columns_of(tokens[name], phrase)
+    return method.columns_of(tokens[next(iter(tokens))], _ids(trigger))
+
+
+def doubts(clip: Any, identity: Identity) -> list[str]:
+    """What the text encoder makes of the subject's words and no user means: unknown words, a token in parts."""
+    readers = [part.tokenizer for part in vars(clip.tokenizer).values() if hasattr(part, "tokenizer")]
+    unknown = {getattr(reader, "unk_token_id", None) for reader in readers} - {None}
+    said = [
+        f"the text encoder does not know the word {word!r}: choose one that it knows"
+        for word in identity.trigger.split()
+        if unknown.intersection(_ids(clip.tokenize(word, return_word_ids=True)))
+    ]
+    parts = len(_ids(clip.tokenize(identity.token, return_word_ids=True)))
+    if parts > 1:
+        said.append(
+            f"identity_token {identity.token!r} is {parts} tokens, whose own meanings stay: a rare word of one, such "
+            "as sks, is learnt more surely"
+        )
+    return said
+
+
+def _ids(tokens: dict[str, list]) -> list:
+    """The ids of a tokenised text, by the first tokeniser, without start, end and padding."""
+    return [entry[0] for chunk in next(iter(tokens.values())) for entry in chunk if entry[2] != 0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 
 from ..fingerprint import fingerprint
+from ..messages import tell
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import LoraConfig
 from ..training.objective import Batches
-from . import method, references
+from . import method, references, subject
 from .config import AUGMENTS, IdentityPriorConfig
 from .nodes import CATEGORY, IDENTITY
 
@@ -123,12 +126,13 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
             given, batch_size=given["batch_size"], min_snr_gamma=given.get("min_snr_gamma", 0.0),
             preview_every=given.get("preview_every", 0),
         )
+        tell("Train Identity Prior", _doubts(given["clip"], identity, len(pictures)), logging.WARNING)
         pictures, texts = references.variants(pictures, texts, prior.augment, config.seed)
         latents = picture_training.encode_pictures(given["vae"], pictures)
         class_latents, class_texts = [], []
         if prior.prior_weight > 0:
             class_latents, class_texts = _classes(
-                given, identity, texts, latents[0].shape, prior.class_count, class_images, class_captions
+                given, identity, texts, prior.class_count, class_images, class_captions
             )
         conditionings = picture_training.encode_texts(given["clip"], [*texts, *class_texts, ""])
         settings = {
@@ -138,6 +142,12 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
             "batch_size": config.batch_size, "learning_rate": config.learning_rate, "dtype": config.dtype,
             "prior_weight": prior.prior_weight, "min_snr_gamma": config.min_snr_gamma,
         }
+        kept = checkpoints.Checkpoints("identity_prior", settings)
+        kept.resume(given["resume_from"])  # one that does not fit is refused before the model draws
+        if class_texts and not class_latents:
+            class_latents = references.generate(
+                given["model"], conditionings[len(texts) : -1], conditionings[-1], latents[0].shape, config.seed
+            )
 
         def objective(denoising, samples):
             if not class_latents:
@@ -153,7 +163,7 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
             conditionings[:-1],
             config,
             LoraConfig(rank=given["rank"]),
-            checkpoints=checkpoints.Checkpoints("identity_prior", settings),
+            checkpoints=kept,
             resume_from=given["resume_from"],
             make_objective=objective,
             forward_batch=config.batch_size * (2 if class_latents else 1),
@@ -172,8 +182,16 @@ def _expanded(identity: method.Identity, texts: list[str]) -> list[str]:
     return [identity.expand(text, f"caption {i + 1} of captions") for i, text in enumerate(texts)]
 
 
-def _classes(given, identity, texts, shape, count, class_images, class_captions) -> tuple[list, list[str]]:
-    """Latents and texts of the class: given, or made by the model itself."""
+def _doubts(clip, identity: method.Identity, count: int) -> list[str]:
+    """What speaks against this run and does not stop it."""
+    doubts = subject.doubts(clip, identity)
+    if count == 1:
+        doubts.append("1 picture: the prior learns its pose and place, too; connect 3 to 5")
+    return doubts
+
+
+def _classes(given, identity, texts, count, class_images, class_captions) -> tuple[list, list[str]]:
+    """Texts of the class, and latents where its pictures are given: else the model is to make one for each text."""
     noun = " ".join(identity.class_noun.split())
     if class_images:
         pictures = inputs.pictures(class_images, "class_images")
@@ -183,7 +201,4 @@ def _classes(given, identity, texts, shape, count, class_images, class_captions)
     known = list(dict.fromkeys(identity.of_class(text) for text in told or texts))
     if told:  # none of them is left out
         count = max(count, len(known))
-    class_texts = [known[i % len(known)] for i in range(count)]
-    conditionings = picture_training.encode_texts(given["clip"], [*class_texts, ""])
-    made = references.generate(given["model"], conditionings[:-1], conditionings[-1], shape, given["seed"])
-    return made, class_texts
+    return [], [known[i % len(known)] for i in range(count)]

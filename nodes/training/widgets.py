@@ -31,7 +31,8 @@ def resume_from() -> io.Combo.Input:
     """None, or a checkpoint on disk."""
     return io.Combo.Input(
         "resume_from", options=checkpoints.choices(), default=checkpoints.NONE,
-        tooltip="A checkpoint of a run with the same settings to go on from. A cancelled run leaves one.",
+        tooltip="A checkpoint of a run with the same settings to go on from. A run leaves one when it is cancelled, "
+        "once its steps have begun.",
     )
 
 

@@ -74,6 +74,17 @@ def test_the_model_sees_the_path_outside_the_mask_on_the_grid_and_off_it(name):
     assert (off_grid > 0) == (name in ("dpm_2", "dpmpp_sde", "dpm_adaptive"))
 
 
+@pytest.mark.parametrize("model", [MODEL, FLOW], ids=["eps", "flow"])
+def test_a_noise_that_is_not_the_picture_s_is_told_of(model, caplog):
+    found = FOUND[id(model)]
+    patched = blended(model, torch.zeros(1, 8, 8))
+    with_inverted_noise(patched, "euler", found)
+    sample(patched, "euler", model, sigmas=torch.tensor(found.trajectory.sigmas[2:]))
+    assert not caplog.records
+    sample(patched, "euler", model)
+    assert "noise is not that of Invert Image" in caplog.text
+
+
 def test_a_mask_fades_between_the_edit_and_the_path():
     """Euler's last step is the estimate itself: half of it and half of the source."""
     grid_of_one = torch.tensor([5.0, 0.0])
@@ -159,6 +170,8 @@ def test_batches_of_one_source_and_of_many():
     torch.testing.assert_close(result[1], plain[1], rtol=1e-4, atol=1e-5)
     edit = sample(blended(found=found), found=found, shape=(2, 4, 8, 8))
     assert torch.isfinite(edit).all()
+    with pytest.raises(ValueError, match="the batch is 1: connect one$"):
+        sample(blended(mask=masks))
     with pytest.raises(ValueError, match="one for each of the batch"):
         sample(blended(mask=zero, found=found), found=found, shape=(3, 4, 8, 8))
     with pytest.raises(ValueError, match="size of the inverted picture"):

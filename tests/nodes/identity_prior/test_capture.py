@@ -1,6 +1,9 @@
 """The masks that a model's own attention gives the blend: where the subject is, in UNets and in Wan."""
 
+from pathlib import Path
+
 import comfy.ldm.modules.attention
+import folder_paths
 import pytest
 import tiny_model
 import torch
@@ -22,6 +25,7 @@ from identity_edits import (
 from pack.nodes.identity_prior import blending, capture
 from pack.nodes.identity_prior.config import BlendConfig, MaskConfig
 from pack.nodes.identity_prior.nodes import UnderstudyEditMasks, UnderstudyIdentityMaskBlend, UnderstudyInvertImage
+from PIL import Image
 
 
 def attention_by_hand(model, x, sigma, context):
@@ -103,7 +107,9 @@ def test_masks_join_the_source_and_the_edit_and_are_shown():
     shown_source, shown_edited = masks.result
     assert shown_source.shape == (1, 64, 64) and torch.equal(shown_source[:, ::8, ::8], source[:, 0])
     assert torch.equal(shown_edited[:, 4::8, 4::8], edited[:, 0])
-    assert masks.ui["images"]
+    (picture,) = masks.ui["images"]
+    with Image.open(Path(folder_paths.get_temp_directory()) / picture["subfolder"] / picture["filename"]) as opened:
+        assert opened.size == (64 + 8 + 64, 64) and opened.getpixel((67, 0)) == (127, 127, 127)
 
 
 def test_masks_belong_to_the_samples_that_they_made(caplog):
@@ -112,7 +118,7 @@ def test_masks_belong_to_the_samples_that_they_made(caplog):
     first, second = (blending.masks_of(patched, result)[1] for result in results)
     assert not torch.equal(first, second)
     # What was changed meanwhile shows the last run's.
-    assert not caplog.records
+    assert "last run's" not in caplog.text
     assert torch.equal(blending.masks_of(patched, results[0] * 2)[1], second)
     assert "shows the last run's" in caplog.text
     with pytest.raises(ValueError, match="has not been sampled"):

@@ -17,7 +17,7 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_
 from identity_edits import SHAPE, blended, inverted, sample, v_prediction
 from pack.nodes import files
 from pack.nodes.fingerprint import fingerprint
-from pack.nodes.identity_prior import blending, capture, method, prior_files, references
+from pack.nodes.identity_prior import blending, capture, method, prior_files, references, subject
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEncodeIdentity,
     UnderstudyLoadIdentityPrior,
@@ -163,7 +163,7 @@ def test_batches_cost_one_pass_of_twice_their_size(loaded, puppets):
     assert calls == [4, 4, 2, 2]
 
 
-def test_a_resumed_training_equals_the_whole_one(output, loaded, puppets):
+def test_a_resumed_training_equals_the_whole_one(output, loaded, puppets, monkeypatch):
     images, captions = puppets
     options = {"class_images": images[:1], "class_captions": ["a robot"]}
     whole = train(loaded, images, captions, steps=4, **options)[0]
@@ -172,6 +172,9 @@ def test_a_resumed_training_equals_the_whole_one(output, loaded, puppets):
     folder_paths.filename_list_cache.clear()
     resumed = train(loaded, images, captions, steps=4, resume_from=state.name, **options)[0]
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
+    with pytest.raises(ValueError, match="class_captions"):  # before the class pictures are drawn, which takes long
+        monkeypatch.setattr(references, "generate", None)
+        train(loaded, images, captions, steps=4, resume_from=state.name)
     with pytest.raises(ValueError, match="made with prior_weight 1.0"):
         train(loaded, images, captions, steps=4, resume_from=state.name, prior_weight=0.5, **options)
     with pytest.raises(ValueError, match="made with different model"):
@@ -245,24 +248,38 @@ def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, m
     )
     monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
     train(loaded, puppets[0][:1], ["a {subject}"], class_captions=["a {subject}\nA SKS robot waving\ntwo robots"])
-    assert made[0] == ["a robot", "A robot waving", "two robots", ""]
+    assert made[0] == ["a sks robot", "a robot", "A robot waving", "two robots", ""]
     train(loaded, puppets[0][:1], ["a {subject}"], class_images=puppets[0][:1], class_captions=["a {subject} here"])
     assert made[-1] == ["a sks robot", "a robot here", ""]
 
 
-def test_class_pictures_come_from_the_model_and_the_seed(monkeypatch):
+def test_words_and_pictures_that_teach_little_are_told_of(loaded, puppets, monkeypatch, caplog):
+    monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
+    images = puppets[0]
+    train(loaded, images, ["a {subject}"], prior_weight=0.0)
+    assert not caplog.records
+    train(loaded, images[:1], ["a {subject}"], prior_weight=0.0, identity_token="zxv", class_noun="red dragon")
+    assert "know the word 'zxv'" in caplog.text and "know the word 'dragon'" in caplog.text
+    assert "'red'" not in caplog.text and "1 picture: the prior learns its pose" in caplog.text
+    real = tiny_clip.clip()
+    assert subject.doubts(real, IDENTITY) == []
+    (said,) = subject.doubts(real, method.Identity("starfishing", "german shepherd"))
+    assert "'starfishing' is 2 tokens" in said
+
+
+def test_class_pictures_come_from_the_model_and_the_seed(monkeypatch, caplog):
     shown = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *told, **_more: shown.append(told[:2]))
     model = tiny_model.as_loaded(tiny_model.picture())
     texts = [tiny_model.conditioning(1), tiny_model.conditioning(2)]
-    with torch.inference_mode():
+    with torch.inference_mode(), caplog.at_level(logging.INFO):
         made, again, other = (
             references.generate(model, texts, tiny_model.conditioning(3), SHAPE, seed) for seed in (1, 1, 2)
         )
     assert [latent.shape for latent in made] == [SHAPE] * 2
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
     assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], other[0])
-    assert shown[:2] == [(1, 2), (2, 2)]
+    assert shown[:2] == [(1, 2), (2, 2)] and "drawing class picture 2 of 2" in caplog.text
 
 
 # Files
