@@ -42,6 +42,7 @@ THEATRE_FILES = {
     "vae": ("puppets_wan_vae.safetensors",),
     "loras": ("puppets_sd_identity.safetensors", "puppets_wan_identity.safetensors"),
     FUSION_EMBEDDINGS: ("puppets_fusion.safetensors",),
+    ACTION_IDENTIFIERS: ("puppets_flexing.safetensors",),
 }
 
 MAX_HEADER = 8 << 20  # bytes; a 14-billion-parameter model's header is under one tenth of it
