@@ -324,7 +324,8 @@ def test_truncated_pickles_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("key", [files.ACTION_IDENTIFIERS, files.FUSION_EMBEDDINGS])
-def test_own_folders_list_safetensors_of_models_and_output(tmp_path, output, key):
+def test_own_folders_list_safetensors_of_models_and_output(tmp_path, output, key, monkeypatch):
+    monkeypatch.setenv("UNDERSTUDY_THEATRE", "0")
     # As from extra_model_paths.yaml: the key is there already, and its empty set would list every file.
     folder_paths.add_model_folder_path(key, str(tmp_path / "shelf"))
     files.register_folders()

@@ -296,7 +296,7 @@ def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path
     rng = np.random.default_rng(0)
     for kind, frames in (("pictures", 1), ("clips", 5)):
         for path, start, stop in wan_stages._parts(tmp_path, config, kind):
-            wan_stages._keep(path, rng.standard_normal((stop - start, 16, frames, 4, 4), np.float32))
+            wan_stages.keep(path, rng.standard_normal((stop - start, 16, frames, 4, 4), np.float32))
     assert wan_adapter.alone(config) == [0, 1, 2, 3, 4]
     assert all("striped" not in text and "hat" not in text for text in wan_adapter.texts(config, [0, 1, 2], 0))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
