@@ -12,6 +12,7 @@ from pack.nodes.puppets.config import Take
 from wan_stages import Batch, Config
 
 _SHOTS = 0x5407
+_REACH = 8  # patches that a shot is moved at most; a frame is six high and wide
 
 
 def _texts(takes: list[tuple[Take, ...]], bare: np.ndarray, rng: np.random.Generator, drop: float):
@@ -49,8 +50,9 @@ def train_looks(state: Path, config: Config, device, deadline: float, encoder: P
 def train_shots(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
     """Goes on from `train_looks` with another shot of the same puppet before or after a picture or a clip.
 
-    A first frame is copied place by place; what another shot tells of has to be found wherever it stands. Of four
-    steps two have pictures, one has clips, and one is of the stage before.
+    A first frame is copied place by place; what another shot tells of has to be found wherever it stands, so after
+    some steps half of them stand at rotary positions of their own. Of four steps two have pictures, one has clips,
+    and one is of the stage before.
     """
     images, clips = stages.latents(state, config)
     alone = wan_adapter.alone(config)[:config.shot_clips]
@@ -69,9 +71,15 @@ def train_shots(state: Path, config: Config, device, deadline: float, encoder: P
             before[:, None, None, None, None], np.concatenate([shot, data], 2), np.concatenate([data, shot], 2)
         )
         frames = np.zeros((len(rows), latents.shape[2]), bool)
-        frames[np.arange(len(rows)), np.where(before, 0, -1)] = given
+        at = np.arange(len(rows)), np.where(before, 0, -1)
+        frames[at] = given
+        moved = None
+        if index >= config.shots_still:
+            moved = np.zeros((*frames.shape, 3), np.float32)
+            moved[at] = rng.integers(-_REACH, _REACH + 1, (len(rows), 3)) * (0, 1, 1)
+            moved[rng.random(len(rows)) < 0.5] = 0
         takes = [stages.clip_takes(alone[i]) if moving else (world.sample_take(int(i), "train"),) for i in rows]
-        return Batch(latents, _texts(takes, bare, rng, config.drop_caption), frames)
+        return Batch(latents, _texts(takes, bare, rng, config.drop_caption), frames, moved)
 
     return stages.train_flow(
         "shots", _trained(state, "looks", config, device), config.shots_steps, config.shots_rate, draw, state, config,

@@ -61,7 +61,8 @@ class Config:
     looks_rate: float = 0.5  # of the learning rates before
     shot_pictures: int = 3_000  # pictures and clips whose puppet is drawn once more, for the last stage
     shot_clips: int = 1_500
-    shots_steps: int = 900
+    shots_steps: int = 3_500
+    shots_still: int = 900  # of them, the first, in which a shot stands where the others do
     shots_rate: float = 0.7
     shots_batch: int = 32  # of two pictures each
     dit_lr: float = 6e-4
@@ -309,28 +310,44 @@ def noise_levels(rng: np.random.Generator, count: int) -> np.ndarray:
     return (theatre.WAN_SHIFT * even / (1 + (theatre.WAN_SHIFT - 1) * even)).astype(np.float32)
 
 
-def flow_loss(dit, clean, noise, sigma, context):
+def flow_loss(dit, clean, noise, sigma, context, moved=None):
     """Flow matching: the velocity from latents to noise at clean + sigma * (noise - clean). All [B, 16, T, h, w].
 
-    sigma is [B], or [B, T] where frames differ; those at 0 are given, not learnt.
+    sigma is [B], or [B, T] where frames differ; those at 0 are given, not learnt. moved [B, T, 3] as in Batch.
     """
     level = (sigma[:, None] if sigma.ndim == 1 else sigma)[:, None, :, None, None]
+    noisy = torch.lerp(clean, noise, level)
     with autocast(clean.device):
-        output = dit(torch.lerp(clean, noise, level), sigma * 1000, context=context).float()
+        if moved is None:
+            output = dit(noisy, sigma * 1000, context=context).float()
+        else:
+            freqs = _moved_rotation(dit, noisy, moved)
+            output = dit.forward_orig(noisy, sigma * 1000, context, freqs=freqs).float()
     learnt = (level > 0).expand_as(noise)
     return F.mse_loss(output[learnt], (noise - clean)[learnt])
+
+
+def _moved_rotation(dit, noisy, moved):
+    """The rotary embedding of latents [B, 16, T, h, w] whose frames are moved by [B, T, 3] patches of (t, h, w)."""
+    _, rows, columns = dit.patch_size
+    counts = noisy.shape[2], noisy.shape[3] // rows, noisy.shape[4] // columns
+    places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in counts), indexing="ij"), -1)
+    positions = places.to(noisy.device) + moved[:, :, None, None]
+    return dit.rope_embedder(positions.flatten(1, 3)).movedim(1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What a step learns from: latents as encoded [B, 16, T, h, w], a text each, which frames are given, bool [B, T].
 
-    The texts are read last, after noise and levels, as they were when the shipped model was trained.
+    moved: patches (t, h, w) by which a frame's rotary positions differ from their own, float32 [B, T, 3]. The texts
+    are read last, after noise and levels, as they were when the shipped model was trained.
     """
 
     latents: np.ndarray
     texts: Iterable[str]
     given: np.ndarray
+    moved: np.ndarray | None = None
 
 
 def train_dit(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
@@ -373,7 +390,8 @@ def train_flow(name, dit, steps, rate, draw, state, config: Config, device, dead
             sigma = sigma[:, None].masked_fill(torch.from_numpy(batch.given).to(device), 0)
         with torch.no_grad():
             context = text(text_encoder.tokens(list(batch.texts), device)).last_hidden_state
-        return flow_loss(dit, clean, noise, sigma, context)
+        moved = None if batch.moved is None else torch.from_numpy(batch.moved).to(device)
+        return flow_loss(dit, clean, noise, sigma, context, moved)
 
     with host_in_training():
         return stage.run(step)
