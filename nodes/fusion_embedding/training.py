@@ -243,7 +243,7 @@ class PairObjective:
         return self.denoising.loss_at(clean, batch, noise, level).mean()
 
 
-class _WithFusion:
+class FusionDenoiser:
     """A Denoiser that is conditioned on a batch of pairs through a generator's weights."""
 
     def __init__(self, denoiser: Denoiser, weights: Weights):
@@ -305,7 +305,7 @@ def train_generator(
             trained = WholeNetwork(denoiser.network)
         else:
             trained = Adapters(denoiser.network, LoraConfig(rank=generator.rank), config.seed, denoiser.device)
-        denoising = DenoisingObjective(_WithFusion(denoiser, weights), [], config)
+        denoising = DenoisingObjective(FusionDenoiser(denoiser, weights), [], config)
         objective = PairObjective(denoising, encoded, config.batch_size, generator)
         parameters = {f"generator.{key}": value for key, value in weights.items()}
         parameters |= {f"unet.{key}": value for key, value in trained.parameters().items()}

@@ -19,7 +19,7 @@ class Config:
     kept_back: int = 256  # of them, the last ones, that no stage learns: to look at while it learns
     size: int = 128  # pixels
     # The image encoder, before both stages: batches of so many pairs, three pictures each.
-    vision_steps: int = 800
+    vision_steps: int = 2_400
     vision_batch: int = 24
     vision_matrix_lr: float = 0.01  # Muon's own scale; the rate below is AdamW's
     vision_lr: float = 1e-3
@@ -28,14 +28,15 @@ class Config:
     combiner_steps: int = 200
     combiner_batch: int = 48
     combiner_lr: float = 3e-4
-    # Stage 2; over the second half of its steps the rate falls to 0.
+    # Stage 2, on the whole UNet.
     generator_width: int = 256
-    generator_steps: int = 1_200
+    generator_steps: int = 1_500
     generator_batch: int = 24
-    generator_lr: float = 5e-4
+    generator_matrix_lr: float = 0.01
+    generator_lr: float = 3e-4
+    generator_ema: float = 0.998
     generator_min_snr: float = 5.0  # as the theatre's UNet was trained; published: 0
-    whole_unet: int = 1  # 0 trains a LoRA
-    rank: int = 32
+    warm_start: int = 0  # 1 begins stage 2 with the weights of the file beside this script
 
 
 def takes(index: int, seed: int) -> tuple[Take, Take]:

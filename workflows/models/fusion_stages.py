@@ -12,6 +12,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sd
+import fusion_generator
 import fusion_vision
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from fusion_pairs import Config
 from half_files import save_half, sha256
 from pack.nodes import files
 from pack.nodes.fusion_embedding import fusion_files, training
-from pack.nodes.fusion_embedding.config import CombinerConfig, GeneratorConfig
+from pack.nodes.fusion_embedding.config import CombinerConfig
 from pack.nodes.fusion_embedding.method import Fusion, kernel
 from pack.nodes.fusion_embedding.pairs import Pair
 from pack.nodes.puppets import theatre
@@ -31,7 +32,6 @@ from safetensors.torch import load_file, save_file
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "puppets_sd.safetensors"
 VISION, FUSION = Path("clip_vision/puppets_vision.safetensors"), Path("fusion_embeddings/puppets_fusion.safetensors")
-_DECAY = 0.5  # of stage 2's steps, the last ones, over which its rate falls
 
 
 class TheatrePairs:
@@ -79,25 +79,15 @@ def train_generator(state: Path, data: dict[str, np.ndarray], config: Config, de
     """Stage 2; True when it is done."""
     if _stage_file(state, "generator").exists():
         return True
-    settings = GeneratorConfig(
-        config.generator_steps, config.generator_batch, config.generator_lr, bool(config.whole_unet), config.rank,
-        hidden=config.generator_width, pose_channels=(8, 16, 32, 64),
-    )
-    run = TrainingConfig(
-        settings.steps, settings.learning_rate, config.seed, settings.batch_size, dtype="fp32",
-        min_snr_gamma=config.generator_min_snr, decay=_DECAY, checkpoint_every=50,
-    )
     theatre.register()
     model, _, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))
-    with _until(deadline):
-        kept, resume_from = _checkpoints(state, "generator", config)
-        fusion, _ = training.train_generator(
-            model, vae, vision(fusion_vision.weights(state)), TheatrePairs(data["pictures"], config),
-            _kept(state, "combiner"), None, run, settings, checkpoints=kept, resume_from=resume_from,
-        )
+    fusion = fusion_generator.train(
+        state, model, vae, vision(fusion_vision.weights(state)), data["pictures"], _kept(state, "combiner"), config,
+        deadline, Path(__file__).parent / FUSION if config.warm_start else None,
+    )
+    if fusion is not None:
         _keep(state, "generator", fusion)
-        return True
-    return False
+    return fusion is not None
 
 
 def export(state: Path, data: dict[str, np.ndarray], config: Config, output: Path) -> bool:

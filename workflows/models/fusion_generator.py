@@ -1,0 +1,141 @@
+"""Stage 2 of the theatre's fusion embedding: the pack's own objective, with the theatre's optimiser and averages.
+
+Whole UNet, Muon and an exponential moving average, as puppets_sd itself was trained: AdamW alone, which the pack's
+node takes, needs several times the steps for what the source wears.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from fusion_pairs import Config
+from pack.nodes.fusion_embedding import encoding, fusion_files, method, running, training
+from pack.nodes.fusion_embedding.config import GeneratorConfig
+from pack.nodes.fusion_embedding.method import WHOLE, Fusion
+from pack.nodes.training.config import TrainingConfig
+from pack.nodes.training.loop import step_seed
+from pack.nodes.training.objective import DenoisingObjective
+from pack.nodes.training.session import session
+from pack.nodes.training.whole_network import WholeNetwork
+from safetensors import safe_open
+from timeboxed import Optimiser, Stage
+
+POSE_CHANNELS = (8, 16, 32, 64)
+_AT_ONCE = 32  # pairs in one pass of an encoder
+_STEPS = 0x6E7  # beside the seeds of other stages
+
+
+class Learnt(torch.nn.Module):
+    """Parameters by the names that the pack gives them."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
+        super().__init__()
+        self.names = {name.replace(".", "/"): name for name in parameters}
+        for key, name in self.names.items():
+            self.register_parameter(key, parameters[name])
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Copies of the parameters under a prefix, without it."""
+        return {
+            name.removeprefix(prefix): self.get_parameter(key).detach().clone()
+            for key, name in self.names.items() if name.startswith(prefix)
+        }
+
+
+class EncodedPairs:
+    """Pairs as the objective takes them, of kept encodings and drawn poses; the last pairs are kept back."""
+
+    def __init__(self, found: dict[str, np.ndarray], poses: np.ndarray, config: Config):
+        self.found, self.poses, self.count = found, poses, config.pairs - config.kept_back
+
+    def __getitem__(self, index: int) -> training.Encoded:
+        latent, states, fused = (
+            torch.from_numpy(self.found[name][index : index + 1]).float() for name in ("latent", "states", "fused")
+        )
+        pose = torch.from_numpy(np.array(self.poses[index : index + 1])).movedim(-1, 1).float() / 255
+        return training.Encoded(latent, states, fused, pose)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [self.found["latent"].shape[2:]] * self.count
+
+
+def encoded(state: Path, pictures: np.ndarray, vae, vision, combiner, config: Config) -> EncodedPairs:
+    """Encodes every pair once, fp16 [N, ...] a part, and keeps that in `state`."""
+    path = state / f"encoded_{config.pairs}_{config.size}_{config.seed}.npz"
+    if not path.exists():
+        parts: dict[str, list[np.ndarray]] = {"latent": [], "states": [], "fused": []}
+        for start in range(0, len(pictures), _AT_ONCE):
+            shown = torch.from_numpy(np.array(pictures[start : start + _AT_ONCE])).float().div_(255)
+            source, pose, target = shown.unbind(1)
+            with torch.no_grad():
+                for name, found in (
+                    ("latent", vae.encode(target)), ("states", encoding.states(vision, source)),
+                    ("fused", encoding.fused(combiner, vision, source, pose)),
+                ):
+                    parts[name].append(found.cpu().half().numpy())
+        temporary = path.with_suffix(".part.npz")
+        np.savez(temporary, **{name: np.concatenate(rows) for name, rows in parts.items()})
+        os.replace(temporary, path)
+    with np.load(path) as file:
+        return EncodedPairs(dict(file), pictures[:, 1], config)
+
+
+def train(
+    state: Path, model, vae, vision, pictures: np.ndarray, fusion: Fusion, config: Config, deadline: float,
+    begin: Path | None = None,
+) -> Fusion | None:
+    """The fusion with a generator, or None where the deadline came first. `begin` is a file to start from."""
+    settings = GeneratorConfig(
+        config.generator_steps, config.generator_batch, config.generator_lr, whole_unet=True,
+        hidden=config.generator_width, pose_channels=POSE_CHANNELS,
+    )
+    run = TrainingConfig(
+        settings.steps, settings.learning_rate, config.seed, settings.batch_size, dtype="fp32",
+        min_snr_gamma=config.generator_min_snr,
+    )
+    pairs = encoded(state, pictures, vae, vision, fusion.combiner, config)
+    sizes = running.model_sizes(model, pairs[0].states.shape[-1], method.combiner_width(fusion.combiner))
+    seeded = torch.Generator().manual_seed(config.seed)
+    weights = method.new_generator(sizes, settings.hidden, settings.pose_channels, seeded)
+    shape = [config.generator_batch, *pairs[0].latent.shape[1:]]
+    with session(running.extended(model), shape, run, whole=True) as denoiser:
+        network = WholeNetwork(denoiser.network)
+        if begin is not None:
+            _start_from(begin, weights, network)
+        live = {key: torch.nn.Parameter(value.to(denoiser.device)) for key, value in weights.items()}
+        learnt = Learnt(
+            {f"generator.{key}": value for key, value in live.items()}
+            | {f"unet.{key}": value for key, value in network.parameters().items()}
+        )
+        average = Learnt({name: torch.nn.Parameter(learnt.get_parameter(key).detach().clone(), False)
+                          for key, name in learnt.names.items()})
+        denoising = DenoisingObjective(training.FusionDenoiser(denoiser, live), [], run)
+        objective = training.PairObjective(denoising, pairs, config.generator_batch, settings)
+        optimiser = Optimiser(learnt, config.generator_matrix_lr, config.generator_lr)
+        modules = {"live": learnt, "average": average}
+        stage = Stage(state / "generator.pt", optimiser, config.generator_steps, modules, deadline)
+
+        def step(index: int) -> torch.Tensor:
+            if index:
+                decay = min(config.generator_ema, (1 + index) / (10 + index))
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(average.parameters()), list(learnt.parameters()), 1 - decay)
+            return objective(index, torch.Generator().manual_seed(step_seed(config.seed + _STEPS, index)))
+
+        with network.attached():
+            done = stage.run(step)
+    if not done:
+        return None
+    unet = {f"diffusion_model.{key}": value for key, value in average.part("unet.").items()}
+    return Fusion(fusion.combiner, fusion.encoder, average.part("generator."), unet, WHOLE)
+
+
+def _start_from(path: Path, weights: dict[str, torch.Tensor], network: WholeNetwork) -> None:
+    """Take over what a trained fusion of the same sizes holds."""
+    with safe_open(str(path), "pt") as file:
+        earlier = fusion_files.unpacked({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
+    weights.update({key: value.float() for key, value in earlier.generator.items()})
+    with torch.no_grad():
+        for key, value in network.parameters().items():
+            value.copy_(earlier.unet[f"diffusion_model.{key}"])
