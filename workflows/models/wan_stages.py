@@ -61,7 +61,7 @@ class Config:
     looks_rate: float = 0.5  # of the learning rates before
     shot_pictures: int = 3_000  # pictures and clips whose puppet is drawn once more, for the last stage
     shot_clips: int = 1_500
-    shots_steps: int = 3_500
+    shots_steps: int = 2_000
     shots_still: int = 900  # of them, the first, in which a shot stands where the others do
     shots_rate: float = 0.7
     shots_batch: int = 32  # of two pictures each
