@@ -20,7 +20,7 @@ def tell(node: str, lines: Sequence[str], level: int = logging.INFO) -> None:
         from server import PromptServer  # only a host that runs a graph has one
 
         run = running.prompt_id, running.node_id
-        all_of_it = [*_said.get(run, ()), *lines]
+        all_of_it = list(dict.fromkeys([*_said.get(run, ()), *lines]))  # a list of pictures says the same of each
         _said.clear()
         _said[run] = all_of_it
         PromptServer.instance.send_progress_text("\n".join(all_of_it), running.node_id)

@@ -36,3 +36,10 @@ def test_a_later_message_leaves_the_earlier_one_on_the_node(shown):
     assert shown == [
         (text, node) for node in ("1", "2", "2") for text in ("a doubt", "a doubt\npeak memory")
     ]
+
+
+def test_what_is_said_of_every_item_of_a_list_is_shown_once(shown):
+    for index in range(3):
+        with CurrentNodeContext("c", "1", index):
+            tell("Prepare Reference", ["no face was found"])
+    assert {text for text, _ in shown} == {"no face was found"}
