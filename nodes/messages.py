@@ -7,13 +7,20 @@ from collections.abc import Sequence
 
 from comfy_execution.utils import get_executing_context
 
+# What the node that spoke last has said in its run: the host shows one text a node, the latest.
+_said: dict[tuple[str, str], list[str]] = {}
+
 
 def tell(node: str, lines: Sequence[str], level: int = logging.INFO) -> None:
-    """Log each line under the node's name, and show them all on the running node, as the host's API nodes do."""
+    """Log each line under the node's name, and show them on the running node, below what it said before."""
     for line in lines:
-        logging.log(level, "Understudy, %s: %s", node, line)
+        logging.log(level, "[Understudy] %s: %s", node, line)
     running = get_executing_context()
     if lines and running is not None:
         from server import PromptServer  # only a host that runs a graph has one
 
-        PromptServer.instance.send_progress_text("\n".join(lines), running.node_id)
+        run = running.prompt_id, running.node_id
+        all_of_it = list(dict.fromkeys([*_said.get(run, ()), *lines]))  # a list of pictures says the same of each
+        _said.clear()
+        _said[run] = all_of_it
+        PromptServer.instance.send_progress_text("\n".join(all_of_it), running.node_id)

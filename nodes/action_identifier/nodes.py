@@ -45,9 +45,9 @@ class UnderstudySaveActionIdentifier(io.ComfyNode):
 
     @classmethod
     def execute(cls, action, filename_prefix, textual_inversion=False) -> io.NodeOutput:
-        logging.info("Understudy: saved %s", identifier_files.save(action, filename_prefix))
+        logging.info("[Understudy] saved %s", identifier_files.save(action, filename_prefix))
         if textual_inversion:
-            logging.info("Understudy: saved %s", identifier_files.export(action, filename_prefix))
+            logging.info("[Understudy] saved %s", identifier_files.export(action, filename_prefix))
         return io.NodeOutput()
 
 

@@ -143,7 +143,7 @@ class ActionContexts:
         if action.base and action.base != self.base and known not in self.warned:
             self.warned.add(known)
             logging.warning(
-                "Understudy: %s was learnt beside other weights than this model's; it may act less, or otherwise",
+                "[Understudy] %s was learnt beside other weights than this model's; it may act less, or otherwise",
                 action.placeholder,
             )
 

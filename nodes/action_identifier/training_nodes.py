@@ -9,7 +9,6 @@ import torch
 from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
-from ..fingerprint import fingerprint
 from ..messages import tell
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import TrainingConfig
@@ -111,7 +110,7 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
         )
         exemplars = _exemplars(given["vae"], images, subjects, contrast_images)
         tell("Train Action Identifier", _doubts(given["clip"], action, exemplars), logging.WARNING)
-        settings = {"model": fingerprint(given["model"]), **_settings(action, config, exemplars)}
+        settings = widgets.settings(given, config, _settings(action, exemplars))
         identifier, loss_map = training.train(
             given["model"], given["clip"], exemplars, action, config,
             checkpoints=checkpoints.Checkpoints("action_identifier", settings),
@@ -174,16 +173,15 @@ def _check_sizes(pictures: Sequence[torch.Tensor]) -> None:
         )
 
 
-def _settings(action: ActionTrainingConfig, config: TrainingConfig, exemplars: training.Exemplars) -> dict:
-    """What a resumed run must share with the one it goes on from."""
+def _settings(action: ActionTrainingConfig, exemplars: training.Exemplars) -> dict:
+    """The node's own of what a resumed run must share with the one it goes on from."""
     contrasts = exemplars.contrasts
     return {
         "images": inputs.digest(exemplars.latents), "subjects": list(exemplars.subjects),
         "contrast_images": "drawn" if contrasts is None else inputs.digest(contrasts),
         "placeholder": action.placeholder, "initial_word": action.initial_word, "merge": action.merge,
         "context_steps": action.context_steps, "mask_percentile": action.mask_percentile,
-        "contrast_words": action.contrasts, "learning_rate": config.learning_rate,
-        "min_snr_gamma": config.min_snr_gamma, "seed": config.seed, "dtype": config.dtype,
+        "contrast_words": action.contrasts,
     }
 
 

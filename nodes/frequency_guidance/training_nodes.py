@@ -6,7 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
-from ..fingerprint import fingerprint
+from ..messages import tell
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import LoraConfig, TrainingConfig
 from . import method
@@ -82,9 +82,9 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
     def execute(cls, **lists) -> io.NodeOutput:
         source, driving = (inputs.one_picture(lists.pop(name), name) for name in ("source", "driving"))
         texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in ("source", "driving")]
-        for name, text in zip(("source", "driving"), texts, strict=True):
-            if not text.strip():
-                logging.warning("Understudy: %s_text is empty, so no prompt will mean the %s picture", name, name)
+        empty = [name for name, text in zip(("source", "driving"), texts, strict=True) if not text]
+        said = [f"{name}_text is empty, so no prompt will mean the {name} picture" for name in empty]
+        tell("Train Source and Driving Pair", said, logging.WARNING)
         given = {name: values[0] for name, values in lists.items()}
         config, lora = _configs(given)
         latents = picture_training.encode_pictures(given["vae"], [source, driving])
@@ -96,8 +96,7 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
             config,
             lora,
             checkpoints=checkpoints.Checkpoints(
-                "source_driving_pair",
-                {"model": fingerprint(given["model"]), **_settings(config, lora, texts, latents)},
+                "source_driving_pair", widgets.settings(given, config, _settings(lora, texts, latents))
             ),
             resume_from=given["resume_from"],
             make_objective=lambda denoising, samples: method.PairObjective(denoising.loss, samples, config.seed),
@@ -126,12 +125,9 @@ def _configs(given: dict) -> tuple[TrainingConfig, LoraConfig | None]:
     return config, None if whole_unet else LoraConfig(rank=given["rank"])
 
 
-def _settings(config: TrainingConfig, lora: LoraConfig | None, texts: list[str], latents: list) -> dict:
-    """What a resumed run must share with the one it goes on from."""
+def _settings(lora: LoraConfig | None, texts: list[str], latents: list) -> dict:
+    """The node's own of what a resumed run must share with the one it goes on from."""
     return {
         "source picture": inputs.digest(latents[:1]), "driving picture": inputs.digest(latents[1:]),
-        "dtype": config.dtype,
-        "source_text": texts[0], "driving_text": texts[1], "seed": config.seed,
-        "rank": lora.rank if lora else "whole UNet",
-        "learning_rate": config.learning_rate, "min_snr_gamma": config.min_snr_gamma,
+        "source_text": texts[0], "driving_text": texts[1], "rank": lora.rank if lora else "whole UNet",
     }

@@ -46,7 +46,7 @@ class UnderstudySaveFusion(io.ComfyNode):
     @classmethod
     def execute(cls, fusion, filename_prefix) -> io.NodeOutput:
         path = fusion_files.save(fusion, filename_prefix)
-        logging.info("Understudy: saved %s, %s", path, ", ".join(fusion.parts))
+        logging.info("[Understudy] saved %s, %s", path, ", ".join(fusion.parts))
         return io.NodeOutput()
 
 

@@ -194,7 +194,7 @@ def _host_weights(model: Any, weights: Weights) -> Weights:
         found[name] = weight
     missing = sorted(key for key in own if key.startswith("diffusion_model.") and key not in found)
     if missing:
-        logging.warning("Understudy: the fusion's UNet lacks %d weights, %s first", len(missing), missing[0])
+        logging.warning("[Understudy] the fusion's UNet lacks %d weights, %s first", len(missing), missing[0])
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..fingerprint import fingerprint, weights_fingerprint
+from ..fingerprint import weights_fingerprint
 from ..training import checkpoints, widgets
 from . import encoding, pairs, training
 from .config import CombinerConfig, GeneratorConfig
@@ -51,7 +51,16 @@ def _outputs(to: str) -> list:
     ]
 
 
-class UnderstudyTrainFusionCombiner(io.ComfyNode):
+class _LearntFromPairs(io.ComfyNode):
+    """What both stages share."""
+
+    @classmethod
+    def fingerprint_inputs(cls, dataset_folder=(pairs.NONE,), **_lists) -> str:
+        """A folder whose pictures changed is learnt anew."""
+        return pairs.folder_digest(dataset_folder[0] or pairs.NONE)  # None where it is a link
+
+
+class UnderstudyTrainFusionCombiner(_LearntFromPairs):
     """Stage 1: trains a combiner, and with it the image encoder."""
 
     @classmethod
@@ -97,11 +106,6 @@ class UnderstudyTrainFusionCombiner(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, dataset_folder=(pairs.NONE,), **_lists) -> str:
-        """A folder whose pictures changed is learnt anew."""
-        return pairs.folder_digest(dataset_folder[0] or pairs.NONE)  # None where it is a link
-
-    @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
         given, data = _given(lists)
         combiner = CombinerConfig(
@@ -109,19 +113,17 @@ class UnderstudyTrainFusionCombiner(io.ComfyNode):
         )
         config = widgets.config(given, batch_size=combiner.batch_size, weight_decay=combiner.weight_decay)
         settings = {
-            "pairs": data.digest(), "seed": config.seed, "batch_size": config.batch_size,
-            "learning_rate": config.learning_rate, "temperature": combiner.temperature,
-            "train_encoder": combiner.train_encoder,
+            "pairs": data.digest(), "temperature": combiner.temperature, "train_encoder": combiner.train_encoder,
             "clip_vision": weights_fingerprint(given["clip_vision"].get_sd()),
         }
+        kept = checkpoints.Checkpoints("fusion_combiner", widgets.settings(given, config, settings))
         fusion, loss_map = training.train_combiner(
-            given["clip_vision"], data, config, combiner,
-            checkpoints=checkpoints.Checkpoints("fusion_combiner", settings), resume_from=given["resume_from"],
+            given["clip_vision"], data, config, combiner, checkpoints=kept, resume_from=given["resume_from"],
         )
         return io.NodeOutput(fusion, loss_map)
 
 
-class UnderstudyTrainFusionGenerator(io.ComfyNode):
+class UnderstudyTrainFusionGenerator(_LearntFromPairs):
     """Stage 2: trains the paths into a UNet, with a LoRA of it or the whole of it."""
 
     @classmethod
@@ -193,11 +195,6 @@ class UnderstudyTrainFusionGenerator(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, dataset_folder=(pairs.NONE,), **_lists) -> str:
-        """A folder whose pictures changed is learnt anew."""
-        return pairs.folder_digest(dataset_folder[0] or pairs.NONE)  # None where it is a link
-
-    @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
         given, data = _given(lists)
         chosen = {
@@ -210,21 +207,20 @@ class UnderstudyTrainFusionGenerator(io.ComfyNode):
         )
         fusion = given.get("fusion") or Fusion()
         settings = {
-            "pairs": data.digest(), "seed": config.seed, "batch_size": config.batch_size, "dtype": config.dtype,
-            "learning_rate": config.learning_rate, "rank": "whole UNet" if generator.whole_unet else generator.rank,
+            "pairs": data.digest(), "rank": "whole UNet" if generator.whole_unet else generator.rank,
             "source_drop": generator.source_drop, "fusion_drop": generator.fusion_drop,
             "pose_drop": generator.pose_drop, "noise_offset": generator.noise_offset,
-            "model": fingerprint(given["model"]), "vae": weights_fingerprint(given["vae"].get_sd()),
+            "vae": weights_fingerprint(given["vae"].get_sd()),
             "appearance_encoder": weights_fingerprint(given["appearance_encoder"].get_sd()),
             "combiner": weights_fingerprint(fusion.combiner or {}),
         }
         if fusion.combiner is not None:
             encoder = encoding.chosen(fusion, given.get("clip_vision"))
             settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
+        kept = checkpoints.Checkpoints("fusion_generator", widgets.settings(given, config, settings))
         trained, loss_map = training.train_generator(
             given["model"], given["vae"], given["appearance_encoder"], data, fusion, given.get("clip_vision"), config,
-            generator, checkpoints=checkpoints.Checkpoints("fusion_generator", settings),
-            resume_from=given["resume_from"],
+            generator, checkpoints=kept, resume_from=given["resume_from"],
         )
         return io.NodeOutput(trained, loss_map)
 

@@ -51,8 +51,7 @@ def run(
     guider.set_cfg(1.0)
     callback = latent_preview.prepare_callback(model, len(grid) - 1)
     guider.sample(torch.zeros_like(samples), samples, sampler, sigmas, callback=callback, disable_pbar=True, seed=0)
-    inversion = Inversion(method.Trajectory(grid, sampler.path), sampler.mask, config.method)
-    return inversion
+    return Inversion(method.Trajectory(grid, sampler.path), sampler.mask, config.method)
 
 
 def _checked(samples: torch.Tensor, latent_format: Any) -> torch.Tensor:

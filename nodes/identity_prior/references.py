@@ -65,7 +65,7 @@ def generate(model: Any, conditionings: Sequence[list], negative: list, shape: t
     bar = comfy.utils.ProgressBar(len(conditionings))
     for i, conditioning in enumerate(conditionings):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        logging.info("Understudy, Train Identity Prior: drawing class picture %d of %d", i + 1, len(conditionings))
+        logging.info("[Understudy] drawing class picture %d of %d", i + 1, len(conditionings))
         latent = torch.zeros(tuple(shape))
         own_seed = step_seed(seed, 3_000_000_019 + i)
         noise = comfy.sample.prepare_noise(latent, own_seed)

@@ -136,13 +136,11 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
             )
         conditionings = picture_training.encode_texts(given["clip"], [*texts, *class_texts, ""])
         settings = {
-            "model": identity.base, "pictures": inputs.digest(latents), "captions": texts,
+            "pictures": inputs.digest(latents), "captions": texts, "rank": given["rank"],
             "class_pictures": inputs.digest(class_latents) if class_images else "made by the model",
-            "class_captions": class_texts, "rank": given["rank"], "seed": config.seed,
-            "batch_size": config.batch_size, "learning_rate": config.learning_rate, "dtype": config.dtype,
-            "prior_weight": prior.prior_weight, "min_snr_gamma": config.min_snr_gamma,
+            "class_captions": class_texts, "prior_weight": prior.prior_weight,
         }
-        kept = checkpoints.Checkpoints("identity_prior", settings)
+        kept = checkpoints.Checkpoints("identity_prior", widgets.settings(given, config, settings))
         kept.resume(given["resume_from"])  # one that does not fit is refused before the model draws
         if class_texts and not class_latents:
             class_latents = references.generate(

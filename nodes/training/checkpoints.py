@@ -14,7 +14,7 @@ from .loop import State
 
 NONE = "none"
 _KIND = "understudy training checkpoint"
-# As inputs.digest makes it, which tells a reader nothing but that two differ.
+# A text as inputs.digest makes it, which tells a reader nothing but that two differ; a seed may have as many digits.
 _DIGEST = re.compile("[0-9a-f]{16}")
 
 
@@ -63,7 +63,7 @@ class Checkpoints:
             )
         made_with = json.loads(metadata["settings"])
         differing = [
-            f"different {key}" if any(_DIGEST.fullmatch(str(value)) for value in (there, here))
+            f"different {key}" if any(isinstance(v, str) and _DIGEST.fullmatch(v) for v in (there, here))
             else f"{key} {there!r} and this run has {here!r}"
             for key in sorted(self.settings.keys() | made_with.keys())
             if (here := self.settings.get(key)) != (there := made_with.get(key))

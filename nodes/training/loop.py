@@ -154,7 +154,7 @@ def _warn_of_ruin(losses: list[float], config: TrainingConfig) -> None:
     last = statistics.median(losses[-max(1, len(losses) // 4) :])
     if last > 0.7 and last > 3 * losses[0]:
         logging.warning(
-            "Understudy: the loss rose from %.4f to %.4f, so what was trained is probably ruined: lower "
+            "[Understudy] the loss rose from %.4f to %.4f, so what was trained is probably ruined: lower "
             "learning_rate (%g)", losses[0], last, config.learning_rate,
         )
 

@@ -40,7 +40,7 @@ def encode_pictures(vae, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]
         if min(height, width) < 4 * cell:
             raise ValueError(f"a picture of {size} is too small to learn from: scale it to the size to generate")
         if height % cell or width % cell:
-            logging.warning("Understudy: pictures of %s are cut to multiples of %d pixels", size, cell)
+            logging.warning("[Understudy] pictures of %s are cut to multiples of %d pixels", size, cell)
     return [vae.encode(picture).clone() for picture in pictures]
 
 

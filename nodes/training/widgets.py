@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
+from ..fingerprint import fingerprint
 from . import checkpoints
 from .config import DTYPES, TrainingConfig
 
 _MAX_SEED = 2**63 - 1
 # The smallest rate that the host's frontend keeps: it rounds what is typed to the step.
 _FINEST_RATE = 1e-7
+# What decides what is learnt; steps may be raised, and the rest changes no number.
+_SHARED = ("seed", "batch_size", "learning_rate", "dtype", "min_snr_gamma")
 
 
 def learning_rate(default: float, tooltip: str) -> io.Float.Input:
@@ -83,3 +88,9 @@ def config(given: dict, turns: int = 1, **more) -> TrainingConfig:
         checkpoint_every=given.get("checkpoint_every", 100) * turns,
         **more,
     )
+
+
+def settings(given: dict[str, Any], config: TrainingConfig, own: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from: the model, if any, the config's, the node's own."""
+    model = {"model": fingerprint(given["model"])} if "model" in given else {}
+    return {**model, **{name: getattr(config, name) for name in _SHARED}, **own}

@@ -173,5 +173,5 @@ class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, adapter, filename_prefix) -> io.NodeOutput:
         path = adapter_files.save(adapter, filename_prefix)
-        logging.info("Understudy: saved %s", path)
+        logging.info("[Understudy] saved %s", path)
         return io.NodeOutput()

@@ -53,7 +53,7 @@ def apply(model: Any, identity: Identity) -> Any:
     if identity.off:
         if identity.config.strength:
             # As Load Image gives it for a picture without alpha: asked for or not, it cannot be seen in the video.
-            logging.warning("Understudy: the mask is 0 everywhere, so Apply Video Identity shows no reference")
+            logging.warning("[Understudy] the mask is 0 everywhere, so Apply Video Identity shows no reference")
         return model
     earlier = patching.parts(model, KEY)
     identities = VideoIdentities((*(earlier.identities if earlier else ()), identity))
@@ -81,7 +81,7 @@ def wan_network(model: Any) -> Any:
     if name in REFUSED:
         raise ValueError(f"a {name} does not let its attention be extended: connect a Wan T2V, I2V or VACE model")
     if name not in VERIFIED:
-        logging.warning("Understudy: the video identity adapter is not verified with %s", name)
+        logging.warning("[Understudy] the video identity adapter is not verified with %s", name)
     return network
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from comfy_api.latest import io
 
-from ..fingerprint import fingerprint
 from ..training import checkpoints, inputs, widgets
 from . import training
 from .config import AdapterTrainingConfig
@@ -75,14 +74,13 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
         texts = _one_each(list(positive), len(videos), "positive")
         config = widgets.config(given, batch_size=given["batch_size"])
         settings = {
-            "model": fingerprint(given["model"]),
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
-            "texts": inputs.digest([text[0][0] for text in texts]), "rank": given["rank"], "seed": config.seed,
-            "batch_size": config.batch_size, "learning_rate": config.learning_rate, "dtype": config.dtype,
+            "texts": inputs.digest([text[0][0] for text in texts]), "rank": given["rank"],
         }
+        kept = checkpoints.Checkpoints("video_identity_adapter", widgets.settings(given, config, settings))
         adapter, loss_map = training.train(
             given["model"], videos, pictures, texts, config, given["rank"],
-            checkpoints=checkpoints.Checkpoints("video_identity_adapter", settings), resume_from=given["resume_from"],
+            checkpoints=kept, resume_from=given["resume_from"],
         )
         return io.NodeOutput(adapter, loss_map)
 

@@ -1,5 +1,6 @@
 """What a run leaves on disk, and what it says when another run is to go on from it."""
 
+import copy
 import logging
 
 import pytest
@@ -14,6 +15,8 @@ SETTINGS = {"pictures": inputs.digest([torch.zeros(1)]), "rank": 4, "learning_ra
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A checkpoint of seven steps, in a folder of its own."""
+    known = copy.deepcopy(files.folder_paths.folder_names_and_paths)
+    monkeypatch.setattr(files.folder_paths, "folder_names_and_paths", known)
     monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: str(tmp_path))
     files.register_folders()
     run = checkpoints.Checkpoints("name", SETTINGS)
@@ -31,6 +34,13 @@ def test_a_setting_that_one_of_them_lacks_shows_no_digest(kept):
     with pytest.raises(ValueError, match="made with different model: ") as refused:
         checkpoints.Checkpoints("name", {**SETTINGS, "model": inputs.digest([torch.ones(1)])}).resume(kept.path.name)
     assert "None" not in str(refused.value)
+
+
+def test_a_seed_as_long_as_a_digest_is_shown(kept):
+    long = checkpoints.Checkpoints("long", {**SETTINGS, "seed": 1125899906842624})
+    long.save(State(1, [0.5], {"parameter.a": torch.ones(2)}))
+    with pytest.raises(ValueError, match="seed 1125899906842624 and this run has 7"):
+        checkpoints.Checkpoints("long", {**SETTINGS, "seed": 7}).resume(long.path.name)
 
 
 def test_another_node_s_checkpoint_is_told_by_its_name(kept):

@@ -40,3 +40,11 @@ def test_optional_inputs_that_an_old_workflow_lacks_have_their_defaults():
         for widget in (widgets.dtype(), widgets.gradient_checkpointing(), widgets.checkpoint_every("Steps"))
     }
     assert widgets.config(given | shown, turns=2, batch_size=5) == config
+
+
+def test_what_a_resumed_run_must_share_is_named_by_all_nodes_alike(monkeypatch):
+    monkeypatch.setattr(widgets, "fingerprint", lambda model: f"of {model}")
+    config = widgets.config({"steps": 3, "learning_rate": 0.1, "seed": 4}, batch_size=5)
+    shared = {"seed": 4, "batch_size": 5, "learning_rate": 0.1, "dtype": "model", "min_snr_gamma": 0.0}
+    assert widgets.settings({"model": "it"}, config, {"rank": 8}) == {"model": "of it", **shared, "rank": 8}
+    assert widgets.settings({}, config, {}) == shared
