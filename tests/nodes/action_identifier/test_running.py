@@ -1,80 +1,29 @@
 """Contexts in real sampling runs, against models whose own layers are given other prompts."""
 
-import contextlib
 import logging
 
 import action_identifiers
-import comfy.samplers
 import pytest
 import tiny_clip
 import tiny_model
 import torch
-from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from action_runs import (
+    MODEL,
+    NEGATIVE,
+    close,
+    contexts_of,
+    denoised,
+    estimate,
+    far,
+    forced,
+    passes,
+    plain,
+    prompt,
+    sample,
+)
 from pack.nodes.action_identifier import layers, running
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier, BatchContexts, Rows, blended
 from real_configurations import build
-
-import nodes as host
-
-CLIP = tiny_clip.clip()
-MODEL = action_identifiers.reading(tiny_model.picture())
-ACTION = action_identifiers.identifier(MODEL)
-NEGATIVE = action_identifiers.plain(CLIP, "")
-EULER = comfy.samplers.sampler_object("euler")
-
-
-def prompt(text=action_identifiers.TEXT, actions=(ACTION,), clip=CLIP):
-    return action_identifiers.prompt(clip, list(actions), text)
-
-
-def plain(text="a cat dancing on a beach", clip=CLIP):
-    return action_identifiers.plain(clip, text)
-
-
-def sample(model, positive, **options):
-    options = {"steps": 2, "negative": NEGATIVE, **options}
-    return tiny_model.sample(model, EULER, positive=positive, **options)
-
-
-def close(found, expected):
-    """Pictures of deviations of 10 and more, whose batches of other sizes round differently."""
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-3)
-
-
-def far(found, other):
-    """More than rounding and tolerance."""
-    assert (found - other).abs().max() > 0.05 * other.std()
-
-
-def contexts_of(conditioning):
-    return conditioning[0][1]["model_conds"][running.KEY].contexts
-
-
-@contextlib.contextmanager
-def forced(model, contexts, rows=slice(None)):
-    """Each cross-attention of the network reads what is given for it, in the order of the network's modules."""
-    layer = -1
-    handles = []
-
-    def reads(number):
-        def hook(_module, args, kwargs):
-            context = kwargs["context"].clone()
-            context[rows] = contexts[number].to(context)
-            return args, {**kwargs, "context": context}
-
-        return hook
-
-    for _, module in model.model.diffusion_model.named_modules():
-        if hasattr(module, "transformer_blocks"):
-            layer += 1
-            for block in module.transformer_blocks:
-                handles.append(block.attn2.register_forward_pre_hook(reads(layer), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def test_the_map_of_layers_comes_from_the_network():
@@ -123,17 +72,6 @@ def test_sdxl_s_groups_of_layers_and_both_encoders():
         far(run(running.apply(model, 1.0), changed), found)
 
 
-@contextlib.contextmanager
-def passes(model):
-    """How many samples each pass of the network has."""
-    sizes = []
-    handle = model.model.diffusion_model.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
-    try:
-        yield sizes
-    finally:
-        handle.remove()
-
-
 def test_a_plain_negative_runs_in_the_same_pass_and_is_read_plainly():
     sealed = prompt()
     with passes(MODEL) as sizes:
@@ -146,11 +84,6 @@ def test_a_plain_negative_runs_in_the_same_pass_and_is_read_plainly():
     expected = alone["plain"] + 3.0 * (alone["action"] - alone["plain"])
     close(one, expected)
     assert torch.isfinite(found).all()
-
-
-def denoised(model, positive):
-    """One step of Euler to sigma 0 is the estimate itself."""
-    return sample(model, positive, cfg=1.0, sigmas=torch.tensor([5.0, 0.0]))
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
@@ -214,108 +147,6 @@ def test_the_callers_model_and_prompt_stay_as_they_are():
     assert [len(found) for kind in patched.wrappers.values() for found in kind.values()] == [1, 1]
     clone = patched.clone()
     assert torch.equal(sample(clone, sealed), sample(patched, sealed))
-
-
-def estimate(positive):
-    return denoised(running.apply(MODEL, 1.0), positive)
-
-
-def test_combine_is_the_mean_of_both_and_one_pass():
-    sealed, other = prompt(), plain("a red robot")
-    (both,) = host.ConditioningCombine().combine(sealed, other)
-    with passes(MODEL) as sizes:
-        found = estimate(both)
-    assert sizes == [2]
-    close(found, (estimate(sealed) + estimate(other)) / 2)
-    second = action_identifiers.identifier(MODEL, seed=9, placeholder="<b>")
-    (two,) = host.ConditioningCombine().combine(sealed, prompt("a <b> dog", [second]))
-    expected = (estimate(sealed) + estimate(prompt("a <b> dog", [second]))) / 2
-    close(estimate(two), expected)
-
-
-def test_ranges_of_steps_act_in_their_steps_only():
-    """The first half of the noise levels takes the action, the other the word."""
-    sealed, word = prompt(), plain()
-    (first,) = host.ConditioningSetTimestepRange().set_range(sealed, 0.0, 0.5)
-    (second,) = host.ConditioningSetTimestepRange().set_range(word, 0.5, 1.0)
-    border = float(MODEL.model.model_sampling.percent_to_sigma(0.5))
-    for sigma, expected in ((2 * border, sealed), (border / 2, word)):
-        sigmas = torch.tensor([sigma, 0.0])
-        found = sample(running.apply(MODEL, 1.0), first + second, cfg=1.0, sigmas=sigmas)
-        alone = sample(running.apply(MODEL, 1.0), expected, cfg=1.0, sigmas=sigmas)
-        close(found, alone)
-    # Out of its steps, a sealed prompt stops nobody.
-    late = sample(MODEL, first + second, cfg=1.0, sigmas=torch.tensor([border / 2, 0.0]))
-    assert torch.isfinite(late).all()
-
-
-def test_areas_and_masks():
-    sealed = prompt()
-    (area,) = host.ConditioningSetArea().append(sealed, 32, 64, 0, 0, 1.0)
-    (masked,) = host.ConditioningSetMask().append(sealed, torch.ones(1, 8, 8), "default", 1.0)
-    close(estimate(masked), estimate(sealed))
-    both = estimate(plain("a dog") + area)
-    assert torch.isfinite(both).all()
-    close(both[..., 4:], estimate(plain("a dog"))[..., 4:])
-    far(both[..., :4], estimate(plain("a dog"))[..., :4])
-
-
-def test_a_negative_with_an_area_meets_an_action_without_one():
-    """The host then gives the positive a part there, of the negative's entry with the action's conditions."""
-    sealed, place = prompt(), (32, 64, 0, 0, 1.0)
-    (negative,) = host.ConditioningSetArea().append(plain("a dog"), *place)
-    (part,) = host.ConditioningSetArea().append(sealed, *place)
-    found = sample(running.apply(MODEL, 1.0), sealed, negative=negative + NEGATIVE)
-    close(found, sample(running.apply(MODEL, 1.0), sealed + part, negative=negative + NEGATIVE))
-    far(found, sample(running.apply(MODEL, 1.0), plain(), negative=negative + NEGATIVE))
-
-
-def test_concat_with_the_action_first_adds_its_tokens_to_every_layer():
-    sealed, more = prompt(), plain("on the moon")
-    (joined,) = host.ConditioningConcat().concat(sealed, more)
-    contexts = torch.cat([contexts_of(sealed), more[0][0].expand(4, -1, -1)], dim=1)
-    (word,) = host.ConditioningConcat().concat(plain(), more)
-    with forced(MODEL, contexts):
-        expected = sample(MODEL, word, cfg=1.0)
-    close(
-        sample(running.apply(MODEL, 1.0), joined, cfg=1.0), expected
-    )
-    with passes(MODEL) as sizes:  # a negative of half the length is repeated by the host
-        sample(running.apply(MODEL, 1.0), joined, cfg=2.0, steps=1)
-    assert sizes == [2]
-
-
-def test_what_the_layers_cannot_follow_is_refused_by_name():
-    sealed = prompt()
-    (averaged,) = host.ConditioningAverage().addWeighted(sealed, plain("a dog"), 0.5)
-    (scaled,) = host.ConditioningMultiply().multiply(sealed, 0.5)
-    for changed in (averaged, scaled):
-        with pytest.raises(ValueError, match="<action> was averaged, scaled or otherwise changed"):
-            sample(running.apply(MODEL, 1.0), changed)
-
-
-def test_a_zeroed_copy_is_a_plain_negative():
-    sealed = prompt()
-    (zero,) = host.ConditioningZeroOut().zero_out(sealed)
-    (expected,) = host.ConditioningZeroOut().zero_out(plain())
-    close(estimate(zero), denoised(MODEL, expected))
-
-
-@pytest.mark.parametrize("guider_class", [Guider_PerpNeg, Guider_DualCFG])
-def test_other_guiders(guider_class):
-    guider = guider_class(running.apply(MODEL, 1.0))
-    conds = prompt(), tiny_model.conditioning(3), tiny_model.conditioning(4)
-    guider.set_conds(*conds)
-    guider.set_cfg(*((2.0, 1.0) if guider_class is Guider_PerpNeg else (2.0, 3.0)))
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        out = guider.sample(noise, torch.zeros_like(noise), EULER, torch.tensor([5.0, 1.0, 0.0]), None, None, True, 1)
-    assert torch.isfinite(out).all()
-    without = guider_class(MODEL)
-    without.set_conds(*conds)
-    without.set_cfg(2.0, 1.0)
-    with torch.inference_mode(), pytest.raises(ValueError, match="connect Apply"):
-        without.sample(noise, torch.zeros_like(noise), EULER, torch.tensor([5.0, 0.0]), None, None, True, 1)
 
 
 def test_batches_of_latents_and_16_bit_models():

@@ -1,12 +1,10 @@
 """Fusions on disk: exact round trips, LoRA or whole UNet, published checkpoints, and what is refused."""
 
 import argparse
-import copy
 import json
 
 import comfy.clip_vision
 import comfy.utils
-import folder_paths
 import fusions
 import pytest
 import safetensors.torch
@@ -19,12 +17,9 @@ MODEL = fusions.model()
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
-    files.register_folders()
-    return tmp_path / files.FUSION_EMBEDDINGS
+def folder(folder):
+    """Where fusions are saved."""
+    return folder / files.FUSION_EMBEDDINGS
 
 
 def unet():

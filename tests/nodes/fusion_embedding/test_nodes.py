@@ -1,7 +1,5 @@
 """The nodes as the host calls them: the contract of their sockets, a run through all of them, and equal noise."""
 
-import copy
-
 import comfy.sample
 import comfy.samplers
 import folder_paths
@@ -43,15 +41,6 @@ def test_ids_inputs_and_outputs_are_the_contract(node):
     assert [widget.id for widget in schema.inputs][: len(names)] == names
     assert all(widget.optional for widget in schema.inputs[len(names) :])
     assert [output.io_type for output in schema.outputs] == outputs
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
-    files.register_folders()
-    return tmp_path
 
 
 def as_lists(**values):

@@ -1,0 +1,89 @@
+"""Sampling runs of a tiny model with an action, hooks that say what its layers read, and how runs are compared."""
+
+import contextlib
+
+import action_identifiers
+import comfy.samplers
+import tiny_clip
+import tiny_model
+import torch
+from pack.nodes.action_identifier import running
+
+CLIP = tiny_clip.clip()
+MODEL = action_identifiers.reading(tiny_model.picture())
+ACTION = action_identifiers.identifier(MODEL)
+NEGATIVE = action_identifiers.plain(CLIP, "")
+EULER = comfy.samplers.sampler_object("euler")
+
+
+def prompt(text=action_identifiers.TEXT, actions=(ACTION,), clip=CLIP):
+    return action_identifiers.prompt(clip, list(actions), text)
+
+
+def plain(text="a cat dancing on a beach", clip=CLIP):
+    return action_identifiers.plain(clip, text)
+
+
+def sample(model, positive, **options):
+    options = {"steps": 2, "negative": NEGATIVE, **options}
+    return tiny_model.sample(model, EULER, positive=positive, **options)
+
+
+def denoised(model, positive):
+    """One step of Euler to sigma 0 is the estimate itself."""
+    return sample(model, positive, cfg=1.0, sigmas=torch.tensor([5.0, 0.0]))
+
+
+def estimate(positive):
+    return denoised(running.apply(MODEL, 1.0), positive)
+
+
+def close(found, expected):
+    """Pictures of deviations of 10 and more, whose batches of other sizes round differently."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-3)
+
+
+def far(found, other):
+    """More than rounding and tolerance."""
+    assert (found - other).abs().max() > 0.05 * other.std()
+
+
+def contexts_of(conditioning):
+    return conditioning[0][1]["model_conds"][running.KEY].contexts
+
+
+@contextlib.contextmanager
+def forced(model, contexts, rows=slice(None)):
+    """Each cross-attention of the network reads what is given for it, in the order of the network's modules."""
+    layer = -1
+    handles = []
+
+    def reads(number):
+        def hook(_module, args, kwargs):
+            context = kwargs["context"].clone()
+            context[rows] = contexts[number].to(context)
+            return args, {**kwargs, "context": context}
+
+        return hook
+
+    for _, module in model.model.diffusion_model.named_modules():
+        if hasattr(module, "transformer_blocks"):
+            layer += 1
+            for block in module.transformer_blocks:
+                handles.append(block.attn2.register_forward_pre_hook(reads(layer), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def passes(model):
+    """How many samples each pass of the network has."""
+    sizes = []
+    handle = model.model.diffusion_model.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
+    try:
+        yield sizes
+    finally:
+        handle.remove()
