@@ -58,7 +58,7 @@ def denoised(kept, weights, pair):
     noisy, sigma = torch.randn(1, 4, 8, 8, generator=fusions.generator(3)), torch.tensor([2.0])
     shares = {name: torch.tensor([float(name in kept)]) for name in ("source", "fusion", "pose")}
     with session(running.extended(MODEL), (1, 4, 8, 8), config) as denoiser, torch.no_grad():
-        return training._WithFusion(denoiser, weights).denoise(
+        return training.FusionDenoiser(denoiser, weights).denoise(
             noisy, sigma, training._Batch(pair.states, pair.fused, pair.pose, shares)
         )
 
