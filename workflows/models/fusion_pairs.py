@@ -30,7 +30,7 @@ class Config:
     combiner_lr: float = 3e-4
     # Stage 2, on the whole UNet.
     generator_width: int = 256
-    generator_steps: int = 1_500
+    generator_steps: int = 1_200
     generator_batch: int = 24
     generator_matrix_lr: float = 0.01
     generator_lr: float = 3e-4
