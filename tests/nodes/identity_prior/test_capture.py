@@ -4,6 +4,7 @@ from pathlib import Path
 
 import comfy.ldm.modules.attention
 import folder_paths
+import numpy as np
 import pytest
 import tiny_model
 import torch
@@ -110,11 +111,16 @@ def test_masks_join_the_source_and_the_edit_and_are_shown():
     (picture,) = masks.ui["images"]
     with Image.open(Path(folder_paths.get_temp_directory()) / picture["subfolder"] / picture["filename"]) as opened:
         assert opened.size == (64 + 8 + 64, 64) and opened.getpixel((67, 0)) == (127, 127, 127)
+        for left, mask in ((0, shown_source), (64 + 8, shown_edited)):
+            shown = np.array(opened)[:, left : left + 64]
+            assert (shown == 255 * mask[0, :, :, None].numpy()).all()
 
 
 def test_masks_belong_to_the_samples_that_they_made(caplog):
     patched = blended(threshold=0.7)
-    results = [sample(patched, seed=seed) for seed in (3, 4)]
+    results = [sample(patched, seed=3)]
+    blending.masks_of(patched, results[0] * 2)  # of one run there is no doubt
+    results.append(sample(patched, seed=4))
     first, second = (blending.masks_of(patched, result)[1] for result in results)
     assert not torch.equal(first, second)
     # What was changed meanwhile shows the last run's.
