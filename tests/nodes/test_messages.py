@@ -1,12 +1,20 @@
 """What a node tells: lines in the log, and a text on it where a graph runs."""
 
+import asyncio
+import json
 import logging
+import struct
 import sys
 import types
 
+import aiohttp
 import pytest
 from comfy_execution.utils import CurrentNodeContext
+from faults import prompts
 from pack.nodes.messages import tell
+
+TEXT = 3  # the host's BinaryEventTypes.TEXT
+
 
 
 @pytest.fixture
@@ -43,3 +51,45 @@ def test_what_is_said_of_every_item_of_a_list_is_shown_once(shown):
         with CurrentNodeContext("c", "1", index):
             tell("Prepare Reference", ["no face was found"])
     assert {text for text, _ in shown} == {"no face was found"}
+
+
+def test_without_a_host_that_runs_a_graph_it_is_logged_alone(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "server", None)
+    with caplog.at_level(logging.INFO):
+        tell("Load", ["one"])
+    assert caplog.messages == ["[Understudy] Load: one"]
+
+
+def texts_shown(server, prompt):
+    """(node, text) of every text that the server sends to the browser that queued the prompt."""
+
+    async def listen():
+        found, client = [], "the browser"
+        address = f"{server.url}/ws?clientId={client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
+            server.post("/prompt", {"prompt": prompt, "client_id": client})
+            while True:
+                message = await socket.receive(timeout=120)
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    kind, length = struct.unpack_from(">II", message.data)
+                    if kind == TEXT:
+                        found.append((message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()))
+                    continue
+                event = json.loads(message.data)
+                assert event["type"] != "execution_error", event
+                if event["type"] == "execution_success":
+                    return found
+
+    return asyncio.run(listen())
+
+
+def test_a_running_node_shows_what_it_says(server):
+    boxes = {"size": 64, "crop_factor": 1.5}
+    prompt = {
+        "load": prompts.node("LoadImage", image="example.png"),
+        "who": prompts.node("UnderstudyPrepareReference", image=["load", 0], **boxes),
+        "show": prompts.node("PreviewImage", images=["who", 0]),
+    }
+    ((node, text),) = texts_shown(server, prompt)
+    assert node == "who" and "whole picture" in text
+    assert f"[Understudy] Prepare Reference: {text}" in server.log.read_text(encoding="utf-8")

@@ -175,6 +175,15 @@ def test_words_in_pieces_are_unknown(kind, clips):
     assert encoding.unknown_words(clips[kind].tokenize, "dancing starfishing") == ["starfishing"]
 
 
+def test_a_word_that_one_of_two_encoders_lacks_is_unknown():
+    def tokenize(text):
+        pieces = [(7, 1.0)] if text == "dancing" else [(token, 1.0) for token in range(1, len(text) + 1)]
+        return {"l": [[(0, 1.0), (7, 1.0)] if text else [(0, 1.0)]], "g": [[(0, 1.0), *pieces]]}
+
+    assert encoding.unknown_words(tokenize, "dancing waving") == ["dancing", "waving"]
+    assert encoding.unknown_words(lambda text: {"g": tokenize(text)["g"]}, "dancing waving") == ["waving"]
+
+
 def test_words_that_share_the_token_of_all_unknown_ones_are_unknown():
     tokenize = theatre.PuppetsTokenizer().tokenize_with_weights
     assert encoding.unknown_words(tokenize, "waving starfishing") == ["starfishing"]

@@ -8,7 +8,8 @@ import pytest
 import tiny_clip
 import tiny_model
 import torch
-from pack.nodes.action_identifier import running, training
+from comfy_api.latest import io
+from pack.nodes.action_identifier import method, running, training
 from pack.nodes.action_identifier.nodes import (
     UnderstudyApplyActionIdentifier,
     UnderstudyEncodeAction,
@@ -105,6 +106,7 @@ def test_inputs_that_do_not_fit_are_named_with_what_to_do(given, message):
 @pytest.mark.parametrize(("given", "warning"), [
     ({}, None),
     ({"initial_word": ["doing starfishing"]}, "initial_word: the text encoder does not know starfishing as a whole"),
+    ({"subjects": ["a cat", "", "a fox"]}, "subjects are empty, so"),
     ({"subjects": [""]}, "subjects are empty, so who is in the pictures and where will be learnt with the action"),
 ])
 def test_what_spoils_the_action_is_said(given, warning, caplog):
@@ -112,6 +114,22 @@ def test_what_spoils_the_action_is_said(given, warning, caplog):
         train(**given)
     said = [record.message for record in caplog.records if "Train Action Identifier" in record.message]
     assert len(said) == (warning is not None) and (not said or warning in said[0])
+
+
+def test_an_error_that_overflows_stops_the_run_though_its_gradient_does_not():
+    """Another picture's than the one that is learnt, whose square is too large for fp32."""
+    def errors(_triple, copies, _generator):
+        own = copies["l"].flatten(1)
+        return torch.stack([own[0].sum(), (own[1] + 1e20).square().sum(), own[2].sum()])
+
+    token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+    value = method.TripleObjective(errors, {"l": token}, 3, 0.6, "union")(0, torch.Generator().manual_seed(0))
+    assert not torch.isfinite(value.detach())
+
+
+def test_a_prompt_takes_as_many_actions_as_the_host_allows():
+    template = next(i for i in UnderstudyEncodeAction.define_schema().inputs if i.id == "actions").template
+    assert (template.min, template.max) == (1, io.Autogrow._MaxNames)
 
 
 def test_a_word_that_the_action_shares_is_not_drawn_against_it():

@@ -135,7 +135,7 @@ def test_refuses_latents_that_cannot_guide(latent, message):
         ((1, 4, 8, 8), (1, 4, 16, 24), "resize driving to 192 x 128 pixels"),
         ((1, 16, 8, 8), (1, 4, 8, 8), "16 channels .* has 4: encode driving with the VAE of this model"),
         ((3, 4, 8, 8), (2, 4, 8, 8), "holds 3 latents and the batch is 2: connect one latent, or 2"),
-        ((3, 4, 8, 8), (1, 4, 8, 8), "holds 3 latents and the batch is 1"),
+        ((3, 4, 8, 8), (1, 4, 8, 8), "holds 3 latents and the batch is 1: connect one latent$"),
         ((1, 4, 5, 8, 8), (1, 4, 9, 8, 8), "5 latent frames and the sampled video has 9"),
         ((1, 4, 5, 8, 8), (1, 4, 8, 8), "encode one frame"),
         ((1, 4, 8, 8), (1, 1, 5000), "cannot steer audio or packed"),

@@ -1,5 +1,7 @@
 """The nodes as the host calls them: the contract of their sockets, a run through all of them, and equal noise."""
 
+import dataclasses
+
 import comfy.sample
 import comfy.samplers
 import folder_paths
@@ -53,7 +55,7 @@ def sampled(model, positive, negative, count=1, seed=5, batch_index=None):
     return comfy.sample.sample(model, noise, 2, 2.0, "euler", "normal", positive, negative, latent, disable_pbar=True)
 
 
-def test_a_run_through_all_nodes(folder):
+def test_a_run_through_all_nodes(folder, caplog):
     pictures, vision = fusions.pair_lists(4), fusions.vision()
     lists = {name: [tensor[:1], tensor[1:]] for name, tensor in pictures.items()}
     with torch.inference_mode():
@@ -70,8 +72,10 @@ def test_a_run_through_all_nodes(folder):
         assert len(losses["loss"]) == 2
         nodes.UnderstudySaveFusion.execute(trained, "both")
         (name,) = set(nodes.fusion_files.choices()) - set(files.THEATRE_FILES[files.FUSION_EMBEDDINGS])
-        loaded = nodes.UnderstudyLoadFusion.execute(name)
+        with caplog.at_level("INFO"):
+            loaded = nodes.UnderstudyLoadFusion.execute(name)
         assert loaded.ui["text"] == ("holds: combiner, encoder, generator, LoRA",)
+        assert "Understudy, Load Fusion: holds: combiner, encoder, generator, LoRA" in caplog.messages
         results = []
         for fusion in (trained, loaded.result[0]):
             appearance = CLIPVisionEncode().encode(vision, pictures["source"][:1], "none")[0]
@@ -129,7 +133,8 @@ def test_an_embedding_is_for_the_fusion_whose_combiner_made_it():
         (embed,) = nodes.UnderstudyCombineFusion.execute(fusion, fusions.pictures(), fusions.poses()).result
         appearance = CLIPVisionEncode().encode(fusion.encoder, fusions.pictures(), "none")[0]
         apply = nodes.UnderstudyApplyFusion.execute
-        assert len(apply(MODEL, fusion, appearance, fusions.poses(), 1.0, embed).result) == 3
+        for fits in (fusion, dataclasses.replace(fusion, combiner=None)):
+            assert len(apply(MODEL, fits, appearance, fusions.poses(), 1.0, embed).result) == 3
         with pytest.raises(FusionError, match="connect one fusion to both Combine Fusion and Apply Fusion"):
             apply(MODEL, other, appearance, fusions.poses(), 1.0, embed)
         with pytest.raises(FusionError, match="leave fusion_embed free"):
@@ -151,6 +156,7 @@ def test_a_run_is_not_resumed_with_another_model_of_the_same_shape(folder):
                 "model": tiny_model.picture(channels=fusions.CHANNELS), "vae": fusions.autoencoder(1),
                 "appearance_encoder": fusions.vision(1),
                 "clip_vision": fusions.fusion(MODEL, encoder=fusions.vision(3)),
+                "combiner": fusions.fusion(MODEL, seed=1, encoder=fusions.vision(2)),
             },
         ),
     }

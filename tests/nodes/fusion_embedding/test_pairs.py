@@ -7,7 +7,7 @@ import fusions
 import numpy as np
 import pytest
 import torch
-from pack.nodes.fusion_embedding import pairs
+from pack.nodes.fusion_embedding import pairs, training
 from pack.nodes.fusion_embedding.method import FusionError
 from pack.nodes.fusion_embedding.pairs import ROLES, FolderPairs, ListedPairs
 from PIL import Image
@@ -72,6 +72,13 @@ def folder(path: Path, lists=None, names=("a", "b", "c"), ending="png") -> Path:
         for name, picture in zip(names, pictures, strict=True):
             Image.fromarray((picture.numpy() * 255).round().astype(np.uint8)).save(path / role / f"{name}.{ending}")
     return path
+
+
+def test_the_sizes_of_pairs_are_looked_up_once(tmp_path, monkeypatch):
+    found, asked = FolderPairs(folder(tmp_path)), []
+    monkeypatch.setattr(found, "size", lambda index: asked.append(index) or (64, 48))
+    encoded = training.PairEncoder(found, None, None, None, None, 8)
+    assert encoded.sizes() == encoded.sizes() == [(8, 6)] * 3 and asked == [0, 1, 2]
 
 
 def test_a_folder_is_its_pictures(tmp_path):

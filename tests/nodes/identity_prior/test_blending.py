@@ -16,11 +16,11 @@ from pack.nodes.identity_prior.config import BlendConfig
 SHORT = {id(model): inverted(model, method="ddim", steps=4) for model in (MODEL, FLOW)}
 
 
-def with_inverted_noise(model, sampler, found, callback=None):
+def with_inverted_noise(model, sampler, found, callback=None, scale=1.0):
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(EDIT, tiny_model.conditioning(2))
     guider.set_cfg(2.0)
-    noise = inversion.InvertedNoise(model, found).generate_noise(latent())
+    noise = scale * inversion.InvertedNoise(model, found).generate_noise(latent())
     with torch.inference_mode():
         return guider.sample(
             noise, latent()["samples"], comfy.samplers.sampler_object(sampler), torch.tensor(found.trajectory.sigmas),
@@ -78,11 +78,14 @@ def test_the_model_sees_the_path_outside_the_mask_on_the_grid_and_off_it(name):
 def test_a_noise_that_is_not_the_picture_s_is_told_of(model, caplog):
     found = FOUND[id(model)]
     patched = blended(model, torch.zeros(1, 8, 8))
-    with_inverted_noise(patched, "euler", found)
+    for scale in (0.0, 1.0, 1.05):
+        with_inverted_noise(patched, "euler", found, scale=scale)
     sample(patched, "euler", model, sigmas=torch.tensor(found.trajectory.sigmas[2:]))
     assert not caplog.records
     sample(patched, "euler", model)
-    assert "noise is not that of Invert Image" in caplog.text
+    with_inverted_noise(patched, "euler", found, scale=1.2)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert caplog.text.count("noise is not that of Invert Image") == 2
 
 
 def test_a_mask_fades_between_the_edit_and_the_path():

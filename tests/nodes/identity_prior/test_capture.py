@@ -4,6 +4,7 @@ from pathlib import Path
 
 import comfy.ldm.modules.attention
 import folder_paths
+import numpy as np
 import pytest
 import tiny_model
 import torch
@@ -110,11 +111,16 @@ def test_masks_join_the_source_and_the_edit_and_are_shown():
     (picture,) = masks.ui["images"]
     with Image.open(Path(folder_paths.get_temp_directory()) / picture["subfolder"] / picture["filename"]) as opened:
         assert opened.size == (64 + 8 + 64, 64) and opened.getpixel((67, 0)) == (127, 127, 127)
+        for left, mask in ((0, shown_source), (64 + 8, shown_edited)):
+            shown = np.array(opened)[:, left : left + 64]
+            assert (shown == 255 * mask[0, :, :, None].numpy()).all()
 
 
 def test_masks_belong_to_the_samples_that_they_made(caplog):
     patched = blended(threshold=0.7)
-    results = [sample(patched, seed=seed) for seed in (3, 4)]
+    results = [sample(patched, seed=3)]
+    blending.masks_of(patched, results[0] * 2)  # of one run there is no doubt
+    results.append(sample(patched, seed=4))
     first, second = (blending.masks_of(patched, result)[1] for result in results)
     assert not torch.equal(first, second)
     # What was changed meanwhile shows the last run's.
@@ -254,14 +260,17 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
         blended(wan, masks[:4], found=found)
 
 
-def test_the_nodes_hand_on_what_belongs_together():
+def test_the_nodes_hand_on_what_belongs_together(caplog):
     sigmas = grid(MODEL, 4)
     with torch.inference_mode():
-        found, noise, mask = UnderstudyInvertImage.execute(
-            MODEL, prompt(), latent(), sigmas, "ddim", 1, 0.5, smoothing=0.0
-        ).result
+        with caplog.at_level("INFO"):
+            made = UnderstudyInvertImage.execute(MODEL, prompt(), latent(), sigmas, "ddim", 1, 0.5, smoothing=0.0)
+        found, noise, mask = made.result
         patched = UnderstudyIdentityMaskBlend.execute(MODEL, found, EDIT, 0.3, 1, 0.0, 1.0).result[0]
     assert mask.shape == (1, 64, 64) and set(mask.unique().tolist()) == {0.0, 1.0}
     assert noise.generate_noise(latent()).shape == SHAPE
     assert torch.isfinite(sample(patched, found=found)).all()
     assert found.method == "ddim"
+    (said,) = made.ui["text"]
+    assert said == "inverted over 4 steps by ddim; the path takes 0.0 MB on cpu"
+    assert f"Understudy, Invert Image: {said}" in caplog.messages

@@ -239,16 +239,18 @@ def test_captions_of_mirror_images_say_the_other_side():
 
 
 def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        references, "generate", lambda _m, conditionings, _n, shape, _s: [torch.randn(shape) for _ in conditionings]
-    )
-    monkeypatch.setattr(
-        picture_training, "encode_texts", lambda _clip, texts: made.append(texts) or [[] for _ in texts]
-    )
+    made, drawn = [], []
+
+    def generate(_model, conditionings, negative, shape, _seed):
+        drawn.append((conditionings, negative))
+        return [torch.randn(shape) for _ in conditionings]
+
+    monkeypatch.setattr(references, "generate", generate)
+    monkeypatch.setattr(picture_training, "encode_texts", lambda _clip, texts: made.append(texts) or texts)
     monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
     train(loaded, puppets[0][:1], ["a {subject}"], class_captions=["a {subject}\nA SKS robot waving\ntwo robots"])
     assert made[0] == ["a sks robot", "a robot", "A robot waving", "two robots", ""]
+    assert drawn == [(made[0][1:-1], "")]
     train(loaded, puppets[0][:1], ["a {subject}"], class_images=puppets[0][:1], class_captions=["a {subject} here"])
     assert made[-1] == ["a sks robot", "a robot here", ""]
 

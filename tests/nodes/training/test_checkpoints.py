@@ -48,6 +48,15 @@ def test_another_node_s_checkpoint_is_told_by_its_name(kept):
         checkpoints.Checkpoints("other", {"epochs": 3}).resume(kept.path.name)
 
 
+def test_a_checkpoint_from_before_names_were_kept_goes_on_by_its_settings(kept):
+    tensors, metadata = files.read(kept.path)
+    del metadata["run"]
+    older = files.save(tensors, metadata, files.TRAINING_CHECKPOINTS, "older")
+    assert checkpoints.Checkpoints("name", SETTINGS).resume(older.name).step == 7
+    with pytest.raises(ValueError, match="made with rank 4 and this run has 5"):
+        checkpoints.Checkpoints("name", {**SETTINGS, "rank": 5}).resume(older.name)
+
+
 def test_a_checkpoint_says_its_name(kept, caplog):
     with caplog.at_level(logging.INFO):
         kept.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))

@@ -201,15 +201,15 @@ def test_settings_that_train_nothing_are_refused_by_name(config, settings, named
 
 
 def test_a_loss_that_rose_to_nothing_learnt_is_said(caplog):
-    def rising(to):
+    def rising(to, start=0.01, end=None):
         weights = parameters()
 
         def objective(step, _generator):
-            return weights["a"].sum() * 0 + (0.01 if step == 0 else to)
+            return weights["a"].sum() * 0 + (start if step == 0 else to if step < 8 or end is None else end)
 
         loop.train(objective, weights, TrainingConfig(steps=STEPS, learning_rate=0.1), Recorder())
         return [record.getMessage() for record in caplog.records]
 
-    assert not rising(0.5)
+    assert not rising(0.5) and not rising(1.0, start=0.5) and not rising(1.0, end=0.01)
     (message,) = rising(1.0)
     assert "rose from 0.0100 to 1.0000" in message and "lower learning_rate (0.1)" in message

@@ -316,5 +316,7 @@ def test_pictures_that_fit_no_cells_are_said(caplog):
     assert not caplog.records
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 64, 50, 3)])
     assert "pictures of 50 x 64 pixels are cut to multiples of 8" in caplog.text
-    with pytest.raises(ValueError, match="7 x 200 pixels is too small to learn from"):
-        picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, 7, 3)])
+    for width in (7, 31):
+        with pytest.raises(ValueError, match=f"{width} x 200 pixels is too small to learn from"):
+            picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, width, 3)])
+    picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, 32, 3)])

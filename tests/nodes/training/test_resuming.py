@@ -1,0 +1,95 @@
+"""A run goes on from a checkpoint beside its own weights and pictures alone: others of one shape would fit, too."""
+
+import pytest
+import tiny_clip
+import tiny_model
+import torch
+from pack.nodes import files
+from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
+from pack.nodes.frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
+from pack.nodes.video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
+
+CLIP = tiny_clip.clip()
+SOURCE, DRIVING, OTHER = torch.rand(3, 1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+
+
+class Cells:
+    """An encoder of eight pixels a cell."""
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, picture):
+        return torch.cat([picture, picture[..., :1]], -1)[:, ::8, ::8].movedim(-1, 1)
+
+
+def run(node, steps, resume_from, **given):
+    common = {"learning_rate": 1e-3, "seed": 0, "checkpoint_every": 1, "steps": steps, "resume_from": resume_from}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in (common | given).items()}
+    with torch.inference_mode():
+        return node.execute(**lists).result[1]["loss"]
+
+
+def pair(steps, resume_from, model=None, **given):
+    return run(
+        UnderstudyTrainSourceDrivingPair, steps, resume_from, model=model or unet(0), clip=CLIP, vae=Cells(), rank=2,
+        **{"source": SOURCE, "driving": DRIVING, "source_text": "a cat", "driving_text": "a dog", **given},
+    )
+
+
+def action(steps, resume_from, model=None, **given):
+    return run(
+        UnderstudyTrainActionIdentifier, steps, resume_from, model=model or unet(0), clip=CLIP, vae=Cells(),
+        placeholder="<action>", initial_word="dancing", context_steps=1, mask_percentile=0.6, merge="union",
+        subjects=["a cat", "a dog"], **{"images": [SOURCE, DRIVING], "contrast_images": [DRIVING, OTHER], **given},
+    )
+
+
+def video(steps, resume_from, model=None, **given):
+    latents = [{"samples": torch.full((1, 16, frames, 4, 4), 0.5)} for frames in (2, 1)]
+    return run(
+        UnderstudyTrainVideoIdentityAdapter, steps, resume_from, model=model or wan(0), latents=latents[:1],
+        references=latents[1:], positive=[tiny_model.conditioning(0)], rank=2, batch_size=1, **given,
+    )
+
+
+def unet(seed):
+    return tiny_model.picture(seed=seed)
+
+
+def wan(seed):
+    return tiny_model.wan(num_layers=2, seed=seed)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    key = files.TRAINING_CHECKPOINTS
+    monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setitem(files.folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
+
+
+@pytest.mark.parametrize(("train", "others"), [
+    (pair, {
+        "different model": {"model": unet(1)},
+        "different source picture: ": {"source": OTHER},
+        "different driving picture: ": {"driving": OTHER},
+        "source_text 'a cat' and this run has 'a cow'": {"source_text": "a cow"},
+    }),
+    (action, {"different model": {"model": unet(1)}}),
+    (video, {"different model": {"model": wan(1)}}),
+])
+def test_other_weights_and_pictures_are_refused_by_name(train, others, folder):
+    once = train(1, "none")
+    (kept,) = files.list_files(files.TRAINING_CHECKPOINTS)
+    for words, given in others.items():
+        with pytest.raises(ValueError, match=f"made with {words}"):
+            train(2, kept, **given)
+    assert train(2, kept)[: len(once)] == once
+
+
+def test_a_picture_without_a_text_is_told_of(folder, caplog):
+    pair(1, "none")
+    assert not [record for record in caplog.records if "is empty" in record.getMessage()]
+    pair(1, "none", driving_text=" ")
+    (said,) = [record.getMessage() for record in caplog.records if "is empty" in record.getMessage()]
+    assert "driving_text is empty, so no prompt will mean the driving picture" in said
