@@ -16,7 +16,6 @@ from pack.nodes.messages import tell
 TEXT = 3  # the host's BinaryEventTypes.TEXT
 
 
-
 @pytest.fixture
 def shown(monkeypatch):
     """What the host was asked to show, as (text, node id)."""

@@ -30,7 +30,8 @@ from pack.nodes.training.config import TrainingConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-CHECKPOINT = Path(__file__).parent / "checkpoints" / "puppets_sd.safetensors"
+MODELS = Path(__file__).parent
+CHECKPOINT = MODELS / "checkpoints" / "puppets_sd.safetensors"
 VISION, FUSION = Path("clip_vision/puppets_vision.safetensors"), Path("fusion_embeddings/puppets_fusion.safetensors")
 
 
@@ -82,8 +83,8 @@ def train_generator(state: Path, data: dict[str, np.ndarray], config: Config, de
     theatre.register()
     model, _, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))
     fusion = fusion_generator.train(
-        state, model, vae, vision(fusion_vision.weights(state)), data["pictures"], _kept(state, "combiner"), config,
-        deadline, Path(__file__).parent / FUSION if config.warm_start else None,
+        state, model, vae, vision(fusion_vision.weights(state)), data["pictures"], kept(state, "combiner"), config,
+        deadline, MODELS / FUSION if config.warm_start else None,
     )
     if fusion is not None:
         _keep(state, "generator", fusion)
@@ -94,7 +95,7 @@ def export(state: Path, data: dict[str, np.ndarray], config: Config, output: Pat
     """Both files, and what SOURCES.md says of them."""
     described = {"training": json.dumps(dataclasses.asdict(config)), "checkpoint": sha256(CHECKPOINT)}
     save_half(output / VISION, fusion_vision.weights(state), described)
-    fusion = _kept(state, "generator")
+    fusion = kept(state, "generator")
     tensors, metadata = fusion_files.packed(fusion)
     save_half(output / FUSION, tensors, {**metadata, **described})
     for name in (VISION, FUSION):
@@ -148,7 +149,8 @@ def _keep(state: Path, name: str, fusion: Fusion) -> None:
     temporary.replace(_stage_file(state, name))
 
 
-def _kept(state: Path, name: str) -> Any:
+def kept(state: Path, name: str) -> Any:
+    """The Fusion that a stage left in `state`."""
     path = _stage_file(state, name)
     with safe_open(str(path), "pt") as file:
         return fusion_files.unpacked(load_file(path), file.metadata())

@@ -75,7 +75,7 @@ def test_a_run_through_all_nodes(folder, caplog):
         with caplog.at_level("INFO"):
             loaded = nodes.UnderstudyLoadFusion.execute(name)
         assert loaded.ui["text"] == ("holds: combiner, encoder, generator, LoRA",)
-        assert "Understudy, Load Fusion: holds: combiner, encoder, generator, LoRA" in caplog.messages
+        assert "[Understudy] Load Fusion: holds: combiner, encoder, generator, LoRA" in caplog.messages
         results = []
         for fusion in (trained, loaded.result[0]):
             appearance = CLIPVisionEncode().encode(vision, pictures["source"][:1], "none")[0]

@@ -273,4 +273,4 @@ def test_the_nodes_hand_on_what_belongs_together(caplog):
     assert found.method == "ddim"
     (said,) = made.ui["text"]
     assert said == "inverted over 4 steps by ddim; the path takes 0.0 MB on cpu"
-    assert f"Understudy, Invert Image: {said}" in caplog.messages
+    assert f"[Understudy] Invert Image: {said}" in caplog.messages

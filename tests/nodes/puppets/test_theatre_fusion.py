@@ -15,7 +15,7 @@ from host.scripts import ROOT
 from pack.nodes import files
 from pack.nodes.fusion_embedding import encoding, fusion_files, running
 from pack.nodes.fusion_embedding.config import ApplyConfig
-from pack.nodes.fusion_embedding.method import LORA, WHOLE
+from pack.nodes.fusion_embedding.method import WHOLE
 from pack.nodes.puppets import theatre, vision, world
 
 sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script finds its own modules
@@ -26,7 +26,6 @@ import fusion_vision  # noqa: E402
 TINY = {
     "size": 64, "pairs": 6, "kept_back": 2, "vision_steps": 2, "vision_batch": 2, "combiner_width": 8,
     "combiner_steps": 2, "combiner_batch": 2, "generator_width": 8, "generator_steps": 2, "generator_batch": 2,
-    "rank": 2,
 }
 NEVER = math.inf
 
@@ -63,9 +62,8 @@ def test_renders_are_kept(tmp_path):
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("whole_unet", [0, 1])
-def test_every_stage_goes_on_where_it_stopped_and_the_files_load(state, whole_unet):
-    config = fusion_pairs.Config(**TINY, whole_unet=whole_unet)
+def test_every_stage_goes_on_where_it_stopped_and_the_files_load(state):
+    config = fusion_pairs.Config(**TINY)
     data = fusion_pairs.rendered(state, config)
     assert fusion_vision.train(state, data, config, NEVER)
     for train in (fusion_stages.train_combiner, fusion_stages.train_generator):
@@ -78,7 +76,7 @@ def test_every_stage_goes_on_where_it_stopped_and_the_files_load(state, whole_un
     tensors, metadata = files.read(state / fusion_stages.FUSION)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     fusion = fusion_files.unpacked(tensors, metadata)
-    assert fusion.unet_kind == (WHOLE if whole_unet else LORA)
+    assert fusion.unet_kind == WHOLE
     seen = vision.vision(files.read(state / fusion_stages.VISION)[0])
     theatre.register()
     model = comfy.sd.load_checkpoint_guess_config(str(fusion_stages.CHECKPOINT))[0]
@@ -86,6 +84,21 @@ def test_every_stage_goes_on_where_it_stopped_and_the_files_load(state, whole_un
     fused = encoding.fused(fusion.combiner, fusion.encoder, source, pose)
     _, positive, _ = running.apply(model, fusion, encoding.states(seen, source), fused, pose, ApplyConfig())
     assert positive[0][0].shape == (1, 65, 128) and positive[0][0].isfinite().all()
+
+
+def test_stage_2_begins_with_the_shipped_weights_where_it_is_told_to(state):
+    still = {"generator_width": 256, "generator_matrix_lr": 1e-12, "generator_lr": 1e-12, "combiner_width": 256}
+    config = fusion_pairs.Config(**{**TINY, **still}, warm_start=1)
+    data = fusion_pairs.rendered(state, config)
+    assert fusion_vision.train(state, data, config, NEVER)
+    assert fusion_stages.train_combiner(state, data, config, NEVER)
+    assert fusion_stages.train_generator(state, data, config, NEVER)
+    shipped = fusion_files.unpacked(*files.read(fusion_stages.MODELS / fusion_stages.FUSION))
+    learnt = fusion_stages.kept(state, "generator")
+    for part in ("generator", "unet"):
+        before, after = getattr(shipped, part), getattr(learnt, part)
+        assert before.keys() == after.keys()
+        assert all(torch.allclose(before[key].float(), after[key], atol=1e-6) for key in before)
 
 
 @pytest.mark.skipif(not vision.FILE.exists(), reason="the theatre's image encoder is not trained yet")
