@@ -71,6 +71,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes: dict[tuple, list] = {}
             for parameter in group["params"]:
+                if parameter.grad is None:  # had no part in this step
+                    continue
                 momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
                 nesterov = parameter.grad.lerp(momentum, group["momentum"])
@@ -123,7 +125,7 @@ class Optimiser:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for view, parameter in zip(self.views, self.matrices, strict=True):
-            view.grad = _flat(parameter.grad, parameter)
+            view.grad = None if parameter.grad is None else _flat(parameter.grad, parameter)
         for name, part in self.parts.items():
             for group in part.param_groups:
                 group["lr"] = self.rates[name] * scale

@@ -6,11 +6,11 @@
 
 Stages: `vae` (Wan's autoencoder on single frames), `motion` (on short clips), `latents`, `dit` (the transformer on
 single frames, then on clips of 17), `looks` (it learns to keep what a clean first frame shows), `shots` (and what
-another picture of the same puppet shows), `export` (both files), `adapter` (by the pack's own training, for the
-exported transformer; its file). Captions are read by the text encoder of `puppets_sd.safetensors`, which stays as
-it is: one encoder serves both models. Seeded by step number, the same on a GPU and on a CPU. A stage's length is
-fixed when it begins, since learning rates fall to 0 at its end. State lies under `.cache/training/puppets_wan`;
-delete what follows a stage that is trained again.
+another picture of the same puppet shows), `aligned` (the same, aligned with `puppets_vision.safetensors`), `export`
+(both files), `adapter` (by the pack's own training, for the exported transformer; its file). Captions are read by
+the text encoder of `puppets_sd.safetensors`, which stays as it is: one encoder serves both models. Seeded by step
+number, the same on a GPU and on a CPU. A stage's length is fixed when it begins, since learning rates fall to 0 at
+its end. State lies under `.cache/training/puppets_wan`; delete what follows a stage that is trained again.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def export(config: stages.Config, device) -> None:
     _, clips = stages.latents(STATE, config)
     mean, deviation = stages.statistics(clips)
     vae = stages.trained_vae(STATE, config, device)["vae"]
-    state = torch.load(STATE / "shots.pt", map_location="cpu", weights_only=True)
+    state = torch.load(STATE / "aligned.pt", map_location="cpu", weights_only=True)
     training = {**dataclasses.asdict(config), "steps": state["done"], "text_encoder": wan_export.sha256(ENCODER)}
     wan_export.save_vae(AUTOENCODER, vae, mean, deviation, training)
     wan_export.save_dit(TRANSFORMER, state["modules"]["average"], training)
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stage_names = ["all", "vae", "motion", "latents", "dit", "looks", "shots", "export", "adapter"]
+    stage_names = ["all", "vae", "motion", "latents", "dit", "looks", "shots", "aligned", "export", "adapter"]
     parser.add_argument("--stage", choices=stage_names, default="all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
     for field in (*dataclasses.fields(stages.Config), *dataclasses.fields(wan_adapter.AdapterConfig)):
@@ -111,6 +111,7 @@ def main() -> None:
         "dit": lambda: stages.train_dit(STATE, config, device, deadline, ENCODER),
         "looks": lambda: wan_looks.train_looks(STATE, config, device, deadline, ENCODER),
         "shots": lambda: wan_looks.train_shots(STATE, config, device, deadline, ENCODER),
+        "aligned": lambda: wan_looks.train_aligned(STATE, config, device, deadline, ENCODER),
     }
     for name, train in steps.items():
         if arguments.stage in ("all", name) and not train():

@@ -1,4 +1,4 @@
-"""The transformer's last two stages: it learns to keep the looks that it is shown."""
+"""The transformer's last three stages: it learns to keep the looks that it is shown."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 import text_encoder
 import torch
 import wan_adapter
+import wan_alignment
 import wan_stages as stages
 from pack.nodes.puppets import captions, render, world
 from pack.nodes.puppets.config import Take
@@ -54,6 +55,28 @@ def train_shots(state: Path, config: Config, device, deadline: float, encoder: P
     some steps half of them stand at rotary positions of their own. Of four steps two have pictures, one has clips,
     and one is of the stage before.
     """
+    return stages.train_flow(
+        "shots", _trained(state, "looks", config, device), config.shots_steps, config.shots_rate,
+        _shots_drawer(state, config, device, config.shots_still), state, config, device, deadline, encoder,
+    )
+
+
+def train_aligned(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
+    """Goes on from `train_shots` in the same way, aligned with what the theatre's image encoder sees."""
+    torch.manual_seed(config.seed)
+    dit = _trained(state, "shots", config, device)
+    return stages.train_flow(
+        "aligned", dit, config.aligned_steps, config.aligned_rate,
+        _shots_drawer(state, config, device, 0, _seen(state, config)), state, config, device, deadline, encoder,
+        wan_alignment.Alignment(dit, config.aligned_block, config.aligned_weight),
+    )
+
+
+def _shots_drawer(state: Path, config: Config, device, still: int, seen: tuple[np.ndarray, ...] = ()):
+    """draw(random numbers, step) of `train_shots`, which moves shots from step `still` on.
+
+    seen: features [N, n, W] of the pictures, and of all shots; their batches then have them.
+    """
     images, clips = stages.latents(state, config)
     alone = wan_adapter.alone(config)[:config.shot_clips]
     shots = _shots(state, config, alone, device)
@@ -66,25 +89,29 @@ def train_shots(state: Path, config: Config, device, deadline: float, encoder: P
         rows = rng.integers(0, count, batch)
         bare, given, before = rng.random((3, len(rows))) < np.array([0.5, 0.75, 0.5])[:, None]
         data = clips[np.array(alone)[rows]] if moving else images[rows]
-        shot = shots[rows + (config.shot_pictures if moving else 0)]
+        numbers = rows + (config.shot_pictures if moving else 0)
+        shot = shots[numbers]
         latents = np.where(
             before[:, None, None, None, None], np.concatenate([shot, data], 2), np.concatenate([data, shot], 2)
         )
         frames = np.zeros((len(rows), latents.shape[2]), bool)
         at = np.arange(len(rows)), np.where(before, 0, -1)
         frames[at] = given
-        moved = None
-        if index >= config.shots_still:
+        moved = features = None
+        if index >= still:
             moved = np.zeros((*frames.shape, 3), np.float32)
             moved[at] = rng.integers(-_REACH, _REACH + 1, (len(rows), 3)) * (0, 1, 1)
             moved[rng.random(len(rows)) < 0.5] = 0
+        if seen:
+            of_pictures, of_shots = seen
+            features = np.full((*frames.shape, *of_shots.shape[1:]), np.nan, np.float32)
+            if not moving:
+                features[:] = of_pictures[rows, None]
+            features[at] = of_shots[numbers]
         takes = [stages.clip_takes(alone[i]) if moving else (world.sample_take(int(i), "train"),) for i in rows]
-        return Batch(latents, _texts(takes, bare, rng, config.drop_caption), frames, moved)
+        return Batch(latents, _texts(takes, bare, rng, config.drop_caption), frames, moved, features)
 
-    return stages.train_flow(
-        "shots", _trained(state, "looks", config, device), config.shots_steps, config.shots_rate, draw, state, config,
-        device, deadline, encoder,
-    )
+    return draw
 
 
 def _trained(state: Path, name: str, config: Config, device):
@@ -98,8 +125,7 @@ def _shots(state: Path, config: Config, alone: list[int], device) -> np.ndarray:
     """fp16 [N, 16, 1, H/8, W/8]: another take of each picture's puppet, then of each clip's; half on white."""
     path = state / f"shots_{config.size}_{config.shot_pictures}_{len(alone)}.npy"
     if not path.exists():
-        takes = [world.sample_take(i, "train") for i in range(config.shot_pictures)]
-        takes += [stages.clip_takes(i)[0] for i in alone]
+        takes = _shown(config, alone)
         vae, found = stages.trained_vae(state, config, device)["vae"], []
         for start in range(0, len(takes), 32):
             numbers = range(start, min(start + 32, len(takes)))
@@ -109,6 +135,30 @@ def _shots(state: Path, config: Config, alone: list[int], device) -> np.ndarray:
                 found.append(stages.whole_clip.encode(vae, pixels).to(torch.float16).cpu().numpy())
         stages.keep(path, np.concatenate(found))
     return np.load(path)
+
+
+def _seen(state: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """fp16 [N, n, W]: what the image encoder sees in each picture that has a shot, and in each shot."""
+    takes = _shown(config, wan_adapter.alone(config)[:config.shot_clips])
+    path = state / f"seen_{config.size}_{config.shot_pictures}_{len(takes)}.npy"
+    if not path.exists():
+        images = stages.pictures(state, "train", config.pictures, config.size)
+        first = config.shot_pictures
+
+        def drawn(numbers: range) -> np.ndarray:
+            found = [images[i] if i < first else _drawn(takes[i - first], i - first, config) for i in numbers]
+            return np.stack(found)
+
+        side = config.size // stages.whole_clip.STRIDE // 2  # patches of two
+        stages.keep(path, wan_alignment.features(drawn, first + len(takes), side))
+    both = np.load(path)
+    return both[: config.shot_pictures], both[config.shot_pictures :]
+
+
+def _shown(config: Config, alone: list[int]) -> list[Take]:
+    """Whom each shot is of: takes of the pictures, then of the clips."""
+    takes = [world.sample_take(i, "train") for i in range(config.shot_pictures)]
+    return takes + [stages.clip_takes(i)[0] for i in alone]
 
 
 def _drawn(take: Take, number: int, config: Config) -> np.ndarray:

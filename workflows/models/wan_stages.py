@@ -24,6 +24,7 @@ from pack.nodes.puppets import render, theatre, world
 from pack.nodes.puppets.config import Take
 from pack.nodes.training.session import host_in_training
 from timeboxed import Optimiser, Stage, autocast, pictures, reconstruction_loss
+from wan_config import Config
 
 FRAMES = 17  # one cycle of an action: 4n + 1
 FIRST_CLIP = 1_000_000  # seed of the first clip, so that clips show other takes than the pictures
@@ -31,43 +32,6 @@ SECOND_TAKE = 500_000_000  # seed of the first clip's second puppet
 GROUP_EVERY = 6  # clips, of which one has two puppets
 PART = {"pictures": 2_000, "clips": 50}  # of the latents, a file
 CHECKED_PICTURES, CHECKED_CLIPS = 64, 6  # of "validation", for the figures while it trains
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    size: int = 96  # pixels; 128 costs 1.8 times as much in every stage
-    pictures: int = 16_000
-    clips: int = 2_400
-    seed: int = 7
-    matrix_lr: float = 0.02  # Muon's own scale; the rates below are AdamW's
-    vae_dim: int = 16
-    vae_steps: int = 1_600
-    vae_batch: int = 8
-    vae_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
-    vae_lr: float = 2e-3
-    latent_noise: float = 0.03  # deviation added before decoding; more costs detail
-    colour_weight: float = 0.2  # of the linear readout
-    motion_steps: int = 600
-    motion_batch: int = 2  # never 1: torch then takes a convolution that is several times slower on a CPU
-    motion_frames: int = 9  # of the cycle: two groups of four after the first
-    motion_crop: int = 48
-    motion_lr: float = 1e-3
-    motion_noise: float = 0.06  # the decoder learns to forgive the transformer's errors, too
-    image_steps: int = 3_100  # of the transformer, on single frames; a frame is a fifth of a clip's work
-    image_batch: int = 48
-    clip_steps: int = 1_300  # after those, on clips
-    clip_batch: int = 12
-    looks_steps: int = 1_600  # after those, with clean first frames and captions without clothes
-    looks_rate: float = 0.5  # of the learning rates before
-    shot_pictures: int = 3_000  # pictures and clips whose puppet is drawn once more, for the last stage
-    shot_clips: int = 1_500
-    shots_steps: int = 2_000
-    shots_still: int = 900  # of them, the first, in which a shot stands where the others do
-    shots_rate: float = 0.7
-    shots_batch: int = 32  # of two pictures each
-    dit_lr: float = 6e-4
-    ema: float = 0.998
-    drop_caption: float = 0.1
 
 
 def rng_for(config: Config, stage: str, step: int) -> np.random.Generator:
@@ -340,14 +304,15 @@ def _moved_rotation(dit, noisy, moved):
 class Batch:
     """What a step learns from: latents as encoded [B, 16, T, h, w], a text each, which frames are given, bool [B, T].
 
-    moved: patches (t, h, w) by which a frame's rotary positions differ from their own, float32 [B, T, 3]. The texts
-    are read last, after noise and levels, as they were when the shipped model was trained.
+    moved: patches (t, h, w) by which a frame's rotary positions differ from their own, float32 [B, T, 3]. seen: as
+    Alignment takes it. The texts are read last, after noise and levels, as they were when the first stages ran.
     """
 
     latents: np.ndarray
     texts: Iterable[str]
     given: np.ndarray
     moved: np.ndarray | None = None
+    seen: np.ndarray | None = None
 
 
 def train_dit(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
@@ -366,11 +331,14 @@ def train_dit(state: Path, config: Config, device, deadline: float, encoder: Pat
     return train_flow("dit", make_dit(config, device), steps, 1, draw, state, config, device, deadline, encoder)
 
 
-def train_flow(name, dit, steps, rate, draw, state, config: Config, device, deadline: float, encoder: Path) -> bool:
+def train_flow(
+    name, dit, steps, rate, draw, state, config: Config, device, deadline: float, encoder: Path, alignment=None
+) -> bool:
     """Learn from `draw(random numbers, step)` with the config's learning rates times `rate`."""
     average = copy.deepcopy(dit).requires_grad_(False)
-    optimiser = Optimiser(dit, rate * config.matrix_lr, rate * config.dit_lr)
-    stage = Stage(state / f"{name}.pt", optimiser, steps, {"live": dit, "average": average}, deadline)
+    learnt = {"live": dit} if alignment is None else {"live": dit, "projection": alignment.projection}
+    optimiser = Optimiser(torch.nn.ModuleDict(learnt), rate * config.matrix_lr, rate * config.dit_lr)
+    stage = Stage(state / f"{name}.pt", optimiser, steps, {**learnt, "average": average}, deadline)
     if stage.done >= steps:
         return True
     text = text_encoder.trained(encoder, device)
@@ -391,7 +359,8 @@ def train_flow(name, dit, steps, rate, draw, state, config: Config, device, dead
         with torch.no_grad():
             context = text(text_encoder.tokens(list(batch.texts), device)).last_hidden_state
         moved = None if batch.moved is None else torch.from_numpy(batch.moved).to(device)
-        return flow_loss(dit, clean, noise, sigma, context, moved)
+        loss = flow_loss(dit, clean, noise, sigma, context, moved)
+        return loss if batch.seen is None else loss + alignment.loss(torch.from_numpy(batch.seen).to(device))
 
     with host_in_training():
         return stage.run(step)

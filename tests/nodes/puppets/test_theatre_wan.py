@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 TINY = wan_stages.Config(
     size=32, pictures=4, clips=3, vae_dim=8, vae_steps=2, vae_batch=2, vae_crop=16, motion_steps=2,
     motion_frames=5, motion_crop=16, image_steps=1, image_batch=2, clip_steps=1, clip_batch=2,
-    looks_steps=2, shot_pictures=4, shot_clips=2, shots_steps=2, shots_batch=2,
+    looks_steps=2, shot_pictures=4, shot_clips=2, shots_steps=2, shots_batch=2, aligned_steps=2,
 )
 PROMPT = "a red striped cat waving right on a beach"
 
@@ -221,7 +221,7 @@ class Clock:
 
 
 # By stage, the question that is asked before the second step (or part).
-BEFORE_SECOND = {"vae": 4, "motion": 4, "encode": 2, "dit": 4, "looks": 4, "shots": 4}
+BEFORE_SECOND = {"vae": 4, "motion": 4, "encode": 2, "dit": 4, "looks": 4, "shots": 4, "aligned": 4}
 
 
 def run_stages(folder, monkeypatch, interrupted):
@@ -232,7 +232,8 @@ def run_stages(folder, monkeypatch, interrupted):
     stages = {"vae": wan_stages.train_vae, "motion": wan_stages.train_motion, "encode": wan_stages.encode_all,
               "dit": functools.partial(wan_stages.train_dit, encoder=ENCODER),
               "looks": functools.partial(wan_looks.train_looks, encoder=ENCODER),
-              "shots": functools.partial(wan_looks.train_shots, encoder=ENCODER)}
+              "shots": functools.partial(wan_looks.train_shots, encoder=ENCODER),
+              "aligned": functools.partial(wan_looks.train_aligned, encoder=ENCODER)}
     calls = dict.fromkeys(stages, 1)
     for name, stage in stages.items():
         clock = Clock(BEFORE_SECOND[name] if interrupted else 0)
@@ -260,7 +261,7 @@ def test_interrupted_stages_give_the_same_bits(tmp_path, monkeypatch):
         folder.mkdir()
     assert set(run_stages(folders[0], monkeypatch, False).values()) == {1}
     assert set(run_stages(folders[1], monkeypatch, True).values()) == {2}
-    trained = ("vae", "motion", "dit", "looks", "shots")
+    trained = ("vae", "motion", "dit", "looks", "shots", "aligned")
     straight, interrupted = (
         {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in trained} for folder in folders
     )

@@ -14,6 +14,7 @@ from pack.nodes.puppets.config import SPECIES
 
 sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script finds its own modules
 import text_encoder  # noqa: E402
+import wan_alignment  # noqa: E402
 import wan_looks  # noqa: E402
 import wan_stages  # noqa: E402
 
@@ -40,7 +41,12 @@ def draw(monkeypatch):
     monkeypatch.setattr(wan_looks, "_shots", lambda _state, config, alone, _device: marked(SHOT, 33 + len(alone), 1))
     monkeypatch.setattr(wan_looks, "_trained", lambda *_a: None)
     monkeypatch.setattr(wan_stages, "train_flow", lambda name, _d, _s, _r, found, *_a: draws.update({name: found}))
-    for train in (wan_looks.train_looks, wan_looks.train_shots):
+    monkeypatch.setattr(wan_looks, "_seen", lambda *_a: tuple(
+        np.broadcast_to(np.arange(kind, kind + n, dtype=np.float16)[:, None, None], (n, 4, 2))
+        for kind, n in ((PICTURE, 33), (SHOT, 33 + len(ALONE)))
+    ))
+    monkeypatch.setattr(wan_alignment, "Alignment", lambda *_a: None)
+    for train in (wan_looks.train_looks, wan_looks.train_shots, wan_looks.train_aligned):
         train(None, CONFIG, CPU, 0.0, None)
 
     def of(stage, index):
@@ -94,6 +100,47 @@ def test_from_some_step_on_half_of_the_shots_stand_elsewhere_in_the_frame(draw):
         assert not moved[~shot].any() and not moved[..., 0].any() and abs(moved).max() == wan_looks._REACH
         assert 0.3 < moved[shot].any(1).mean() < 0.7
         assert moved[shot][:, 1:].any(0).all() and (moved == moved.round()).all()
+
+
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_what_is_seen_belongs_to_the_picture_and_the_shot(draw, index):
+    assert draw("aligned", 0)[0].seen is None and draw("shots", index)[0].seen is None
+    batch, numbers = draw("aligned", index)
+    assert batch.seen.shape == (*numbers.shape, 4, 2) and batch.moved is not None
+    seen = batch.seen[:, :, 0, 0]
+    known = numbers >= SHOT if index == 1 else np.ones_like(numbers, bool)  # of a clip's own frames nothing is seen
+    assert (np.isfinite(seen) == known).all() and (seen[known] == numbers[known]).all()
+
+
+def test_alignment_is_a_cosine_of_known_frames_and_reaches_the_blocks_before():
+    dit = torch.nn.Module()
+    dit.dim, dit.blocks = 6, torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
+    alignment = wan_alignment.Alignment(dit, 1, 0.5)
+    alignment.projection = torch.nn.Identity()
+    tokens = torch.randn(2, 3 * 4, 6)
+    output = dit.blocks[2](dit.blocks[1](dit.blocks[0](tokens)))
+    found = dit.blocks[1](dit.blocks[0](tokens)).unflatten(1, (3, 4))
+    assert alignment.loss(3 * found.detach()).item() == pytest.approx(0, abs=1e-6)
+    assert alignment.loss(-found.detach()).item() == pytest.approx(1)  # weight * (1 - cosine)
+    half = -found.detach()
+    half[:, 1:] = float("nan")
+    half[:, 0, :2] *= -1
+    loss = alignment.loss(half)
+    assert loss.item() == pytest.approx(0.5) and output.shape == tokens.shape
+    loss.backward()
+    assert dit.blocks[0].weight.grad.abs().sum() > 0 and dit.blocks[2].weight.grad is None
+
+
+def test_features_are_the_encoders_tokens_on_the_grid():
+    pictures = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), np.uint8)
+    pictures[:, :, :16] //= 8  # dark on the left
+    found = wan_alignment.features(lambda numbers: pictures[list(numbers)], 70, 4)
+    assert found.shape == (70, 16, 128) and found.dtype == np.float16
+    assert np.abs(found.astype(np.float32).mean((0, 1))).max() < 1e-2
+    assert np.abs(found.astype(np.float32).std((0, 1)) - 1).max() < 1e-2
+    mirrored = wan_alignment.features(lambda numbers: pictures[list(numbers)][:, :, ::-1].copy(), 70, 4)
+    left, right = found.reshape(70, 4, 4, 128)[:, :, 0], mirrored.reshape(70, 4, 4, 128)[:, :, 3]
+    assert np.corrcoef(left.mean((0, 1)), right.mean((0, 1)))[0, 1] > 0.5, "columns stay columns"
 
 
 def test_shots_are_numbered_by_pictures_then_clips(monkeypatch, tmp_path):
