@@ -28,7 +28,7 @@ def embeddings(clip_vision: Any, pictures: torch.Tensor) -> torch.Tensor:
     found = torch.cat(parts).float().cpu()
     if found.ndim != 2:
         raise FusionError(f"this image encoder gives {tuple(found.shape)}, no embedding: use CLIP or DINOv2")
-    return found
+    return _finite(found)
 
 
 def states(clip_vision: Any, picture: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,16 @@ def hidden(output: Any) -> torch.Tensor:
     found = output.last_hidden_state
     if found is None or found.ndim != 3:
         raise FusionError("appearance has no hidden states: connect CLIP Vision Encode with a CLIP or DINOv2 model")
-    return found.float().cpu()
+    return _finite(found.float().cpu())
+
+
+def _finite(found: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(found).all():
+        raise FusionError(
+            "the image encoder gives NaN or infinite values: load or render its pictures again, or start ComfyUI "
+            "with --fp32-text-enc, which image encoders follow, too"
+        )
+    return found
 
 
 def fused(
@@ -129,5 +138,7 @@ def _check_description(config: Mapping[str, Any]) -> None:
     if not all(isinstance(number, int) and number > 0 for number in numbers) or width % heads:
         raise FusionError(f"its image encoder's description lacks a sound {', '.join(needed)}")
     inner = config.get("intermediate_size", 4 * width)
+    if not isinstance(inner, int):
+        raise FusionError(f"its image encoder has 'intermediate_size' {str(inner)[:40]}, where a number is expected")
     if layers * width * max(inner, width) > _MOST_WEIGHTS or (image // patch) ** 2 * width > _MOST_WEIGHTS:
         raise FusionError(f"its image encoder has {layers} layers of width {width}, more than any that is known")
