@@ -232,6 +232,24 @@ def test_an_area_takes_its_part_of_the_pose():
     close(found[..., 1:, :], full[..., 5:, :])  # beside the border of the convolution
 
 
+@pytest.mark.parametrize("side", [48, 96])
+def test_an_area_does_not_hide_a_pose_of_another_size(side):
+    patched, positive, _ = applied(pose=fusions.poses(1, side, side))
+    (tokens, more), = positive
+    with pytest.raises(FusionError, match="scale the pose to 64 x 64 pixels"):
+        denoised(patched, [[tokens, {**more, "area": (4, 8, 4, 0), "strength": 1.0}]])
+
+
+def test_nothing_of_many_pictures_takes_the_memory_of_one():
+    _, positive, negative = applied(pose=fusions.poses(3), states=fusions.states(3), fused=fusions.fused(3))
+    for tensor, filled in (
+        (negative[0][0], positive[0][0]),
+        *((conditioning[0][1]["model_conds"][running.POSE].cond for conditioning in (negative, positive)),),
+    ):
+        assert tensor.shape == filled.shape
+        assert tensor.untyped_storage().nbytes() * 3 == filled.untyped_storage().nbytes()
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"pose": fusions.poses(2), "states": fusions.states(3)}, "numbers of pictures differ"),
     ({"pose": fusions.poses(2), "fused": fusions.fused(3)}, "fusion_embed 3"),
@@ -283,6 +301,7 @@ def test_a_fusion_of_another_model_is_refused_by_key(case):
 @pytest.mark.parametrize(("unet", "kind", "words"), [
     ({k.replace("down_blocks_0", "down_blocks_7"): v for k, v in fusions.lora().items()}, "lora", "no such"),
     ({k: torch.zeros(2, 31) if "down.w" in k else v for k, v in fusions.lora().items()}, "lora", "lora_down.*31"),
+    ({k: torch.zeros(3) if "down.w" in k else v for k, v in fusions.lora().items()}, "lora", r"lora_down.*\(3,\)"),
     (whole() | {"diffusion_model.out.2.weight": torch.zeros(4, 9, 3, 3)}, WHOLE, r"out.2.weight.*\(4, 9, 3, 3\)"),
     (whole() | {"diffusion_model.label_emb.0.0.weight": torch.zeros(4, 9)}, WHOLE, "label_emb.*no such weight"),
 ])
