@@ -199,6 +199,19 @@ def test_a_whole_unet_stands_in_and_part_of_the_way_between(rename):
         assert (expected - denoised(running.extended(MODEL), positive)).abs().max() > 0.01
 
 
+def test_a_lora_counts_after_a_whole_unet_only():
+    import comfy.sd
+
+    def with_lora(model):
+        return comfy.sd.load_lora_for_models(model, None, fusions.lora(), 1.0, 0)[0]
+
+    fusion = fusions.fusion(MODEL, unet=whole(), unet_kind=WHOLE)
+    patched, positive, _ = applied(fusion=fusion)
+    plain = denoised(patched, positive)
+    assert torch.equal(denoised(applied(with_lora(MODEL), fusion)[0], positive), plain)
+    assert not torch.equal(denoised(with_lora(patched), positive), plain)
+
+
 def test_a_lora_is_as_load_lora_gives_it():
     import comfy.sd
 
