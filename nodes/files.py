@@ -140,7 +140,7 @@ def read_pickle(
         content = content[under]
     tensors = {}
     if isinstance(content, dict):
-        tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+        tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors:
         raise refused(path, f"holds no tensors under its top level or `{under}`", fix)
     for key, tensor in tensors.items():

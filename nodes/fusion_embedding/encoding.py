@@ -17,6 +17,7 @@ _AT_ONCE = 16  # pictures in one pass outside training
 TRAINABLE = ("clip_vision_model", "dinov2")
 _LARGEST = 1 << 16  # for any number in a file's description of an encoder
 _MOST_WEIGHTS = 1 << 31  # in one kind of its layers
+_MOST_LAYERS = 256  # each takes time to build, however narrow it is
 
 
 def embeddings(clip_vision: Any, pictures: torch.Tensor) -> torch.Tensor:
@@ -28,7 +29,7 @@ def embeddings(clip_vision: Any, pictures: torch.Tensor) -> torch.Tensor:
     found = torch.cat(parts).float().cpu()
     if found.ndim != 2:
         raise FusionError(f"this image encoder gives {tuple(found.shape)}, no embedding: use CLIP or DINOv2")
-    return found
+    return _finite(found)
 
 
 def states(clip_vision: Any, picture: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,16 @@ def hidden(output: Any) -> torch.Tensor:
     found = output.last_hidden_state
     if found is None or found.ndim != 3:
         raise FusionError("appearance has no hidden states: connect CLIP Vision Encode with a CLIP or DINOv2 model")
-    return found.float().cpu()
+    return _finite(found.float().cpu())
+
+
+def _finite(found: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(found).all():
+        raise FusionError(
+            "the image encoder gives NaN or infinite values: load or render its pictures again, or start ComfyUI "
+            "with --fp32-text-enc, which image encoders follow, too"
+        )
+    return found
 
 
 def fused(
@@ -128,6 +138,14 @@ def _check_description(config: Mapping[str, Any]) -> None:
     layers, width, image, patch, heads = numbers = [config.get(key) for key in needed]
     if not all(isinstance(number, int) and number > 0 for number in numbers) or width % heads:
         raise FusionError(f"its image encoder's description lacks a sound {', '.join(needed)}")
+    for key in ("image_mean", "image_std"):
+        colours = config.get(key, [0.5] * 3)
+        sound = isinstance(colours, list) and len(colours) == 3
+        if not sound or not all(isinstance(number, int | float) for number in colours):
+            raise FusionError(f"its image encoder has {key!r} {str(colours)[:40]}, where three numbers are expected")
     inner = config.get("intermediate_size", 4 * width)
-    if layers * width * max(inner, width) > _MOST_WEIGHTS or (image // patch) ** 2 * width > _MOST_WEIGHTS:
+    if not isinstance(inner, int):
+        raise FusionError(f"its image encoder has 'intermediate_size' {str(inner)[:40]}, where a number is expected")
+    weights = max(layers * width * max(inner, width), (image // patch) ** 2 * width)
+    if layers > _MOST_LAYERS or weights > _MOST_WEIGHTS:
         raise FusionError(f"its image encoder has {layers} layers of width {width}, more than any that is known")

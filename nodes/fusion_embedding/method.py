@@ -168,13 +168,13 @@ def generator_sizes(weights: Mapping[str, torch.Tensor]) -> Sizes:
         if "embedding.norm.weight" in weights:
             expected |= {"embedding.norm.weight": (inner,), "embedding.norm.bias": (inner,)}
     blocks = _pose_blocks(weights)
-    given = _tensor(weights, "pose.conv_in.weight").shape[0]
+    given = _outputs(weights, "pose.conv_in.weight")
     expected |= {"pose.conv_in.weight": (given, 3, 3, 3), "pose.conv_in.bias": (given,)}
     for i in range(blocks):
-        out = _tensor(weights, f"pose.blocks.{i}.weight").shape[0] if i % 2 else given
+        out = _outputs(weights, f"pose.blocks.{i}.weight") if i % 2 else given
         expected |= {f"pose.blocks.{i}.weight": (out, given, 3, 3), f"pose.blocks.{i}.bias": (out,)}
         given = out
-    channels = _tensor(weights, "pose.conv_out.weight").shape[0]
+    channels = _outputs(weights, "pose.conv_out.weight")
     expected |= {"pose.conv_out.weight": (channels, given, 3, 3), "pose.conv_out.bias": (channels,)}
     _check_all(weights, expected, "generator")
     return Sizes(encoder, context, embedding, time or 0, channels)
@@ -246,7 +246,7 @@ def _spread(drawn: torch.Tensor, dim: int) -> float:
 def rows(counts: Mapping[str, int]) -> int:
     """The batch that inputs of these lengths make: equal ones, or one for all. Raises FusionError, naming them."""
     most = max(counts.values())
-    if any(count not in (1, most) for count in counts.values()):
+    if not most or any(count not in (1, most) for count in counts.values()):
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise FusionError(f"the numbers of pictures differ ({listed}): give equal numbers, or one for all")
     return most
@@ -279,6 +279,13 @@ def _tensor(weights: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
     if key not in weights:
         raise FusionError(f"it has no {key!r}")
     return weights[key]
+
+
+def _outputs(weights: Mapping[str, torch.Tensor], key: str) -> int:
+    shape = _tensor(weights, key).shape
+    if not shape:
+        raise FusionError(f"its {key!r} is a single number, where a convolution is expected")
+    return shape[0]
 
 
 def _matrix(weights: Mapping[str, torch.Tensor], key: str) -> tuple[int, int]:

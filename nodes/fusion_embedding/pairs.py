@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import folder_paths
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .method import FusionError, check_poses
 
 NONE = "none"
 ROLES = ("source", "pose", "target")
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What PIL raises for a file that ends too soon, is damaged, or says that it is a giant.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Pair(NamedTuple):
@@ -180,17 +183,24 @@ def _files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _opened(path: Path) -> Image.Image:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file. Raises FusionError, naming the file, for what PIL raises then and in the block."""
     try:
-        return Image.open(path)
-    except (UnidentifiedImageError, OSError) as error:
+        image = Image.open(path)
+    except _UNREADABLE as error:
         raise FusionError(f"{path} is no picture that can be read ({error}): replace or remove the pair") from error
+    try:
+        with image:
+            yield image
+    except _UNREADABLE as error:
+        raise FusionError(f"{path} is damaged ({error}): replace or remove the pair") from error
 
 
 def _read(path: Path) -> torch.Tensor:
-    try:
-        with _opened(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError) as error:  # what PIL raises for a file that ends too soon or is damaged
-        raise FusionError(f"{path} is damaged ({error}): replace or remove the pair") from error
+    with _opened(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # grey in 16 bits, which PIL would cut off at 255
+            upright = Image.fromarray((np.array(upright) / 257).round().astype(np.uint8))
+        pixels = np.array(upright.convert("RGB"))
     return torch.from_numpy(pixels).float().div_(255).unsqueeze(0)

@@ -45,7 +45,7 @@ def retarget(pose: Sequence[dict], source: Sequence[dict], config: RetargetConfi
     }
     frames = copy.deepcopy(list(pose))
     for frame in frames:
-        for person in frame["people"]:
+        for person in _people(frame):
             _move(person, factors, config)
     return frames
 
@@ -59,7 +59,7 @@ def _lengths(frames: Sequence[dict], config: RetargetConfig, name: str) -> dict[
     """The longest limb of each class, in pixels."""
     longest: dict[str, float] = {}
     for frame in frames:
-        for person in frame.get("people", [])[:1]:
+        for person in _people(frame)[:1]:
             points = _points(person, name)
             for a, b, limb in _LIMBS:
                 if _found(points, a, config) and _found(points, b, config):
@@ -68,13 +68,18 @@ def _lengths(frames: Sequence[dict], config: RetargetConfig, name: str) -> dict[
     if not longest.get("torso"):
         raise FusionError(
             f"{name} hold no person with a neck and a hip: connect SDPose Keypoint Extractor on a picture that shows "
-            "the body, or lower its demands on the score"
+            "the body, or lower score_threshold"
         )
     return {limb: length for limb, length in longest.items() if length > 0}
 
 
+def _people(frame: dict) -> list[dict]:
+    """Those of whom a body was found, if only a part; detectors list hands and faces of others, too."""
+    return [person for person in frame.get("people") or [] if person.get(BODY)]
+
+
 def _points(person: dict, name: str) -> list[list[float]]:
-    flat = person.get(BODY) or []
+    flat = person[BODY]
     if len(flat) != 3 * POINTS:
         raise FusionError(f"{name} have {len(flat) // 3} points of a body, where OpenPose has {POINTS}")
     return [[float(value) for value in flat[3 * i : 3 * i + 3]] for i in range(POINTS)]

@@ -74,18 +74,30 @@ class _PosePatch:
         return h if added is None or options["block"] != _FIRST else h + added[POSE].to(h)
 
 
+def _check_size(residual: torch.Tensor, x: torch.Tensor, model: Any) -> None:
+    if residual.shape[-2:] != x.shape[-2:]:
+        height, width = (n * model.latent_format.spacial_downscale_ratio for n in x.shape[-2:])
+        raise FusionError(
+            f"the pose fits a latent of {residual.shape[-1]} x {residual.shape[-2]} (width x height) and this one is "
+            f"{x.shape[-1]} x {x.shape[-2]}: scale the pose to {width} x {height} pixels"
+        )
+
+
+def _calc_cond_batch(executor, model, conds, x_in, *args):
+    """The host's CALC_COND_BATCH: look at poses before areas cut them, which would hide that they do not fit."""
+    for cond in (cond for entries in conds for cond in entries or ()):
+        if POSE in cond["model_conds"]:
+            _check_size(cond["model_conds"][POSE].cond, x_in, model)
+    return executor(model, conds, x_in, *args)
+
+
 def _apply_model(
     executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
 ):
     """The host's APPLY_MODEL: hand the patches what this call's conditionings brought, if they brought anything."""
     added = {name: kwargs.pop(name) for name in (EMBEDDING, POSE) if name in kwargs}
     if added:
-        if added[POSE].shape[-2:] != x.shape[-2:]:
-            height, width = (n * executor.class_obj.latent_format.spacial_downscale_ratio for n in x.shape[-2:])
-            raise FusionError(
-                f"the pose fits a latent of {added[POSE].shape[-1]} x {added[POSE].shape[-2]} (width x height) and "
-                f"this one is {x.shape[-1]} x {x.shape[-2]}: scale the pose to {width} x {height} pixels"
-            )
+        _check_size(added[POSE], x, executor.class_obj)
         transformer_options = {**transformer_options, KEY: added}
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
@@ -96,7 +108,8 @@ def extended(model: Any) -> Any:
     Raises FusionError where it is no UNet of the SD and SDXL kind.
     """
     unet(model)
-    patched = patching.with_sampling_parts(model, KEY, {WrappersMP.APPLY_MODEL: _apply_model}, {}, None, {})
+    wrappers = {WrappersMP.CALC_COND_BATCH: _calc_cond_batch, WrappersMP.APPLY_MODEL: _apply_model}
+    patched = patching.with_sampling_parts(model, KEY, wrappers, {}, None, {})
     return patching.with_unet_patches(
         patched, {"emb_patch": _EmbeddingPatch(), "input_block_patch": _PosePatch()}
     )
@@ -166,7 +179,7 @@ def _check_lora(model: Any, lora: Weights) -> None:
             continue
         expected = own[known[stem]].shape if stem in known else None
         side = 0 if part.startswith("up") else 1
-        if expected is None or weight.shape[side] != expected[side]:
+        if expected is None or weight.shape[side : side + 1] != expected[side : side + 1]:
             wanted = "no such layer" if expected is None else f"a layer of shape {tuple(expected)}"
             raise FusionError(
                 f"this fusion's {key} has shape {tuple(weight.shape)} and the model has {wanted}: load the model "
@@ -238,9 +251,10 @@ def conditionings(
         method.expanded(part, count) for part in (residual * strength, tokens, embedding * strength, none * strength)
     )
     pooled = _pooled(model)
+    # One row of zeros, seen B times: a long sequence's residuals take as much memory as they are.
+    no_tokens, no_residual = (method.expanded(torch.zeros_like(part[:1]), count) for part in (tokens, residual))
     return (
-        _conditioning(tokens, embedding, residual, pooled),
-        _conditioning(torch.zeros_like(tokens), none, torch.zeros_like(residual), pooled),
+        _conditioning(tokens, embedding, residual, pooled), _conditioning(no_tokens, none, no_residual, pooled)
     )
 
 

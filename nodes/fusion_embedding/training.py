@@ -227,6 +227,12 @@ class PairObjective:
         bucket = self.buckets[int(torch.multinomial(weights, 1, generator=generator))]
         order = torch.randperm(len(bucket), generator=generator)[: self.batch_size]
         chosen = [self.encoded[bucket[int(i)]] for i in order]
+        tokens = sorted({pair.states.shape[1] for pair in chosen})
+        if len(tokens) > 1:
+            raise FusionError(
+                f"appearance_encoder gives {tokens[0]} and {tokens[-1]} tokens for sources of other sides: "
+                "set batch_size to 1, scale the sources to one size, or use a CLIP or DINOv2 model"
+            )
         into = self.denoising.denoiser.model.process_latent_in
         clean = torch.cat([into(pair.latent.clone()).float() for pair in chosen])
         noise = torch.randn(clean.shape, generator=generator)
@@ -290,7 +296,9 @@ def train_generator(
     encoder = None if fusion.combiner is None else encoding.chosen(fusion, clip_vision)
     encoded = PairEncoder(pairs, vae, appearance, fusion.combiner, encoder, ratio)
     width = None if fusion.combiner is None else method.combiner_width(fusion.combiner)
-    sizes = running.model_sizes(model, encoded[0].states.shape[-1], width)
+    first = encoded[0]
+    sizes = running.model_sizes(model, first.states.shape[-1], width)
+    _check_latent(first.latent, (latent_format.latent_channels, *encoded.sizes()[0]))
     encoded.fill()
     height, across = max(encoded.sizes(), key=lambda size: size[0] * size[1])
     shape = [config.batch_size, latent_format.latent_channels, height, across]
@@ -333,6 +341,14 @@ def _preview(denoiser: Denoiser, vae: Any, weights: Weights, pair: Encoded, seed
             pair.pose.movedim(1, -1),
         )
     return picture_training.preview_of(vae, positive, negative, pair.latent.shape, seed, GUIDANCE)(denoiser)
+
+
+def _check_latent(latent: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(latent.shape[1:]) != expected:
+        raise FusionError(
+            f"vae makes a latent of shape {tuple(latent.shape[1:])} of a target and the model takes {expected}: "
+            "connect the VAE of the model"
+        )
 
 
 def _cropped(picture: torch.Tensor, ratio: int) -> torch.Tensor:

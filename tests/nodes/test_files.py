@@ -304,7 +304,8 @@ def test_official_checkpoints_are_read(tmp_path):
         assert all(torch.equal(tensors[key], weights[key]) for key in weights)
 
 
-@pytest.mark.parametrize("content", [{"epoch": 3}, [torch.ones(2)], {"a": torch.ones(1).expand(1 << 40)}])
+@pytest.mark.parametrize("content", [{"epoch": 3}, [torch.ones(2)], {"a": torch.ones(1).expand(1 << 40)},
+                                     {0: torch.ones(2)}])
 def test_pickles_without_honest_weights_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.ckpt")
     with pytest.raises(files.WeightFileError, match="model.ckpt"):

@@ -120,11 +120,19 @@ def test_an_encoder_has_the_host_s_precision_where_weights_stream(monkeypatch):
     {"model_type": "bert"}, {"hidden_size": 1 << 40}, {"num_hidden_layers": 10**6}, {"hidden_size": -4},
     {"patch_size": 0}, {"hidden_act": "none such"}, {"image_size": 65535, "patch_size": 1}, {"hidden_size": "16"},
     {"num_attention_heads": 0}, {"num_hidden_layers": 3}, {"projection_dim": 13}, {"hidden_size": 48},
+    {"intermediate_size": "wide"}, {"intermediate_size": None}, {"image_mean": "grey"}, {"image_std": [1.0]},
+    {"image_mean": [0.5, 0.5, None]},
 ])
 def test_descriptions_that_do_not_fit_are_refused(changed):
     made = fusions.vision()
     with pytest.raises(FusionError, match="its image encoder"):
         encoding.rebuilt({**made.config, **changed}, made.get_sd())
+
+
+def test_many_narrow_layers_are_refused_before_they_are_built():
+    made = fusions.vision()
+    with pytest.raises(FusionError, match="1000 layers of width 16, more than any"):
+        encoding.rebuilt({**made.config, "num_hidden_layers": 1000}, made.get_sd())
 
 
 def test_the_theatre_s_encoder_is_the_host_s_class_at_a_size_for_a_cpu():
@@ -139,3 +147,11 @@ def test_the_theatre_s_encoder_is_the_host_s_class_at_a_size_for_a_cpu():
     assert sum(value.numel() for value in weights.values()) < 1_000_000
     assert encoding.embeddings(made, fusions.pictures(2, 128, 128)).shape == (2, 128)
     assert encoding.states(made, fusions.pictures(1, 128, 128)).shape == (1, 65, 128)
+
+
+def test_numbers_that_are_none_are_refused_before_they_blacken_a_picture():
+    broken = fusions.pictures().fill_(float("nan"))
+    with pytest.raises(FusionError, match="NaN or infinite values: load or render"):
+        encoding.fused(fusions.combiner(), fusions.vision(), broken, fusions.poses())
+    with pytest.raises(FusionError, match="NaN or infinite values"):
+        encoding.hidden(fusions.vision().encode_image(broken, crop=False))

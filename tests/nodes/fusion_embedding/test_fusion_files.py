@@ -82,6 +82,9 @@ BROKEN = {
     "no JSON": (changed(encoder="[[[["), "describe its image encoder"),
     "a list": (changed(encoder="[1]"), "describe its image encoder"),
     "a giant": (changed(encoder=json.dumps(fusions.vision().config | {"hidden_size": 1 << 30})), "hidden_size"),
+    "a number for a convolution": (
+        changed(lambda t: t | {"generator.pose.conv_out.weight": torch.tensor(1.0)}), "pose.conv_out.weight"
+    ),
     "an encoder without a layer": (
         changed(lambda t: {k: v for k, v in t.items() if "visual_projection" not in k}), "visual_projection"
     ),
@@ -157,6 +160,18 @@ def test_what_did_not_fit_is_reported():
     assert "1 weights not understood, something.else first" in text
     with pytest.raises(FusionError, match="nothing of it fits"):
         published.convert({"combiner.output_layer.weight": torch.zeros(2, 2)}, tiny_encoder)
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"embeddings.position_embedding": (257, 8), "encoder.layers.0.layer_norm1": (8,)},
+])
+def test_an_encoder_that_the_host_stumbles_over_is_left_out(more):
+    shapes = {"encoder.layers.22.layer_norm1": (8,), **more}
+    tensors = {key: value for key, value in checkpoint().items() if "img_encoder" not in key}
+    tensors |= {f"fusion_model.img_encoder.vision_model.{k}.weight": torch.zeros(s) for k, s in shapes.items()}
+    fusion, report = published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
+    assert fusion.encoder is None and same(fusion.combiner, fusions.combiner())
+    assert any("connect clip_vision" in line for line in report)
 
 
 def test_a_class_embedding_with_a_norm_is_known_too():

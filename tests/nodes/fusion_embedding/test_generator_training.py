@@ -2,6 +2,7 @@
 
 import comfy.sample
 import comfy.samplers
+import fusion_trainings
 import fusions
 import pytest
 import tiny_model
@@ -242,3 +243,24 @@ def overflowing():
 def test_an_encoder_of_another_width_is_refused_before_training():
     with pytest.raises(FusionError, match="the combiner takes 20"):
         generated(fusion=Fusion(fusions.combiner(width=20)))
+
+
+@pytest.mark.parametrize("other", [
+    lambda z: z.repeat(1, 4, 1, 1), lambda z: z.unsqueeze(2), lambda z: z[..., ::2, ::2],
+])
+def test_a_vae_of_another_model_is_refused_before_training(other, monkeypatch):
+    encode = VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda picture: other(encode(picture)))
+    with pytest.raises(FusionError, match=r"vae makes .* takes \(4, 8, 8\): connect the VAE of the model"):
+        generated()
+
+
+def test_an_encoder_whose_tokens_follow_the_sides_names_the_batch(monkeypatch):
+    flexible = fusions.vision(model_type="siglip2_vision_model", image_size=-1, num_patches=16)
+    monkeypatch.setattr(fusion_trainings, "VISION", flexible)
+    lists = fusions.pair_lists(2)
+    sources = [lists["source"][:1], fusions.pictures(1, 64, 40)]
+    given = pairs.ListedPairs(sources, [lists["pose"]], [lists["target"]])
+    with pytest.raises(FusionError, match="gives 15 and 16 tokens .* batch_size to 1"):
+        generated(given, fusion=Fusion())
+    assert generated(given, fusion=Fusion(), batch_size=1, steps=1)

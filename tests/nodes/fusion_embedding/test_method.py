@@ -121,7 +121,7 @@ def test_a_pose_without_a_person_is_refused_by_number():
 
 
 @pytest.mark.parametrize(("counts", "expected"), [((1, 1), 1), ((1, 4), 4), ((4, 1), 4), ((4, 4), 4), ((2, 4), None),
-                                                  ((3, 2), None), ((0, 1), 1)])
+                                                  ((3, 2), None), ((0, 1), 1), ((0, 0), None)])
 def test_batches_are_equal_or_one(counts, expected):
     named = dict(zip(("source", "pose"), counts, strict=True))
     if expected is None or 0 in counts:

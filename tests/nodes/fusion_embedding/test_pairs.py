@@ -137,6 +137,45 @@ def test_what_a_folder_lacks_is_named(tmp_path):
         FolderPairs(path)
 
 
+def exif(path, header=b"II*\0"):
+    """A picture that says that the camera lay on its side, in the words of another header."""
+    image = Image.new("RGB", (30, 10))
+    said = image.getexif()
+    said[0x0112] = 6
+    image.save(path, exif=said.tobytes().replace(b"II*\0", header).replace(b"MM\0*", header))
+
+
+def giant(path):
+    Image.new("RGB", (4, 4)).save(path, "bmp")
+    content = bytearray(path.read_bytes())
+    content[18:26] = (60_000).to_bytes(4, "little") * 2
+    path.write_bytes(content)
+
+
+def short_header(path):
+    Image.new("RGB", (4, 4)).save(path)
+    content = bytearray(path.read_bytes())
+    content[8:12] = (5).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [giant, short_header, lambda path: exif(path, b"who?")])
+def test_whatever_pil_says_of_a_file_names_the_file(tmp_path, spoil):
+    found = FolderPairs(folder(tmp_path))
+    spoil(tmp_path / "target" / "b.png")
+    for ask in (found.size, found.__getitem__):
+        with pytest.raises(FusionError, match="b.png is .*: replace or remove the pair"):
+            ask(1)
+
+
+def test_grey_in_16_bits_keeps_its_shades(tmp_path):
+    found = FolderPairs(folder(tmp_path))
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "source" / "a.png")
+    expected = torch.from_numpy(ramp / 65535).float()[None, ..., None].expand(-1, -1, -1, 3)
+    torch.testing.assert_close(found[0].source, expected, rtol=0, atol=0.5 / 255 + 1e-4)
+
+
 def test_a_camera_that_lay_on_its_side_is_known_before_reading(tmp_path):
     path = folder(tmp_path)
     image = Image.fromarray(np.zeros((10, 30, 3), np.uint8) + 9)

@@ -119,6 +119,17 @@ def test_nobody_is_an_error_that_names_the_input(broken):
         retarget(*frames.values(), RetargetConfig())
 
 
+def test_those_without_a_body_are_nobody_and_stay():
+    """As detectors list the hands and faces of people who are cut off."""
+    face = {"pose_keypoints_2d": [], "face_keypoints_2d": [1.0, 2.0, 0.9]}
+    frame, = skeleton()
+    crowded = [{**frame, "people": [face, *frame["people"]]}, {**frame, "people": None}, {"canvas_width": 4}]
+    child = skeleton({**LENGTHS, "shin": 40})
+    found = retarget(crowded, crowded[1:] + child, RetargetConfig())
+    assert found[0]["people"] == [face, *retarget(skeleton(), child, RetargetConfig())[0]["people"]]
+    assert found[1:] == crowded[1:]
+
+
 def test_the_host_draws_what_the_node_gives():
     (frames,) = UnderstudyRetargetPose.execute(skeleton(), skeleton({**LENGTHS, "shin": 20}), 1.0).result
     pictures = [

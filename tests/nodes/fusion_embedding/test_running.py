@@ -199,6 +199,19 @@ def test_a_whole_unet_stands_in_and_part_of_the_way_between(rename):
         assert (expected - denoised(running.extended(MODEL), positive)).abs().max() > 0.01
 
 
+def test_a_lora_counts_after_a_whole_unet_only():
+    import comfy.sd
+
+    def with_lora(model):
+        return comfy.sd.load_lora_for_models(model, None, fusions.lora(), 1.0, 0)[0]
+
+    fusion = fusions.fusion(MODEL, unet=whole(), unet_kind=WHOLE)
+    patched, positive, _ = applied(fusion=fusion)
+    plain = denoised(patched, positive)
+    assert torch.equal(denoised(applied(with_lora(MODEL), fusion)[0], positive), plain)
+    assert not torch.equal(denoised(with_lora(patched), positive), plain)
+
+
 def test_a_lora_is_as_load_lora_gives_it():
     import comfy.sd
 
@@ -230,6 +243,24 @@ def test_an_area_takes_its_part_of_the_pose():
     found = first_features(patched, area)
     assert found.shape[-2:] == (4, 8)
     close(found[..., 1:, :], full[..., 5:, :])  # beside the border of the convolution
+
+
+@pytest.mark.parametrize("side", [48, 96])
+def test_an_area_does_not_hide_a_pose_of_another_size(side):
+    patched, positive, _ = applied(pose=fusions.poses(1, side, side))
+    (tokens, more), = positive
+    with pytest.raises(FusionError, match="scale the pose to 64 x 64 pixels"):
+        denoised(patched, [[tokens, {**more, "area": (4, 8, 4, 0), "strength": 1.0}]])
+
+
+def test_nothing_of_many_pictures_takes_the_memory_of_one():
+    _, positive, negative = applied(pose=fusions.poses(3), states=fusions.states(3), fused=fusions.fused(3))
+    for tensor, filled in (
+        (negative[0][0], positive[0][0]),
+        *((conditioning[0][1]["model_conds"][running.POSE].cond for conditioning in (negative, positive)),),
+    ):
+        assert tensor.shape == filled.shape
+        assert tensor.untyped_storage().nbytes() * 3 == filled.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -283,6 +314,7 @@ def test_a_fusion_of_another_model_is_refused_by_key(case):
 @pytest.mark.parametrize(("unet", "kind", "words"), [
     ({k.replace("down_blocks_0", "down_blocks_7"): v for k, v in fusions.lora().items()}, "lora", "no such"),
     ({k: torch.zeros(2, 31) if "down.w" in k else v for k, v in fusions.lora().items()}, "lora", "lora_down.*31"),
+    ({k: torch.zeros(3) if "down.w" in k else v for k, v in fusions.lora().items()}, "lora", r"lora_down.*\(3,\)"),
     (whole() | {"diffusion_model.out.2.weight": torch.zeros(4, 9, 3, 3)}, WHOLE, r"out.2.weight.*\(4, 9, 3, 3\)"),
     (whole() | {"diffusion_model.label_emb.0.0.weight": torch.zeros(4, 9)}, WHOLE, "label_emb.*no such weight"),
 ])
