@@ -35,7 +35,7 @@ class Config:
     shots_still: int = 900  # of them, the first, in which a shot stands where the others do
     shots_rate: float = 0.7
     shots_batch: int = 32  # of two pictures each
-    aligned_steps: int = 1_600  # after those, aligned with the theatre's image encoder
+    aligned_steps: int = 800  # after those, aligned with the theatre's image encoder
     aligned_rate: float = 0.7
     aligned_block: int = 2  # of six
     aligned_weight: float = 0.5
