@@ -15,6 +15,7 @@ from .method import FusionError
 _AT_ONCE = 16  # pictures in one pass outside training
 # Encoders that take one square of fixed size.
 TRAINABLE = ("clip_vision_model", "dinov2")
+_SAME = 0.99  # ours: least cosine of two probes of one encoder, which may compute in another precision
 _LARGEST = 1 << 16  # for any number in a file's description of an encoder
 _MOST_WEIGHTS = 1 << 31  # in one kind of its layers
 _MOST_LAYERS = 256  # each takes time to build, however narrow it is
@@ -73,9 +74,27 @@ def check_width(combiner: Mapping[str, torch.Tensor], found: int) -> None:
         )
 
 
+def probe(clip_vision: Any) -> torch.Tensor:
+    """An encoder's embedding of one fixed picture, [D]: by it the same encoder is known again in any precision."""
+    places = torch.linspace(0, 1, 64)
+    down, across = torch.meshgrid(places, places, indexing="ij")
+    checks = ((8 * down).floor() + (8 * across).floor()) % 2
+    return embeddings(clip_vision, torch.stack([down, across, checks], dim=-1)[None])[0]
+
+
 def chosen(fusion: method.Fusion, clip_vision: Any) -> Any:
-    """The encoder of a fusion, or the connected one where it has none. Raises FusionError where neither is."""
+    """The encoder of a fusion, or the connected one where it has none.
+
+    Raises FusionError where neither is, and where the connected one is not the one that its combiner knows.
+    """
     found = fusion.encoder if fusion.encoder is not None else clip_vision
+    if fusion.encoder is None and found is not None and fusion.probe is not None:
+        seen = probe(found)
+        if seen.shape == fusion.probe.shape and torch.cosine_similarity(seen, fusion.probe, dim=0) < _SAME:
+            raise FusionError(
+                "clip_vision is another encoder than the one that the combiner was trained beside, though of its "
+                "width: load that one in Load CLIP Vision"
+            )
     if found is None:
         raise FusionError(
             "this fusion holds no image encoder, since it was trained beside a frozen one: connect that one to "

@@ -25,8 +25,8 @@ def choices() -> list[str]:
 def save(fusion: Fusion, filename_prefix: str) -> Path:
     """Write `output/fusion_embeddings/<prefix>_00001_.safetensors`; returns its path. Raises as files.save does.
 
-    Weights under `combiner.`, `encoder.`, `generator.` and `unet.`; the metadata says whether the last are a LoRA or
-    a whole UNet.
+    Weights under `combiner.`, `encoder.`, `generator.` and `unet.`, and `probe.embedding`; the metadata says whether
+    the UNet's are a LoRA or a whole UNet.
     """
     return files.save(*packed(fusion), FOLDER, filename_prefix)
 
@@ -43,6 +43,8 @@ def packed(fusion: Fusion) -> tuple[method.Weights, dict[str, str]]:
         "kind": _KIND, "method": "FPDM fusion embedding (arXiv 2412.07333)", "unet": fusion.unet_kind or "none",
         "parts": ", ".join(fusion.parts),
     }
+    if fusion.probe is not None:
+        tensors["probe.embedding"] = fusion.probe
     if fusion.encoder is not None:
         metadata["encoder"] = json.dumps(fusion.encoder.config)
     return tensors, metadata
@@ -74,7 +76,7 @@ def unpacked(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
     parts: dict[str, method.Weights] = {}
     for key, weight in tensors.items():
         part, _, rest = key.partition(".")
-        if part not in _PARTS or not rest:
+        if part not in (*_PARTS, "probe") or not rest:
             raise FusionError(f"it has {key!r} beside its parts")
         # Combiner and generator compute in fp32, however small the file is.
         parts.setdefault(part, {})[rest] = weight.float() if part in ("combiner", "generator") else weight
@@ -94,6 +96,10 @@ def unpacked(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
         if not isinstance(description, dict):
             raise FusionError("its metadata does not describe its image encoder")
         encoder = encoding.rebuilt(description, parts["encoder"])
+    probe = parts.get("probe", {}).get("embedding")
+    if "probe" in parts and (probe is None or probe.ndim != 1):
+        raise FusionError("'probe.embedding' is no embedding")
     return Fusion(
-        parts.get("combiner"), encoder, parts.get("generator"), parts.get("unet"), kind if "unet" in parts else ""
+        parts.get("combiner"), encoder, parts.get("generator"), parts.get("unet"), kind if "unet" in parts else "",
+        None if probe is None else probe.float(),
     )

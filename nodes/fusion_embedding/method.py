@@ -36,7 +36,8 @@ class Fusion:
 
     combiner, generator: weights by name, as `new_combiner` and `new_generator` name them. encoder: the host's
     CLIP_VISION where stage 1 trained one. unet: weights by name, `unet_kind` LORA (a LORA_MODEL) or WHOLE (the
-    weights themselves, under the host's names or diffusers').
+    weights themselves, under the host's names or diffusers'). probe: where stage 1 froze its encoder, what that gives
+    for encoding.probe's picture, [D] on the CPU; files of others have none.
     """
 
     combiner: Weights | None = None
@@ -44,6 +45,7 @@ class Fusion:
     generator: Weights | None = None
     unet: Weights | None = None
     unet_kind: str = ""
+    probe: torch.Tensor | None = None
 
     @property
     def parts(self) -> list[str]:

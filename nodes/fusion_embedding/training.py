@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -66,8 +67,9 @@ def train_combiner(
         losses = loop.train(objective, parameters, config, monitor, resume)
         monitor.say_peak()
         learnt = None if trained is None else _on_cpu(module.state_dict())
-    encoder = None if learnt is None else encoding.rebuilt(clip_vision.config, learnt)
-    return Fusion(_on_cpu(weights), encoder), {"loss": losses}
+    if learnt is None:
+        return Fusion(_on_cpu(weights), probe=encoding.probe(clip_vision)), {"loss": losses}
+    return Fusion(_on_cpu(weights), encoding.rebuilt(clip_vision.config, learnt)), {"loss": losses}
 
 
 @contextlib.contextmanager
@@ -330,7 +332,8 @@ def train_generator(
         else:
             unet = lora_model(trained, denoiser.model.model_config.unet_config)
     kind = WHOLE if generator.whole_unet else LORA
-    return Fusion(fusion.combiner, fusion.encoder, _on_cpu(weights), unet, kind), {"loss": losses}
+    learnt = dataclasses.replace(fusion, generator=_on_cpu(weights), unet=unet, unet_kind=kind)
+    return learnt, {"loss": losses}
 
 
 def _preview(denoiser: Denoiser, vae: Any, weights: Weights, pair: Encoded, seed: int):

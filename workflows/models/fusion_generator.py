@@ -4,6 +4,7 @@ Whole UNet, Muon and an exponential moving average, as puppets_sd itself was tra
 node takes, needs several times the steps for what the source wears.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def train(
     if not done:
         return None
     unet = {f"diffusion_model.{key}": value for key, value in average.part("unet.").items()}
-    return Fusion(fusion.combiner, fusion.encoder, average.part("generator."), unet, WHOLE)
+    return dataclasses.replace(fusion, generator=average.part("generator."), unet=unet, unet_kind=WHOLE)
 
 
 def _start_from(path: Path, weights: dict[str, torch.Tensor], network: WholeNetwork) -> None:

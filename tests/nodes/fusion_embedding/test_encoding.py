@@ -85,6 +85,18 @@ def test_the_fusion_s_own_encoder_goes_first():
         encoding.chosen(Fusion(), None)
 
 
+def test_another_encoder_of_the_combiner_s_width_is_known_by_its_probe():
+    own = fusions.vision()
+    beside_frozen = Fusion(probe=encoding.probe(own))
+    assert encoding.chosen(beside_frozen, own) is own
+    in_bf16 = fusions.vision()
+    in_bf16.model.load_state_dict({k: v.bfloat16().to(v.dtype) for k, v in in_bf16.model.state_dict().items()})
+    assert encoding.chosen(beside_frozen, in_bf16) is in_bf16
+    with pytest.raises(FusionError, match="another encoder than the one"):
+        encoding.chosen(beside_frozen, fusions.vision(seed=1))
+    assert encoding.chosen(Fusion(encoder=own, probe=encoding.probe(own)), fusions.vision(seed=1)) is own
+
+
 def test_fused_is_the_combiner_without_dropout():
     clip_vision, combiner = fusions.vision(), fusions.combiner()
     source, pose = fusions.pictures(2), fusions.poses(2)

@@ -33,7 +33,7 @@ def same(first, second):
 
 
 FUSIONS = {
-    "stage 1, frozen encoder": lambda: Fusion(fusions.combiner()),
+    "stage 1, frozen encoder": lambda: Fusion(fusions.combiner(), probe=encoding.probe(fusions.vision())),
     "stage 1": lambda: Fusion(fusions.combiner(), fusions.vision()),
     "LoRA": lambda: fusions.fusion(MODEL, encoder=fusions.vision()),
     "whole UNet": lambda: fusions.fusion(MODEL, unet=unet(), unet_kind=WHOLE),
@@ -49,6 +49,8 @@ def test_every_kind_of_fusion_comes_back_to_the_bit(folder, case):
     found, report = fusion_files.load(f"people/{path.name}")
     for part in ("combiner", "generator", "unet"):
         assert same(getattr(found, part), getattr(fusion, part))
+    assert (found.probe is None) == (fusion.probe is None)
+    assert found.probe is None or torch.equal(found.probe, fusion.probe)
     assert found.unet_kind == fusion.unet_kind and (found.encoder is None) == (fusion.encoder is None)
     if fusion.encoder is not None:
         assert same(found.encoder.get_sd(), fusion.encoder.get_sd())
@@ -88,6 +90,8 @@ BROKEN = {
     "an encoder without a layer": (
         changed(lambda t: {k: v for k, v in t.items() if "visual_projection" not in k}), "visual_projection"
     ),
+    "a probe that is none": (
+        changed(lambda t: {**t, "probe.embedding": torch.zeros(2, 2)}), "probe.embedding"),
 }
 
 
