@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,19 @@ def train(
     Raises loop.TrainingDiverged, ValueError as `session` does, and the host's interruption.
     """
     resume = checkpoints.resume(resume_from)
+    with prepared(model, latents, references, conditionings, config, rank) as (adapter, samples, denoiser):
+        objective = DenoisingObjective(denoiser, samples, config)
+        monitor = HostMonitor(config, checkpoints)
+        losses = loop.train(objective, adapter.tensors(), config, monitor, resume)
+        return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), {"loss": losses}
+
+
+@contextlib.contextmanager
+def prepared(
+    model: Any, latents: Sequence[torch.Tensor], references: Sequence[torch.Tensor], conditionings: Sequence[list],
+    config: TrainingConfig, rank: int,
+) -> Iterator[tuple[method.VideoAdapter, list[Sample], WithReferences]]:
+    """An untrained adapter, what it learns from, and the model with it, ready for the objective; as `train` takes."""
     largest = max(latents, key=lambda latent: latent.numel())
     patched = running.extended(model)
     for name, given in (("latents", latents), ("references", references)):
@@ -55,13 +69,10 @@ def train(
             conditions = denoiser.prepare(conditioning, latent)
             conditions[_REFERENCE] = into(reference.clone()).float()
             samples.append(Sample(into(latent.clone()).float(), conditions))
-        objective = DenoisingObjective(_WithReferences(denoiser, adapter), samples, config)
-        monitor = HostMonitor(config, checkpoints)
-        losses = loop.train(objective, adapter.tensors(), config, monitor, resume)
-        return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), {"loss": losses}
+        yield adapter, samples, WithReferences(denoiser, adapter)
 
 
-class _WithReferences:
+class WithReferences:
     """A Denoiser whose video tokens see each sample's own reference."""
 
     def __init__(self, denoiser: Denoiser, adapter: method.VideoAdapter):

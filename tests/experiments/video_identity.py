@@ -127,17 +127,14 @@ class Stage:
             sys.path.append(str(MODELS))
             import wan_adapter
             import wan_stages
-            from pack.nodes import files
-
-            files.register_folders()
             fields = {field.name for field in dataclasses.fields(wan_adapter.AdapterConfig)}
             settings = wan_adapter.AdapterConfig(**{k: v for k, v in self.training.items() if k in fields})
             with variants.trained_with(variants.VARIANTS[arm]):
-                adapter, losses = wan_adapter.train(
+                adapter, log = wan_adapter.train(
                     ROOT / ".cache" / "training" / "puppets_wan", wan_stages.Config(), settings,
                     torch.device("cpu"), TRANSFORMER, sampling.CHECKPOINT, name=f"puppets_wan_{arm.split()[0]}",
                 )
-            print(f"{arm}: loss of the last tenth {np.mean(losses[-len(losses) // 10:]):.4f}", flush=True)
+            print(f"{arm}: step and loss {log[-1]}", flush=True)
             report.replace(path, safetensors.torch.save(adapter.tensors()))
         return safetensors.torch.load_file(path)
 

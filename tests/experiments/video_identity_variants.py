@@ -55,12 +55,12 @@ class _Denoiser:
 @contextlib.contextmanager
 def trained_with(kind: type[published_wan.Wan]) -> Iterator[None]:
     """Inside, the pack's training learns an adapter for `kind` instead of for the restricted attention."""
-    own = training._WithReferences
-    training._WithReferences = functools.partial(_Denoiser, kind)
+    own = training.WithReferences
+    training.WithReferences = functools.partial(_Denoiser, kind)
     try:
         yield
     finally:
-        training._WithReferences = own
+        training.WithReferences = own
 
 
 def applied(kind: type[published_wan.Wan], model, adapter: dict[str, torch.Tensor], reference: torch.Tensor):

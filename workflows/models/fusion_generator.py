@@ -20,28 +20,11 @@ from pack.nodes.training.objective import DenoisingObjective
 from pack.nodes.training.session import session
 from pack.nodes.training.whole_network import WholeNetwork
 from safetensors import safe_open
-from timeboxed import Optimiser, Stage
+from timeboxed import Learnt, Optimiser, Stage, follow
 
 POSE_CHANNELS = (8, 16, 32, 64)
 _AT_ONCE = 32  # pairs in one pass of an encoder
 _STEPS = 0x6E7  # beside the seeds of other stages
-
-
-class Learnt(torch.nn.Module):
-    """Parameters by the names that the pack gives them."""
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
-        super().__init__()
-        self.names = {name.replace(".", "/"): name for name in parameters}
-        for key, name in self.names.items():
-            self.register_parameter(key, parameters[name])
-
-    def part(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Copies of the parameters under a prefix, without it."""
-        return {
-            name.removeprefix(prefix): self.get_parameter(key).detach().clone()
-            for key, name in self.names.items() if name.startswith(prefix)
-        }
 
 
 class EncodedPairs:
@@ -109,8 +92,7 @@ def train(
             {f"generator.{key}": value for key, value in live.items()}
             | {f"unet.{key}": value for key, value in network.parameters().items()}
         )
-        average = Learnt({name: torch.nn.Parameter(learnt.get_parameter(key).detach().clone(), False)
-                          for key, name in learnt.names.items()})
+        average = learnt.frozen()
         denoising = DenoisingObjective(training.FusionDenoiser(denoiser, live), [], run)
         objective = training.PairObjective(denoising, pairs, config.generator_batch, settings)
         optimiser = Optimiser(learnt, config.generator_matrix_lr, config.generator_lr)
@@ -118,10 +100,7 @@ def train(
         stage = Stage(state / "generator.pt", optimiser, config.generator_steps, modules, deadline)
 
         def step(index: int) -> torch.Tensor:
-            if index:
-                decay = min(config.generator_ema, (1 + index) / (10 + index))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(average.parameters()), list(learnt.parameters()), 1 - decay)
+            follow(average, learnt, index, config.generator_ema)
             return objective(index, torch.Generator().manual_seed(step_seed(config.seed + _STEPS, index)))
 
         with network.attached():

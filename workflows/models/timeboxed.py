@@ -111,10 +111,11 @@ class Optimiser:
                 (self.matrices if hidden else others).append(parameter)
         # Views of the same storage, since Muon takes matrices only.
         self.views = [torch.nn.Parameter(_flat(parameter.data)) for parameter in self.matrices]
-        self.parts = {
-            "muon": Muon(self.views, lr=matrix_rate),
-            "adamw": torch.optim.AdamW(others, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99)),
-        }
+        self.parts = {}
+        if self.views:
+            self.parts["muon"] = Muon(self.views, lr=matrix_rate)
+        if others:
+            self.parts["adamw"] = torch.optim.AdamW(others, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99))
         self.parameters = [*self.matrices, *others]
         self.rates = {"muon": matrix_rate, "adamw": rate}
 
@@ -145,6 +146,35 @@ def _flat(weight: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tenso
     if like.ndim > 3 and not like.is_contiguous():  # channels last
         weight = weight.movedim(1, -1)
     return weight.flatten(1)
+
+
+class Learnt(torch.nn.Module):
+    """Parameters by the names that the pack gives them."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
+        super().__init__()
+        self.names = {name.replace(".", "/"): name for name in parameters}
+        for key, name in self.names.items():
+            self.register_parameter(key, parameters[name])
+
+    def part(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Copies of the parameters under a prefix, without it."""
+        return {
+            name.removeprefix(prefix): self.get_parameter(key).detach().clone()
+            for key, name in self.names.items() if name.startswith(prefix)
+        }
+
+    def frozen(self) -> "Learnt":
+        """Another of the same values, for an average."""
+        return Learnt({name: torch.nn.Parameter(tensor, False) for name, tensor in self.part().items()})
+
+
+def follow(average: torch.nn.Module, live: torch.nn.Module, index: int, decay: float) -> None:
+    """The exponential moving average before step `index`, which forgets its first steps sooner."""
+    if index:
+        decay = min(decay, (1 + index) / (10 + index))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
 
 
 class Stage:

@@ -6,11 +6,12 @@
 
 Stages: `vae` (Wan's autoencoder on single frames), `motion` (on short clips), `latents`, `dit` (the transformer on
 single frames, then on clips of 17), `looks` (it learns to keep what a clean first frame shows), `shots` (and what
-another picture of the same puppet shows), `aligned` (the same, aligned with `puppets_vision.safetensors`), `export`
-(both files), `adapter` (by the pack's own training, for the exported transformer; its file). Captions are read by
-the text encoder of `puppets_sd.safetensors`, which stays as it is: one encoder serves both models. Seeded by step
-number, the same on a GPU and on a CPU. A stage's length is fixed when it begins, since learning rates fall to 0 at
-its end. State lies under `.cache/training/puppets_wan`; delete what follows a stage that is trained again.
+another picture of the same puppet shows), `aligned` (the same, aligned with `puppets_vision.safetensors`), `likeness`
+(the same with new shots, looking at the puppet), `export` (both files), `adapter` (by the pack's own training, for
+the exported transformer; its file). Captions are read by the text encoder of `puppets_sd.safetensors`, which stays as
+it is: one encoder serves both models. Seeded by step number, the same on a GPU and on a CPU. A stage's length is
+fixed when it begins, since learning rates fall to 0 at its end. State lies under `.cache/training/puppets_wan`;
+delete what follows a stage that is trained again.
 """
 
 import argparse
@@ -38,9 +39,9 @@ from comfy.cli_args import args as host_options  # noqa: E402
 host_options.use_pytorch_cross_attention = True
 import wan_adapter  # noqa: E402
 import wan_export  # noqa: E402
+import wan_likeness  # noqa: E402
 import wan_looks  # noqa: E402
 import wan_stages as stages  # noqa: E402
-from pack.nodes import files  # noqa: E402
 
 MODELS = Path(__file__).parent
 ENCODER = MODELS / "checkpoints" / "puppets_sd.safetensors"
@@ -62,7 +63,7 @@ def export(config: stages.Config, device) -> None:
     _, clips = stages.latents(STATE, config)
     mean, deviation = stages.statistics(clips)
     vae = stages.trained_vae(STATE, config, device)["vae"]
-    state = torch.load(STATE / "aligned.pt", map_location="cpu", weights_only=True)
+    state = torch.load(STATE / "likeness.pt", map_location="cpu", weights_only=True)
     training = {**dataclasses.asdict(config), "steps": state["done"], "text_encoder": wan_export.sha256(ENCODER)}
     wan_export.save_vae(AUTOENCODER, vae, mean, deviation, training)
     wan_export.save_dit(TRANSFORMER, state["modules"]["average"], training)
@@ -75,21 +76,24 @@ def export(config: stages.Config, device) -> None:
     print("latent to RGB:", np.round(preview(config, clips, mean.numpy(), deviation.numpy()), 4).tolist())
 
 
-def adapter(config: stages.Config, settings: wan_adapter.AdapterConfig, device) -> None:
+def adapter(config: stages.Config, settings: wan_adapter.AdapterConfig, device, deadline: float) -> None:
     """Trains the adapter and writes its file."""
-    files.register_folders()
-    trained, losses = wan_adapter.train(STATE, config, settings, device, TRANSFORMER, ENCODER)
-    wan_export.save_adapter(ADAPTER, trained.tensors(), {**dataclasses.asdict(settings), "steps": len(losses)})
+    found = wan_adapter.train(STATE, config, settings, device, TRANSFORMER, ENCODER, deadline=deadline)
+    if found is None:
+        print("stopped in stage adapter; call again to go on")
+        return
+    trained, losses = found
+    wan_export.save_adapter(ADAPTER, trained.tensors(), dataclasses.asdict(settings))
     print(f"{ADAPTER.name}: {ADAPTER.stat().st_size / 2**20:.2f} MiB, sha256 {wan_export.sha256(ADAPTER)}")
-    tenth = max(1, len(losses) // 10)
-    print(f"loss of the first tenth {np.mean(losses[:tenth]):.4f}, of the last {np.mean(losses[-tenth:]):.4f}")
+    print("steps and losses:", [[step, round(loss, 4)] for step, loss in losses])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stage_names = ["all", "vae", "motion", "latents", "dit", "looks", "shots", "aligned", "export", "adapter"]
+    stage_names = ["all", "vae", "motion", "latents", "dit", "looks", "shots", "aligned", "likeness",
+                   "export", "adapter"]
     parser.add_argument("--stage", choices=stage_names, default="all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
     for field in (*dataclasses.fields(stages.Config), *dataclasses.fields(wan_adapter.AdapterConfig)):
@@ -112,6 +116,7 @@ def main() -> None:
         "looks": lambda: wan_looks.train_looks(STATE, config, device, deadline, ENCODER),
         "shots": lambda: wan_looks.train_shots(STATE, config, device, deadline, ENCODER),
         "aligned": lambda: wan_looks.train_aligned(STATE, config, device, deadline, ENCODER),
+        "likeness": lambda: wan_likeness.train(STATE, config, device, deadline, ENCODER),
     }
     for name, train in steps.items():
         if arguments.stage in ("all", name) and not train():
@@ -120,7 +125,7 @@ def main() -> None:
     if arguments.stage in ("all", "export"):
         export(config, device)
     if arguments.stage in ("all", "adapter"):
-        adapter(config, chosen(wan_adapter.AdapterConfig), device)
+        adapter(config, chosen(wan_adapter.AdapterConfig), device, deadline)
 
 
 if __name__ == "__main__":

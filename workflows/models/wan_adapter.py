@@ -1,6 +1,9 @@
 """The theatre's video identity adapter: pairs of a clip and a picture of who is in it, in the pack's own training."""
 
 import dataclasses
+import hashlib
+import json
+import math
 from pathlib import Path
 
 import comfy.sd
@@ -10,11 +13,13 @@ import wan_export
 import wan_stages as stages
 from pack.nodes.puppets import captions, render, theatre, world
 from pack.nodes.puppets.config import NAMED_ACTIONS, SCENES, Identity, Take
-from pack.nodes.training import checkpoints
 from pack.nodes.training.config import TrainingConfig
+from pack.nodes.training.loop import step_seed
+from pack.nodes.training.objective import DenoisingObjective
 from pack.nodes.video_identity import reference_picture, training
 from pack.nodes.video_identity.config import ReferenceConfig
-from pack.nodes.video_identity.method import VideoAdapter
+from pack.nodes.video_identity.method import VideoAdapter, adapter_from
+from timeboxed import Learnt, Optimiser, Stage, follow
 
 PAIRS = 2_000
 REFERENCE = ReferenceConfig(size=96, crop_factor=1.1)  # the puppet whole: clothes are its face
@@ -28,7 +33,10 @@ class AdapterConfig:
     adapter_rank: int = 16
     adapter_steps: int = 600
     adapter_batch: int = 12
-    adapter_lr: float = 2e-3
+    adapter_pictures: int = 36  # first frames, every other step
+    adapter_matrix_lr: float = 0.02
+    adapter_lr: float = 2e-3  # of what is no matrix with more than eight rows
+    adapter_ema: float = 0.99
     adapter_drop: float = 0.1  # of the captions, for guidance without a prompt
 
 
@@ -71,11 +79,12 @@ def texts(config: stages.Config, indices: list[int], drop: float) -> list[str]:
 
 def train(
     state: Path, config: stages.Config, settings: AdapterConfig, device, transformer: Path, encoder: Path,
-    name: str = "puppets_wan_identity",
-) -> tuple[VideoAdapter, list[float]]:
-    """The adapter for `transformer`, and the loss of every step. A stopped run goes on where it was.
+    name: str = "puppets_wan_identity", deadline: float = math.inf,
+) -> tuple[VideoAdapter, list] | None:
+    """The adapter for `transformer` and [step, loss] at times; None where the deadline came first.
 
-    `name` is that of the run's checkpoints.
+    The pack's own objective, on the clips and on their first frames by turns, with the theatre's optimiser and an
+    average, as the transformer was trained. A stopped run goes on from `state`, where it is kept under `name`.
     """
     indices = alone(config)
     _, clips = stages.latents(state, config)
@@ -93,15 +102,28 @@ def train(
     for text in (wanted := texts(config, indices, settings.adapter_drop)):
         if text not in encoded:
             encoded[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    run = TrainingConfig(
+    as_published = TrainingConfig(
         settings.adapter_steps, settings.adapter_lr, seed=config.seed, batch_size=settings.adapter_batch, dtype="fp32"
     )
-    of = {"pairs": len(indices), "transformer": wan_export.sha256(transformer)}
-    kept = checkpoints.Checkpoints(name, {**dataclasses.asdict(settings), **of})
-    earlier = [choice for choice in checkpoints.choices() if choice.startswith(name)]
-    adapter, losses = training.train(
-        model, as_encoded(torch.from_numpy(clips[indices])), as_encoded(references(state, config, indices, device)),
-        [encoded[text] for text in wanted], run, settings.adapter_rank,
-        checkpoints=kept, resume_from=earlier[-1] if earlier else checkpoints.NONE,
-    )
-    return adapter, losses["loss"]
+    given = as_encoded(torch.from_numpy(clips[indices])), as_encoded(references(state, config, indices, device))
+    conditionings = [encoded[text] for text in wanted]
+    of = json.dumps([dataclasses.asdict(settings), len(indices), wan_export.sha256(transformer)])
+    path = state / f"{name}_{hashlib.sha256(of.encode()).hexdigest()[:8]}.pt"
+    with training.prepared(model, *given, conditionings, as_published, settings.adapter_rank) as prepared:
+        adapter, samples, denoiser = prepared
+        first = [dataclasses.replace(sample, latent=sample.latent[:, :, :1]) for sample in samples]
+        stills = dataclasses.replace(as_published, batch_size=settings.adapter_pictures)
+        objectives = DenoisingObjective(denoiser, first, stills), DenoisingObjective(denoiser, samples, as_published)
+        live = Learnt(adapter.tensors())
+        average = live.frozen()
+        optimiser = Optimiser(live, settings.adapter_matrix_lr, settings.adapter_lr)
+        stage = Stage(path, optimiser, settings.adapter_steps, {"live": live, "average": average}, deadline)
+
+        def step(index: int) -> torch.Tensor:
+            follow(average, live, index, settings.adapter_ema)
+            generator = torch.Generator().manual_seed(step_seed(config.seed, index))
+            return objectives[index % 2](index, generator)
+
+        if not stage.run(step):
+            return None
+    return adapter_from({key: tensor.cpu() for key, tensor in average.part().items()}), stage.log

@@ -39,6 +39,11 @@ class Config:
     aligned_rate: float = 0.7
     aligned_block: int = 2  # of six
     aligned_weight: float = 0.5
+    likeness_steps: int = 1_200  # after those, on new shots that are always given, while the loss looks at the puppet
+    likeness_rate: float = 0.7
+    likeness_pictures: int = 6_000
+    likeness_bare: float = 0.85  # of the captions name no clothes
+    likeness_weight: float = 4.0  # what a place on the puppet counts more than another, at first; in the end nothing
     dit_lr: float = 6e-4
     ema: float = 0.998
     drop_caption: float = 0.1

@@ -1,4 +1,4 @@
-"""The transformer's last three stages: it learns to keep the looks that it is shown."""
+"""Three stages of the transformer: it learns to keep the looks that it is shown."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from pack.nodes.puppets.config import Take
 from wan_stages import Batch, Config
 
 _SHOTS = 0x5407
-_REACH = 8  # patches that a shot is moved at most; a frame is six high and wide
+REACH = 8  # patches that a shot is moved at most; a frame is six high and wide
 
 
-def _texts(takes: list[tuple[Take, ...]], bare: np.ndarray, rng: np.random.Generator, drop: float):
+def texts(takes: list[tuple[Take, ...]], bare: np.ndarray, rng: np.random.Generator, drop: float):
     """A text for each take, without a word of the clothes where it is bare."""
     return (
         captions.group_caption(shown) if plain and rng.random() >= drop
@@ -25,14 +25,14 @@ def _texts(takes: list[tuple[Take, ...]], bare: np.ndarray, rng: np.random.Gener
     )
 
 
-def _clips_with_first_frame(clips: np.ndarray, rng: np.random.Generator, config: Config) -> Batch:
+def clips_with_first_frame(clips: np.ndarray, rng: np.random.Generator, config: Config) -> Batch:
     """Of the clips half name no clothes and half have a clean first frame."""
     chosen = rng.integers(0, len(clips), config.clip_batch)
     bare, given = rng.random((2, len(chosen))) < 0.5
     frames = np.zeros((len(chosen), clips.shape[2]), bool)
     frames[:, 0] = given
     takes = [stages.clip_takes(int(i)) for i in chosen]
-    return Batch(clips[chosen], _texts(takes, bare, rng, config.drop_caption), frames)
+    return Batch(clips[chosen], texts(takes, bare, rng, config.drop_caption), frames)
 
 
 def train_looks(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
@@ -40,10 +40,10 @@ def train_looks(state: Path, config: Config, device, deadline: float, encoder: P
     clips = stages.latents(state, config)[1]
 
     def draw(rng: np.random.Generator, index: int) -> Batch:
-        return _clips_with_first_frame(clips, rng, config)
+        return clips_with_first_frame(clips, rng, config)
 
     return stages.train_flow(
-        "looks", _trained(state, "dit", config, device), config.looks_steps, config.looks_rate, draw, state, config,
+        "looks", trained(state, "dit", config, device), config.looks_steps, config.looks_rate, draw, state, config,
         device, deadline, encoder,
     )
 
@@ -56,7 +56,7 @@ def train_shots(state: Path, config: Config, device, deadline: float, encoder: P
     and one is of the stage before.
     """
     return stages.train_flow(
-        "shots", _trained(state, "looks", config, device), config.shots_steps, config.shots_rate,
+        "shots", trained(state, "looks", config, device), config.shots_steps, config.shots_rate,
         _shots_drawer(state, config, device, config.shots_still), state, config, device, deadline, encoder,
     )
 
@@ -64,7 +64,7 @@ def train_shots(state: Path, config: Config, device, deadline: float, encoder: P
 def train_aligned(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
     """Goes on from `train_shots` in the same way, aligned with what the theatre's image encoder sees."""
     torch.manual_seed(config.seed)
-    dit = _trained(state, "shots", config, device)
+    dit = trained(state, "shots", config, device)
     return stages.train_flow(
         "aligned", dit, config.aligned_steps, config.aligned_rate,
         _shots_drawer(state, config, device, 0, _seen(state, config)), state, config, device, deadline, encoder,
@@ -83,7 +83,7 @@ def _shots_drawer(state: Path, config: Config, device, still: int, seen: tuple[n
 
     def draw(rng: np.random.Generator, index: int) -> Batch:
         if index % 4 == 0:
-            return _clips_with_first_frame(clips, rng, config)
+            return clips_with_first_frame(clips, rng, config)
         moving = index % 4 == 1
         batch, count = (config.clip_batch, len(alone)) if moving else (config.shots_batch, config.shot_pictures)
         rows = rng.integers(0, count, batch)
@@ -100,7 +100,7 @@ def _shots_drawer(state: Path, config: Config, device, still: int, seen: tuple[n
         moved = features = None
         if index >= still:
             moved = np.zeros((*frames.shape, 3), np.float32)
-            moved[at] = rng.integers(-_REACH, _REACH + 1, (len(rows), 3)) * (0, 1, 1)
+            moved[at] = rng.integers(-REACH, REACH + 1, (len(rows), 3)) * (0, 1, 1)
             moved[rng.random(len(rows)) < 0.5] = 0
         if seen:
             of_pictures, of_shots = seen
@@ -109,12 +109,12 @@ def _shots_drawer(state: Path, config: Config, device, still: int, seen: tuple[n
                 features[:] = of_pictures[rows, None]
             features[at] = of_shots[numbers]
         takes = [stages.clip_takes(alone[i]) if moving else (world.sample_take(int(i), "train"),) for i in rows]
-        return Batch(latents, _texts(takes, bare, rng, config.drop_caption), frames, moved, features)
+        return Batch(latents, texts(takes, bare, rng, config.drop_caption), frames, moved, features)
 
     return draw
 
 
-def _trained(state: Path, name: str, config: Config, device):
+def trained(state: Path, name: str, config: Config, device):
     dit = stages.make_dit(config, device)
     kept = torch.load(state / f"{name}.pt", map_location=device, weights_only=True)
     dit.load_state_dict(kept["modules"]["average"])
@@ -125,16 +125,20 @@ def _shots(state: Path, config: Config, alone: list[int], device) -> np.ndarray:
     """fp16 [N, 16, 1, H/8, W/8]: another take of each picture's puppet, then of each clip's; half on white."""
     path = state / f"shots_{config.size}_{config.shot_pictures}_{len(alone)}.npy"
     if not path.exists():
-        takes = _shown(config, alone)
-        vae, found = stages.trained_vae(state, config, device)["vae"], []
-        for start in range(0, len(takes), 32):
-            numbers = range(start, min(start + 32, len(takes)))
-            drawn = np.stack([_drawn(takes[i], i, config) for i in numbers])
-            with torch.no_grad(), stages.autocast(device):
-                pixels = stages.to_pixels(drawn[:, None], device)
-                found.append(stages.whole_clip.encode(vae, pixels).to(torch.float16).cpu().numpy())
-        stages.keep(path, np.concatenate(found))
+        stages.keep(path, encoded_shots(state, config, _shown(config, alone), 0, device))
     return np.load(path)
+
+
+def encoded_shots(state: Path, config: Config, takes: list[Take], first: int, device) -> np.ndarray:
+    """fp16 [N, 16, 1, H/8, W/8]: shots number `first` and on, one of each take's puppet."""
+    vae, found = stages.trained_vae(state, config, device)["vae"], []
+    for start in range(0, len(takes), 32):
+        numbers = range(start, min(start + 32, len(takes)))
+        drawn = np.stack([drawn_shot(takes[i], first + i, config) for i in numbers])
+        with torch.no_grad(), stages.autocast(device):
+            pixels = stages.to_pixels(drawn[:, None], device)
+            found.append(stages.whole_clip.encode(vae, pixels).to(torch.float16).cpu().numpy())
+    return np.concatenate(found)
 
 
 def _seen(state: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +150,7 @@ def _seen(state: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:
         first = config.shot_pictures
 
         def drawn(numbers: range) -> np.ndarray:
-            found = [images[i] if i < first else _drawn(takes[i - first], i - first, config) for i in numbers]
+            found = [images[i] if i < first else drawn_shot(takes[i - first], i - first, config) for i in numbers]
             return np.stack(found)
 
         side = config.size // stages.whole_clip.STRIDE // 2  # patches of two
@@ -161,7 +165,7 @@ def _shown(config: Config, alone: list[int]) -> list[Take]:
     return takes + [stages.clip_takes(i)[0] for i in alone]
 
 
-def _drawn(take: Take, number: int, config: Config) -> np.ndarray:
+def drawn_shot(take: Take, number: int, config: Config) -> np.ndarray:
     """uint8 [H, W, 3]."""
     other = wan_adapter.reference_take(take.identity, np.random.default_rng([_SHOTS, config.seed, number]))
     if number % 2:

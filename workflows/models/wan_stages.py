@@ -23,7 +23,7 @@ from comfy.ldm.wan.model import WanModel
 from pack.nodes.puppets import render, theatre, world
 from pack.nodes.puppets.config import Take
 from pack.nodes.training.session import host_in_training
-from timeboxed import Optimiser, Stage, autocast, pictures, reconstruction_loss
+from timeboxed import Optimiser, Stage, autocast, follow, pictures, reconstruction_loss
 from wan_config import Config
 
 FRAMES = 17  # one cycle of an action: 4n + 1
@@ -274,10 +274,11 @@ def noise_levels(rng: np.random.Generator, count: int) -> np.ndarray:
     return (theatre.WAN_SHIFT * even / (1 + (theatre.WAN_SHIFT - 1) * even)).astype(np.float32)
 
 
-def flow_loss(dit, clean, noise, sigma, context, moved=None):
+def flow_loss(dit, clean, noise, sigma, context, moved=None, weight=None):
     """Flow matching: the velocity from latents to noise at clean + sigma * (noise - clean). All [B, 16, T, h, w].
 
-    sigma is [B], or [B, T] where frames differ; those at 0 are given, not learnt. moved [B, T, 3] as in Batch.
+    sigma is [B], or [B, T] where frames differ; those at 0 are given, not learnt. moved [B, T, 3] and
+    weight [B, T, h, w] as in Batch.
     """
     level = (sigma[:, None] if sigma.ndim == 1 else sigma)[:, None, :, None, None]
     noisy = torch.lerp(clean, noise, level)
@@ -288,7 +289,10 @@ def flow_loss(dit, clean, noise, sigma, context, moved=None):
             freqs = _moved_rotation(dit, noisy, moved)
             output = dit.forward_orig(noisy, sigma * 1000, context, freqs=freqs).float()
     learnt = (level > 0).expand_as(noise)
-    return F.mse_loss(output[learnt], (noise - clean)[learnt])
+    if weight is None:
+        return F.mse_loss(output[learnt], (noise - clean)[learnt])
+    weight = weight[:, None].expand_as(noise)[learnt]
+    return (weight * (output - (noise - clean))[learnt].square()).sum() / weight.sum()
 
 
 def _moved_rotation(dit, noisy, moved):
@@ -305,7 +309,8 @@ class Batch:
     """What a step learns from: latents as encoded [B, 16, T, h, w], a text each, which frames are given, bool [B, T].
 
     moved: patches (t, h, w) by which a frame's rotary positions differ from their own, float32 [B, T, 3]. seen: as
-    Alignment takes it. The texts are read last, after noise and levels, as they were when the first stages ran.
+    Alignment takes it. weight: of each place in the loss, float32 [B, T, h, w]. The texts are read last, after noise
+    and levels, as they were when the first stages ran.
     """
 
     latents: np.ndarray
@@ -313,6 +318,7 @@ class Batch:
     given: np.ndarray
     moved: np.ndarray | None = None
     seen: np.ndarray | None = None
+    weight: np.ndarray | None = None
 
 
 def train_dit(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
@@ -346,10 +352,7 @@ def train_flow(
 
     def step(index):
         rng = rng_for(config, name, index)
-        if index:
-            decay = min(config.ema, (1 + index) / (10 + index))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(dit.parameters()), 1 - decay)
+        follow(average, dit, index, config.ema)
         batch = draw(rng, index)
         clean = (torch.from_numpy(batch.latents).to(device).float() - mean) / deviation
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
@@ -358,8 +361,8 @@ def train_flow(
             sigma = sigma[:, None].masked_fill(torch.from_numpy(batch.given).to(device), 0)
         with torch.no_grad():
             context = text(text_encoder.tokens(list(batch.texts), device)).last_hidden_state
-        moved = None if batch.moved is None else torch.from_numpy(batch.moved).to(device)
-        loss = flow_loss(dit, clean, noise, sigma, context, moved)
+        moved, weight = (None if x is None else torch.from_numpy(x).to(device) for x in (batch.moved, batch.weight))
+        loss = flow_loss(dit, clean, noise, sigma, context, moved, weight)
         return loss if batch.seen is None else loss + alignment.loss(torch.from_numpy(batch.seen).to(device))
 
     with host_in_training():

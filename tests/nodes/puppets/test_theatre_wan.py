@@ -1,6 +1,5 @@
 """The theatre's Wan: its training stages, its files in the host's own loaders, and nobody else's files in it."""
 
-import copy
 import dataclasses
 import functools
 import sys
@@ -9,7 +8,6 @@ import comfy.model_detection
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
-import folder_paths
 import numpy as np
 import pytest
 import real_configurations
@@ -291,7 +289,7 @@ def test_every_sixth_clip_has_two_who_do_the_same():
     assert frames.shape == alone.shape == (17, 48, 48, 3) and (frames != alone).any((1, 2, 3)).all()
 
 
-def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path, written, monkeypatch):
+def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path, written):
     """On random latents: the published keys, and nothing of the clothes in words."""
     config = dataclasses.replace(TINY, clips=6)
     rng = np.random.default_rng(0)
@@ -300,12 +298,10 @@ def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path
             wan_stages.keep(path, rng.standard_normal((stop - start, 16, frames, 4, 4), np.float32))
     assert wan_adapter.alone(config) == [0, 1, 2, 3, 4]
     assert all("striped" not in text and "hat" not in text for text in wan_adapter.texts(config, [0, 1, 2], 0))
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
-    files.register_folders()
-    settings = wan_adapter.AdapterConfig(adapter_rank=2, adapter_steps=2, adapter_batch=2)
-    trained, losses = wan_adapter.train(tmp_path, config, settings, CPU, written[2][0], ENCODER)
-    assert len(losses) == 2 and all(block.v.up.any() for block in trained.blocks)
+    settings = wan_adapter.AdapterConfig(adapter_rank=2, adapter_steps=2, adapter_batch=2, adapter_pictures=3)
+    assert wan_adapter.train(tmp_path, config, settings, CPU, written[2][0], ENCODER, deadline=0) is None
+    trained, log = wan_adapter.train(tmp_path, config, settings, CPU, written[2][0], ENCODER)
+    assert log[-1][0] == 2 and all(block.v.up.any() for block in trained.blocks)
     path = tmp_path / "adapter.safetensors"
     wan_export.save_adapter(path, trained.tensors(), {"steps": 2})
     adapter_from(files.read(path)[0]).check(theatre.WAN_CONFIG["dim"], theatre.WAN_CONFIG["num_layers"])
@@ -334,3 +330,17 @@ def test_a_given_frame_is_clean_and_not_learnt():
     (x, timestep), = seen
     assert torch.equal(x[:, :, 0], clean[:, :, 0]) and timestep.tolist() == [[0.0, 500.0]]
     assert torch.allclose(loss, (noise - clean)[:, :, 1].square().mean())
+
+
+def test_a_weight_says_how_much_each_place_counts():
+    generator = torch.Generator().manual_seed(4)
+    clean, noise = torch.randn(2, 2, 16, 1, 4, 4, generator=generator)
+    weight = torch.rand(2, 1, 4, 4, generator=generator)
+    level = torch.full((2,), 0.5)
+
+    def loss(weight):
+        return wan_stages.flow_loss(lambda x, *_a, **_k: torch.zeros_like(x), clean, noise, level, None, weight=weight)
+
+    error = (noise - clean).square().mean(1)
+    assert torch.allclose(loss(weight), (weight * error).sum() / weight.sum())
+    assert torch.allclose(loss(torch.ones_like(weight)), loss(None))

@@ -39,7 +39,7 @@ def draw(monkeypatch):
     draws = {}
     monkeypatch.setattr(wan_stages, "latents", lambda *_a: (marked(PICTURE, 40, 1), marked(CLIP, 9, 5)))
     monkeypatch.setattr(wan_looks, "_shots", lambda _state, config, alone, _device: marked(SHOT, 33 + len(alone), 1))
-    monkeypatch.setattr(wan_looks, "_trained", lambda *_a: None)
+    monkeypatch.setattr(wan_looks, "trained", lambda *_a: None)
     monkeypatch.setattr(wan_stages, "train_flow", lambda name, _d, _s, _r, found, *_a: draws.update({name: found}))
     monkeypatch.setattr(wan_looks, "_seen", lambda *_a: tuple(
         np.broadcast_to(np.arange(kind, kind + n, dtype=np.float16)[:, None, None], (n, 4, 2))
@@ -97,7 +97,7 @@ def test_from_some_step_on_half_of_the_shots_stand_elsewhere_in_the_frame(draw):
     for index in (10, 11, 13):
         batch, numbers = draw("shots", index)
         shot, moved = numbers >= SHOT, batch.moved
-        assert not moved[~shot].any() and not moved[..., 0].any() and abs(moved).max() == wan_looks._REACH
+        assert not moved[~shot].any() and not moved[..., 0].any() and abs(moved).max() == wan_looks.REACH
         assert 0.3 < moved[shot].any(1).mean() < 0.7
         assert moved[shot][:, 1:].any(0).all() and (moved == moved.round()).all()
 
@@ -150,7 +150,7 @@ def test_shots_are_numbered_by_pictures_then_clips(monkeypatch, tmp_path):
         drawn.append((number, take))
         return np.full((config.size, config.size, 3), number, np.uint8)
 
-    monkeypatch.setattr(wan_looks, "_drawn", note)
+    monkeypatch.setattr(wan_looks, "drawn_shot", note)
     monkeypatch.setattr(wan_stages, "trained_vae", lambda *_a: {"vae": None})
     monkeypatch.setattr(
         wan_stages.whole_clip, "encode", lambda _vae, pixels: pixels[:, :1, :, ::8, ::8].expand(-1, 16, -1, -1, -1)
@@ -171,14 +171,14 @@ def test_a_shot_is_another_take_of_its_puppet_and_every_second_is_on_white(monke
 
     monkeypatch.setattr(wan_looks.wan_adapter, "reference_take", note)
     takes = [world.sample_take(i, "train") for i in range(6)]
-    pictures = [wan_looks._drawn(take, i, CONFIG) for i, take in enumerate(takes)]
+    pictures = [wan_looks.drawn_shot(take, i, CONFIG) for i, take in enumerate(takes)]
     for i, (take, picture, (who, other)) in enumerate(zip(takes, pictures, asked, strict=True)):
         assert who == take.identity == other.identity and other != take
         assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
         white = (picture[[0, 0, -1, -1], [0, -1, 0, -1]] > 247).all()
         assert white == (i % 2 == 1)
-    assert (wan_looks._drawn(takes[0], 0, CONFIG) == pictures[0]).all(), "seeded by the number"
-    assert (wan_looks._drawn(takes[0], 2, CONFIG) != pictures[0]).any()
+    assert (wan_looks.drawn_shot(takes[0], 0, CONFIG) == pictures[0]).all(), "seeded by the number"
+    assert (wan_looks.drawn_shot(takes[0], 2, CONFIG) != pictures[0]).any()
 
 
 # The loss
@@ -262,15 +262,17 @@ def test_a_step_learns_from_what_was_drawn(monkeypatch):
     monkeypatch.setattr(text_encoder, "trained", lambda *_a: lambda ids: SimpleNamespace(last_hidden_state=ids))
     given = np.array([[True, False], [False, False], [False, True]])
     moved = np.arange(18, dtype=np.float32).reshape(3, 2, 3)
-    batch = wan_stages.Batch(marked(PICTURE, 3, 2), ["a cat", "a dog", ""], given, moved)
-    free = dataclasses.replace(batch, given=np.zeros_like(given), moved=None)
+    weight = np.ones((3, 2, 4, 4), np.float32)
+    batch = wan_stages.Batch(marked(PICTURE, 3, 2), ["a cat", "a dog", ""], given, moved, weight=weight)
+    free = dataclasses.replace(batch, given=np.zeros_like(given), moved=None, weight=None)
     for drawn in (batch, free):
         wan_stages.train_flow(
             "x", torch.nn.Linear(1, 1), 1, 1, lambda *_a, d=drawn: d, Path(), CONFIG, CPU, 1.0, None
         )
-    (_, clean, noise, sigma, context, there), (*_, plain, _, nowhere) = seen
+    (_, clean, noise, sigma, context, there, weighed), (*_, plain, _, nowhere, alike) = seen
     assert sigma.shape == (3, 2) and torch.equal(sigma == 0, torch.from_numpy(given))
     assert sigma[1, 0] == sigma[1, 1] and sigma[0, 1] != sigma[2, 0]
+    assert torch.equal(weighed, torch.ones(3, 2, 4, 4)) and alike is None
     assert torch.equal(there, torch.from_numpy(moved)) and nowhere is None and plain.shape == (3,)
     assert clean.shape == noise.shape and float(clean[1, 0, 0, 0, 0]) == pytest.approx((1 - 3) / 2, abs=0.3)
     assert torch.equal(context, text_encoder.tokens(["a cat", "a dog", ""], CPU))

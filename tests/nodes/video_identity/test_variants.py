@@ -50,9 +50,9 @@ def test_training_learns_for_the_variant(kind):
             objective(0, torch.Generator().manual_seed(1)).backward()
             return {name: tensor.grad for name, tensor in adapter.tensors().items()}
 
-    ours = gradients(training._WithReferences)
+    ours = gradients(training.WithReferences)
     with variants.trained_with(kind):
-        theirs = gradients(training._WithReferences)
+        theirs = gradients(training.WithReferences)
     distance = max(relative(theirs[name], ours[name]) for name in ours if ours[name] is not None)
     assert distance < 1e-3 if kind is published_wan.Wan else distance > 1e-2
     assert all(theirs[name] is not None and theirs[name].any() for name in theirs if ours[name] is not None)

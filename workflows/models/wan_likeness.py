@@ -1,0 +1,91 @@
+"""The transformer's last stage: what a clean shot shows is to be seen in the picture, while the loss looks there.
+
+A puppet covers a fifth of a picture, its clothes a tenth; where every place counts the same, what a shot tells of
+them is lost in what the scene leaves open.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import wan_adapter
+import wan_looks
+import wan_stages as stages
+from pack.nodes.puppets import render, world
+from pack.nodes.puppets.config import Take
+from wan_stages import Batch, Config
+
+_FIRST_SHOT = 100_000  # beside the numbers of earlier shots
+_MIDDLES = (0, 2.5, 6.5, 10.5, 14.5)  # of the frames that each latent of a clip stands for
+
+
+def train(state: Path, config: Config, device, deadline: float, encoder: Path) -> bool:
+    """Goes on from `train_aligned`: of ten steps five have pictures, four clips, and one is of the stage `looks`.
+
+    Shots are always given, most captions name no clothes, and a place on the puppet counts more than another, which
+    falls to nothing until the last step.
+    """
+    images, clips = stages.latents(state, config)
+    alone = wan_adapter.alone(config)[:config.shot_clips]
+    taken = [world.sample_take(i, "train") for i in range(config.likeness_pictures)]
+    filmed = [stages.clip_takes(i)[0] for i in alone]
+    shots = _kept(state / f"likeness_shots_{config.size}_{len(taken)}_{len(filmed)}.npy", lambda: (
+        wan_looks.encoded_shots(state, config, taken + filmed, _FIRST_SHOT, device)
+    ))
+    still = _kept(state / f"puppet_in_pictures_{config.size}_{len(taken)}.npy", lambda: (
+        np.stack([_covered(take, config.size) for take in taken])[:, None]
+    ))
+    moving = _kept(state / f"puppet_in_clips_{config.size}_{len(filmed)}.npy", lambda: (
+        np.stack([[_covered(moment, config.size) for moment in _moments(take)] for take in filmed])
+    ))
+
+    def draw(rng: np.random.Generator, index: int) -> Batch:
+        if index % 10 == 0:
+            return wan_looks.clips_with_first_frame(clips, rng, config)
+        if index % 2:
+            rows = rng.integers(0, len(taken), config.shots_batch)
+            takes, data, covered, numbers = [taken[i] for i in rows], images[rows], still[rows], rows
+        else:
+            rows = rng.integers(0, len(filmed), config.clip_batch)
+            takes, data, covered = [filmed[i] for i in rows], clips[np.array(alone)[rows]], moving[rows]
+            numbers = len(taken) + rows
+        bare, before, elsewhere = rng.random((3, len(rows))) < np.array([config.likeness_bare, 0.5, 0.5])[:, None]
+        at = np.arange(len(rows)), np.where(before, 0, -1)
+        latents = _beside(shots[numbers], data, before)
+        given = np.zeros(latents.shape[:1] + latents.shape[2:3], bool)
+        given[at] = True
+        moved = np.zeros((*given.shape, 3), np.float32)
+        moved[at] = rng.integers(-wan_looks.REACH, wan_looks.REACH + 1, (len(rows), 3)) * (0, 1, 1)
+        moved[~elsewhere] = 0
+        more = config.likeness_weight * (1 - index / config.likeness_steps)
+        weight = 1 + more * _beside(np.zeros_like(covered[:, :1]), covered, before, axis=1)
+        texts = wan_looks.texts([(take,) for take in takes], bare, rng, config.drop_caption)
+        return Batch(latents, texts, given, moved, weight=weight.astype(np.float32))
+
+    return stages.train_flow(
+        "likeness", wan_looks.trained(state, "aligned", config, device), config.likeness_steps, config.likeness_rate,
+        draw, state, config, device, deadline, encoder,
+    )
+
+
+def _beside(shot: np.ndarray, data: np.ndarray, before: np.ndarray, axis: int = 2) -> np.ndarray:
+    """Frames of `data` with that of `shot` before or after them."""
+    chosen = before.reshape(-1, *[1] * (data.ndim - 1))
+    return np.where(chosen, np.concatenate([shot, data], axis), np.concatenate([data, shot], axis))
+
+
+def _moments(take: Take) -> list[Take]:
+    return [dataclasses.replace(take, phase=take.phase + frame / stages.FRAMES) for frame in _MIDDLES]
+
+
+def _covered(take: Take, size: int) -> np.ndarray:
+    """float32 [H/8, W/8] in 0..1: how much of each latent's place the puppet covers."""
+    side, step = size // stages.whole_clip.STRIDE, stages.whole_clip.STRIDE
+    mask = np.asarray(render.render(take, size).mask, np.float32)
+    return mask.reshape(side, step, side, step).mean((1, 3))
+
+
+def _kept(path: Path, make) -> np.ndarray:
+    if not path.exists():
+        stages.keep(path, make())
+    return np.load(path)
