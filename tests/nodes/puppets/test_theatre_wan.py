@@ -339,7 +339,7 @@ def test_a_weight_says_how_much_each_place_counts():
     level = torch.full((2,), 0.5)
 
     def loss(weight):
-        return wan_stages.flow_loss(lambda x, *_a, **_k: torch.zeros_like(x), clean, noise, level, None, weight=weight)
+        return wan_stages.flow_loss(lambda x, *_a, **_k: 0 * x, clean, noise, level, None, weight=weight)
 
     error = (noise - clean).square().mean(1)
     assert torch.allclose(loss(weight), (weight * error).sum() / weight.sum())

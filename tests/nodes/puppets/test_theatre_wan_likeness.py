@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from host.scripts import ROOT
+from marked_latents import ALONE, CLIP, PICTURE, SHOT, marked
 from pack.nodes.puppets import captions, render, world
 
 sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script finds its own modules
@@ -18,13 +19,7 @@ CONFIG = wan_stages.Config(
     size=32, pictures=40, clips=9, clip_batch=48, shots_batch=64, shot_clips=6, likeness_pictures=20,
     likeness_steps=100, likeness_weight=3.0, likeness_bare=0.75, drop_caption=0.0,
 )
-ALONE = [0, 1, 2, 3, 4, 6]  # the first six clips of one puppet
-PICTURE, CLIP, SHOT = 0, 100, 200  # what marks latents of each kind, before their number
 
-
-def marked(kind, count, frames):
-    numbers = kind + np.arange(count, dtype=np.float32)
-    return np.broadcast_to(numbers[:, None, None, None, None], (count, 16, frames, 4, 4))
 
 
 @pytest.fixture

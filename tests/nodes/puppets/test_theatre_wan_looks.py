@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from host.scripts import ROOT
+from marked_latents import ALONE, CLIP, PICTURE, SHOT, marked
 from pack.nodes.puppets import captions, world
 from pack.nodes.puppets.config import SPECIES
 
@@ -23,14 +24,7 @@ CONFIG = wan_stages.Config(
     size=32, pictures=40, clips=9, clip_batch=64, shot_pictures=33, shot_clips=6, shots_batch=64, shots_still=10,
     drop_caption=0.0,
 )
-ALONE = [0, 1, 2, 3, 4, 6]  # the first six clips of one puppet
-PICTURE, CLIP, SHOT = 0, 100, 200  # what marks latents of each kind, before their number
 
-
-def marked(kind, count, frames):
-    """Latents that are all their own number, [count, 16, frames, 4, 4]."""
-    numbers = kind + np.arange(count, dtype=np.float32)
-    return np.broadcast_to(numbers[:, None, None, None, None], (count, 16, frames, 4, 4))
 
 
 @pytest.fixture
