@@ -101,15 +101,18 @@ class VideoIdentities:
     def __init__(self, identities: tuple[Identity, ...]):
         self.identities = identities
         self.cache = method.ReferenceCache()
+        self._size: tuple[int, ...] | None = None  # height and width of the latents of this run
 
     def cleanup(self, _patcher: Any) -> None:
         """The host's ON_CLEANUP: nothing outlives a run."""
         self.cache.clear()
+        self._size = None
 
     def prepare_sampling(self, executor, model, noise_shape, *args, **kwargs):
         """The host's PREPARE_SAMPLING: the estimate of memory grows by the cache, as columns of the latent."""
         shape = list(noise_shape)
         if len(shape) == 5:
+            self._size = tuple(shape[-2:])
             # The width, since context windows overwrite the frames; of the whole batch, which shares one cache.
             column = model.model.memory_required([*shape[:-1], 1])
             shape[-1] += math.ceil(self.cache_bytes(model.model) / column)
@@ -178,6 +181,11 @@ class VideoIdentities:
         window = options.get("context_window")
         if window is not None and window.dim != 2:
             raise ValueError("mask cannot follow context windows over height or width: window the frames, or no mask")
+        if self._size not in (None, tuple(x.shape[-2:])):
+            raise ValueError(
+                "mask cannot follow a conditioning with an area, which shows the model a part of the video: take "
+                "Conditioning (Set Mask) in place of Set Area, or disconnect `mask`"
+            )
         sliced = window is not None and getattr(window, "total_frames", 0) > 0
         frames = window.total_frames if sliced else x.shape[2]
         patch = base.diffusion_model.patch_size

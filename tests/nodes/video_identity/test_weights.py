@@ -4,6 +4,7 @@ import logging
 
 import comfy.model_patcher
 import pytest
+import tiny_model
 import torch
 from comfy.context_windows import IndexListContextWindow
 from comfy.patcher_extension import WrappersMP
@@ -115,6 +116,19 @@ def test_a_mask_a_frame_follows_the_4n_plus_1_rule_and_context_windows():
         call(masked, x, options={"context_window": across})
     with pytest.raises(ValueError, match=r"mask has 9 frames and the video has 17 \(5 in the latent\)"):
         call(masked, draw(2, 1, 16, 5, 8, 6))
+
+
+def test_a_mask_beside_an_area_is_refused_and_everything_else_beside_it_is_not():
+    """The model is shown the area alone, and nobody says which part of the mask that is."""
+    half = [[draw(9, 1, 4, tiny_model.CONTEXT), {"area": (8, 4, 0, 2), "set_area_to_bounds": False, "strength": 1.0}]]
+    mask = torch.ones(1, 8, 6)
+    mask[..., :3] = 0
+    masked = shown(mask=mask)
+    whole = sample(masked)
+    with pytest.raises(ValueError, match="Set Mask"):
+        sample(masked, positive=half)
+    assert torch.equal(sample(masked), whole)
+    assert not torch.equal(sample(shown(), positive=half), sample(MODEL, positive=half))
 
 
 def test_the_host_s_context_windows_see_their_own_frames_of_the_mask():
