@@ -31,7 +31,7 @@ class AdapterConfig:
     """A run over `PAIRS` clips of one puppet each."""
 
     adapter_rank: int = 16
-    adapter_steps: int = 600
+    adapter_steps: int = 400
     adapter_batch: int = 12
     adapter_pictures: int = 36  # first frames, every other step
     adapter_matrix_lr: float = 0.02

@@ -39,7 +39,7 @@ class Config:
     aligned_rate: float = 0.7
     aligned_block: int = 2  # of six
     aligned_weight: float = 0.5
-    likeness_steps: int = 1_200  # after those, on new shots that are always given, while the loss looks at the puppet
+    likeness_steps: int = 2_300  # after those, on new shots that are always given, while the loss looks at the puppet
     likeness_rate: float = 0.7
     likeness_pictures: int = 6_000
     likeness_bare: float = 0.85  # of the captions name no clothes
