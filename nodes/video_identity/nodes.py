@@ -22,6 +22,17 @@ def _fraction(id: str, step: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(id, default=default, min=0.0, max=1.0, step=step, round=False, tooltip=tooltip)
 
 
+def _boxes_input() -> io.BoundingBox.Input:
+    boxes = io.BoundingBox.Input(
+        "bboxes", optional=True, force_input=True,
+        tooltip="Boxes of faces in pixels, from a face detector. The largest counts. Without a face the whole "
+        "picture is used.",
+    )
+    # The host's default is a box of 512 pixels, which clients that fill in defaults send where nothing is connected.
+    boxes.default = None
+    return boxes
+
+
 class UnderstudyPrepareReference(io.ComfyNode):
     """A picture of a person as the adapter knows them: a square around the face, on white."""
 
@@ -51,11 +62,7 @@ class UnderstudyPrepareReference(io.ComfyNode):
                     tooltip="1 where the person is, from Remove Background or a face mask. The rest becomes white. "
                     "Without bboxes the square goes around it.",
                 ),
-                io.BoundingBox.Input(
-                    "bboxes", optional=True, force_input=True,
-                    tooltip="Boxes of faces in pixels, from a face detector. The largest counts. Without a face the "
-                    "whole picture is used.",
-                ),
+                _boxes_input(),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The square picture. Connect it to VAE Encode.")],
         )

@@ -70,6 +70,12 @@ def at(image, row, column):
     return [round(float(v) * 100) for v in image[0, row, column, :2]]
 
 
+def test_boxes_have_no_default_that_a_client_could_send():
+    """The host's own is a box of 512 pixels, and comfy-cli fills in defaults: then no mask's extent would count."""
+    boxes = next(i for i in UnderstudyPrepareReference.define_schema().inputs if i.id == "bboxes").as_dict()
+    assert boxes["forceInput"] and boxes.get("default") is None
+
+
 def test_the_crop_is_half_as_large_again_around_the_largest_face():
     """A box of 20 x 10 around (50, 30) becomes 30 x 30 pixels from (35, 15)."""
     boxes = [[box(0, 0, 5, 5), box(40, 25, 20, 10)]]
