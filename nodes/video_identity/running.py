@@ -184,7 +184,7 @@ class VideoIdentities:
         if self._size not in (None, tuple(x.shape[-2:])):
             raise ValueError(
                 "mask cannot follow a conditioning with an area, which shows the model a part of the video: take "
-                "Conditioning (Set Mask) in place of Set Area, or disconnect `mask`"
+                "Conditioning (Set Mask) with set_cond_area `default` in place of it, or disconnect `mask`"
             )
         sliced = window is not None and getattr(window, "total_frames", 0) > 0
         frames = window.total_frames if sliced else x.shape[2]
