@@ -102,18 +102,18 @@ def train(
     for text in (wanted := texts(config, indices, settings.adapter_drop)):
         if text not in encoded:
             encoded[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    as_published = TrainingConfig(
+    run = TrainingConfig(
         settings.adapter_steps, settings.adapter_lr, seed=config.seed, batch_size=settings.adapter_batch, dtype="fp32"
     )
     given = as_encoded(torch.from_numpy(clips[indices])), as_encoded(references(state, config, indices, device))
     conditionings = [encoded[text] for text in wanted]
     of = json.dumps([dataclasses.asdict(settings), len(indices), wan_export.sha256(transformer)])
     path = state / f"{name}_{hashlib.sha256(of.encode()).hexdigest()[:8]}.pt"
-    with training.prepared(model, *given, conditionings, as_published, settings.adapter_rank) as prepared:
+    with training.prepared(model, *given, conditionings, run, settings.adapter_rank) as prepared:
         adapter, samples, denoiser = prepared
         first = [dataclasses.replace(sample, latent=sample.latent[:, :, :1]) for sample in samples]
-        stills = dataclasses.replace(as_published, batch_size=settings.adapter_pictures)
-        objectives = DenoisingObjective(denoiser, first, stills), DenoisingObjective(denoiser, samples, as_published)
+        stills = dataclasses.replace(run, batch_size=settings.adapter_pictures)
+        objectives = DenoisingObjective(denoiser, first, stills), DenoisingObjective(denoiser, samples, run)
         live = Learnt(adapter.tensors())
         average = live.frozen()
         optimiser = Optimiser(live, settings.adapter_matrix_lr, settings.adapter_lr)

@@ -33,10 +33,10 @@ def train(state: Path, config: Config, device, deadline: float, encoder: Path) -
         wan_looks.encoded_shots(state, config, taken + filmed, _FIRST_SHOT, device)
     ))
     still = _kept(state / f"puppet_in_pictures_{config.size}_{len(taken)}.npy", lambda: (
-        np.stack([_covered(take, config.size) for take in taken])[:, None]
+        np.stack([covered(take, config.size) for take in taken])[:, None]
     ))
     moving = _kept(state / f"puppet_in_clips_{config.size}_{len(filmed)}.npy", lambda: (
-        np.stack([[_covered(moment, config.size) for moment in _moments(take)] for take in filmed])
+        np.stack([[covered(moment, config.size) for moment in moments(take)] for take in filmed])
     ))
 
     def draw(rng: np.random.Generator, index: int) -> Batch:
@@ -44,21 +44,21 @@ def train(state: Path, config: Config, device, deadline: float, encoder: Path) -
             return wan_looks.clips_with_first_frame(clips, rng, config)
         if index % 2:
             rows = rng.integers(0, len(taken), config.shots_batch)
-            takes, data, covered, numbers = [taken[i] for i in rows], images[rows], still[rows], rows
+            takes, data, puppet, numbers = [taken[i] for i in rows], images[rows], still[rows], rows
         else:
             rows = rng.integers(0, len(filmed), config.clip_batch)
-            takes, data, covered = [filmed[i] for i in rows], clips[np.array(alone)[rows]], moving[rows]
+            takes, data, puppet = [filmed[i] for i in rows], clips[np.array(alone)[rows]], moving[rows]
             numbers = len(taken) + rows
         bare, before, elsewhere = rng.random((3, len(rows))) < np.array([config.likeness_bare, 0.5, 0.5])[:, None]
         at = np.arange(len(rows)), np.where(before, 0, -1)
-        latents = _beside(shots[numbers], data, before)
+        latents = wan_looks.beside(shots[numbers], data, before)
         given = np.zeros(latents.shape[:1] + latents.shape[2:3], bool)
         given[at] = True
         moved = np.zeros((*given.shape, 3), np.float32)
         moved[at] = rng.integers(-wan_looks.REACH, wan_looks.REACH + 1, (len(rows), 3)) * (0, 1, 1)
         moved[~elsewhere] = 0
         more = config.likeness_weight * (1 - index / config.likeness_steps)
-        weight = 1 + more * _beside(np.zeros_like(covered[:, :1]), covered, before, axis=1)
+        weight = 1 + more * wan_looks.beside(np.zeros_like(puppet[:, :1]), puppet, before, axis=1)
         texts = wan_looks.texts([(take,) for take in takes], bare, rng, config.drop_caption)
         return Batch(latents, texts, given, moved, weight=weight.astype(np.float32))
 
@@ -68,17 +68,12 @@ def train(state: Path, config: Config, device, deadline: float, encoder: Path) -
     )
 
 
-def _beside(shot: np.ndarray, data: np.ndarray, before: np.ndarray, axis: int = 2) -> np.ndarray:
-    """Frames of `data` with that of `shot` before or after them."""
-    chosen = before.reshape(-1, *[1] * (data.ndim - 1))
-    return np.where(chosen, np.concatenate([shot, data], axis), np.concatenate([data, shot], axis))
-
-
-def _moments(take: Take) -> list[Take]:
+def moments(take: Take) -> list[Take]:
+    """The take as each latent of its clip shows it, in the middle of its frames."""
     return [dataclasses.replace(take, phase=take.phase + frame / stages.FRAMES) for frame in _MIDDLES]
 
 
-def _covered(take: Take, size: int) -> np.ndarray:
+def covered(take: Take, size: int) -> np.ndarray:
     """float32 [H/8, W/8] in 0..1: how much of each latent's place the puppet covers."""
     side, step = size // stages.whole_clip.STRIDE, stages.whole_clip.STRIDE
     mask = np.asarray(render.render(take, size).mask, np.float32)

@@ -91,9 +91,7 @@ def _shots_drawer(state: Path, config: Config, device, still: int, seen: tuple[n
         data = clips[np.array(alone)[rows]] if moving else images[rows]
         numbers = rows + (config.shot_pictures if moving else 0)
         shot = shots[numbers]
-        latents = np.where(
-            before[:, None, None, None, None], np.concatenate([shot, data], 2), np.concatenate([data, shot], 2)
-        )
+        latents = beside(shot, data, before)
         frames = np.zeros((len(rows), latents.shape[2]), bool)
         at = np.arange(len(rows)), np.where(before, 0, -1)
         frames[at] = given
@@ -112,6 +110,12 @@ def _shots_drawer(state: Path, config: Config, device, still: int, seen: tuple[n
         return Batch(latents, texts(takes, bare, rng, config.drop_caption), frames, moved, features)
 
     return draw
+
+
+def beside(shot: np.ndarray, data: np.ndarray, before: np.ndarray, axis: int = 2) -> np.ndarray:
+    """Frames of `data` with that of `shot` before them, where `before` [B] says so, or after them."""
+    chosen = before.reshape(-1, *[1] * (data.ndim - 1))
+    return np.where(chosen, np.concatenate([shot, data], axis), np.concatenate([data, shot], axis))
 
 
 def trained(state: Path, name: str, config: Config, device):

@@ -289,8 +289,9 @@ def test_every_sixth_clip_has_two_who_do_the_same():
     assert frames.shape == alone.shape == (17, 48, 48, 3) and (frames != alone).any((1, 2, 3)).all()
 
 
-def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path, written):
-    """On random latents: the published keys, and nothing of the clothes in words."""
+@pytest.mark.parametrize("rank", [2, 16])  # by AdamW alone, and by Muon alone
+def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path, written, monkeypatch, rank):
+    """On random latents: clips and first frames by turns, averaged, and nothing of the clothes in words."""
     config = dataclasses.replace(TINY, clips=6)
     rng = np.random.default_rng(0)
     for kind, frames in (("pictures", 1), ("clips", 5)):
@@ -298,10 +299,22 @@ def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path
             wan_stages.keep(path, rng.standard_normal((stop - start, 16, frames, 4, 4), np.float32))
     assert wan_adapter.alone(config) == [0, 1, 2, 3, 4]
     assert all("striped" not in text and "hat" not in text for text in wan_adapter.texts(config, [0, 1, 2], 0))
-    settings = wan_adapter.AdapterConfig(adapter_rank=2, adapter_steps=2, adapter_batch=2, adapter_pictures=3)
+    settings = wan_adapter.AdapterConfig(adapter_rank=rank, adapter_steps=4, adapter_batch=2, adapter_pictures=3)
+    seen, objective = [], wan_adapter.DenoisingObjective
+
+    class Noted(objective):
+        def loss(self, clean, conditions, generator):
+            seen.append(tuple(clean.shape[:3]))
+            return super().loss(clean, conditions, generator)
+
+    monkeypatch.setattr(wan_adapter, "DenoisingObjective", Noted)
     assert wan_adapter.train(tmp_path, config, settings, CPU, written[2][0], ENCODER, deadline=0) is None
     trained, log = wan_adapter.train(tmp_path, config, settings, CPU, written[2][0], ENCODER)
-    assert log[-1][0] == 2 and all(block.v.up.any() for block in trained.blocks)
+    assert log[-1][0] == 4 and all(block.v.up.any() for block in trained.blocks)
+    assert seen == [(3, 16, 1), (2, 16, 5)] * 2
+    (state,) = (torch.load(path, weights_only=True) for path in tmp_path.glob("puppets_wan_identity_*.pt"))
+    kept = {name: state["modules"][name]["blocks/0/self_attn/v_loras/up/weight"] for name in ("live", "average")}
+    assert torch.equal(trained.blocks[0].v.up, kept["average"]) and not torch.equal(kept["average"], kept["live"])
     path = tmp_path / "adapter.safetensors"
     wan_export.save_adapter(path, trained.tensors(), {"steps": 2})
     adapter_from(files.read(path)[0]).check(theatre.WAN_CONFIG["dim"], theatre.WAN_CONFIG["num_layers"])
@@ -344,3 +357,14 @@ def test_a_weight_says_how_much_each_place_counts():
     error = (noise - clean).square().mean(1)
     assert torch.allclose(loss(weight), (weight * error).sum() / weight.sum())
     assert torch.allclose(loss(torch.ones_like(weight)), loss(None))
+
+
+def test_an_average_forgets_its_beginning_and_then_follows_slowly():
+    live, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    for module, value in ((live, 1.0), (average, 0.0)):
+        torch.nn.init.constant_(module.weight, value)
+    found = []
+    for index in (0, 1, 10, 10_000):
+        timeboxed.follow(average, live, index, 0.9)
+        found.append(average.weight.item())
+    assert found == pytest.approx([0, 9 / 11, 1 - 2 / 11 * 11 / 20, 1 - 0.9 * 2 / 11 * 11 / 20])

@@ -1,0 +1,112 @@
+"""What a reference tells the theatre's video model after each stage of its training, as a loss, without sampling.
+
+    python tests/experiments/video_identity_losses.py
+
+48 validation clips of one puppet at noise level 0.95, the velocity's mean square error on the whole clip and on the
+puppet: without a reference, with all words of the clothes, and with the clip's own or the next case's reference, read
+by restricted attention, vanilla attention and at shared positions, without an adapter and, last, with the shipped
+one. Needs the state of train_puppets_wan.py. Writes results/video_identity_losses.json (means with 95 % intervals).
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "workflows" / "models"
+STATE = ROOT / ".cache" / "training" / "puppets_wan"
+sys.path[:0] = [str(ROOT / "tests"), str(MODELS)]
+from host import environment, scripts  # noqa: E402
+
+if __name__ == "__main__":
+    environment.enter(ROOT)
+scripts.alias_pack()
+
+import numpy as np  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+
+scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
+import published_wan  # noqa: E402
+import text_encoder  # noqa: E402
+import wan_adapter  # noqa: E402
+import wan_likeness  # noqa: E402
+import wan_looks  # noqa: E402
+import wan_stages as stages  # noqa: E402
+from experiments import report, video_identity_variants  # noqa: E402
+from pack.nodes.puppets import captions  # noqa: E402
+
+CASES, LEVEL, SEED = 48, 0.95, 0x105
+CPU = torch.device("cpu")
+ADAPTER = MODELS / "loras" / "puppets_wan_identity.safetensors"
+ENCODER = MODELS / "checkpoints" / "puppets_sd.safetensors"
+READERS = {"restricted attention": published_wan.Wan, **video_identity_variants.VARIANTS}
+MEASURES = ("whole", "puppet")
+
+
+def errors(output: torch.Tensor, velocity: torch.Tensor, covered: torch.Tensor) -> list[dict[str, float]]:
+    """Of each clip [16, T, h, w]: the mean square error everywhere, and where the puppet is."""
+    square = (output - velocity).square().mean(1)
+    puppet = (square * covered).sum((1, 2, 3)) / covered.sum((1, 2, 3))
+    return [{"whole": float(w), "puppet": float(p)} for w, p in zip(square.mean((1, 2, 3)), puppet, strict=True)]
+
+
+def main() -> None:
+    config = stages.Config()
+    for name in ("looks", "aligned", "likeness"):
+        if not (STATE / f"{name}.pt").exists():
+            raise SystemExit(f"{STATE / name}.pt is missing: train it with workflows/models/train_puppets_wan.py")
+    indices = [i for i in range(2 * CASES) if len(stages.clip_takes(i, "validation")) == 1][:CASES]
+    takes = [stages.clip_takes(i, "validation")[0] for i in indices]
+    vae = stages.trained_vae(STATE, config, CPU)["vae"]
+    mean, deviation = (x[:, None, None, None] for x in stages.statistics(stages.latents(STATE, config)[1]))
+    others = (
+        wan_adapter.reference_take(take.identity, np.random.default_rng([SEED, i])) for i, take in enumerate(takes)
+    )
+    pictures = torch.stack([wan_adapter.reference_image(take, config.size) for take in others])
+
+    def normalised(frames: np.ndarray) -> torch.Tensor:
+        return (stages.whole_clip.encode(vae, stages.to_pixels(frames, CPU)).float() - mean) / deviation
+
+    with torch.no_grad(), stages.host_in_training():
+        pairs = zip(takes[::2], takes[1::2], strict=True)  # a batch of one is several times slower
+        clips = ([stages.clip_frames([take], config.size) for take in pair] for pair in pairs)
+        clean = torch.cat([normalised(np.stack(pair)) for pair in clips])
+        shots = normalised((pictures.numpy() * 255).round().astype(np.uint8))
+        covered = torch.from_numpy(np.stack([
+            [wan_likeness.covered(moment, config.size) for moment in wan_likeness.moments(take)] for take in takes
+        ]))
+        encoder = text_encoder.trained(ENCODER, CPU)
+        texts = [captions.group_caption([take]) for take in takes], [captions.caption(take) for take in takes]
+        bare, full = (encoder(text_encoder.tokens(part, CPU)).last_hidden_state for part in texts)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED))
+        noisy, timestep = torch.lerp(clean, noise, LEVEL), torch.full((CASES,), 1000 * LEVEL)
+        found: dict[str, list] = {}
+        for stage in ("looks", "aligned", "likeness"):
+            dit = wan_looks.trained(STATE, stage, config, CPU).eval()
+            for words, context in (("no reference", bare), ("all words of the clothes", full)):
+                output = dit(noisy, timestep, context=context).float()
+                found[f"{stage}: {words}"] = errors(output, noise - clean, covered)
+            trained = safetensors.torch.load_file(ADAPTER)
+            none = {key: torch.zeros_like(tensor) for key, tensor in trained.items()}
+            for said, adapter in (("no adapter", none), ("the shipped adapter", trained)):
+                if adapter is trained and stage != "likeness":
+                    continue
+                for reader, kind in READERS.items():
+                    if adapter is trained and kind is not published_wan.Wan:
+                        continue
+                    wan = kind(dit.state_dict(), dit.num_heads, dit.freq_dim, adapter, dtype=torch.float32)
+                    for whose, reference in (("own", shots), ("another's", shots.roll(1, 0))):
+                        wan.attended.clear()
+                        rows = errors(wan(noisy, timestep, bare, reference), noise - clean, covered)
+                        found[f"{stage}: {whose} reference, {reader}, {said}"] = rows
+    summaries = {name: report.summary(rows, MEASURES) for name, rows in found.items()}
+    for name, summary in summaries.items():
+        print(name, {measure: np.round(summary[measure], 3).tolist() for measure in MEASURES}, flush=True)
+    report.write_json(report.RESULTS / "video_identity_losses.json", {
+        "command": report.command("video_identity_losses.py"), "machine": report.machine(), "noise level": LEVEL,
+        "cases": CASES, "interval": "95 %: [mean, low, high]", "losses": summaries,
+    })
+
+
+if __name__ == "__main__":
+    main()
