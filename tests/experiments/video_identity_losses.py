@@ -37,6 +37,7 @@ from pack.nodes.puppets import captions  # noqa: E402
 
 CASES, LEVEL, SEED = 48, 0.95, 0x105
 CPU = torch.device("cpu")
+STAGES = ("looks", "aligned", "likeness")
 ADAPTER = MODELS / "loras" / "puppets_wan_identity.safetensors"
 ENCODER = MODELS / "checkpoints" / "puppets_sd.safetensors"
 READERS = {"restricted attention": published_wan.Wan, **video_identity_variants.VARIANTS}
@@ -52,7 +53,7 @@ def errors(output: torch.Tensor, velocity: torch.Tensor, covered: torch.Tensor) 
 
 def main() -> None:
     config = stages.Config()
-    for name in ("looks", "aligned", "likeness"):
+    for name in STAGES:
         if not (STATE / f"{name}.pt").exists():
             raise SystemExit(f"{STATE / name}.pt is missing: train it with workflows/models/train_puppets_wan.py")
     indices = [i for i in range(2 * CASES) if len(stages.clip_takes(i, "validation")) == 1][:CASES]
@@ -80,25 +81,23 @@ def main() -> None:
         bare, full = (encoder(text_encoder.tokens(part, CPU)).last_hidden_state for part in texts)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED))
         noisy, timestep = torch.lerp(clean, noise, LEVEL), torch.full((CASES,), 1000 * LEVEL)
+        shipped = safetensors.torch.load_file(ADAPTER)
+        untrained = {key: torch.zeros_like(tensor) for key, tensor in shipped.items()}
         found: dict[str, list] = {}
-        for stage in ("looks", "aligned", "likeness"):
+        for stage in STAGES:
             dit = wan_looks.trained(STATE, stage, config, CPU).eval()
             for words, context in (("no reference", bare), ("all words of the clothes", full)):
                 output = dit(noisy, timestep, context=context).float()
                 found[f"{stage}: {words}"] = errors(output, noise - clean, covered)
-            trained = safetensors.torch.load_file(ADAPTER)
-            none = {key: torch.zeros_like(tensor) for key, tensor in trained.items()}
-            for said, adapter in (("no adapter", none), ("the shipped adapter", trained)):
-                if adapter is trained and stage != "likeness":
-                    continue
-                for reader, kind in READERS.items():
-                    if adapter is trained and kind is not published_wan.Wan:
-                        continue
-                    wan = kind(dit.state_dict(), dit.num_heads, dit.freq_dim, adapter, dtype=torch.float32)
-                    for whose, reference in (("own", shots), ("another's", shots.roll(1, 0))):
-                        wan.attended.clear()
-                        rows = errors(wan(noisy, timestep, bare, reference), noise - clean, covered)
-                        found[f"{stage}: {whose} reference, {reader}, {said}"] = rows
+            readings = [(reader, "no adapter", untrained) for reader in READERS]
+            if stage == "likeness":
+                readings.append(("restricted attention", "the shipped adapter", shipped))
+            for reader, said, adapter in readings:
+                wan = READERS[reader](dit.state_dict(), dit.num_heads, dit.freq_dim, adapter, dtype=torch.float32)
+                for whose, reference in (("own", shots), ("another's", shots.roll(1, 0))):
+                    wan.attended.clear()
+                    rows = errors(wan(noisy, timestep, bare, reference), noise - clean, covered)
+                    found[f"{stage}: {whose} reference, {reader}, {said}"] = rows
     summaries = {name: report.summary(rows, MEASURES) for name, rows in found.items()}
     for name, summary in summaries.items():
         print(name, {measure: np.round(summary[measure], 3).tolist() for measure in MEASURES}, flush=True)
