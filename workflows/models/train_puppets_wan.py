@@ -30,7 +30,6 @@ if __name__ == "__main__":
     environment.enter(ROOT)
 scripts.alias_pack()
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
@@ -48,32 +47,6 @@ ENCODER = MODELS / "checkpoints" / "puppets_sd.safetensors"
 TRANSFORMER = MODELS / "diffusion_models" / "puppets_wan.safetensors"
 AUTOENCODER = MODELS / "vae" / "puppets_wan_vae.safetensors"
 ADAPTER = MODELS / "loras" / "puppets_wan_identity.safetensors"
-
-
-def preview(config: stages.Config, clips: np.ndarray, mean, deviation) -> np.ndarray:
-    """The map of `wan_export.latent_rgb`, fitted to 48 training clips."""
-    takes = [stages.clip_takes(i) for i in range(min(48, len(clips)))]
-    pixels = stages.to_pixels(np.stack([stages.clip_frames(shown, config.size) for shown in takes]), "cpu")
-    normalised = (clips[:len(takes)] - mean[:, None, None, None]) / deviation[:, None, None, None]
-    return wan_export.latent_rgb(normalised, stages.grouped(pixels).numpy())
-
-
-def export(config: stages.Config, device) -> None:
-    """Both files, and what SOURCES.md and nodes/puppets/theatre.py say of them."""
-    _, clips = stages.latents(STATE, config)
-    mean, deviation = stages.statistics(clips)
-    vae = stages.trained_vae(STATE, config, device)["vae"]
-    state = torch.load(STATE / "likeness.pt", map_location="cpu", weights_only=True)
-    training = {**dataclasses.asdict(config), "steps": state["done"], "text_encoder": wan_export.sha256(ENCODER)}
-    wan_export.save_vae(AUTOENCODER, vae, mean, deviation, training)
-    wan_export.save_dit(TRANSFORMER, state["modules"]["average"], training)
-    for path in (TRANSFORMER, AUTOENCODER):
-        print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, sha256 {wan_export.sha256(path)}")
-    losses = [round(loss, 4) for _, loss in state["log"][-3:]]
-    print(f"transformer step {state['done']} of the last stage, last losses {losses}")
-    print(f"PSNR {stages.picture_psnr(vae, STATE, config, device):.2f} dB on pictures, "
-          f"{stages.clip_psnr(vae, config, device):.2f} dB on clips")
-    print("latent to RGB:", np.round(preview(config, clips, mean.numpy(), deviation.numpy()), 4).tolist())
 
 
 def adapter(config: stages.Config, settings: wan_adapter.AdapterConfig, device, deadline: float) -> None:
@@ -123,7 +96,7 @@ def main() -> None:
             print(f"stopped in stage {name}; call again to go on")
             return
     if arguments.stage in ("all", "export"):
-        export(config, device)
+        wan_export.export(STATE, config, device, TRANSFORMER, AUTOENCODER, ENCODER)
     if arguments.stage in ("all", "adapter"):
         adapter(config, chosen(wan_adapter.AdapterConfig), device, deadline)
 

@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script
 import timeboxed  # noqa: E402
 import wan_adapter  # noqa: E402
 import wan_export  # noqa: E402
+import wan_likeness  # noqa: E402
 import wan_looks  # noqa: E402
 import wan_stages  # noqa: E402
 import whole_clip  # noqa: E402
@@ -31,6 +32,7 @@ TINY = wan_stages.Config(
     size=32, pictures=4, clips=3, vae_dim=8, vae_steps=2, vae_batch=2, vae_crop=16, motion_steps=2,
     motion_frames=5, motion_crop=16, image_steps=1, image_batch=2, clip_steps=1, clip_batch=2,
     looks_steps=2, shot_pictures=4, shot_clips=2, shots_steps=2, shots_batch=2, aligned_steps=2,
+    likeness_pictures=3, likeness_steps=2,
 )
 PROMPT = "a red striped cat waving right on a beach"
 
@@ -219,7 +221,9 @@ class Clock:
 
 
 # By stage, the question that is asked before the second step (or part).
-BEFORE_SECOND = {"vae": 4, "motion": 4, "encode": 2, "dit": 4, "looks": 4, "shots": 4, "aligned": 4}
+BEFORE_SECOND = {
+    "vae": 4, "motion": 4, "encode": 2, "dit": 4, "looks": 4, "shots": 4, "aligned": 4, "likeness": 4,
+}
 
 
 def run_stages(folder, monkeypatch, interrupted):
@@ -231,7 +235,8 @@ def run_stages(folder, monkeypatch, interrupted):
               "dit": functools.partial(wan_stages.train_dit, encoder=ENCODER),
               "looks": functools.partial(wan_looks.train_looks, encoder=ENCODER),
               "shots": functools.partial(wan_looks.train_shots, encoder=ENCODER),
-              "aligned": functools.partial(wan_looks.train_aligned, encoder=ENCODER)}
+              "aligned": functools.partial(wan_looks.train_aligned, encoder=ENCODER),
+              "likeness": functools.partial(wan_likeness.train, encoder=ENCODER)}
     calls = dict.fromkeys(stages, 1)
     for name, stage in stages.items():
         clock = Clock(BEFORE_SECOND[name] if interrupted else 0)
@@ -259,7 +264,7 @@ def test_interrupted_stages_give_the_same_bits(tmp_path, monkeypatch):
         folder.mkdir()
     assert set(run_stages(folders[0], monkeypatch, False).values()) == {1}
     assert set(run_stages(folders[1], monkeypatch, True).values()) == {2}
-    trained = ("vae", "motion", "dit", "looks", "shots", "aligned")
+    trained = ("vae", "motion", "dit", "looks", "shots", "aligned", "likeness")
     straight, interrupted = (
         {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in trained} for folder in folders
     )
@@ -271,6 +276,12 @@ def test_interrupted_stages_give_the_same_bits(tmp_path, monkeypatch):
     assert pictures.shape == (4, 16, 1, 4, 4) and clips.shape == (3, 16, 5, 4, 4)
     mean, deviation = wan_stages.statistics(clips)
     assert mean.shape == deviation.shape == (16,) and (deviation > 0).all()
+    files_written = tmp_path / "transformer.safetensors", tmp_path / "autoencoder.safetensors"
+    wan_export.export(folders[0], TINY, CPU, *files_written, ENCODER)
+    exported, *_ = files.read(files_written[0])
+    average = straight["likeness"]["modules"]["average"]
+    assert set(exported) == {*average, theatre.WAN_MARKER}
+    assert all(torch.equal(exported[name], tensor.half()) for name, tensor in average.items())
 
 
 def test_clips_keep_out_what_is_held_out():

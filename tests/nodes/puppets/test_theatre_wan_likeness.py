@@ -21,7 +21,6 @@ CONFIG = wan_stages.Config(
 )
 
 
-
 @pytest.fixture
 def draw(monkeypatch, tmp_path):
     """draw(step) -> its batch, and the number of each frame [B, T]."""
@@ -61,7 +60,8 @@ def test_every_shot_is_given_and_of_the_same_puppet(draw, step):
         take = world.sample_take(own, "train") if step == 1 else wan_stages.clip_takes(own - CLIP)[0]
         assert take.identity.species in text
         assert text == captions.group_caption([take]) or len(text.split()) > 6
-    assert (batch.moved[~shot] == 0).all() and (batch.moved[shot] != 0).any() and (batch.moved[..., 0] == 0).all()
+    assert (batch.moved[~shot] == 0).all() and (batch.moved[..., 0] == 0).all()
+    assert 0.3 < (batch.moved[shot] != 0).any(-1).mean() < 0.7  # the others stand where full attention has them
 
 
 @pytest.mark.parametrize("step", [1, 2])
