@@ -147,17 +147,14 @@ def run_workflow(server: Server, workflow: workflows.Workflow, output: Path) -> 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / MARK).touch()
-    last_node = next((file["node_id"] for file in reversed(result.files) if file["type"] == "output"), None)
-    for file in result.files:
+    files = [file for file in result.files if gallery.is_shown(file["filename"])]
+    main = gallery.main_file(files)
+    for file in files:
         path = folder / f"{len(entry.files) + 1:02d}_{file['filename']}"
-        if path.suffix.lower() not in gallery.PICTURES + gallery.VIDEOS:
-            continue
         path.write_bytes(server.view(file["filename"], file["subfolder"], file["type"]))
         entry.files.append((path, file["title"]))
-        if file["node_id"] == last_node and not entry.main:
+        if file is main:
             entry.main = path
-    if entry.files and not entry.main:
-        entry.main = entry.files[-1][0]
     return entry
 
 

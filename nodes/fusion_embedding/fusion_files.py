@@ -97,7 +97,7 @@ def unpacked(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
             raise FusionError("its metadata does not describe its image encoder")
         encoder = encoding.rebuilt(description, parts["encoder"])
     probe = parts.get("probe", {}).get("embedding")
-    if "probe" in parts and (probe is None or probe.ndim != 1):
+    if "probe" in parts and (probe is None or probe.ndim != 1 or not probe.isfinite().all() or not probe.any()):
         raise FusionError("'probe.embedding' is no embedding")
     return Fusion(
         parts.get("combiner"), encoder, parts.get("generator"), parts.get("unet"), kind if "unet" in parts else "",

@@ -24,7 +24,7 @@ _MAX_SEED = 2**63 - 1
 def _size_input() -> io.Int.Input:
     return io.Int.Input(
         "size", default=128, min=64, max=512, step=8, optional=True, advanced=True,
-        tooltip="Width and height in pixels. The theatre's own models were trained at 128.",
+        tooltip="Width and height in pixels. The theatre's own models were trained at 128, its video model at 96.",
     )
 
 

@@ -101,7 +101,7 @@ class VideoIdentities:
     def __init__(self, identities: tuple[Identity, ...]):
         self.identities = identities
         self.cache = method.ReferenceCache()
-        self._size: tuple[int, ...] | None = None  # height and width of the latents of this run
+        self._size: tuple[int, ...] | None = None  # frames, height and width of the latents of this run
 
     def cleanup(self, _patcher: Any) -> None:
         """The host's ON_CLEANUP: nothing outlives a run."""
@@ -112,7 +112,7 @@ class VideoIdentities:
         """The host's PREPARE_SAMPLING: the estimate of memory grows by the cache, as columns of the latent."""
         shape = list(noise_shape)
         if len(shape) == 5:
-            self._size = tuple(shape[-2:])
+            self._size = tuple(shape[-3:])
             # The width, since context windows overwrite the frames; of the whole batch, which shares one cache.
             column = model.model.memory_required([*shape[:-1], 1])
             shape[-1] += math.ceil(self.cache_bytes(model.model) / column)
@@ -181,7 +181,9 @@ class VideoIdentities:
         window = options.get("context_window")
         if window is not None and window.dim != 2:
             raise ValueError("mask cannot follow context windows over height or width: window the frames, or no mask")
-        if self._size not in (None, tuple(x.shape[-2:])):
+        frames, *size = self._size or x.shape[-3:]
+        shortened = window is None and len(identity.mask) > 1 and frames != x.shape[2]
+        if shortened or size != [*x.shape[-2:]]:
             raise ValueError(
                 "mask cannot follow a conditioning with an area, which shows the model a part of the video: take "
                 "Conditioning (Set Mask) with set_cond_area `default` in place of it, or disconnect `mask`"

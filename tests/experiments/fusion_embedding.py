@@ -41,7 +41,7 @@ SAMPLER, STEPS, BATCH, SHOWN = "dpmpp_2m", 20, 12, 12
 GUIDANCE = (1.0, 2.0, 3.0)  # 2 is published
 MEASURES = (
     "ssim", "psnr", "puppet_psnr", "feature_distance", "identity_error", "worn_error", "identity", "action",
-    "composition", "joint_error", "background_error",
+    "composition", "joint_error", "background_error", "species_read", "pattern_read", "headwear_read",
 )
 FULL, ALONE, POSE, APPEARANCE, WORDS = (
     "full", "stage 2 alone", "pose path only", "appearance tokens only", "words of the truth"
@@ -151,10 +151,13 @@ class Stage:
         rows = []
         seen = metrics.compositions(pictures, [c.truth for c in self.cases])
         for i, (c, own) in enumerate(zip(self.cases, seen, strict=True)):
-            picture, truth, inside = pictures[i], self.truth[i], self.masks[i]
+            picture, truth, inside, who = pictures[i], self.truth[i], self.masks[i], c.truth.identity
             rows.append({
-                "arm": arm, "case": i, "species": c.truth.identity.species, "from": c.source.action,
-                "asked": c.truth.action, **own,
+                "arm": arm, "case": i, "species": who.species, "from": c.source.action, "asked": c.truth.action,
+                **own,
+                "species_read": own["seen_species"] == who.species,
+                "pattern_read": own["seen_pattern"] == who.pattern,
+                "headwear_read": own["seen_headwear"] == who.headwear,
                 "ssim": metrics.ssim(picture, truth),
                 "psnr": metrics.psnr(picture, truth),
                 "puppet_psnr": metrics.psnr(picture[inside], truth[inside]),

@@ -45,7 +45,7 @@ MEASURES = (
     "species_read", "pattern_read", "headwear_read", "rejected", "movement",
 )
 COMPARED = ("identity_error", "worn_error", "identity", "action", "composition", "movement")
-PROMPT, WORDS, OURS, UNTRAINED, FIRST = "prompt", "words", "adapter", "no training", "first frame"
+PROMPT, WORDS, OURS, UNTRAINED, FIRST = "prompt", "words", "adapter", "no training", "clean first frame"
 VANILLA, SHARED = "vanilla attention", "shared positions"
 ARMS = (PROMPT, WORDS, OURS, UNTRAINED, FIRST, VANILLA, SHARED)
 PAIRS = (

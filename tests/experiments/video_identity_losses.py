@@ -5,7 +5,8 @@
 48 validation clips of one puppet at noise level 0.95, the velocity's mean square error on the whole clip and on the
 puppet: without a reference, with all words of the clothes, and with the clip's own or the next case's reference, read
 by restricted attention, vanilla attention and at shared positions, without an adapter and, last, with the shipped
-one. Needs the state of train_puppets_wan.py. Writes results/video_identity_losses.json (means with 95 % intervals).
+one. Needs the state of train_puppets_wan.py, and that of the shipped model. Writes
+results/video_identity_losses.json: means and paired differences with 95 % intervals.
 """
 
 import sys
@@ -32,16 +33,32 @@ import wan_adapter  # noqa: E402
 import wan_likeness  # noqa: E402
 import wan_looks  # noqa: E402
 import wan_stages as stages  # noqa: E402
-from experiments import report, video_identity_variants  # noqa: E402
+from experiments import report, sampling, video_identity_variants  # noqa: E402
 from pack.nodes.puppets import captions  # noqa: E402
 
 CASES, LEVEL, SEED = 48, 0.95, 0x105
 CPU = torch.device("cpu")
 STAGES = ("looks", "aligned", "likeness")
+TRANSFORMER = MODELS / "diffusion_models" / "puppets_wan.safetensors"
 ADAPTER = MODELS / "loras" / "puppets_wan_identity.safetensors"
 ENCODER = MODELS / "checkpoints" / "puppets_sd.safetensors"
 READERS = {"restricted attention": published_wan.Wan, **video_identity_variants.VARIANTS}
 MEASURES = ("whole", "puppet")
+NONE, WORDS = "no reference", "all words of the clothes"
+OURS, VANILLA, SHARED = READERS
+UNTRAINED, SHIPPED = "no adapter", "the shipped adapter"
+
+
+def reading(whose: str, reader: str, adapter: str) -> str:
+    return f"{whose} reference, {reader}, {adapter}"
+
+
+OWN = reading("own", OURS, UNTRAINED)
+DIFFERENCES = (
+    (WORDS, NONE), (OWN, NONE), (OWN, reading("another's", OURS, UNTRAINED)),
+    (reading("own", VANILLA, UNTRAINED), OWN), (reading("own", SHARED, UNTRAINED), OWN),
+    (reading("own", OURS, SHIPPED), OWN),
+)
 
 
 def errors(output: torch.Tensor, velocity: torch.Tensor, covered: torch.Tensor) -> list[dict[str, float]]:
@@ -51,11 +68,21 @@ def errors(output: torch.Tensor, velocity: torch.Tensor, covered: torch.Tensor) 
     return [{"whole": float(w), "puppet": float(p)} for w, p in zip(square.mean((1, 2, 3)), puppet, strict=True)]
 
 
+def difference(rows: list[dict[str, float]], others: list[dict[str, float]]) -> dict:
+    """Of the same clips, paired."""
+    pairs = zip(rows, others, strict=True)
+    return report.summary([{measure: a[measure] - b[measure] for measure in MEASURES} for a, b in pairs], MEASURES)
+
+
 def main() -> None:
     config = stages.Config()
     for name in STAGES:
         if not (STATE / f"{name}.pt").exists():
             raise SystemExit(f"{STATE / name}.pt is missing: train it with workflows/models/train_puppets_wan.py")
+    file = safetensors.torch.load_file(TRANSFORMER)
+    last = wan_looks.trained(STATE, STAGES[-1], config, CPU).state_dict()
+    if any(not torch.equal(tensor.half(), file[name]) for name, tensor in last.items()):
+        raise SystemExit(f"{STATE / STAGES[-1]}.pt is not what {TRANSFORMER.name} was written from: export it first")
     indices = [i for i in range(2 * CASES) if len(stages.clip_takes(i, "validation")) == 1][:CASES]
     takes = [stages.clip_takes(i, "validation")[0] for i in indices]
     vae = stages.trained_vae(STATE, config, CPU)["vae"]
@@ -83,27 +110,34 @@ def main() -> None:
         noisy, timestep = torch.lerp(clean, noise, LEVEL), torch.full((CASES,), 1000 * LEVEL)
         shipped = safetensors.torch.load_file(ADAPTER)
         untrained = {key: torch.zeros_like(tensor) for key, tensor in shipped.items()}
-        found: dict[str, list] = {}
+        found: dict[str, dict[str, list]] = {}
         for stage in STAGES:
-            dit = wan_looks.trained(STATE, stage, config, CPU).eval()
-            for words, context in (("no reference", bare), ("all words of the clothes", full)):
-                output = dit(noisy, timestep, context=context).float()
-                found[f"{stage}: {words}"] = errors(output, noise - clean, covered)
-            readings = [(reader, "no adapter", untrained) for reader in READERS]
-            if stage == "likeness":
-                readings.append(("restricted attention", "the shipped adapter", shipped))
+            dit, of_stage = wan_looks.trained(STATE, stage, config, CPU).eval(), found.setdefault(stage, {})
+            for words, context in ((NONE, bare), (WORDS, full)):
+                of_stage[words] = errors(dit(noisy, timestep, context=context).float(), noise - clean, covered)
+            readings = [(reader, UNTRAINED, untrained) for reader in READERS]
+            if stage == STAGES[-1]:
+                readings.append((OURS, SHIPPED, shipped))
             for reader, said, adapter in readings:
                 wan = READERS[reader](dit.state_dict(), dit.num_heads, dit.freq_dim, adapter, dtype=torch.float32)
                 for whose, reference in (("own", shots), ("another's", shots.roll(1, 0))):
                     wan.attended.clear()
-                    rows = errors(wan(noisy, timestep, bare, reference), noise - clean, covered)
-                    found[f"{stage}: {whose} reference, {reader}, {said}"] = rows
-    summaries = {name: report.summary(rows, MEASURES) for name, rows in found.items()}
-    for name, summary in summaries.items():
-        print(name, {measure: np.round(summary[measure], 3).tolist() for measure in MEASURES}, flush=True)
+                    output = wan(noisy, timestep, bare, reference)
+                    of_stage[reading(whose, reader, said)] = errors(output, noise - clean, covered)
+    results = {
+        stage: {
+            "losses": {name: report.summary(rows, MEASURES) for name, rows in own.items()},
+            "differences": {f"{a} - {b}": difference(own[a], own[b]) for a, b in DIFFERENCES if a in own},
+        }
+        for stage, own in found.items()
+    }
+    for stage, both in results.items():
+        for name, summary in (both["losses"] | both["differences"]).items():
+            print(f"{stage}: {name}", {measure: summary[measure] for measure in MEASURES}, flush=True)
     report.write_json(report.RESULTS / "video_identity_losses.json", {
-        "command": report.command("video_identity_losses.py"), "machine": report.machine(), "noise level": LEVEL,
-        "cases": CASES, "interval": "95 %: [mean, low, high]", "losses": summaries,
+        "command": report.command("video_identity_losses.py"), "machine": report.machine(),
+        "sha256": {path.name: sampling.sha256(path) for path in (TRANSFORMER, ADAPTER)}, "noise level": LEVEL,
+        "cases": CASES, "interval": "95 %: [mean, low, high]", "stages": results,
     })
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import published_wan
 import torch
+from comfy.patcher_extension import WrappersMP
 from pack.nodes.video_identity import training
 
 
@@ -80,14 +81,18 @@ def applied(kind: type[published_wan.Wan], model, adapter: dict[str, torch.Tenso
 
 
 def as_first_frame(model, reference: torch.Tensor):
-    """A clone of MODEL that sees the reference as a clean frame before the video, and drops what becomes of it."""
+    """A clone of MODEL that sees the reference before the video, clean at timestep 0, and drops what becomes of it.
+
+    Under full attention, as image-to-video models of one timestep a frame see their first picture.
+    """
     image = model.model.process_latent_in(reference.clone()).float()
 
-    def call(apply, args):
-        x = args["input"]
+    def call(execute, x, timestep, *rest, **named):
         longer = torch.cat([image.to(x).expand(len(x), -1, -1, -1, -1), x], 2)
-        return apply(longer, args["timestep"], **args["c"])[:, :, 1:]
+        timesteps = timestep[:, None].repeat(1, longer.shape[2])
+        timesteps[:, 0] = 0
+        return execute(longer, timesteps, *rest, **named)[:, :, 1:]
 
     patched = model.clone()
-    patched.set_model_unet_function_wrapper(call)
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "clean first frame", call)
     return patched

@@ -7,6 +7,7 @@ import dataclasses
 import html
 import io
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 from .workflows import Workflow
@@ -28,6 +29,21 @@ class Entry:
     seconds: float = 0.0
     files: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
     main: Path | None = None
+
+
+def is_shown(name: str) -> bool:
+    """Whether a browser shows a file of that name."""
+    return Path(name).suffix.lower() in PICTURES + VIDEOS
+
+
+def main_file(files: Sequence[dict]) -> dict | None:
+    """Of a run's files, the first of the node that saved a picture last; a video, or a preview, where none did."""
+
+    def rank(file: dict) -> tuple[bool, bool]:
+        return file["type"] == "output", Path(file["filename"]).suffix.lower() in PICTURES
+
+    last = max(reversed(files), key=rank, default=None)  # the last of equals
+    return None if last is None else next(file for file in files if file["node_id"] == last["node_id"])
 
 
 def picture(path: Path):

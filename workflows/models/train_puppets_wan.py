@@ -7,11 +7,11 @@
 Stages: `vae` (Wan's autoencoder on single frames), `motion` (on short clips), `latents`, `dit` (the transformer on
 single frames, then on clips of 17), `looks` (it learns to keep what a clean first frame shows), `shots` (and what
 another picture of the same puppet shows), `aligned` (the same, aligned with `puppets_vision.safetensors`), `likeness`
-(the same with new shots, looking at the puppet), `export` (both files), `adapter` (by the pack's own training, for
-the exported transformer; its file). Captions are read by the text encoder of `puppets_sd.safetensors`, which stays as
-it is: one encoder serves both models. Seeded by step number, the same on a GPU and on a CPU. A stage's length is
-fixed when it begins, since learning rates fall to 0 at its end. State lies under `.cache/training/puppets_wan`;
-delete what follows a stage that is trained again.
+(the same with new shots, looking at the puppet), `export` (both files), `adapter` (by the pack's own objective,
+for the exported transformer; its file). Captions are read by the text encoder of `puppets_sd.safetensors`, which
+stays as it is: one encoder serves both models. Seeded by step number, the same on a GPU and on a CPU. The length of
+a stage is fixed when it begins, since learning rates fall to 0 at its end. State lies under
+`.cache/training/puppets_wan`; delete what follows a stage that is trained again.
 """
 
 import argparse

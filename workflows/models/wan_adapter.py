@@ -1,4 +1,4 @@
-"""The theatre's video identity adapter: pairs of a clip and a picture of who is in it, in the pack's own training."""
+"""The theatre's video identity adapter: clips and pictures of who is in them, learnt by the pack's own objective."""
 
 import dataclasses
 import hashlib
@@ -107,7 +107,7 @@ def train(
     )
     given = as_encoded(torch.from_numpy(clips[indices])), as_encoded(references(state, config, indices, device))
     conditionings = [encoded[text] for text in wanted]
-    of = json.dumps([dataclasses.asdict(settings), len(indices), wan_export.sha256(transformer)])
+    of = json.dumps([dataclasses.asdict(settings), dataclasses.asdict(config), wan_export.sha256(transformer)])
     path = state / f"{name}_{hashlib.sha256(of.encode()).hexdigest()[:8]}.pt"
     with training.prepared(model, *given, conditionings, run, settings.adapter_rank) as prepared:
         adapter, samples, denoiser = prepared

@@ -29,7 +29,7 @@ class Config:
     clip_batch: int = 12
     looks_steps: int = 1_600  # after those, with clean first frames and captions without clothes
     looks_rate: float = 0.5  # of the learning rates before
-    shot_pictures: int = 3_000  # pictures and clips whose puppet is drawn once more, for the last stage
+    shot_pictures: int = 3_000  # pictures and clips whose puppet is drawn once more, for `shots`
     shot_clips: int = 1_500
     shots_steps: int = 1_500
     shots_still: int = 900  # of them, the first, in which a shot stands where the others do

@@ -57,7 +57,7 @@ def _preview(config: stages.Config, clips: np.ndarray, mean, deviation) -> np.nd
 def export(
     folder: Path, config: stages.Config, device, transformer: Path, autoencoder: Path, encoder: Path,
 ) -> None:
-    """Writes both files from the trained stages in `folder`, and prints what SOURCES.md and theatre.py say of them."""
+    """Writes both files from what was trained in `folder`, and prints what SOURCES.md and theatre.py say of them."""
     _, clips = stages.latents(folder, config)
     mean, deviation = stages.statistics(clips)
     vae = stages.trained_vae(folder, config, device)["vae"]

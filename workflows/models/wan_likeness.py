@@ -29,13 +29,13 @@ def train(state: Path, config: Config, device, deadline: float, encoder: Path) -
     alone = wan_adapter.alone(config)[:config.shot_clips]
     taken = [world.sample_take(i, "train") for i in range(config.likeness_pictures)]
     filmed = [stages.clip_takes(i)[0] for i in alone]
-    shots = _kept(state / f"likeness_shots_{config.size}_{len(taken)}_{len(filmed)}.npy", lambda: (
+    shots = stages.kept(state / f"likeness_shots_{config.size}_{len(taken)}_{len(filmed)}.npy", lambda: (
         wan_looks.encoded_shots(state, config, taken + filmed, _FIRST_SHOT, device)
     ))
-    still = _kept(state / f"puppet_in_pictures_{config.size}_{len(taken)}.npy", lambda: (
+    still = stages.kept(state / f"puppet_in_pictures_{config.size}_{len(taken)}.npy", lambda: (
         np.stack([covered(take, config.size) for take in taken])[:, None]
     ))
-    moving = _kept(state / f"puppet_in_clips_{config.size}_{len(filmed)}.npy", lambda: (
+    moving = stages.kept(state / f"puppet_in_clips_{config.size}_{len(filmed)}.npy", lambda: (
         np.stack([[covered(moment, config.size) for moment in moments(take)] for take in filmed])
     ))
 
@@ -78,9 +78,3 @@ def covered(take: Take, size: int) -> np.ndarray:
     side, step = size // stages.whole_clip.STRIDE, stages.whole_clip.STRIDE
     mask = np.asarray(render.render(take, size).mask, np.float32)
     return mask.reshape(side, step, side, step).mean((1, 3))
-
-
-def _kept(path: Path, make) -> np.ndarray:
-    if not path.exists():
-        stages.keep(path, make())
-    return np.load(path)

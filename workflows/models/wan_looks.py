@@ -128,9 +128,7 @@ def trained(state: Path, name: str, config: Config, device):
 def _shots(state: Path, config: Config, alone: list[int], device) -> np.ndarray:
     """fp16 [N, 16, 1, H/8, W/8]: another take of each picture's puppet, then of each clip's; half on white."""
     path = state / f"shots_{config.size}_{config.shot_pictures}_{len(alone)}.npy"
-    if not path.exists():
-        stages.keep(path, encoded_shots(state, config, _shown(config, alone), 0, device))
-    return np.load(path)
+    return stages.kept(path, lambda: encoded_shots(state, config, _shown(config, alone), 0, device))
 
 
 def encoded_shots(state: Path, config: Config, takes: list[Take], first: int, device) -> np.ndarray:
@@ -148,19 +146,20 @@ def encoded_shots(state: Path, config: Config, takes: list[Take], first: int, de
 def _seen(state: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """fp16 [N, n, W]: what the image encoder sees in each picture that has a shot, and in each shot."""
     takes = _shown(config, wan_adapter.alone(config)[:config.shot_clips])
-    path = state / f"seen_{config.size}_{config.shot_pictures}_{len(takes)}.npy"
-    if not path.exists():
+    first = config.shot_pictures
+
+    def make() -> np.ndarray:
         images = stages.pictures(state, "train", config.pictures, config.size)
-        first = config.shot_pictures
 
         def drawn(numbers: range) -> np.ndarray:
             found = [images[i] if i < first else drawn_shot(takes[i - first], i - first, config) for i in numbers]
             return np.stack(found)
 
         side = config.size // stages.whole_clip.STRIDE // 2  # patches of two
-        stages.keep(path, wan_alignment.features(drawn, first + len(takes), side))
-    both = np.load(path)
-    return both[: config.shot_pictures], both[config.shot_pictures :]
+        return wan_alignment.features(drawn, first + len(takes), side)
+
+    both = stages.kept(state / f"seen_{config.size}_{first}_{len(takes)}.npy", make)
+    return both[:first], both[first:]
 
 
 def _shown(config: Config, alone: list[int]) -> list[Take]:

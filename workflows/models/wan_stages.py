@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -226,6 +226,13 @@ def keep(path: Path, array: np.ndarray) -> None:
     temporary = path.with_suffix(".part.npy")
     np.save(temporary, array)
     os.replace(temporary, path)
+
+
+def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in a file, made first where it is not there."""
+    if not path.exists():
+        keep(path, make())
+    return np.load(path)
 
 
 def latents(state: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:

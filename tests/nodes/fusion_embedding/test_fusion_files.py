@@ -91,7 +91,9 @@ BROKEN = {
         changed(lambda t: {k: v for k, v in t.items() if "visual_projection" not in k}), "visual_projection"
     ),
     "a probe that is none": (
-        changed(lambda t: {**t, "probe.embedding": torch.zeros(2, 2)}), "probe.embedding"),
+        changed(lambda t: {**t, "probe.embedding": torch.ones(2, 2)}), "probe.embedding"),
+    "a probe that says nothing": (
+        changed(lambda t: {**t, "probe.embedding": torch.full((8,), float("nan"))}), "probe.embedding"),
 }
 
 

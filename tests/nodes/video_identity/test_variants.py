@@ -4,6 +4,7 @@ import published_wan
 import pytest
 import tiny_model
 import torch
+from comfy.patcher_extension import WrappersMP
 from experiments import video_identity_variants as variants
 from video_identities import ADAPTER, MODEL, identity, reference, relative, sample, shown
 
@@ -26,9 +27,21 @@ def test_a_variant_is_neither_ours_nor_the_plain_model(kind):
     assert relative(found, through(published_wan.Wan)) > 1e-3 and relative(found, sample(MODEL)) > 1e-3
 
 
-def test_a_first_frame_changes_the_video_and_not_its_length():
-    found, plain = sample(variants.as_first_frame(MODEL, reference(height=8, width=6))), sample(MODEL)
+def test_a_first_frame_is_clean_at_timestep_0_and_leaves_the_video_its_length():
+    latent, seen = reference(height=8, width=6), []
+    patched = variants.as_first_frame(MODEL, latent)
+
+    def look(execute, x, timesteps, *rest, **named):
+        seen.append((x[:, :, :1], timesteps))
+        return execute(x, timesteps, *rest, **named)
+
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "look", look)
+    found, plain = sample(patched), sample(MODEL)
     assert found.shape == plain.shape and relative(found, plain) > 1e-3
+    image = MODEL.model.process_latent_in(latent.clone())
+    for first, timesteps in seen:
+        assert torch.equal(first, image.expand_as(first)) and (timesteps[:, 0] == 0).all()
+        assert (timesteps[:, 1:] > 0).all() and (timesteps[:, 1:] == timesteps[:, 1:2]).all()
 
 
 @pytest.mark.parametrize("kind", [published_wan.Wan, *variants.VARIANTS.values()])

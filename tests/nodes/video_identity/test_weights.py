@@ -120,13 +120,20 @@ def test_a_mask_a_frame_follows_the_4n_plus_1_rule_and_context_windows():
 
 def test_a_mask_beside_an_area_is_refused_and_everything_else_beside_it_is_not():
     """The model is shown the area alone, and nobody says which part of the mask that is."""
-    half = [[draw(9, 1, 4, tiny_model.CONTEXT), {"area": (8, 4, 0, 2), "set_area_to_bounds": False, "strength": 1.0}]]
+
+    def part(*area):
+        return [[draw(9, 1, 4, tiny_model.CONTEXT), {"area": area, "set_area_to_bounds": False, "strength": 1.0}]]
+
+    half, first = part(8, 4, 0, 2), part(2, 8, 6, 0, 0, 0)
     mask = torch.ones(1, 8, 6)
     mask[..., :3] = 0
     masked = shown(mask=mask)
     whole = sample(masked)
     with pytest.raises(ValueError, match="Set Mask"):
         sample(masked, positive=half)
+    with pytest.raises(ValueError, match="Set Mask"):
+        sample(shown(mask=mask.repeat(9, 1, 1)), positive=first)
+    assert not torch.equal(sample(masked, positive=first), sample(MODEL, positive=first))  # one mask for all frames
     assert torch.equal(sample(masked), whole)
     assert not torch.equal(sample(shown(), positive=half), sample(MODEL, positive=half))
 
