@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,27 @@ def fingerprint(model: Any) -> str:
     """
     originals = {key.removeprefix("diffusion_model."): kept.weight for key, kept in model.backup.items()}
     return weights_fingerprint(model.model.diffusion_model.state_dict(), originals)
+
+
+def patches_fingerprint(model: Any) -> str:
+    """16 hex digits of the LoRAs and other weights that are patched onto a MODEL; empty where there are none."""
+    content = hashlib.sha256()
+    for key in sorted(map(str, model.patches)):
+        for strength, patch, own, *_ in model.patches[key]:
+            content.update(f"{key} {strength} {own}\n".encode())
+            for tensor in _tensors(getattr(patch, "weights", patch)):
+                values = tensor.detach().flatten()
+                values = values[:: max(1, values.numel() // _SAMPLED_VALUES)]
+                content.update(values.cpu().float().numpy().tobytes())
+    return content.hexdigest()[:16] if model.patches else ""
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def weights_fingerprint(weights: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor] = {}) -> str:

@@ -22,7 +22,10 @@ _COMFYUI = scripts.add_comfy_path(_BASE)
 
 import torch  # noqa: E402
 
-torch.set_num_threads(max(1, min(4, (os.cpu_count() or 2) // 2)))
+_SHARE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 2))
+_THREADS = max(1, min(4, (os.cpu_count() or 2) // _SHARE))
+torch.set_num_threads(_THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))  # of the servers that tests start
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -1,6 +1,7 @@
 """Run the test suite: `python tests/run.py [pytest arguments]`, with `--soak` the long tests too.
 
-The first start makes an environment and gets ComfyUI (see tests/host); later starts take seconds.
+The first start makes an environment and gets ComfyUI (see tests/host); later starts take seconds. The whole suite
+runs in a process for each core, four at most; what is named runs in one.
 """
 
 import os
@@ -12,7 +13,14 @@ sys.path.append(str(ROOT / "tests"))
 
 from host import environment  # noqa: E402
 
+
+def side_by_side(arguments: list[str]) -> list[str]:
+    """Options of pytest for the whole suite, a file to a process; none where tests or processes are named."""
+    named = any(not argument.startswith("-") or argument.startswith("-n") for argument in arguments)
+    return [] if named else ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+
+
 if __name__ == "__main__":
     environment.enter(ROOT)
     os.chdir(str(ROOT))
-    environment.become([sys.executable, "-m", "pytest", *sys.argv[1:]])
+    environment.become([sys.executable, "-m", "pytest", *side_by_side(sys.argv[1:]), *sys.argv[1:]])

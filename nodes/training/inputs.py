@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import comfy.clip_vision
 import torch
 
 
@@ -49,6 +51,32 @@ def digest(latents: Sequence[torch.Tensor]) -> str:
     for latent in latents:
         content.update(latent.detach().cpu().float().contiguous().numpy().tobytes())
     return content.hexdigest()[:16]
+
+
+def conditioning_digest(conditionings: Sequence[list]) -> str:
+    """A short name for these CONDITIONINGs: their texts, and the pictures and numbers that they bring."""
+    content = hashlib.sha256()
+    for part in _leaves(conditionings):
+        if isinstance(part, torch.Tensor):
+            content.update(f"{tuple(part.shape)}\n".encode() + digest([part]).encode())
+        else:
+            content.update(f"{part}\n".encode())
+    return content.hexdigest()[:16]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors, numbers and names in what nodes put into a conditioning; other objects by what they hold."""
+    if isinstance(value, torch.Tensor | str | int | float | None):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield str(key)
+            yield from _leaves(value[key])
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, comfy.clip_vision.Output):
+        yield from _leaves(vars(value))
 
 
 def one_picture(images: Sequence[torch.Tensor], name: str) -> torch.Tensor:

@@ -26,22 +26,32 @@ class Sample:
 
 
 class Batches:
-    """Seeded batches of `samples`, each of one shape: shapes are drawn by how many samples have them, then samples
-    without repetition.
+    """Seeded batches of `samples`, each of one kind: kinds are drawn by how many samples are of them, then samples
+    without repetition. Of one kind are latents of one shape whose conditions fit into one call of the model.
     """
 
     def __init__(self, samples: Sequence[Sample], size: int):
         self.size = size
-        shapes: dict[tuple, list[Sample]] = {}
+        self.buckets: list[list[Sample]] = []
         for sample in samples:
-            shapes.setdefault(tuple(sample.latent.shape[1:]), []).append(sample)
-        self.buckets = list(shapes.values())
+            own = next((bucket for bucket in self.buckets if _alike(bucket[0], sample)), None)
+            if own is None:
+                self.buckets.append(own := [])
+            own.append(sample)
 
     def draw(self, generator: torch.Generator) -> list[Sample]:
         weights = torch.tensor([float(len(bucket)) for bucket in self.buckets])
         bucket = self.buckets[int(torch.multinomial(weights, 1, generator=generator))]
         order = torch.randperm(len(bucket), generator=generator)[: self.size]
         return [bucket[int(i)] for i in order]
+
+
+def _alike(a: Sample, b: Sample) -> bool:
+    """Whether the host would put both into one call."""
+    return a.latent.shape[1:] == b.latent.shape[1:] and a.conditions.keys() == b.conditions.keys() and all(
+        mine.can_concat(b.conditions[name]) if hasattr(mine, "can_concat") else True
+        for name, mine in a.conditions.items()
+    )
 
 
 class DenoisingObjective:

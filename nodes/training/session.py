@@ -93,20 +93,21 @@ def _attention_with_gradient(_users_own, *args, **kwargs):
 @contextlib.contextmanager
 def session(
     model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, whole: bool = False,
-    beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
+    beside: Sequence[comfy.model_patcher.ModelPatcher] = (), trained: int = 0,
 ) -> Iterator[Denoiser]:
     """Load `model` for batches of `shape` and make it differentiable; nothing of it stays when the block ends.
 
     Weights are neither merged nor copied. `whole` leaves room for fp32 copies of them all, and lets the model
     compute with such copies in its own type. Models `beside` it, text encoders for instance, are loaded and made
-    differentiable with it. Raises ValueError where a model cannot be trained through.
+    differentiable with it. `trained` weights beside the model's own count in the memory asked for. Raises
+    ValueError where a model cannot be trained through.
     """
     patcher = _trainable_clone(model, config.dtype, whole)
     # When a clone ends the host goes back to its parent: one that ends with it, in an error's frames, would leave
     # the host with a model that nobody can unload.
     while patcher.parent is not None and patcher.parent.parent is not None:
         patcher.parent = patcher.parent.parent
-    required = patcher.memory_required(list(shape)) * _MEMORY_FACTOR
+    required = patcher.memory_required(list(shape)) * _MEMORY_FACTOR + BYTES_A_WEIGHT * trained
     if whole:
         required += BYTES_A_WEIGHT * sum(weight.numel() for weight in patcher.model.diffusion_model.parameters())
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..fingerprint import fingerprint
+from ..fingerprint import fingerprint, patches_fingerprint
 from . import checkpoints
 from .config import DTYPES, TrainingConfig
 
@@ -93,4 +93,6 @@ def config(given: dict, turns: int = 1, **more) -> TrainingConfig:
 def settings(given: dict[str, Any], config: TrainingConfig, own: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from: the model, if any, the config's, the node's own."""
     model = {"model": fingerprint(given["model"])} if "model" in given else {}
+    if model and (patches := patches_fingerprint(given["model"])):
+        model["LoRAs on the model"] = patches
     return {**model, **{name: getattr(config, name) for name in _SHARED}, **own}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import shown_by_name
 from .config import VideoIdentityConfig, parse_blocks
@@ -32,6 +33,11 @@ class AdapterError(ValueError):
     """Weights that are no video identity adapter, or one for another model; names key, expected and found shape."""
 
 
+def _saveable(weight: torch.Tensor) -> torch.Tensor:
+    """Itself, or a copy that autograd may keep: somebody may train a model that shows a reference."""
+    return weight.clone() if weight.is_inference() and torch.is_grad_enabled() else weight
+
+
 # Without their own repr: the host writes a failing node's inputs into its report.
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
@@ -41,8 +47,8 @@ class LowRank:
     up: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.nn.functional.linear(x, self.down.to(x))
-        return torch.nn.functional.linear(hidden, self.up.to(x))
+        hidden = torch.nn.functional.linear(x, _saveable(self.down.to(x)))
+        return torch.nn.functional.linear(hidden, _saveable(self.up.to(x)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,7 +137,7 @@ def adapter_from(tensors: Mapping[str, torch.Tensor]) -> VideoAdapter:
                 "Load LoRA instead"
             )
         name, block, projection, part = match[1], int(match[2]), match[3], match[4]
-        if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
+        if tensor.ndim != 2 or 0 in tensor.shape or tensor.dtype not in _DTYPES:
             expected = "(rank, width)" if part == "down" else "(width, rank)"
             raise AdapterError(
                 f"{key} should be {expected} in fp16, bf16 or fp32 and is {tuple(tensor.shape)} in {tensor.dtype}"
@@ -207,7 +213,7 @@ def identity(
         if not torch.isfinite(mask).all():
             raise ValueError("mask holds NaN or infinite values: make it again")
         mask = mask.detach().float().clamp(0, 1).cpu()
-    latent = latent.detach().cpu().float().contiguous()
+    latent = latent.detach().cpu().float().clone(memory_format=torch.contiguous_format)
     content = hashlib.sha256(str(tuple(latent.shape)).encode() + latent.numpy().tobytes()).hexdigest()
     return Identity(adapter, latent, config, mask, content)
 
@@ -241,13 +247,15 @@ class Host(Protocol):
 
 
 def prefill(
-    network: Any, adapter: VideoAdapter, latent: torch.Tensor, dtype: torch.dtype, keep: frozenset[int], host: Host
+    network: Any, adapter: VideoAdapter, latent: torch.Tensor, dtype: torch.dtype, keep: frozenset[int], host: Host,
+    recompute: bool = False,
 ) -> Rows:
     """K'_I and V_I, each [B, R, H, D] in `dtype`, of the blocks in `keep`.
 
     `network` is a Wan transformer by its own names. latent: [B, C, 1, h, w] in the model's space, h and w multiples
     of the patch. The image tokens are modulated at timestep 0, skip the cross-attention and pass the feed-forward
-    (as the official code has it; the paper's section 3.2 words the second otherwise).
+    (as the official code has it; the paper's section 3.2 words the second otherwise). With `recompute` a backward
+    pass keeps what a block is given, and computes the block again.
     """
     x = network.patch_embedding(latent.float()).to(dtype).flatten(2).transpose(1, 2)
     half = network.freq_dim // 2
@@ -258,20 +266,31 @@ def prefill(
     last = max(keep)
     for i, (block, update) in enumerate(zip(network.blocks, adapter.blocks, strict=True)):
         host.check()
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (host.cast(block.modulation, x) + time).chunk(6, dim=1)
-        attention = block.self_attn
-        heads = (attention.num_heads, -1)
-        y = torch.addcmul(shift, block.norm1(x), 1 + scale)
-        k = host.rotate(attention.norm_k(attention.k(y) + update.k(y)).unflatten(-1, heads))
-        v = (attention.v(y) + update.v(y)).unflatten(-1, heads)
+        given = block, update, x, time, i == last, host
+        x, *pair = checkpoint(_through, *given, use_reentrant=False) if recompute else _through(*given)
         if i in keep:
-            rows[i] = (k, v)
+            rows[i] = tuple(pair)
         if i == last:
             break
-        q = host.rotate(attention.norm_q(attention.q(y) + update.q(y)).unflatten(-1, heads))
-        x = torch.addcmul(x, attention.o(host.attend(q, k, v).flatten(2)), gate)
-        x = torch.addcmul(x, block.ffn(torch.addcmul(ffn_shift, block.norm2(x), 1 + ffn_scale)), ffn_gate)
     return rows
+
+
+def _through(
+    block: Any, update: BlockUpdates, x: torch.Tensor, time: torch.Tensor, last: bool, host: Host
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What becomes of the image tokens x in a block, as they were in the `last` one, and its K'_I and V_I."""
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (host.cast(block.modulation, x) + time).chunk(6, dim=1)
+    attention = block.self_attn
+    heads = (attention.num_heads, -1)
+    y = torch.addcmul(shift, block.norm1(x), 1 + scale)
+    k = host.rotate(attention.norm_k(attention.k(y) + update.k(y)).unflatten(-1, heads))
+    v = (attention.v(y) + update.v(y)).unflatten(-1, heads)
+    if last:
+        return x, k, v
+    q = host.rotate(attention.norm_q(attention.q(y) + update.q(y)).unflatten(-1, heads))
+    x = torch.addcmul(x, attention.o(host.attend(q, k, v).flatten(2)), gate)
+    x = torch.addcmul(x, block.ffn(torch.addcmul(ffn_shift, block.norm2(x), 1 + ffn_scale)), ffn_gate)
+    return x, k, v
 
 
 def kept_blocks(config: VideoIdentityConfig, count: int) -> frozenset[int]:

@@ -15,6 +15,10 @@ CATEGORY = "Understudy/Video identity"
 ADAPTER = io.Custom("UNDERSTUDY_VIDEO_ADAPTER")
 _DEFAULT = VideoIdentityConfig()
 _REFERENCE = ReferenceConfig()
+_ONE_AT_A_TIME = (
+    "{} pictures: VAE Encode of a video model takes them for one video and keeps the first; send them one at a time, "
+    "with Rebatch Images and batch_size 1"
+)
 
 
 def _fraction(id: str, step: float, tooltip: str) -> io.Float.Input:
@@ -46,7 +50,11 @@ class UnderstudyPrepareReference(io.ComfyNode):
             "trained. Connect it to VAE Encode.",
             search_aliases=["Stand-In", "face crop", "reference image", "identity", "crop face", "white background"],
             inputs=[
-                io.Image.Input("image", tooltip="The picture of the person. Each of a batch becomes one reference."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture of the person. VAE Encode takes a batch for one video: send several one at "
+                    "a time.",
+                ),
                 io.Int.Input(
                     "size", default=_REFERENCE.size, min=64, max=2048, step=16,
                     tooltip="Side of the square in pixels. 512 is published; a smaller one takes less time and "
@@ -71,6 +79,8 @@ class UnderstudyPrepareReference(io.ComfyNode):
     def execute(cls, image, size, crop_factor, mask=None, bboxes=None) -> io.NodeOutput:
         config = ReferenceConfig(size=size, crop_factor=crop_factor)
         prepared, messages = reference_picture.prepare(image, config, mask, bboxes)
+        if len(prepared) > 1:
+            messages.append(_ONE_AT_A_TIME.format(len(prepared)))
         tell("Prepare Reference", messages, logging.WARNING)
         shown = ui.PreviewImage(prepared, cls=cls).as_dict()
         return io.NodeOutput(prepared, ui={**shown, "text": tuple(messages)} if messages else shown)
@@ -85,7 +95,7 @@ class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
             node_id="UnderstudyLoadVideoIdentityAdapter",
             display_name="Load Video Identity Adapter (Stand-In)",
             category=CATEGORY,
-            description="Reads the published weights, as .ckpt or .safetensors, of any precision and rank. "
+            description="Reads the published weights, as .ckpt or .safetensors, in fp16, bf16 or fp32, of any rank. "
             "Wan 2.2 has two files, one for each of its models.",
             search_aliases=["Stand-In", "identity adapter", "face video", "load adapter", "character consistency"],
             inputs=[

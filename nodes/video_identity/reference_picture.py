@@ -6,6 +6,7 @@ and masks come from the host's own nodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def prepare(
     """
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(f"image has shape {tuple(images.shape)}: connect pictures, [B, H, W, 3]")
+    if not torch.isfinite(images).all():
+        raise ValueError("image holds NaN or infinite values: load or render the picture again")
     if mask is not None:
         mask = _fitted_mask(mask, images)
     results, messages = [], []
@@ -85,6 +88,8 @@ def _box(boxes: Sequence[Mapping[str, float]], mask: torch.Tensor | None, asked:
             x, y, width, height = (float(largest[name]) for name in ("x", "y", "width", "height"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("bboxes hold no x, y, width and height: connect a face detector's boxes") from error
+        if not all(map(math.isfinite, (x, y, width, height))):
+            raise ValueError("bboxes hold NaN or infinite values: connect a face detector's boxes")
         if width > 0 and height > 0:
             return (x, y, x + width, y + height), ""
         return None, "the face's box is empty, so the whole picture is used, padded to a square"
@@ -106,13 +111,15 @@ def _crop(picture: torch.Tensor, box: Box | None, factor: float) -> torch.Tensor
     left, top, right, bottom = box
     if left <= _BORDER and top <= _BORDER and right >= width - _BORDER and bottom >= height - _BORDER:
         return picture
-    half = max(right - left, bottom - top) * factor / 2
-    middle = (left + right) / 2, (top + bottom) / 2
-    x = [min(max(round(middle[0] + side), 0), width) for side in (-half, half)]
-    y = [min(max(round(middle[1] + side), 0), height) for side in (-half, half)]
-    if x[0] >= x[1] or y[0] >= y[1]:
+    side = max(1, round(max(right - left, bottom - top) * factor))
+    first = round((top + bottom - side) / 2), round((left + right - side) / 2)
+    y, x = (
+        slice(min(max(start, 0), limit), min(max(start + side, 0), limit))
+        for start, limit in zip(first, (height, width), strict=True)
+    )
+    if x.start >= x.stop or y.start >= y.stop:
         raise ValueError("the face's box lies outside the picture: connect the boxes of this very picture")
-    return picture[y[0] : y[1], x[0] : x[1]]
+    return picture[y, x]
 
 
 def _square(picture: torch.Tensor, size: int) -> torch.Tensor:

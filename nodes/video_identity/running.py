@@ -7,7 +7,6 @@ Nothing of the model is replaced: its own blocks run with an attention function 
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,11 @@ from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ...kernels import restricted_attention
 from ...kernels.restricted_attention import Reference
 from .. import patching
-from . import method
+from . import blocks, method
+from .blocks import KEY as KEY
 from .method import Identity
-
-KEY = "understudy_video_identity"
-_OVERRIDE = "optimized_attention_override"
 
 # Tested with tiny weights; other relatives of WanModel run with a note, and those listed below cannot.
 VERIFIED = ("WanModel", "VaceWanModel", "CameraWanModel")
@@ -63,13 +59,13 @@ def apply(model: Any, identity: Identity) -> Any:
         {WrappersMP.APPLY_MODEL: identities.apply_model, WrappersMP.PREPARE_SAMPLING: identities.prepare_sampling},
         {CallbacksMP.ON_CLEANUP: identities.cleanup},
         identities,
-        _block_patches(network),
+        blocks.patches(network),
     )
 
 
 def extended(model: Any) -> Any:
     """A clone of `model` whose blocks see what a call brings under KEY; nothing is brought by itself."""
-    return patching.with_sampling_parts(model, KEY, {}, {}, None, _block_patches(wan_network(model)))
+    return patching.with_sampling_parts(model, KEY, {}, {}, None, blocks.patches(wan_network(model)))
 
 
 def wan_network(model: Any) -> Any:
@@ -101,22 +97,34 @@ class VideoIdentities:
     def __init__(self, identities: tuple[Identity, ...]):
         self.identities = identities
         self.cache = method.ReferenceCache()
+        self._begin()
+
+    def _begin(self) -> None:
         self._size: tuple[int, ...] | None = None  # frames, height and width of the latents of this run
+        self._retained: list[int] = []  # frames of the video that context windows keep at their places
+        self._given: set[int] = set()  # blocks that were to act in this run
+        self._acted: set[int] = set()
 
     def cleanup(self, _patcher: Any) -> None:
         """The host's ON_CLEANUP: nothing outlives a run."""
+        if missing := sorted(self._given - self._acted):
+            logging.warning(
+                "[Understudy] the reference did not act in blocks %s: a node after Apply Video Identity replaces "
+                "them; put Apply Video Identity after that node", missing
+            )
         self.cache.clear()
-        self._size = None
+        self._begin()
 
-    def prepare_sampling(self, executor, model, noise_shape, *args, **kwargs):
+    def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
         """The host's PREPARE_SAMPLING: the estimate of memory grows by the cache, as columns of the latent."""
         shape = list(noise_shape)
+        self._retained = getattr(model.model_options.get("context_handler"), "latent_retain_index_list", [])
         if len(shape) == 5:
             self._size = tuple(shape[-3:])
             # The width, since context windows overwrite the frames; of the whole batch, which shares one cache.
             column = model.model.memory_required([*shape[:-1], 1])
-            shape[-1] += math.ceil(self.cache_bytes(model.model) / column)
-        return executor(model, shape, *args, **kwargs)
+            shape[-1] += math.ceil(self.cache_bytes(model.model) * _most_entries(conds) / column)
+        return executor(model, shape, conds, *args, **kwargs)
 
     def cache_bytes(self, base: Any) -> int:
         """What the keys and values of every reference take."""
@@ -124,8 +132,8 @@ class VideoIdentities:
         total = 0
         for identity in self.identities:
             rows = math.prod(-(-n // p) for n, p in zip(identity.latent.shape[2:], network.patch_size, strict=True))
-            blocks = len(method.kept_blocks(identity.config, len(network.blocks)))
-            total += 2 * blocks * rows * network.dim * base.get_dtype_inference().itemsize
+            kept = len(method.kept_blocks(identity.config, len(network.blocks)))
+            total += 2 * kept * rows * network.dim * base.get_dtype_inference().itemsize
         return total
 
     def apply_model(
@@ -135,13 +143,17 @@ class VideoIdentities:
         base = executor.class_obj
         acting = [identity for identity in self.identities if _acts(identity, base, t)]
         references = self._references(base, acting, x, transformer_options, kwargs) if acting else {}
+        acted: list[int] = []
         if references:
-            transformer_options = {**transformer_options, KEY: references}
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            transformer_options = {**transformer_options, KEY: references, blocks.ACTED: acted}
+        result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        self._given.update(references)
+        self._acted.update(acted)
+        return result
 
     def _references(self, base, identities, x, options, conditions) -> dict[int, tuple[Reference, ...]]:
         """Each block's references for this call; a reference without weight anywhere in it is left out."""
-        blocks: dict[int, list[Reference]] = {}
+        seen: dict[int, list[Reference]] = {}
         for identity in identities:
             weight = self._weight(base, identity, x, options, conditions)
             if weight is not None:
@@ -149,8 +161,8 @@ class VideoIdentities:
                     continue
                 weight = weight.to(x.device)
             for i, (k, v) in self._rows(base, identity, x, options).items():
-                blocks.setdefault(i, []).append(Reference(k, v, weight))
-        return {i: tuple(references) for i, references in blocks.items()}
+                seen.setdefault(i, []).append(Reference(k, v, weight))
+        return {i: tuple(references) for i, references in seen.items()}
 
     def _rows(self, base, identity, x, options) -> method.Rows:
         """Keys and values of a reference at the size of this video, from the cache or computed now."""
@@ -168,6 +180,8 @@ class VideoIdentities:
             latent = base.process_latent_in(identity.latent.clone()).to(x.device)
             return reference_rows(base, identity.adapter, latent, keep, (height, width), options)
 
+        if torch.is_grad_enabled():  # somebody trains through this model: its weights and graph are the step's own
+            return compute()
         return self.cache.get(base, key, compute, _weights_state(base))
 
     def _weight(self, base, identity, x, options, conditions) -> torch.Tensor | None:
@@ -197,7 +211,7 @@ class VideoIdentities:
             base, key, lambda: method.token_weights(identity.mask, frames, *x.shape[-2:], patch[1:])
         )
         if sliced:
-            weights = window.get_tensor(weights, weights.device, dim=0)
+            weights = window.get_tensor(weights, weights.device, dim=0, retain_index_list=self._retained)
         if weights.shape[0] != x.shape[2]:
             raise ValueError(
                 f"mask covers {weights.shape[0]} latent frames and the model was given {x.shape[2]}: connect a mask "
@@ -210,6 +224,22 @@ class VideoIdentities:
         # Tokens that are no place in the video weigh as the video does on average: all or nothing stays so.
         mean = weights.mean().reshape(1)
         return strength * torch.cat([mean.expand(leading), video, mean.expand(trailing)])
+
+
+def _most_entries(conds: Mapping[str, Sequence[Mapping]]) -> int:
+    """How many times over a reference may be kept: for each size of an area, and each version of the weights."""
+    entries = [cond for group in conds.values() for cond in group or ()]
+    sizes = {_area_size(cond.get("area")) for cond in entries}
+    hooked = any(cond.get("hooks") is not None for cond in entries)
+    return max(1, len(sizes)) * (method.ReferenceCache.VERSIONS if hooked else 1)
+
+
+def _area_size(area: Sequence | None) -> tuple | None:
+    """The first half of an area, as the host writes them: sizes, then where each begins."""
+    if area is None:
+        return None
+    numbers = [number for number in area if not isinstance(number, str)]
+    return tuple(numbers[: len(numbers) // 2])
 
 
 def _acts(identity: Identity, base: Any, t: torch.Tensor) -> bool:
@@ -253,11 +283,12 @@ def _other_tokens(network: Any, x: torch.Tensor, conditions: Mapping[str, Any]) 
 
 def reference_rows(
     base: Any, adapter: method.VideoAdapter, latent: torch.Tensor, keep: frozenset[int], size: tuple[int, int],
-    options: Mapping[str, Any],
+    options: Mapping[str, Any], recompute: bool = False,
 ) -> method.Rows:
     """K and V of references [B, C, 1, h, w] in the model's space, beside a video `size` tokens high and wide.
 
     `options` are the call's transformer_options, of which scaled rotary positions and the user's attention count.
+    `recompute` is gradient checkpointing.
     """
     network = base.diffusion_model
     channels = network.patch_embedding.weight.shape[1]
@@ -271,8 +302,8 @@ def reference_rows(
     # The host adds these to the video's positions; what counts is how far the reference is from it.
     positions += torch.tensor([rope.get(f"shift_{axis}", 0.0) for axis in "tyx"])
     rotation = network.rope_embedder(positions.to(latent.device)).movedim(1, 2)
-    host = _WanHost(rotation, options.get(_OVERRIDE))
-    return method.prefill(network, adapter, latent, base.get_dtype_inference(), keep, host)
+    host = _WanHost(rotation, options.get(blocks.OVERRIDE))
+    return method.prefill(network, adapter, latent, base.get_dtype_inference(), keep, host, recompute)
 
 
 def _end_of_video(size: tuple[int, int], rope: Mapping[str, float]) -> Sequence[float]:
@@ -285,7 +316,7 @@ class _WanHost:
 
     def __init__(self, rotation: torch.Tensor, override: Any):
         self.rotation = rotation
-        self.options = {} if override is None else {_OVERRIDE: override}
+        self.options = {} if override is None else {blocks.OVERRIDE: override}
 
     def cast(self, parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return comfy.model_management.cast_to(parameter, dtype=like.dtype, device=like.device)
@@ -301,86 +332,3 @@ class _WanHost:
 
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def _block_patches(network: Any) -> dict[int, Any]:
-    return {i: functools.partial(BlockPatch, i) for i in range(len(network.blocks))}
-
-
-class BlockPatch:
-    """What stands for one transformer block: the block itself, or an earlier patch of it, with more to attend to.
-
-    It holds no tensor and knows no run, so a patched model may be cached, cloned and compiled.
-    """
-
-    key = KEY
-
-    def __init__(self, index: int, earlier: Any):
-        self.index = index
-        self.earlier = earlier
-
-    def __call__(self, args: dict, extra: dict) -> dict:
-        options = args["transformer_options"]
-        references = options.get(KEY, {}).get(self.index)
-        if references is None:
-            return self._inner(args, extra)
-        attention, acted = RestrictedAttention(references, options.get(_OVERRIDE)), []
-
-        def original_block(given: dict) -> dict:
-            """The block itself, which an earlier patch may run once, twice or not at all."""
-            attention.uses = attention.period = 0
-            out = extra["original_block"](given)
-            attention.period = attention.uses
-            acted.append(attention.uses > 0)
-            return out
-
-        options = {**options, _OVERRIDE: attention}
-        # A second patch of ours further in, under someone else's, must not add the references again.
-        del options[KEY]
-        out = self._inner({**args, "transformer_options": options}, {**extra, "original_block": original_block})
-        # A block that is skipped gives back what it was given; any other result is of an attention that we missed.
-        if not all(acted) or (not acted and out["img"] is not args["img"]):
-            raise RuntimeError(
-                f"block {self.index} of this model did not use the host's attention, so the identity could not act: "
-                "remove the node or extension that replaces the model's self-attention"
-            )
-        return out
-
-    def _inner(self, args: dict, extra: dict) -> dict:
-        return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
-
-
-class RestrictedAttention:
-    """The host's attention override of one block in one call: its first use is the self-attention of the video.
-
-    A checkpointed block runs again in the backward pass and uses it as often once more: `period` uses are one run.
-    """
-
-    def __init__(self, references: tuple[Reference, ...], earlier: Any):
-        self.references = references
-        self.earlier = earlier
-        self.uses = 0
-        self.period = 0
-
-    def __call__(self, function, q, k, v, heads, *args, **kwargs):
-        def users_own(q, k, v):
-            if self.earlier is None:
-                return function(q, k, v, heads, *args, **kwargs)
-            return self.earlier(function, q, k, v, heads, *args, **kwargs)
-
-        first = self.uses % self.period == 0 if self.period else self.uses == 0
-        self.uses += 1
-        if not first:
-            return users_own(q, k, v)
-        if args or kwargs.get("mask") is not None:
-            raise RuntimeError("this model masks its self-attention, which the video identity adapter cannot join")
-
-        def by_heads(*rows):
-            return (row.unflatten(-1, (heads, -1)) for row in rows)
-
-        if all(reference.weight is None for reference in self.references):
-            return restricted_attention.joint(
-                *by_heads(q, k, v), self.references,
-                lambda *rows: users_own(*(row.flatten(2) for row in rows)).unflatten(-1, (heads, -1)),
-            ).flatten(2)
-        return restricted_attention.weighted(*by_heads(q, k, v), self.references).flatten(2)

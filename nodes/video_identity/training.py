@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ...kernels.restricted_attention import Reference
+from .. import patching
 from ..training import loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
@@ -52,13 +55,19 @@ def prepared(
     config: TrainingConfig, rank: int,
 ) -> Iterator[tuple[method.VideoAdapter, list[Sample], WithReferences]]:
     """An untrained adapter, what it learns from, and the model with it, ready for the objective; as `train` takes."""
-    largest = max(latents, key=lambda latent: latent.numel())
+    largest, pictures = (max(given, key=torch.Tensor.numel) for given in (latents, references))
     patched = running.extended(model)
+    if patching.parts(model, running.KEY):
+        logging.warning("[Understudy] training leaves out the references that the model shows: connect the plain one")
     for name, given in (("latents", latents), ("references", references)):
         for latent in given:
             running.check_channels(model, latent, name)
-    with session(patched, [config.batch_size, *largest.shape[1:]], config) as denoiser:
-        network = denoiser.network
+    network = running.wan_network(patched)
+    weights = len(network.blocks) * len(method.PROJECTIONS) * 2 * rank * network.dim
+    # A reference is more frames of the video to the model's memory.
+    more = math.ceil(pictures[0, 0].numel() / largest[0, 0, 0].numel())
+    shape = [config.batch_size, largest.shape[1], largest.shape[2] + more, *largest.shape[3:]]
+    with session(patched, shape, config, trained=weights) as denoiser:
         made = method.new_adapter(
             network.dim, len(network.blocks), rank, lambda i: loop.step_seed(config.seed, _FIRST_SEED + i)
         )
@@ -69,15 +78,16 @@ def prepared(
             conditions = denoiser.prepare(conditioning, latent)
             conditions[_REFERENCE] = into(reference.clone()).float()
             samples.append(Sample(into(latent.clone()).float(), conditions))
-        yield adapter, samples, WithReferences(denoiser, adapter)
+        yield adapter, samples, WithReferences(denoiser, adapter, config.gradient_checkpointing)
 
 
 class WithReferences:
     """A Denoiser whose video tokens see each sample's own reference."""
 
-    def __init__(self, denoiser: Denoiser, adapter: method.VideoAdapter):
+    def __init__(self, denoiser: Denoiser, adapter: method.VideoAdapter, recompute: bool = False):
         self.denoiser = denoiser
         self.adapter = adapter
+        self.recompute = recompute
         self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
 
     def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[dict]) -> torch.Tensor:
@@ -86,7 +96,7 @@ class WithReferences:
         network = self.denoiser.network
         rows = running.reference_rows(
             self.model, self.adapter, images, frozenset(range(len(network.blocks))),
-            running.token_grid(network, noisy), self.denoiser.transformer_options,
+            running.token_grid(network, noisy), self.denoiser.transformer_options, self.recompute,
         )
         seen = {i: (Reference(k, v),) for i, (k, v) in rows.items()}
         return self.denoiser.denoise(noisy, sigma, conditions, {running.KEY: seen})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -71,11 +72,15 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
         videos = _singles(latents, "latents")
         pictures = _one_each(_singles(references, "references"), len(videos), "references")
         _check_references(pictures)
+        if len(pictures) > len({id(picture) for picture in pictures}):
+            logging.info("[Understudy] one reference is learnt with all %d videos", len(videos))
+        if not all(positive):
+            raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
         texts = _one_each(list(positive), len(videos), "positive")
         config = widgets.config(given, batch_size=given["batch_size"])
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
-            "texts": inputs.digest([text[0][0] for text in texts]), "rank": given["rank"],
+            "texts": inputs.conditioning_digest(texts), "rank": given["rank"],
         }
         kept = checkpoints.Checkpoints("video_identity_adapter", widgets.settings(given, config, settings))
         adapter, loss_map = training.train(
@@ -116,3 +121,5 @@ def _check_references(pictures: Sequence[torch.Tensor]) -> None:
             f"references have the shapes {sorted(shapes)}: give single pictures of one size, as a list, since VAE "
             "Encode takes a batch of pictures for a video"
         )
+    if any(not picture.any() for picture in pictures):
+        raise ValueError("references hold a latent of zeros, which shows nobody: connect VAE Encode of a picture")

@@ -1,7 +1,8 @@
 """What tells two sets of weights apart, whatever order they come in."""
 
+import tiny_model
 import torch
-from pack.nodes.fingerprint import weights_fingerprint
+from pack.nodes.fingerprint import patches_fingerprint, weights_fingerprint
 
 WEIGHTS = {"b": torch.arange(6.0), "a": torch.ones(2, 2)}
 
@@ -22,3 +23,17 @@ def test_names_shapes_and_values_count_and_their_order_does_not():
 def test_what_a_lora_moved_aside_stands_for_what_it_left():
     moved = {**WEIGHTS, "a": torch.zeros(2, 2)}
     assert weights_fingerprint(moved, {"a": WEIGHTS["a"]}) == weights_fingerprint(WEIGHTS)
+
+
+def test_patches_count_by_place_strength_and_values():
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+
+    def patched(value=1.0, strength=0.7, key=key):
+        model = tiny_model.wan()
+        weight = model.model.state_dict()[key]
+        model.add_patches({key: ("diff", (torch.full_like(weight, value),))}, strength)
+        return patches_fingerprint(model)
+
+    assert patches_fingerprint(tiny_model.wan()) == "" and patched() == patched() and len(patched()) == 16
+    others = patched(2.0), patched(strength=0.5), patched(key=key.replace("blocks.0", "blocks.1"))
+    assert len({patched(), *others}) == 4

@@ -1,5 +1,6 @@
 """Pictures and texts as graphs give them: batches, lists, folders of the host's own dataset node, and bad ones."""
 
+import comfy.clip_vision
 import folder_paths
 import numpy as np
 import pytest
@@ -92,3 +93,23 @@ def test_one_picture_and_one_text_are_one():
     assert inputs.one_text(["a\n  fox"], "source_text") == "a fox"
     with pytest.raises(ValueError, match="source_text holds 2 texts"):
         inputs.one_text(["a", "b"], "source_text")
+
+
+def test_a_digest_tells_conditionings_apart():
+    text = torch.ones(1, 2, 3)
+
+    def named(options, text=text):
+        return inputs.conditioning_digest([[[text, options]]])
+
+    output = comfy.clip_vision.Output()
+    output.last_hidden_state = torch.ones(1, 4)
+    other = comfy.clip_vision.Output()
+    other.last_hidden_state = torch.zeros(1, 4)
+    different = [
+        named({}), named({}, text * 2), named({}, text.flatten()), named({"pooled_output": text}),
+        named({"width": 64}), named({"height": 64}),
+        named({"clip_vision_output": output}), named({"clip_vision_output": other}),
+        named({"latents": [text, text]}), named({"latents": [text]}), named({"pooled_output": None}),
+    ]
+    assert len(set(different)) == len(different)
+    assert named({"a": 1, "b": text}) == named({"b": text.clone(), "a": 1})

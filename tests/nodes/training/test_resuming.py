@@ -4,6 +4,7 @@ import pytest
 import tiny_clip
 import tiny_model
 import torch
+from comfy.weight_adapter import LoRAAdapter
 from pack.nodes import files
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from pack.nodes.frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
@@ -49,7 +50,7 @@ def video(steps, resume_from, model=None, **given):
     latents = [{"samples": torch.full((1, 16, frames, 4, 4), 0.5)} for frames in (2, 1)]
     return run(
         UnderstudyTrainVideoIdentityAdapter, steps, resume_from, model=model or wan(0), latents=latents[:1],
-        references=latents[1:], positive=[tiny_model.conditioning(0)], rank=2, batch_size=1, **given,
+        references=latents[1:], rank=2, batch_size=1, **{"positive": [tiny_model.conditioning(0)], **given},
     )
 
 
@@ -59,6 +60,18 @@ def unet(seed):
 
 def wan(seed):
     return tiny_model.wan(num_layers=2, seed=seed)
+
+
+def with_picture(conditioning):
+    ((text, options),) = conditioning
+    return [[text, {**options, "concat_latent_image": torch.ones(1)}]]
+
+
+def with_lora(model):
+    weight = model.model.diffusion_model.blocks[0].self_attn.q.weight
+    update = LoRAAdapter(set(), (torch.ones(len(weight), 2), torch.ones(2, len(weight)), None, None, None, None))
+    model.add_patches({"diffusion_model.blocks.0.self_attn.q.weight": update}, 0.7)
+    return model
 
 
 @pytest.fixture
@@ -76,7 +89,11 @@ def folder(tmp_path, monkeypatch):
         "source_text 'a cat' and this run has 'a cow'": {"source_text": "a cow"},
     }),
     (action, {"different model": {"model": unet(1)}}),
-    (video, {"different model": {"model": wan(1)}}),
+    (video, {
+        "different model": {"model": wan(1)},
+        "different LoRAs on the model": {"model": with_lora(wan(0))},
+        "different texts": {"positive": [with_picture(tiny_model.conditioning(0))]},
+    }),
 ])
 def test_other_weights_and_pictures_are_refused_by_name(train, others, folder):
     once = train(1, "none")

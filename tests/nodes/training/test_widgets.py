@@ -44,7 +44,10 @@ def test_optional_inputs_that_an_old_workflow_lacks_have_their_defaults():
 
 def test_what_a_resumed_run_must_share_is_named_by_all_nodes_alike(monkeypatch):
     monkeypatch.setattr(widgets, "fingerprint", lambda model: f"of {model}")
+    monkeypatch.setattr(widgets, "patches_fingerprint", lambda model: "" if model == "it" else f"on {model}")
     config = widgets.config({"steps": 3, "learning_rate": 0.1, "seed": 4}, batch_size=5)
     shared = {"seed": 4, "batch_size": 5, "learning_rate": 0.1, "dtype": "model", "min_snr_gamma": 0.0}
     assert widgets.settings({"model": "it"}, config, {"rank": 8}) == {"model": "of it", **shared, "rank": 8}
+    patched = {"model": "of other", "LoRAs on the model": "on other", **shared}
+    assert widgets.settings({"model": "other"}, config, {}) == patched
     assert widgets.settings({}, config, {}) == shared

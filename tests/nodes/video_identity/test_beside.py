@@ -13,6 +13,7 @@ from comfy.ldm.modules.attention import attention_basic, attention_pytorch, atte
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from comfy_extras.nodes_train import TrainLoraNode
 from pack.nodes import patching
 from pack.nodes.identity_prior import capture
 from pack.nodes.video_identity import method, running
@@ -245,6 +246,46 @@ def test_earlier_and_later_block_patches_are_kept():
     pair = identity(), identity(seed=5)
     around = shown(chaining(shown(MODEL, pair[0])), pair[1])
     assert torch.equal(call(around, X), call(chaining(shown(MODEL, *pair)), X))
+
+
+def test_blocks_that_a_later_patch_takes_over_are_named_after_the_run(caplog):
+    def plain(_args, extra):
+        return extra["original_block"](_args)
+
+    with caplog.at_level(logging.WARNING):
+        sample(with_patch(with_patch(MODEL, plain), plain))
+        sample(with_patch(MODEL.clone(), plain))
+        sample(shown(with_patch(MODEL, plain)))
+        sample(SkipLayerGuidanceDiT.execute(shown(), 3.0, 0.0, 1.0, "1").result[0])
+        sample(EasyCacheNode.execute(shown(), 0.5, 0.1, 0.9, False).result[0], steps=6)
+        sample(shown(MODEL, identity(blocks="0")))
+    assert "did not act" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        sample(with_patch(shown(), plain))
+    assert "did not act in blocks [1]" in caplog.text
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_host_trains_a_lora_through_a_model_that_shows_a_reference(checkpointing):
+    """Weights that a graph loaded are of inference mode, and no step may read another's keys and values."""
+    with torch.inference_mode():
+        loaded = method.adapter_from({key: tensor.clone() for key, tensor in ADAPTER.tensors().items()})
+        losses = []
+        for shows in (True, False):
+            model = tiny_model.as_loaded(tiny_model.wan())
+            model.cached_patcher_init = (lambda **_k: tiny_model.as_loaded(tiny_model.wan()), ())
+            if shows:
+                model = shown(model, identity(adapter=loaded))
+            found = TrainLoraNode.execute(
+                model=[model], latents=[{"samples": X}], positive=[tiny_model.conditioning(1)], batch_size=[1],
+                grad_accumulation_steps=[1], steps=[3], learning_rate=[1e-2], rank=[2], optimizer=["AdamW"],
+                loss_function=["MSE"], seed=[0], training_dtype=["fp32"], lora_dtype=["fp32"],
+                quantized_backward=[False], algorithm=["LoRA"], gradient_checkpointing=[checkpointing],
+                checkpoint_depth=[1], offloading=[False], existing_lora=["[None]"], bucket_mode=[False],
+                bypass_mode=[False],
+            )
+            losses.append(found.result[1]["loss"])
+    assert len(losses[0]) == 3 and losses[0] != losses[1]
 
 
 def with_patch(model, patch):

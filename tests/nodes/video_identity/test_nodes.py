@@ -10,6 +10,8 @@ import real_configurations
 import safetensors.torch
 import tiny_model
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pack.nodes import extension
 from pack.nodes.video_identity import method, running
 from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
@@ -82,8 +84,8 @@ def test_the_crop_is_half_as_large_again_around_the_largest_face():
     cropped, messages = prepare(picture(), ReferenceConfig(size=480), None, boxes)
     assert cropped.shape == (1, 480, 480, 3) and messages == []
     assert at(cropped, 8, 8) == [35, 15] and at(cropped, 471, 471) == [64, 44] and at(cropped, 8, 471) == [64, 15]
-    for given in (boxes[0], boxes[0][1]):
-        assert torch.equal(prepare(picture(), ReferenceConfig(size=480), None, given)[0], cropped)
+    for alike in (boxes[0], boxes[0][1]):
+        assert torch.equal(prepare(picture(), ReferenceConfig(size=480), None, alike)[0], cropped)
     assert torch.equal(prepare(picture(), ReferenceConfig(480, 1.0), None, box(35, 15, 30, 30))[0], cropped)
 
 
@@ -109,6 +111,22 @@ def test_without_a_face_the_whole_picture_is_padded_and_said(bboxes, mask, words
     assert at(image, 8, 400) == [100, 100] and at(image, 792, 400) == [100, 100]  # 20 white rows above and below
     assert at(image, 20 * 8 + 4, 4) == [0, 0] and at(image, 80 * 8 - 5, 794) == [99, 59]
     assert re.search(words, result.ui["text"][0]) and re.search(words, caplog.text)
+
+
+@given(
+    st.floats(20, 60), st.floats(20, 30), st.floats(1, 20), st.floats(1, 20), st.sampled_from([1.0, 1.05, 1.5]),
+)
+def test_a_crop_inside_the_picture_is_square_and_has_no_white(x, y, width, height, factor):
+    black, face = torch.zeros(1, 80, 100, 3), box(x, y, width, height)
+    cropped, messages = prepare(black, ReferenceConfig(64, factor), None, face)
+    assert not cropped.any() and messages == []
+
+
+def test_a_batch_is_told_how_a_video_model_encodes_it(caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        result = UnderstudyPrepareReference.execute(picture().repeat(2, 1, 1, 1), 64, 1.5, None, box(40, 25, 20, 10))
+    assert len(result.result[0]) == 2 and "Rebatch Images" in result.ui["text"][0] and "Rebatch" in caplog.text
 
 
 def test_a_box_that_fills_the_picture_takes_it_whole():
@@ -143,6 +161,8 @@ def test_batches_alpha_grey_and_what_is_refused():
         ((torch.ones(1, 4, 4, 2), ReferenceConfig()), "image has shape"),
         ((picture(), ReferenceConfig(), torch.ones(3, 60, 100)), "mask has shape"),
         ((picture(), ReferenceConfig(), None, [[{"x": 1}]]), "no x, y, width and height"),
+        ((picture(), ReferenceConfig(), None, [[box(1, 1, float("inf"), 5)]]), "bboxes hold NaN or infinite"),
+        ((picture() * float("nan"), ReferenceConfig()), "image holds NaN"),
         ((images.repeat(2, 1, 1, 1), ReferenceConfig(), None, boxes), "bboxes are of 2 pictures and image holds 4"),
         ((picture(), ReferenceConfig(), None, [[box(500, 500, 10, 10)]]), "outside the picture"),
     ):

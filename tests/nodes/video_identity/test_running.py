@@ -2,6 +2,7 @@
 
 import threading
 
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
@@ -237,3 +238,27 @@ def test_the_cache_is_in_the_memory_estimate(batch):
     assert patching.parts(model, running.KEY).cache_bytes(MODEL.model) == wanted
     (before, column), (after, _) = asked
     assert wanted <= after - before <= wanted + column * 1.001  # whole columns, rounded up
+
+
+def test_areas_and_scheduled_loras_are_in_the_memory_estimate():
+    asked = []
+
+    def estimate(run, patcher, shape, *args, **kwargs):
+        asked.append(patcher.model.memory_required(shape))
+        return run(patcher, shape, *args, **kwargs)
+
+    def entry(area=None, hooks=None):
+        options = {"strength": 1.0} | ({} if area is None else {"area": area, "set_area_to_bounds": False})
+        return [tiny_model.conditioning(1)[0][0], options | ({} if hooks is None else {"hooks": hooks})]
+
+    whole, left, right, top = entry(), entry((8, 4, 0, 0)), entry((8, 4, 0, 2)), entry((4, 6, 0, 0))
+    loras = comfy.hooks.create_hook_lora({}, 1.0, 0.0)
+    grown = []
+    for positive in ([whole], [whole, left, right], [whole, left, right, top], [entry(hooks=loras)]):
+        patched = shown(MODEL, identity(latent=reference(1, 64, 64)))
+        for patcher in (MODEL.clone(), patched):
+            patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, estimate)
+            sample(patcher, positive=positive)
+        plain, with_cache = asked[-2:]
+        grown.append((with_cache - plain) / patching.parts(patched, running.KEY).cache_bytes(MODEL.model))
+    assert grown == pytest.approx([1, 2, 3, 2], rel=0.05)

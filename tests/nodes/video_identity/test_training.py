@@ -1,5 +1,8 @@
 """The adapter's training through tiny models: what learns and what does not, gradients, resuming, inputs."""
 
+import contextlib
+import logging
+
 import comfy.model_management
 import folder_paths
 import published_wan
@@ -140,6 +143,62 @@ def node(model, latents, references, positive, **settings):
         ).result
 
 
+def test_a_backward_pass_keeps_little_of_the_reference_with_checkpointing():
+    def kept(side, checkpointing):
+        found, given = {}, ([draw(1, 1, 16, 3, 8, 8)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)])
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        settings = config(dtype="fp32", gradient_checkpointing=checkpointing)
+        with training.prepared(wan(), *given, settings, 4) as (_, samples, denoiser):
+            objective = training.DenoisingObjective(denoiser, samples, settings)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                objective(0, torch.Generator().manual_seed(1))
+        return sum(found.values())
+
+    reference = [kept(32, checkpointing) - kept(2, checkpointing) for checkpointing in (False, True)]
+    assert reference[1] < 0.5 * reference[0]
+
+
+def test_the_memory_asked_for_grows_with_rank_and_reference(monkeypatch):
+    asked = []
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda _m, memory_required, **_k: asked.append(
+        memory_required
+    ))
+    for side, rank in ((4, 2), (4, 66), (32, 2)):
+        with contextlib.suppress(Exception):  # nothing is loaded
+            given = [draw(1, *SHAPE)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)]
+            with training.prepared(wan(), *given, config(), rank):
+                pass
+    assert asked[1] - asked[0] == 64 * 2 * 3 * 2 * 48 * 16  # rank, blocks, projections, matrices, width, bytes
+    assert asked[2] > 4 * asked[0]
+
+
+def test_texts_that_no_call_can_hold_together_are_learnt_in_batches_of_their_own():
+    long = [[draw(1, 1, 12, tiny_model.CONTEXT), {}]]
+    adapter, loss_map = node(
+        wan(), [{"samples": draw(i, *SHAPE)} for i in range(4)], [{"samples": draw(50, 1, 16, 1, 4, 4)}],
+        [tiny_model.conditioning(0), long, tiny_model.conditioning(1), long], steps=6, checkpoint_every=0,
+    )
+    assert len(loss_map["loss"]) == 6
+
+
+def test_what_it_learns_from_unasked_is_said(caplog):
+    one, text = {"samples": draw(50, 1, 16, 1, 4, 4)}, tiny_model.conditioning(0)
+    videos = [{"samples": draw(i, *SHAPE)} for i in range(2)]
+    with caplog.at_level(logging.INFO):
+        node(wan(), videos, [one, one], [text], checkpoint_every=0)
+    assert "one reference" not in caplog.text and "leaves out" not in caplog.text
+    model = wan()
+    adapter = method.adapter_from(tiny_model.video_adapter(model))
+    with caplog.at_level(logging.INFO):
+        node(shown(model, identity(adapter=adapter)), videos, [one], [text], checkpoint_every=0)
+    assert "one reference is learnt with all 2 videos" in caplog.text and "leaves out the references" in caplog.text
+
+
 def test_the_node_takes_batches_and_lists_and_one_for_all():
     UnderstudyTrainVideoIdentityAdapter.GET_SCHEMA().validate()
     schema = UnderstudyTrainVideoIdentityAdapter.define_schema()
@@ -169,6 +228,8 @@ def test_the_node_takes_batches_and_lists_and_one_for_all():
         (listed, [{"samples": draw(1, 1, 4, 4, 4)}], [text], "references has 4 channels and the model"),
         ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents hold something else"),
         ([{"samples": torch.ones(0, *SHAPE[1:])}], [one], [text], "latents hold no latent"),
+        (listed, [{"samples": torch.zeros(1, 16, 1, 4, 4)}], [text], "references hold a latent of zeros"),
+        (listed, [one], [[]], "positive holds an empty conditioning"),
     ):
         with pytest.raises(ValueError, match=message):
             node(model, latents, references, positive)

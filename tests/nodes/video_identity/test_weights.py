@@ -8,7 +8,7 @@ import tiny_model
 import torch
 from comfy.context_windows import IndexListContextWindow
 from comfy.patcher_extension import WrappersMP
-from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode, WanContextWindowsManualNode
 from pack.nodes import patching
 from pack.nodes.video_identity import method, running
 from video_identities import (
@@ -167,6 +167,25 @@ def test_the_host_s_context_windows_see_their_own_frames_of_the_mask():
     for frames, weight in seen:
         expected = weights[frames].flatten()
         assert weight is None if not expected.any() else torch.equal(weight, expected)
+
+
+def test_a_frame_that_windows_retain_keeps_its_weight():
+    """The host puts latent frame 0 at the first place of every window."""
+    mask = torch.zeros(17, 16, 12)
+    mask[0] = 1
+    settings = (3, 1, "standard_static", 1, False, "pyramid", 2, False, "", False, "0", False)
+    model = ContextWindowsManualNode.execute(shown(MODEL, identity(mask=mask)), *settings).result[0]
+    seen = []
+
+    def look(run, x, t, a, b, c, options, **k):
+        seen.append((options["context_window"].index_list, options.get(running.KEY, {}).get(0)))
+        return run(x, t, a, b, c, options, **k)
+
+    model.add_wrapper(WrappersMP.APPLY_MODEL, look)
+    sample(model, shape=(1, 16, 5, 8, 6))
+    assert {tuple(frames) for frames, _ in seen} == {(0, 1, 2), (2, 3, 4)}
+    for _, references in seen:
+        assert references[0].weight.unflatten(0, (3, -1)).any(1).tolist() == [True, False, False]
 
 
 def test_start_and_end_percent():
