@@ -28,18 +28,8 @@ def patches_fingerprint(model: Any) -> str:
         for strength, patch, own, *_ in model.patches[key]:
             content.update(f"{key} {strength} {own}\n".encode())
             for tensor in _tensors(getattr(patch, "weights", patch)):
-                values = tensor.detach().flatten()
-                values = values[:: max(1, values.numel() // _SAMPLED_VALUES)]
-                content.update(values.cpu().float().numpy().tobytes())
+                content.update(_sampled(tensor))
     return content.hexdigest()[:16] if model.patches else ""
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
 
 
 def weights_fingerprint(weights: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor] = {}) -> str:
@@ -49,7 +39,18 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor], originals: Mapping[
         content.update(f"{key} {tuple(weights[key].shape)}\n".encode())
     plain = [key for key in sorted(weights) if type(weights[key]) in (torch.Tensor, torch.nn.Parameter)]
     for key in plain[:: max(1, len(plain) // _SAMPLED_WEIGHTS)]:
-        values = originals.get(key, weights[key]).detach().flatten()
-        values = values[:: max(1, values.numel() // _SAMPLED_VALUES)]
-        content.update(values.cpu().float().numpy().tobytes())
+        content.update(_sampled(originals.get(key, weights[key])))
     return content.hexdigest()[:16]
+
+
+def _sampled(tensor: torch.Tensor) -> bytes:
+    values = tensor.detach().flatten()
+    return values[:: max(1, values.numel() // _SAMPLED_VALUES)].cpu().float().numpy().tobytes()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)

@@ -80,6 +80,7 @@ PLAIN = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 6)}
     ({**weights(), **PLAIN}, r"lora_A\.weight of shape \(4, 6\)"),
     (changed(**{Q0 + "up__weight": None}), r"q_loras\.up\.weight should be \(6, 3\) and is nothing"),
     (changed(**{Q0 + "up__weight": torch.ones(6, 4)}), r"q_loras\.up\.weight should be \(6, 3\) and is \(6, 4\)"),
+    (changed(**{Q0 + "down__weight": torch.ones(0, 6), Q0 + "up__weight": torch.ones(6, 0)}), r"\(0, 6\)|\[0, 6\]"),
     (changed(**{Q0 + "down__weight": torch.ones(3, 5)}), r"should be \(\d, \d\) and is \(\d, \d\)"),
     (changed(**{Q0 + "down__weight": torch.ones(3, 6, 1)}), r"down\.weight should be \(rank, width\).*\(3, 6, 1\)"),
     (changed(**{Q0 + "down__weight": torch.ones(3, 6, dtype=torch.int8)}), r"fp16, bf16 or fp32 .*int8"),

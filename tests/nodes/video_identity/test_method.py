@@ -176,6 +176,10 @@ def test_an_identity_is_named_by_its_content_and_shares_nothing():
     reference, mask = latent(), torch.tensor([[-1.0, 2.0]])
     made = method.identity(ADAPTER, reference, VideoIdentityConfig(), mask)
     assert made.mask.tolist() == [[[0.0, 1.0]]] and made.latent.shape == (1, 16, 1, 4, 4)
+    given = reference.clone()
+    reference.zero_()  # as a node that works in place may do
+    assert torch.equal(made.latent, given)
+    reference = given
     again = method.identity(ADAPTER, reference[:, :, 0].half().float(), VideoIdentityConfig())
     assert again.digest != made.digest == method.identity(ADAPTER, reference[:, :, 0], VideoIdentityConfig()).digest
     assert not made.off and method.identity(ADAPTER, reference, VideoIdentityConfig(strength=0.0)).off
