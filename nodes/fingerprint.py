@@ -24,7 +24,7 @@ def fingerprint(model: Any) -> str:
 def patches_fingerprint(model: Any) -> str:
     """16 hex digits of the LoRAs and other weights that are patched onto a MODEL; empty where there are none."""
     content = hashlib.sha256()
-    for key in sorted(map(str, model.patches)):
+    for key in sorted(model.patches):
         for strength, patch, own, *_ in model.patches[key]:
             content.update(f"{key} {strength} {own}\n".encode())
             for tensor in _tensors(getattr(patch, "weights", patch)):
