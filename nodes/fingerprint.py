@@ -25,10 +25,10 @@ def patches_fingerprint(model: Any) -> str:
     """16 hex digits of the LoRAs and other weights that are patched onto a MODEL; empty where there are none."""
     content = hashlib.sha256()
     for key in sorted(model.patches):
-        for strength, patch, own, *_ in model.patches[key]:
-            content.update(f"{key} {strength} {own}\n".encode())
-            for tensor in _tensors(getattr(patch, "weights", patch)):
-                content.update(_sampled(tensor))
+        for strength, patch, own, offset, _ in model.patches[key]:
+            content.update(f"{key} {type(patch).__name__} {strength} {own} {offset}\n".encode())
+            for part in _parts(getattr(patch, "weights", patch)):
+                content.update(_sampled(part) if isinstance(part, torch.Tensor) else f"{part}\n".encode())
     return content.hexdigest()[:16] if model.patches else ""
 
 
@@ -48,9 +48,10 @@ def _sampled(tensor: torch.Tensor) -> bytes:
     return values[:: max(1, values.numel() // _SAMPLED_VALUES)].cpu().float().numpy().tobytes()
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+def _parts(value: Any) -> Iterator[torch.Tensor | str | int | float | None]:
+    """The tensors, names and numbers of a patch, in their order."""
+    if isinstance(value, torch.Tensor | str | int | float | None):
         yield value
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from _parts(part)

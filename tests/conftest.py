@@ -25,7 +25,8 @@ import torch  # noqa: E402
 _SHARE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 2))
 _THREADS = max(1, min(4, (os.cpu_count() or 2) // _SHARE))
 torch.set_num_threads(_THREADS)
-os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))  # of the servers that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(_THREADS)  # of the servers that tests start
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

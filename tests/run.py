@@ -13,10 +13,12 @@ sys.path.append(str(ROOT / "tests"))
 
 from host import environment  # noqa: E402
 
+_ALONE = ("-n", "-s", "--pdb", "--trace")  # a number of processes, or a conversation with one
+
 
 def side_by_side(arguments: list[str]) -> list[str]:
     """Options of pytest for the whole suite, a file to a process; none where tests or processes are named."""
-    named = any(not argument.startswith("-") or argument.startswith("-n") for argument in arguments)
+    named = any(not argument.startswith("-") or argument.startswith(_ALONE) for argument in arguments)
     return [] if named else ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..training.objective import alike
 from .config import MaskConfig
 
 SUBJECT = "{subject}"
@@ -104,7 +105,7 @@ class PriorObjective:
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         subject = self.subject.draw(generator)
         others = self.classes.draw(generator)
-        if subject[0].latent.shape[1:] != others[0].latent.shape[1:]:
+        if not alike(subject[0], others[0]):
             return self._mean(subject, generator) + self.weight * self._mean(others, generator)
         both = self._losses([*subject, *others], generator)
         return both[: len(subject)].mean() + self.weight * both[len(subject) :].mean()

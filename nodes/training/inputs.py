@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.clip_vision
+import comfy.nested_tensor
 import torch
 
 
@@ -65,7 +66,7 @@ def conditioning_digest(conditionings: Sequence[list]) -> str:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The tensors, numbers and names in what nodes put into a conditioning; other objects by what they hold."""
+    """The tensors, numbers and names in what the host's nodes put into a conditioning."""
     if isinstance(value, torch.Tensor | str | int | float | None):
         yield value
     elif isinstance(value, Mapping):
@@ -75,7 +76,7 @@ def _leaves(value: Any) -> Iterator[Any]:
     elif isinstance(value, Sequence):
         for part in value:
             yield from _leaves(part)
-    elif isinstance(value, comfy.clip_vision.Output):
+    elif isinstance(value, comfy.clip_vision.Output | comfy.nested_tensor.NestedTensor):
         yield from _leaves(vars(value))
 
 

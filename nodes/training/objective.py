@@ -34,7 +34,7 @@ class Batches:
         self.size = size
         self.buckets: list[list[Sample]] = []
         for sample in samples:
-            own = next((bucket for bucket in self.buckets if _alike(bucket[0], sample)), None)
+            own = next((bucket for bucket in self.buckets if alike(bucket[0], sample)), None)
             if own is None:
                 self.buckets.append(own := [])
             own.append(sample)
@@ -46,12 +46,20 @@ class Batches:
         return [bucket[int(i)] for i in order]
 
 
-def _alike(a: Sample, b: Sample) -> bool:
-    """Whether the host would put both into one call."""
-    return a.latent.shape[1:] == b.latent.shape[1:] and a.conditions.keys() == b.conditions.keys() and all(
-        mine.can_concat(b.conditions[name]) if hasattr(mine, "can_concat") else True
-        for name, mine in a.conditions.items()
-    )
+def alike(a: Sample, b: Sample) -> bool:
+    """Whether both fit into one call of the model."""
+    if a.latent.shape[1:] != b.latent.shape[1:] or a.conditions.keys() != b.conditions.keys():
+        return False
+    return all(_join(own, b.conditions[name]) for name, own in a.conditions.items())
+
+
+def _join(one: Any, other: Any) -> bool:
+    """Whether two conditions of the host's fit into one batch; what is none of the host's is its owner's matter."""
+    if type(one) is not type(other):
+        return False
+    if type(one).__name__ == "CONDCrossAttn":  # repeats texts to one length, however long: only sampling is choosy
+        return one.cond.shape[::2] == other.cond.shape[::2]
+    return one.can_concat(other) if hasattr(one, "can_concat") else True
 
 
 class DenoisingObjective:

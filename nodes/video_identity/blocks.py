@@ -9,13 +9,20 @@ from ...kernels import restricted_attention
 from ...kernels.restricted_attention import Reference
 
 KEY = "understudy_video_identity"
-ACTED = "understudy_video_identity_acted"  # the list in which a call's blocks say that they met their references
+ACTED = "understudy_video_identity_acted"  # a call's `Acted`
 OVERRIDE = "optimized_attention_override"
 
 
 def patches(network: Any) -> dict[int, Any]:
     """For `patching.with_sampling_parts`: what makes the patch of each block."""
     return {i: functools.partial(BlockPatch, i) for i in range(len(network.blocks))}
+
+
+class Acted:
+    """The blocks of one call that met their references. An object, since the host copies the lists in its options."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
 
 
 class BlockPatch:
@@ -48,7 +55,8 @@ class BlockPatch:
         options = {**options, OVERRIDE: attention}
         # A second patch of ours further in, under someone else's, must not add the references again.
         del options[KEY]
-        options.pop(ACTED, []).append(self.index)
+        if (acted_in := options.pop(ACTED, None)) is not None:
+            acted_in.blocks.append(self.index)
         out = self._inner({**args, "transformer_options": options}, {**extra, "original_block": original_block})
         # A block that is skipped gives back what it was given; any other result is of an attention that we missed.
         if not all(acted) or (not acted and out["img"] is not args["img"]):

@@ -109,8 +109,9 @@ class VideoIdentities:
         """The host's ON_CLEANUP: nothing outlives a run."""
         if missing := sorted(self._given - self._acted):
             logging.warning(
-                "[Understudy] the reference did not act in blocks %s: a node after Apply Video Identity replaces "
-                "them; put Apply Video Identity after that node", missing
+                "[Understudy] the reference did not act in blocks %s: either a node after Apply Video Identity "
+                "replaces them, then put Apply Video Identity after it; or a cache such as EasyCache skipped every "
+                "step in which it acts", missing
             )
         self.cache.clear()
         self._begin()
@@ -123,7 +124,8 @@ class VideoIdentities:
             self._size = tuple(shape[-3:])
             # The width, since context windows overwrite the frames; of the whole batch, which shares one cache.
             column = model.model.memory_required([*shape[:-1], 1])
-            shape[-1] += math.ceil(self.cache_bytes(model.model) * _most_entries(conds) / column)
+            entries = _most_entries(conds, tuple(noise_shape[-2:]))
+            shape[-1] += math.ceil(self.cache_bytes(model.model) * entries / column)
         return executor(model, shape, conds, *args, **kwargs)
 
     def cache_bytes(self, base: Any) -> int:
@@ -143,12 +145,12 @@ class VideoIdentities:
         base = executor.class_obj
         acting = [identity for identity in self.identities if _acts(identity, base, t)]
         references = self._references(base, acting, x, transformer_options, kwargs) if acting else {}
-        acted: list[int] = []
+        acted = blocks.Acted()
         if references:
             transformer_options = {**transformer_options, KEY: references, blocks.ACTED: acted}
         result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         self._given.update(references)
-        self._acted.update(acted)
+        self._acted.update(acted.blocks)
         return result
 
     def _references(self, base, identities, x, options, conditions) -> dict[int, tuple[Reference, ...]]:
@@ -178,7 +180,9 @@ class VideoIdentities:
         def compute() -> method.Rows:
             # Copied, since a latent format may work in place.
             latent = base.process_latent_in(identity.latent.clone()).to(x.device)
-            return reference_rows(base, identity.adapter, latent, keep, (height, width), options)
+            # A backward pass keeps little of it, as where the host's own blocks are computed twice.
+            recompute = torch.is_grad_enabled()
+            return reference_rows(base, identity.adapter, latent, keep, (height, width), options, recompute)
 
         if torch.is_grad_enabled():  # somebody trains through this model: its weights and graph are the step's own
             return compute()
@@ -196,13 +200,15 @@ class VideoIdentities:
         if window is not None and window.dim != 2:
             raise ValueError("mask cannot follow context windows over height or width: window the frames, or no mask")
         frames, *size = self._size or x.shape[-3:]
-        shortened = window is None and len(identity.mask) > 1 and frames != x.shape[2]
-        if shortened or size != [*x.shape[-2:]]:
+        by_frame = len(identity.mask) > 1
+        shortened = window is None and by_frame and frames != x.shape[2]
+        # A training has videos of several sizes, and the host says the first alone.
+        if not torch.is_grad_enabled() and (shortened or size != [*x.shape[-2:]]):
             raise ValueError(
                 "mask cannot follow a conditioning with an area, which shows the model a part of the video: take "
                 "Conditioning (Set Mask) with set_cond_area `default` in place of it, or disconnect `mask`"
             )
-        sliced = window is not None and getattr(window, "total_frames", 0) > 0
+        sliced = by_frame and getattr(window, "total_frames", 0) > 0
         frames = window.total_frames if sliced else x.shape[2]
         patch = base.diffusion_model.patch_size
         key = ("weights", identity, frames, *x.shape[-2:])
@@ -226,20 +232,24 @@ class VideoIdentities:
         return strength * torch.cat([mean.expand(leading), video, mean.expand(trailing)])
 
 
-def _most_entries(conds: Mapping[str, Sequence[Mapping]]) -> int:
-    """How many times over a reference may be kept: for each size of an area, and each version of the weights."""
+def _most_entries(conds: Mapping[str, Sequence[Mapping]], size: tuple[int, int]) -> int:
+    """How many times over a reference may be kept: for each height and width that an area has, of a latent of `size`,
+    and each version of the weights.
+    """
     entries = [cond for group in conds.values() for cond in group or ()]
-    sizes = {_area_size(cond.get("area")) for cond in entries}
+    sizes = {_area_size(cond.get("area"), size) for cond in entries} or {size}
     hooked = any(cond.get("hooks") is not None for cond in entries)
-    return max(1, len(sizes)) * (method.ReferenceCache.VERSIONS if hooked else 1)
+    return len(sizes) * (method.ReferenceCache.VERSIONS if hooked else 1)
 
 
-def _area_size(area: Sequence | None) -> tuple | None:
-    """The first half of an area, as the host writes them: sizes, then where each begins."""
+def _area_size(area: Sequence | None, size: tuple[int, int]) -> tuple[int, ...]:
+    """Height and width of a host's area: ([frames,] height, width, and where each begins), or parts of the whole."""
     if area is None:
-        return None
-    numbers = [number for number in area if not isinstance(number, str)]
-    return tuple(numbers[: len(numbers) // 2])
+        return size
+    if area[0] == "percentage":
+        parts = area[1 : 1 + len(area) // 2][-2:]
+        return tuple(max(1, round(part * side)) for part, side in zip(parts, size, strict=True))
+    return tuple(min(part, side) for part, side in zip(area[: len(area) // 2][-2:], size, strict=True))
 
 
 def _acts(identity: Identity, base: Any, t: torch.Tensor) -> bool:

@@ -95,6 +95,10 @@ def test_a_class_of_another_size_takes_a_pass_of_its_own_and_small_sets_are_not_
     assert loss.calls == [1, 4]
     objective.classes = Batches(samples([10] * 5), 4)
     assert float(objective(0, torch.Generator().manual_seed(0))) == pytest.approx(2 + 0.5 * 10)
+    other = [Sample(sample.latent, {**sample.conditions, "picture": 1}) for sample in samples([10] * 5)]
+    objective.classes = Batches(other, 4)
+    assert float(objective(0, torch.Generator().manual_seed(0))) == pytest.approx(2 + 0.5 * 10)
+    assert loss.calls == [1, 4, 5, 1, 4]
 
 
 def test_the_same_seed_draws_the_same_pictures():

@@ -2,6 +2,7 @@
 
 import gc
 
+import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
@@ -320,3 +321,16 @@ def test_pictures_that_fit_no_cells_are_said(caplog):
         with pytest.raises(ValueError, match=f"{width} x 200 pixels is too small to learn from"):
             picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, width, 3)])
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, 32, 3)])
+
+
+def test_what_one_call_can_hold_is_learnt_together():
+    """Texts of a UNet are repeated to one length; those of other models, and pictures, have to be of one shape."""
+    def sample(condition, *shape, **others):
+        return objective.Sample(torch.ones(1, 4, 8, 8), {"text": condition(torch.ones(shape)), **others})
+
+    unet, other = comfy.conds.CONDCrossAttn, comfy.conds.CONDRegular
+    samples = [
+        sample(unet, 1, 77, 8), sample(unet, 1, 385, 8), sample(unet, 1, 154, 8), sample(unet, 1, 77, 16),
+        sample(other, 1, 4, 8), sample(other, 1, 4, 8), sample(other, 1, 6, 8), sample(other, 1, 4, 8, more=None),
+    ]
+    assert [len(bucket) for bucket in objective.Batches(samples, 1).buckets] == [3, 1, 2, 1, 1]

@@ -4,12 +4,14 @@ import logging
 
 import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
+import comfy.model_patcher
 import comfy.ops
 import published_wan
 import pytest
 import tiny_model
 import torch
 from comfy.ldm.modules.attention import attention_basic, attention_pytorch, attention_split, attention_sub_quad
+from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
@@ -259,6 +261,11 @@ def test_blocks_that_a_later_patch_takes_over_are_named_after_the_run(caplog):
         sample(SkipLayerGuidanceDiT.execute(shown(), 3.0, 0.0, 1.0, "1").result[0])
         sample(EasyCacheNode.execute(shown(), 0.5, 0.1, 0.9, False).result[0], steps=6)
         sample(shown(MODEL, identity(blocks="0")))
+        copying = shown()
+        copying.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda run, x, t, context, clip, concat, options, **more: run(
+            x, t, context, clip, concat, comfy.model_patcher.create_model_options_clone(options), **more
+        ))
+        sample(copying)
     assert "did not act" not in caplog.text
     with caplog.at_level(logging.WARNING):
         sample(with_patch(shown(), plain))
@@ -275,9 +282,10 @@ def test_the_host_trains_a_lora_through_a_model_that_shows_a_reference(checkpoin
             model = tiny_model.as_loaded(tiny_model.wan())
             model.cached_patcher_init = (lambda **_k: tiny_model.as_loaded(tiny_model.wan()), ())
             if shows:
-                model = shown(model, identity(adapter=loaded))
+                model = shown(model, identity(adapter=loaded), identity(5, loaded, torch.full((1, 8, 6), 0.5)))
             found = TrainLoraNode.execute(
-                model=[model], latents=[{"samples": X}], positive=[tiny_model.conditioning(1)], batch_size=[1],
+                model=[model], latents=[{"samples": X}, {"samples": draw(3, 1, 16, 3, 6, 8)}],
+                positive=[tiny_model.conditioning(1)], batch_size=[1],
                 grad_accumulation_steps=[1], steps=[3], learning_rate=[1e-2], rank=[2], optimizer=["AdamW"],
                 loss_function=["MSE"], seed=[0], training_dtype=["fp32"], lora_dtype=["fp32"],
                 quantized_backward=[False], algorithm=["LoRA"], gradient_checkpointing=[checkpointing],

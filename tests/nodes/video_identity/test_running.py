@@ -251,14 +251,18 @@ def test_areas_and_scheduled_loras_are_in_the_memory_estimate():
         options = {"strength": 1.0} | ({} if area is None else {"area": area, "set_area_to_bounds": False})
         return [tiny_model.conditioning(1)[0][0], options | ({} if hooks is None else {"hooks": hooks})]
 
-    whole, left, right, top = entry(), entry((8, 4, 0, 0)), entry((8, 4, 0, 2)), entry((4, 6, 0, 0))
+    whole, left, right, top = entry(), entry((3, 8, 4, 0, 0, 0)), entry((2, 8, 4, 0, 0, 2)), entry((3, 4, 6, 0, 0, 0))
+    edge, half = entry((8, 6, 0, 0)), entry(("percentage", 1.0, 1.0, 0.5, 0.0, 0.0, 0.0))
     loras = comfy.hooks.create_hook_lora({}, 1.0, 0.0)
     grown = []
-    for positive in ([whole], [whole, left, right], [whole, left, right, top], [entry(hooks=loras)]):
+    for positive in (
+        [whole], [whole, left, right], [whole, left, right, top], [entry(hooks=loras)], [whole, edge],
+        [whole, half, top],
+    ):
         patched = shown(MODEL, identity(latent=reference(1, 64, 64)))
         for patcher in (MODEL.clone(), patched):
             patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, estimate)
             sample(patcher, positive=positive)
         plain, with_cache = asked[-2:]
         grown.append((with_cache - plain) / patching.parts(patched, running.KEY).cache_bytes(MODEL.model))
-    assert grown == pytest.approx([1, 2, 3, 2], rel=0.05)
+    assert grown == pytest.approx([1, 2, 3, 2, 1, 3], rel=0.05)
