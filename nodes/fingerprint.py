@@ -21,17 +21,6 @@ def fingerprint(model: Any) -> str:
     return weights_fingerprint(model.model.diffusion_model.state_dict(), originals)
 
 
-def patches_fingerprint(model: Any) -> str:
-    """16 hex digits of the LoRAs and other weights that are patched onto a MODEL; empty where there are none."""
-    content = hashlib.sha256()
-    for key in sorted(model.patches):
-        for strength, patch, own, offset, _ in model.patches[key]:
-            content.update(f"{key} {type(patch).__name__} {strength} {own} {offset}\n".encode())
-            for part in _parts(getattr(patch, "weights", patch)):
-                content.update(_sampled(part) if isinstance(part, torch.Tensor) else f"{part}\n".encode())
-    return content.hexdigest()[:16] if model.patches else ""
-
-
 def weights_fingerprint(weights: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor] = {}) -> str:
     """The same of any weights by name; `originals` stand for those of their names."""
     content = hashlib.sha256()
@@ -41,6 +30,17 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor], originals: Mapping[
     for key in plain[:: max(1, len(plain) // _SAMPLED_WEIGHTS)]:
         content.update(_sampled(originals.get(key, weights[key])))
     return content.hexdigest()[:16]
+
+
+def patches_fingerprint(model: Any) -> str:
+    """16 hex digits of the LoRAs and other weights that are patched onto a MODEL; empty where there are none."""
+    content = hashlib.sha256()
+    for key in sorted(model.patches):
+        for strength, patch, own, offset, _ in model.patches[key]:
+            content.update(f"{key} {type(patch).__name__} {strength} {own} {offset}\n".encode())
+            for part in _parts(getattr(patch, "weights", patch)):
+                content.update(_sampled(part) if isinstance(part, torch.Tensor) else f"{part}\n".encode())
+    return content.hexdigest()[:16] if model.patches else ""
 
 
 def _sampled(tensor: torch.Tensor) -> bytes:

@@ -61,13 +61,6 @@ DIFFERENCES = (
 )
 
 
-def errors(output: torch.Tensor, velocity: torch.Tensor, covered: torch.Tensor) -> list[dict[str, float]]:
-    """Of each clip [16, T, h, w]: the mean square error everywhere, and where the puppet is."""
-    square = (output - velocity).square().mean(1)
-    puppet = (square * covered).sum((1, 2, 3)) / covered.sum((1, 2, 3))
-    return [{"whole": float(w), "puppet": float(p)} for w, p in zip(square.mean((1, 2, 3)), puppet, strict=True)]
-
-
 def difference(rows: list[dict[str, float]], others: list[dict[str, float]]) -> dict:
     """Of the same clips, paired."""
     pairs = zip(rows, others, strict=True)
@@ -110,11 +103,16 @@ def main() -> None:
         noisy, timestep = torch.lerp(clean, noise, LEVEL), torch.full((CASES,), 1000 * LEVEL)
         shipped = safetensors.torch.load_file(ADAPTER)
         untrained = {key: torch.zeros_like(tensor) for key, tensor in shipped.items()}
+
+        def errors(output: torch.Tensor) -> list[dict[str, float]]:
+            both = wan_likeness.velocity_errors(output, noise - clean, covered)
+            return [dict(zip(MEASURES, map(float, pair), strict=True)) for pair in zip(*both, strict=True)]
+
         found: dict[str, dict[str, list]] = {}
         for stage in STAGES:
             dit, of_stage = wan_looks.trained(STATE, stage, config, CPU).eval(), found.setdefault(stage, {})
             for words, context in ((NONE, bare), (WORDS, full)):
-                of_stage[words] = errors(dit(noisy, timestep, context=context).float(), noise - clean, covered)
+                of_stage[words] = errors(dit(noisy, timestep, context=context).float())
             readings = [(reader, UNTRAINED, untrained) for reader in READERS]
             if stage == STAGES[-1]:
                 readings.append((OURS, SHIPPED, shipped))
@@ -123,7 +121,7 @@ def main() -> None:
                 for whose, reference in (("own", shots), ("another's", shots.roll(1, 0))):
                     wan.attended.clear()
                     output = wan(noisy, timestep, bare, reference)
-                    of_stage[reading(whose, reader, said)] = errors(output, noise - clean, covered)
+                    of_stage[reading(whose, reader, said)] = errors(output)
     results = {
         stage: {
             "losses": {name: report.summary(rows, MEASURES) for name, rows in own.items()},

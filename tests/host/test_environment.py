@@ -2,11 +2,12 @@
 
 import ast
 import collections
+import importlib.util
 import subprocess
 import sys
 
 import pytest
-from host import environment, source
+from host import environment, scripts, source
 
 
 def make_pack(root):
@@ -123,3 +124,15 @@ def test_the_lock_keeps_a_second_process_out(tmp_path, pack_root):
         inside = subprocess.check_output([sys.executable, "-c", code], text=True)
     after = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert (inside.strip(), after.strip()) == ("False", "True")
+
+
+@pytest.mark.parametrize(("arguments", "alone"), [
+    ([], False), (["-q", "--soak"], False), (["tests/host"], True), (["-q", "-k", "cancel"], True),
+    (["-n", "3"], True), (["-x", "--pdb"], True),
+])
+def test_the_whole_suite_runs_on_every_core_and_what_is_named_in_one_process(arguments, alone, monkeypatch):
+    spec = importlib.util.spec_from_file_location("suite", scripts.ROOT / "tests" / "run.py")
+    suite = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(suite)
+    monkeypatch.setattr(suite.os, "cpu_count", lambda: 6)
+    assert suite.side_by_side(arguments) == ([] if alone else ["-n", "4", "--dist", "loadfile"])

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
 import wan_adapter
 import wan_looks
 import wan_stages as stages
@@ -71,6 +72,14 @@ def train(state: Path, config: Config, device, deadline: float, encoder: Path) -
 def moments(take: Take) -> list[Take]:
     """The take as each latent of its clip shows it, in the middle of its frames."""
     return [dataclasses.replace(take, phase=take.phase + frame / stages.FRAMES) for frame in _MIDDLES]
+
+
+def velocity_errors(
+    output: torch.Tensor, velocity: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean square errors [B] of clips [B, 16, T, h, w]: everywhere, and where the puppet is, weight [B, T, h, w]."""
+    square = (output - velocity).square().mean(1)
+    return square.mean((1, 2, 3)), (square * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
 
 
 def covered(take: Take, size: int) -> np.ndarray:

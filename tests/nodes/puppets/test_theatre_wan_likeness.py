@@ -87,3 +87,13 @@ def test_one_step_of_ten_is_of_the_stage_before(draw):
     batch, numbers = draw(10)
     assert batch.weight is None and batch.moved is None and numbers.shape == (48, 5) and (numbers < SHOT).all()
     assert not batch.given[:, 1:].any() and batch.given[:, 0].any()
+
+
+def test_errors_are_of_the_whole_clip_and_of_the_puppet():
+    """Two clips of one frame and two places, all sixteen channels off alike: 1 and 3, then 2 and 0."""
+    velocity = torch.randn(2, 16, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    output = velocity + torch.tensor([[1.0, 3.0], [2.0, 0.0]]).reshape(2, 1, 1, 1, 2)
+    weight = torch.tensor([[0.25, 0.75], [0.5, 0.0]]).reshape(2, 1, 1, 2)
+    whole, puppet = wan_likeness.velocity_errors(output, velocity, weight)
+    torch.testing.assert_close(whole, torch.tensor([5.0, 2.0]))
+    torch.testing.assert_close(puppet, torch.tensor([7.0, 4.0]))
