@@ -273,8 +273,10 @@ def test_blocks_that_a_later_patch_takes_over_are_named_after_the_run(caplog):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_host_trains_a_lora_through_a_model_that_shows_a_reference(checkpointing):
+def test_the_host_trains_a_lora_through_a_model_that_shows_a_reference(monkeypatch, checkpointing):
     """Weights that a graph loaded are of inference mode, and no step may read another's keys and values."""
+    recomputed, rows = [], running.reference_rows
+    monkeypatch.setattr(running, "reference_rows", lambda *given: recomputed.append(given[-1]) or rows(*given))
     with torch.inference_mode():
         loaded = method.adapter_from({key: tensor.clone() for key, tensor in ADAPTER.tensors().items()})
         losses = []
@@ -294,6 +296,7 @@ def test_the_host_trains_a_lora_through_a_model_that_shows_a_reference(checkpoin
             )
             losses.append(found.result[1]["loss"])
     assert len(losses[0]) == 3 and losses[0] != losses[1]
+    assert len(recomputed) == 3 * 2 and all(recomputed)  # the steps' references: a backward pass keeps little of them
 
 
 def with_patch(model, patch):

@@ -257,7 +257,7 @@ def test_areas_and_scheduled_loras_are_in_the_memory_estimate():
     grown = []
     for positive in (
         [whole], [whole, left, right], [whole, left, right, top], [entry(hooks=loras)], [whole, edge],
-        [whole, half, top],
+        [whole, half, entry((3, 8, 3, 0, 0, 3))],
     ):
         patched = shown(MODEL, identity(latent=reference(1, 64, 64)))
         for patcher in (MODEL.clone(), patched):
@@ -265,4 +265,4 @@ def test_areas_and_scheduled_loras_are_in_the_memory_estimate():
             sample(patcher, positive=positive)
         plain, with_cache = asked[-2:]
         grown.append((with_cache - plain) / patching.parts(patched, running.KEY).cache_bytes(MODEL.model))
-    assert grown == pytest.approx([1, 2, 3, 2, 1, 3], rel=0.05)
+    assert grown == pytest.approx([1, 2, 3, 2, 1, 2], rel=0.05)
