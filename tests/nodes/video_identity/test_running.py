@@ -252,7 +252,7 @@ def test_areas_and_scheduled_loras_are_in_the_memory_estimate():
         return [tiny_model.conditioning(1)[0][0], options | ({} if hooks is None else {"hooks": hooks})]
 
     whole, left, right, top = entry(), entry((3, 8, 4, 0, 0, 0)), entry((2, 8, 4, 0, 0, 2)), entry((3, 4, 6, 0, 0, 0))
-    edge, half = entry((8, 6, 0, 0)), entry(("percentage", 1.0, 1.0, 0.5, 0.0, 0.0, 0.0))
+    edge, half = entry((99, 99, 0, 0)), entry(("percentage", 1.0, 1.0, 0.5, 0.0, 0.0, 0.0))
     loras = comfy.hooks.create_hook_lora({}, 1.0, 0.0)
     grown = []
     for positive in (
