@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.append(str(Path(__file__).parent))
+_TESTS = Path(__file__).parent
+sys.path += [str(_TESTS), str(_TESTS.parent / "workflows")]
 
-from host import scripts  # noqa: E402
-from host.server import Server  # noqa: E402
+from launcher import scripts  # noqa: E402
+from launcher.server import Server  # noqa: E402
 
 scripts.alias_pack()
 _BASE = Path(tempfile.mkdtemp(prefix="understudy-tests-"))

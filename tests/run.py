@@ -1,7 +1,7 @@
 """Run the test suite: `python tests/run.py [pytest arguments]`, with `--soak` the long tests too.
 
-The first start makes an environment and gets ComfyUI (see tests/host); later starts take seconds. The whole suite
-runs in a process for each core, four at most; what is named runs in one.
+The first start makes an environment and gets ComfyUI (see workflows/launcher); later starts take seconds. The whole
+suite runs in a process for each core, four at most; what is named runs in one.
 """
 
 import os
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "workflows"))
 
-from host import environment  # noqa: E402
+from launcher import environment  # noqa: E402
 
 _ALONE = ("-n", "-s", "--pdb", "--trace")  # a number of processes, or a conversation with one
 

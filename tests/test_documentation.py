@@ -14,12 +14,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from host.scripts import ROOT
-from host.server import PACK_NAME
+from launcher.scripts import ROOT
+from launcher.server import PACK_NAME
 from pack.nodes import patching
 from pack.nodes.extension import METHOD_NODES, THEATRE_NODES
 from pack.nodes.puppets import config
-from shipped import all_files, shipped_files
+from support.shipped import all_files, shipped_files
 
 NODES = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in METHOD_NODES + THEATRE_NODES}
 DOCS = ROOT / "web" / "docs"
@@ -291,7 +291,7 @@ MACHINE_PATHS = re.compile(r"(?<![\w.:/}])/(?:work|root|home|tmp|mnt|Users|opt|s
 
 
 def readable_files() -> list[str]:
-    names = {*shipped_files(), *(name for name in all_files() if name.startswith("tests/host/"))}
+    names = {*shipped_files(), *(name for name in all_files() if name.startswith("workflows/launcher/"))}
     return sorted(name for name in names | {"workflows/run.py", "README.md"} if Path(name).suffix in TEXT)
 
 

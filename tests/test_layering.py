@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 import pytest
-from host.scripts import ROOT
-from shipped import shipped_modules, tree
+from launcher.scripts import ROOT
+from support.shipped import shipped_modules, tree
 
 HOST_MODULES = {
     "comfy", "comfy_api", "comfy_extras", "comfy_execution", "comfy_config", "folder_paths", "nodes",

@@ -14,8 +14,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from host.scripts import ROOT
-from shipped import shipped_files, shipped_modules, tree
+from launcher.scripts import ROOT
+from support.shipped import shipped_files, shipped_modules, tree
 
 BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 MODULES = {
@@ -131,8 +131,8 @@ def test_heavy_libraries_are_imported_where_they_are_used():
 
 IMPORT = """
 import asyncio, sys
-sys.path.append({tests!r})
-from host import scripts
+sys.path.append({workflows!r})
+from launcher import scripts
 scripts.alias_pack()
 scripts.add_comfy_path(__import__("pathlib").Path({base!r}))
 import comfy_api.latest, comfy.sd, nodes, latent_preview
@@ -166,7 +166,7 @@ print("ADDED", *sorted({{name.split(".")[0] for name in set(sys.modules) - befor
 
 def test_the_import_adds_little_and_touches_no_network_or_process(tmp_path):
     """In a fresh process, after the host: every module of the pack, its folders and all its schemas."""
-    code = IMPORT.format(tests=str(ROOT / "tests"), base=str(tmp_path), root=str(ROOT))
+    code = IMPORT.format(workflows=str(ROOT / "workflows"), base=str(tmp_path), root=str(ROOT))
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path,

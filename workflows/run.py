@@ -23,10 +23,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "workflows"))
 
-from host import environment, execution, gallery, source, workflows  # noqa: E402
-from host.server import Server, ServerError  # noqa: E402
+from launcher import environment, execution, gallery, source, workflow_files  # noqa: E402
+from launcher.server import Server, ServerError  # noqa: E402
 
 CACHE = ROOT / ".cache"
 # In every folder of pictures that a run made, and may empty again.
@@ -55,7 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def list_workflows(found: list[workflows.Workflow]) -> None:
+def list_workflows(found: list[workflow_files.Workflow]) -> None:
     for workflow in found:
         print(f"{workflow.stem}\n    {workflow.title}")
         for model in workflow.models():
@@ -131,7 +131,7 @@ class Progress:
             self.live.update(self.task, total=max(self.total, len(self.begun)), completed=done, node=text)
 
 
-def run_workflow(server: Server, workflow: workflows.Workflow, output: Path) -> gallery.Entry:
+def run_workflow(server: Server, workflow: workflow_files.Workflow, output: Path) -> gallery.Entry:
     """Run one workflow and collect what it saved under `output`."""
     missing = server.missing(workflow.models())
     if missing:
@@ -183,7 +183,7 @@ def machine(server: Server) -> str:
     return f"{name}; ComfyUI {system['comfyui_version']}, PyTorch {system['pytorch_version']}"
 
 
-def run(options: argparse.Namespace, found: list[workflows.Workflow], comfyui: Path) -> int:
+def run(options: argparse.Namespace, found: list[workflow_files.Workflow], comfyui: Path) -> int:
     """Run the workflows on one server and write the gallery; returns the exit code."""
     entries = []
     options.output.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def run(options: argparse.Namespace, found: list[workflows.Workflow], comfyui: P
 def main() -> int:
     options = parse(sys.argv[1:])
     try:
-        found = workflows.find(ROOT / "workflows", options.names)
+        found = workflow_files.find(ROOT / "workflows", options.names)
     except source.SetupError as error:
         print(error, file=sys.stderr)
         return 2

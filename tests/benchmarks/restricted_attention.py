@@ -35,9 +35,9 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "workflows")]
 
-from host import environment, scripts  # noqa: E402
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -49,7 +49,6 @@ _BASE = tempfile.TemporaryDirectory(prefix="understudy-benchmark-")
 scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
 
 import comfy.patcher_extension  # noqa: E402
-import tiny_model  # noqa: E402
 from benchmarks.restricted_attention_counts import (  # noqa: E402
     CALLS,
     LARGE,
@@ -67,6 +66,7 @@ from pack.kernels import dispatch  # noqa: E402
 from pack.kernels import restricted_attention as ra  # noqa: E402
 from pack.nodes.video_identity import method, running  # noqa: E402
 from pack.nodes.video_identity.config import VideoIdentityConfig  # noqa: E402
+from support import tiny_model  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 

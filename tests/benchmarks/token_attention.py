@@ -23,9 +23,9 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "workflows")]
 
-from host import environment, scripts  # noqa: E402
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -38,11 +38,11 @@ scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
 
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
-import real_configurations  # noqa: E402
 from pack.kernels.token_attention import chunk_rows, token_attention  # noqa: E402
 from pack.nodes.identity_prior import capture  # noqa: E402
 from pack.nodes.identity_prior.config import MaskConfig  # noqa: E402
 from pack.nodes.puppets import theatre  # noqa: E402
+from support import real_configurations  # noqa: E402
 
 CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 COLUMNS = (2, 3)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "workflows" / "models"
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -199,7 +199,7 @@ def main() -> None:
         raise SystemExit(f"{choice.name} is missing: run with --develop first, it chooses the guidance")
     for path in (FUSION, VISION):
         if not path.exists():
-            raise SystemExit(f"{path.name} is missing: train it with workflows/models/train_puppets_fusion.py")
+            raise SystemExit(f"{path.name} is missing: train it with workflows/theatre/train_puppets_fusion.py")
     guidance = GUIDANCE[0] if options.develop else json.loads(choice.read_text())["chosen"]
     count = options.cases or (DEVELOPMENT_CASES if options.develop else CASES)
     stage = Stage([case(i, options.develop) for i in range(count)], guidance)

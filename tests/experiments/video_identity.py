@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "workflows" / "models"
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -124,7 +124,7 @@ class Stage:
         key = report.fingerprint(arm, self.training, sampling.sha256(TRANSFORMER))
         path = STATE / f"video_identity_{arm.split()[0]}_{key}.safetensors"
         if not path.exists():
-            sys.path.append(str(MODELS))
+            sys.path.append(str(ROOT / "workflows" / "theatre"))
             import wan_adapter
             import wan_stages
             fields = {field.name for field in dataclasses.fields(wan_adapter.AdapterConfig)}

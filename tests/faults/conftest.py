@@ -2,7 +2,7 @@
 
 import pytest
 from faults import prompts
-from host.server import Server
+from launcher.server import Server
 
 
 @pytest.fixture(scope="session")

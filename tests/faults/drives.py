@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from faults import prompts
-from host.server import Server
+from launcher.server import Server
 
 Builder = Callable[..., dict]
 

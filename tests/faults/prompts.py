@@ -2,7 +2,7 @@
 
 import safetensors.torch
 import torch
-from host.server import Server
+from launcher.server import Server
 
 CHECKPOINT = "puppets_sd.safetensors"
 TRANSFORMER, AUTOENCODER = "puppets_wan.safetensors", "puppets_wan_vae.safetensors"

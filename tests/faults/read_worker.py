@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parents[2] / "workflows"))
 
-from host import scripts  # noqa: E402
+from launcher import scripts  # noqa: E402
 
 scripts.alias_pack()
 scripts.add_comfy_path(Path(sys.argv[1]))

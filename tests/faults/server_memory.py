@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from host.server import Server
+from launcher.server import Server
 
 COUNTED = Path("/proc/self/statm").exists()
 

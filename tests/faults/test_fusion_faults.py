@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from faults import prompts
-from host.server import PACK_NAME, Server
+from launcher.server import PACK_NAME, Server
 
 # A pack of the tests' own, since ComfyUI's loader takes image encoders of known sizes only.
 LOADER = '''

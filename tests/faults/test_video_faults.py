@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 from faults import drives, prompts, server_memory
-from host.server import Server
+from launcher.server import Server
 
 
 @pytest.fixture(autouse=True, scope="module")

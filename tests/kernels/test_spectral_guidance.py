@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from explicit_spectrum import in_band, reference_gradient, reference_losses, self_conjugate, spectrum
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.kernels import dispatch
 from pack.kernels import spectral_guidance as sg
+from support.explicit_spectrum import in_band, reference_gradient, reference_losses, self_conjugate, spectrum
 
 SIZES = [
     (1, 1),

@@ -1,9 +1,9 @@
 """What tells two sets of weights apart, whatever order they come in."""
 
-import tiny_model
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from pack.nodes.fingerprint import patches_fingerprint, weights_fingerprint
+from support import tiny_model
 
 WEIGHTS = {"b": torch.arange(6.0), "a": torch.ones(2, 2)}
 

@@ -4,12 +4,12 @@ import copy
 
 import comfy.samplers
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG, Guider_DualModel
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_void import VOID_DDIM
 from pack.nodes import patching
+from support import tiny_model
 
 MODEL = tiny_model.picture()
 FLOW = tiny_model.picture(flow=True)

@@ -9,7 +9,7 @@ import comfy.model_detection
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from real_configurations import REAL_CONFIGURATIONS, build
+from support.real_configurations import REAL_CONFIGURATIONS, build
 
 UNETS = ["SD 1.5", "SD 2.1", "SDXL"]
 WANS = ["Wan 2.1 1.3B", "Wan 2.1 14B"]

@@ -12,13 +12,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, source, workflows  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, source, workflow_files  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
 
-from host.server import PACK_NAME, Server  # noqa: E402
+from launcher.server import PACK_NAME, Server  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
@@ -35,7 +35,7 @@ FRAME = """() => {
 }"""
 
 
-def photograph(page, server: Server, workflow: workflows.Workflow) -> None:
+def photograph(page, server: Server, workflow: workflow_files.Workflow) -> None:
     """Open a workflow as the template browser does and write its picture beside it."""
     page.goto(f"{server.url}/?template={workflow.stem}&source={PACK_NAME}")
     count = len(workflow.content["nodes"])
@@ -59,7 +59,7 @@ def main() -> None:
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not executable:
         raise SystemExit("no Chromium here; Debian's package is `chromium`")
-    found = [workflow for workflow in workflows.find(ROOT / "workflows", sys.argv[1:]) if workflow.models()]
+    found = [workflow for workflow in workflow_files.find(ROOT / "workflows", sys.argv[1:]) if workflow.models()]
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
         for model in (model for workflow in found for model in workflow.models()):

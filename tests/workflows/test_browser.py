@@ -7,8 +7,8 @@ import urllib.request
 
 import numpy as np
 import pytest
-from host import scripts, workflows
-from host.server import PACK_NAME
+from launcher import scripts, workflow_files
+from launcher.server import PACK_NAME
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
@@ -61,7 +61,7 @@ def page(browser, server):
 
 def open_template(page, server, stem):
     """Open a workflow as ComfyUI's template browser does, and wait until its last node is there."""
-    count = len(workflows.Workflow(scripts.ROOT / "workflows" / f"{stem}.json").content["nodes"])
+    count = len(workflow_files.Workflow(scripts.ROOT / "workflows" / f"{stem}.json").content["nodes"])
     page.goto(f"{server.url}/?template={stem}&source={PACK_NAME}")
     page.wait_for_function("count => window.app?.graph?.nodes?.length === count", arg=count)
 
@@ -75,7 +75,7 @@ def test_the_frontend_opens_it_with_every_node_and_widget(path, page, server):
     assert page.get_by_text("Missing node").count() == 0
     saved = {
         str(node["id"]): node.get("widgets_values") or []
-        for node in workflows.Workflow(path).content["nodes"]
+        for node in workflow_files.Workflow(path).content["nodes"]
     }
     assert page.evaluate(WIDGETS) == saved
 

@@ -9,7 +9,7 @@ import sys
 import urllib.request
 
 import pytest
-from host.server import free_port
+from launcher.server import free_port
 from PIL import Image
 
 MODEL = {

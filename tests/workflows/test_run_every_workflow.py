@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 from comfy_cli.workflow_to_api import convert_ui_to_api
-from host import execution, scripts, workflows
-from host.server import PACK_NAME
+from launcher import execution, scripts, workflow_files
+from launcher.server import PACK_NAME
 from PIL import Image
 
 FILES = sorted((scripts.ROOT / "workflows").glob("*.json"))
@@ -29,7 +29,7 @@ def inputs_of(schema):
 
 
 def test_links_lead_from_slot_to_slot(path):
-    content = workflows.Workflow(path).content
+    content = workflow_files.Workflow(path).content
     nodes = {node["id"]: node for node in content["nodes"]}
     assert len(nodes) == len(content["nodes"]), "node ids are unique"
     assert len({link[0] for link in content["links"]}) == len(content["links"]), "link ids are unique"
@@ -41,7 +41,7 @@ def test_links_lead_from_slot_to_slot(path):
 
 
 def test_nodes_are_core_nodes_and_ours(path, object_info):
-    workflow = workflows.Workflow(path)
+    workflow = workflow_files.Workflow(path)
     types = {node["type"] for node in workflow.nodes()} - UI_ONLY - workflow.subgraph_ids()
     assert types <= object_info.keys()
     for node_type in types:
@@ -76,12 +76,12 @@ def test_widget_values_suit_their_inputs(path, object_info):
             options = (
                 kind if isinstance(kind, list) else settings.get("options", []) if kind == "COMBO" else []
             )
-            models = {model["name"] for model in workflows.Workflow(path).models()}
+            models = {model["name"] for model in workflow_files.Workflow(path).models()}
             assert not options or value in options or value in models, (where, name, value)
 
 
 def test_it_describes_itself(path):
-    description = workflows.Workflow(path).description
+    description = workflow_files.Workflow(path).description
     assert len(description) > 40, "a note begins with `# Title` and a paragraph that says what it shows"
 
 
@@ -92,7 +92,7 @@ def test_its_template_has_a_picture(path):
 
 
 def test_it_runs_and_shows_something(path, server):
-    workflow = workflows.Workflow(path)
+    workflow = workflow_files.Workflow(path)
     missing = [model["name"] for model in server.missing(workflow.models())]
     if missing:
         pytest.skip("needs " + ", ".join(missing))

@@ -1,11 +1,8 @@
 """An action and an identity's subject in one prompt: the blend finds the subject, frequency guidance joins in."""
 
-import action_identifiers
 import comfy.samplers
 import comfy.sd
 import pytest
-import tiny_clip
-import tiny_model
 import torch
 from pack.nodes.action_identifier import encoding, layers
 from pack.nodes.action_identifier.method import ANY_ENCODER, ActionIdentifier
@@ -20,6 +17,7 @@ from pack.nodes.identity_prior.nodes import (
     UnderstudyInvertImage,
 )
 from pack.nodes.puppets import theatre
+from support import action_identifiers, tiny_clip, tiny_model
 
 IDENTITY = Identity("sks", "robot")
 EULER = comfy.samplers.sampler_object("euler")

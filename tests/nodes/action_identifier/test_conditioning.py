@@ -1,10 +1,12 @@
 """ComfyUI's own conditioning nodes and guiders on an action's prompt: what they do to it, and what is refused."""
 
-import action_identifiers
 import pytest
-import tiny_model
 import torch
-from action_runs import (
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from pack.nodes.action_identifier import running
+from support import action_identifiers, tiny_model
+from support.action_runs import (
     EULER,
     MODEL,
     NEGATIVE,
@@ -19,9 +21,6 @@ from action_runs import (
     prompt,
     sample,
 )
-from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from comfy_extras.nodes_perpneg import Guider_PerpNeg
-from pack.nodes.action_identifier import running
 
 import nodes as host
 

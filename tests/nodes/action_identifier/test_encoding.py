@@ -1,17 +1,15 @@
 """Prompts with identifiers, against the host's own embeddings in its own prompts."""
 
-import action_identifiers
 import comfy.hooks
 import pytest
 import safetensors.torch
-import tiny_clip
-import tiny_model
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from pack.nodes.action_identifier import encoding, training
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from pack.nodes.identity_prior.method import Identity
 from pack.nodes.puppets import theatre
+from support import action_identifiers, tiny_clip, tiny_model
 
 KINDS = list(tiny_clip.WIDTHS)
 MODEL = tiny_model.picture()

@@ -1,6 +1,5 @@
 """Gradients of an action's tokens: through the host's text encoders, and the three of a triple."""
 
-import action_identifiers
 import comfy.clip_model
 import comfy.model_management
 import comfy.sd
@@ -8,14 +7,14 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.text_encoders.t5
 import pytest
-import tiny_clip
 import torch
-from action_trainings import CLIP, MODEL, SUBJECTS, Kept, action, config, exemplars, train
 from pack.nodes.action_identifier import encoding, method, running, training
 from pack.nodes.action_identifier.text_encoder import TextEncoder
 from pack.nodes.puppets import theatre
 from pack.nodes.training import loop
 from pack.nodes.training.session import session
+from support import action_identifiers, tiny_clip
+from support.action_trainings import CLIP, MODEL, SUBJECTS, Kept, action, config, exemplars, train
 
 # Through the host's text encoders
 

@@ -3,12 +3,9 @@
 import dataclasses
 import json
 
-import action_identifiers
 import folder_paths
 import pytest
 import safetensors.torch
-import tiny_clip
-import tiny_model
 import torch
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from pack.nodes import files
@@ -16,6 +13,7 @@ from pack.nodes.action_identifier import encoding, identifier_files
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from pack.nodes.action_identifier.nodes import UnderstudyLoadActionIdentifier
 from pack.nodes.files_names import WeightFileError
+from support import action_identifiers, tiny_clip, tiny_model
 
 MODEL = tiny_model.picture()
 

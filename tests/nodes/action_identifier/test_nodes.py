@@ -2,11 +2,8 @@
 
 import logging
 
-import action_identifiers
 import comfy.samplers
 import pytest
-import tiny_clip
-import tiny_model
 import torch
 from comfy_api.latest import io
 from pack.nodes.action_identifier import method, running, training
@@ -19,6 +16,7 @@ from pack.nodes.action_identifier.nodes import (
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
 from pack.nodes.identity_prior.method import Identity
+from support import action_identifiers, tiny_clip, tiny_model
 
 MODEL = action_identifiers.reading(tiny_model.picture())
 CLIP = tiny_clip.clip()

@@ -2,12 +2,12 @@
 
 import logging
 
-import action_identifiers
 import pytest
-import tiny_clip
-import tiny_model
 import torch
-from action_runs import (
+from pack.nodes.action_identifier import layers, running
+from pack.nodes.action_identifier.method import ActionError, ActionIdentifier, BatchContexts, Rows, blended
+from support import action_identifiers, tiny_clip, tiny_model
+from support.action_runs import (
     MODEL,
     NEGATIVE,
     close,
@@ -21,9 +21,7 @@ from action_runs import (
     prompt,
     sample,
 )
-from pack.nodes.action_identifier import layers, running
-from pack.nodes.action_identifier.method import ActionError, ActionIdentifier, BatchContexts, Rows, blended
-from real_configurations import build
+from support.real_configurations import build
 
 
 def test_the_map_of_layers_comes_from_the_network():

@@ -2,17 +2,15 @@
 
 import logging
 
-import action_identifiers
 import comfy.model_management
 import pytest
-import tiny_clip
-import tiny_model
 import torch
-from action_trainings import CLIP, MODEL, SUBJECTS, Kept, action, config, exemplars, latents, same, train
 from pack.nodes.action_identifier import encoding, running, training
 from pack.nodes.action_identifier.text_encoder import TextEncoder
 from pack.nodes.training import loop
 from pack.nodes.training.session import session
+from support import action_identifiers, tiny_clip, tiny_model
+from support.action_trainings import CLIP, MODEL, SUBJECTS, Kept, action, config, exemplars, latents, same, train
 
 
 @pytest.fixture(autouse=True)

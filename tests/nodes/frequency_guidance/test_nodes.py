@@ -8,11 +8,11 @@ import comfy.model_sampling
 import comfy.samplers
 import numpy as np
 import pytest
-import tiny_model
 import torch
 from pack.kernels import spectral_guidance
 from pack.nodes.frequency_guidance.config import FrequencyGuidanceConfig
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
+from support import tiny_model
 
 MODEL = tiny_model.picture()
 FLOW = tiny_model.picture(flow=True)

@@ -1,14 +1,14 @@
 """Stage 1, the combiner, on a tiny image encoder of the host: learning, resuming, seeds, and the published loss."""
 
 import comfy.model_management
-import fusions
 import pytest
 import torch
-from fusion_trainings import VISION, combined, data, same
 from pack.nodes.fusion_embedding import encoding, method, training
 from pack.nodes.fusion_embedding.config import CombinerConfig
 from pack.nodes.fusion_embedding.method import FusionError
 from pack.nodes.training.checkpoints import Checkpoints
+from support import fusions
+from support.fusion_trainings import VISION, combined, data, same
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])

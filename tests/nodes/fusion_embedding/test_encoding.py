@@ -1,7 +1,6 @@
 """Image encoders of the host: whole pictures, gradients beside transformers, and descriptions that are refused."""
 
 import comfy.model_patcher
-import fusions
 import pytest
 import torch
 import transformers
@@ -9,6 +8,7 @@ from pack.nodes.fusion_embedding import encoding, method
 from pack.nodes.fusion_embedding.method import Fusion, FusionError
 from pack.nodes.puppets.vision import VISION_CONFIG, vision
 from pack.nodes.training.session import encoder_session
+from support import fusions
 
 
 def transformers_model(clip_vision):

@@ -5,13 +5,13 @@ import json
 
 import comfy.clip_vision
 import comfy.utils
-import fusions
 import pytest
 import safetensors.torch
 import torch
 from pack.nodes import files
 from pack.nodes.fusion_embedding import encoding, fusion_files, method, published
 from pack.nodes.fusion_embedding.method import LORA, WHOLE, Fusion, FusionError
+from support import fusions
 
 MODEL = fusions.model()
 

@@ -2,18 +2,16 @@
 
 import comfy.sample
 import comfy.samplers
-import fusion_trainings
-import fusions
 import pytest
-import tiny_model
 import torch
-from fusion_trainings import MODEL, VAE, VISION, generated, run_config, same
 from pack.nodes.fusion_embedding import encoding, method, pairs, running, training
 from pack.nodes.fusion_embedding.config import ApplyConfig, GeneratorConfig
 from pack.nodes.fusion_embedding.method import LORA, WHOLE, Fusion, FusionError
 from pack.nodes.training import loop
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.session import session
+from support import fusion_trainings, fusions, tiny_model
+from support.fusion_trainings import MODEL, VAE, VISION, generated, run_config, same
 
 
 @pytest.mark.parametrize("whole", [False, True])

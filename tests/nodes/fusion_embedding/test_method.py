@@ -1,7 +1,6 @@
 """The generator's paths beside diffusers and plain layers, and what shapes and pictures are refused."""
 
 import diffusers.models.controlnets.controlnet as diffusers_controlnet
-import fusions
 import pytest
 import torch
 from pack.nodes.fusion_embedding import method
@@ -12,6 +11,7 @@ from pack.nodes.fusion_embedding.config import (
     RetargetConfig,
 )
 from pack.nodes.fusion_embedding.method import Fusion, FusionError, Sizes
+from support import fusions
 
 SIZES = Sizes(encoder=10, context=8, embedding=6, time=12, channels=5)
 CHANNELS = (4, 6, 8, 10)

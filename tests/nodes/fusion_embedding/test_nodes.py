@@ -5,14 +5,13 @@ import dataclasses
 import comfy.sample
 import comfy.samplers
 import folder_paths
-import fusions
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_rebatch import ImageRebatch
 from pack.nodes import files
 from pack.nodes.fusion_embedding import method, nodes, training_nodes
 from pack.nodes.fusion_embedding.method import FusionError
+from support import fusions, tiny_model
 
 from nodes import CLIPVisionEncode
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import folder_paths
-import fusions
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from pack.nodes.fusion_embedding import pairs, training
 from pack.nodes.fusion_embedding.method import FusionError
 from pack.nodes.fusion_embedding.pairs import ROLES, FolderPairs, ListedPairs
 from PIL import Image
+from support import fusions
 
 
 def listed(**changed):

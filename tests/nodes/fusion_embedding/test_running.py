@@ -3,15 +3,13 @@
 import contextlib
 
 import comfy.samplers
-import fusions
 import pytest
-import real_configurations
-import tiny_model
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from pack.nodes.fusion_embedding import method, running
 from pack.nodes.fusion_embedding.config import ApplyConfig
 from pack.nodes.fusion_embedding.method import WHOLE, FusionError
+from support import fusions, real_configurations, tiny_model
 
 MODEL = fusions.model()
 SIGMA = 3.0

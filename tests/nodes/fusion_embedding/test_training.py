@@ -1,12 +1,12 @@
 """What both stages share, on real tiny models of the host: cancelling, and peak memory."""
 
 import comfy.model_management
-import fusions
 import pytest
-from fusion_trainings import MODEL, VISION, combined, generated
 from pack.nodes import files
 from pack.nodes.fusion_embedding import pairs, training
 from pack.nodes.training.checkpoints import Checkpoints
+from support import fusions
+from support.fusion_trainings import MODEL, VISION, combined, generated
 
 
 @pytest.mark.parametrize("stage", [combined, generated])

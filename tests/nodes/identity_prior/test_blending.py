@@ -2,16 +2,28 @@
 
 import comfy.samplers
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_void import VOID_DDIM
-from identity_edits import EDIT, FLOW, FOUND, MODEL, SHAPE, blended, grid, inverted, latent, recorded_inputs, sample
 from pack.nodes import patching
 from pack.nodes.frequency_guidance.config import FrequencyGuidanceConfig
 from pack.nodes.frequency_guidance.method import FrequencyGuidance
 from pack.nodes.identity_prior import inversion
 from pack.nodes.identity_prior.config import BlendConfig
+from support import tiny_model
+from support.identity_edits import (
+    EDIT,
+    FLOW,
+    FOUND,
+    MODEL,
+    SHAPE,
+    blended,
+    grid,
+    inverted,
+    latent,
+    recorded_inputs,
+    sample,
+)
 
 SHORT = {id(model): inverted(model, method="ddim", steps=4) for model in (MODEL, FLOW)}
 

@@ -6,10 +6,14 @@ import comfy.ldm.modules.attention
 import folder_paths
 import numpy as np
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from identity_edits import (
+from pack.nodes.identity_prior import blending, capture
+from pack.nodes.identity_prior.config import BlendConfig, MaskConfig
+from pack.nodes.identity_prior.nodes import UnderstudyEditMasks, UnderstudyIdentityMaskBlend, UnderstudyInvertImage
+from PIL import Image
+from support import tiny_model
+from support.identity_edits import (
     COLUMNS,
     EDIT,
     FOUND,
@@ -23,10 +27,6 @@ from identity_edits import (
     recorded_inputs,
     sample,
 )
-from pack.nodes.identity_prior import blending, capture
-from pack.nodes.identity_prior.config import BlendConfig, MaskConfig
-from pack.nodes.identity_prior.nodes import UnderstudyEditMasks, UnderstudyIdentityMaskBlend, UnderstudyInvertImage
-from PIL import Image
 
 
 def attention_by_hand(model, x, sigma, context):

@@ -4,12 +4,12 @@ import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
-from identity_edits import KINDS, SHAPE, grid, inverted, latent, prompt
 from pack.nodes.identity_prior import inversion, method
 from pack.nodes.identity_prior.config import InversionConfig, MaskConfig
+from support import tiny_model
+from support.identity_edits import KINDS, SHAPE, grid, inverted, latent, prompt
 
 SAMPLERS = ("euler", "ddim")
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from pack.nodes.identity_prior import capture
 from pack.nodes.identity_prior.config import MaskConfig
-from real_configurations import build
+from support.real_configurations import build
 
 # Latent cells of each layer's cells, written down from the published models: three levels down and up again.
 FOUR_LEVELS = [1, 1, 2, 2, 4, 4, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1]

@@ -10,11 +10,8 @@ import diffusers
 import folder_paths
 import pytest
 import safetensors.torch
-import tiny_clip
-import tiny_model
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
-from identity_edits import SHAPE, blended, inverted, sample, v_prediction
 from pack.nodes import files
 from pack.nodes.fingerprint import fingerprint
 from pack.nodes.identity_prior import blending, capture, method, prior_files, references, subject
@@ -29,6 +26,8 @@ from pack.nodes.puppets.nodes import UnderstudyPuppetSet
 from pack.nodes.training import picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
+from support import tiny_clip, tiny_model
+from support.identity_edits import SHAPE, blended, inverted, sample, v_prediction
 
 IDENTITY = method.Identity("sks", "robot", ("a sks robot waving",))
 SIZE = 64

@@ -11,14 +11,14 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from host.scripts import ROOT
+from launcher.scripts import ROOT
 from pack.nodes import files
 from pack.nodes.fusion_embedding import encoding, fusion_files, running
 from pack.nodes.fusion_embedding.config import ApplyConfig
 from pack.nodes.fusion_embedding.method import WHOLE
 from pack.nodes.puppets import theatre, vision, world
 
-sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script finds its own modules
+sys.path.append(str(ROOT / "workflows" / "theatre"))  # where the training script finds its own modules
 import fusion_pairs  # noqa: E402
 import fusion_stages  # noqa: E402
 import fusion_vision  # noqa: E402

@@ -10,14 +10,14 @@ import comfy.supported_models
 import comfy.utils
 import numpy as np
 import pytest
-import real_configurations
 import torch
-from host.scripts import ROOT
+from launcher.scripts import ROOT
 from pack.nodes import files
 from pack.nodes.puppets import render, theatre, world
 from pack.nodes.video_identity.method import adapter_from
+from support import real_configurations
 
-sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script finds its own modules
+sys.path.append(str(ROOT / "workflows" / "theatre"))  # where the training script finds its own modules
 import timeboxed  # noqa: E402
 import wan_adapter  # noqa: E402
 import wan_export  # noqa: E402

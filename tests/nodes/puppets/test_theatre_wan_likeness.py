@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from host.scripts import ROOT
-from marked_latents import ALONE, CLIP, PICTURE, SHOT, marked
+from launcher.scripts import ROOT
 from pack.nodes.puppets import captions, render, world
+from support.marked_latents import ALONE, CLIP, PICTURE, SHOT, marked
 
-sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script finds its own modules
+sys.path.append(str(ROOT / "workflows" / "theatre"))  # where the training script finds its own modules
 import wan_likeness  # noqa: E402
 import wan_looks  # noqa: E402
 import wan_stages  # noqa: E402

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from host.scripts import ROOT
-from marked_latents import ALONE, CLIP, PICTURE, SHOT, marked
+from launcher.scripts import ROOT
 from pack.nodes.puppets import captions, world
 from pack.nodes.puppets.config import SPECIES
+from support.marked_latents import ALONE, CLIP, PICTURE, SHOT, marked
 
-sys.path.append(str(ROOT / "workflows" / "models"))  # where the training script finds its own modules
+sys.path.append(str(ROOT / "workflows" / "theatre"))  # where the training script finds its own modules
 import text_encoder  # noqa: E402
 import wan_alignment  # noqa: E402
 import wan_looks  # noqa: E402

@@ -13,7 +13,7 @@ from diffusers.loaders.lora_conversion_utils import (
 from pack.nodes.training.config import LoraConfig
 from pack.nodes.training.lora import Adapters
 from pack.nodes.training.lora_files import lora_model
-from real_configurations import REAL_CONFIGURATIONS, build
+from support.real_configurations import REAL_CONFIGURATIONS, build
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import comfy.sd
 import diffusers
 import diffusers.training_utils
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_model_advanced import LCM
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
@@ -20,6 +19,7 @@ from pack.nodes.training.config import LoraConfig, TrainingConfig
 from pack.nodes.training.lora import Adapters
 from pack.nodes.training.lora_files import lora_model
 from pack.nodes.training.session import session
+from support import tiny_model
 
 SHAPE = (1, 4, 8, 8)
 

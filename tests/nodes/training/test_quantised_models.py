@@ -8,13 +8,13 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import pytest
-import tiny_model
 import torch
 from pack.nodes.training import objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
 from pack.nodes.training.lora import Adapters
 from pack.nodes.training.session import session
+from support import tiny_model
 
 SHAPE = (1, 4, 8, 8)
 ATTENTION = LoraConfig(rank=2)

@@ -1,14 +1,13 @@
 """A run goes on from a checkpoint beside its own weights and pictures alone: others of one shape would fit, too."""
 
 import pytest
-import tiny_clip
-import tiny_model
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from pack.nodes import files
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from pack.nodes.frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
 from pack.nodes.video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
+from support import tiny_clip, tiny_model
 
 CLIP = tiny_clip.clip()
 SOURCE, DRIVING, OTHER = torch.rand(3, 1, 64, 64, 3, generator=torch.Generator().manual_seed(0))

@@ -2,13 +2,13 @@
 
 import comfy.sd
 import pytest
-import tiny_model
 import torch
 from pack.nodes.training import loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
 from pack.nodes.training.session import session
 from pack.nodes.training.whole_network import WholeNetwork
+from support import tiny_model
 
 RATE, SHAPE = 1e-4, (1, 4, 8, 8)
 

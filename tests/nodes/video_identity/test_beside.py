@@ -6,9 +6,7 @@ import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
 import comfy.model_patcher
 import comfy.ops
-import published_wan
 import pytest
-import tiny_model
 import torch
 from comfy.ldm.modules.attention import attention_basic, attention_pytorch, attention_split, attention_sub_quad
 from comfy.patcher_extension import WrappersMP
@@ -19,7 +17,8 @@ from comfy_extras.nodes_train import TrainLoraNode
 from pack.nodes import patching
 from pack.nodes.identity_prior import capture
 from pack.nodes.video_identity import method, running
-from video_identities import (
+from support import published_wan, tiny_model
+from support.video_identities import (
     ADAPTER,
     MODEL,
     SHAPE,

@@ -2,15 +2,14 @@
 
 import threading
 
-import published_wan
 import pytest
-import tiny_model
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.kernels import restricted_attention
 from pack.nodes.video_identity import method
 from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig, parse_blocks
+from support import published_wan, tiny_model
 
 ADAPTER = method.VideoAdapter(())
 

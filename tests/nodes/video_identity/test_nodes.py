@@ -6,9 +6,7 @@ import re
 import comfy.samplers
 import folder_paths
 import pytest
-import real_configurations
 import safetensors.torch
-import tiny_model
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +20,7 @@ from pack.nodes.video_identity.nodes import (
     UnderstudySaveVideoIdentityAdapter,
 )
 from pack.nodes.video_identity.reference_picture import prepare
+from support import real_configurations, tiny_model
 
 CONTRACT = {
     UnderstudyPrepareReference: (["image", "size", "crop_factor", "mask", "bboxes"], ["IMAGE"]),

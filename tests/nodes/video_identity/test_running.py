@@ -6,14 +6,13 @@ import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
-import published_wan
 import pytest
-import tiny_model
 import torch
 from comfy.patcher_extension import WrappersMP
 from pack.nodes import patching
 from pack.nodes.video_identity import method, running
-from video_identities import (
+from support import published_wan, tiny_model
+from support.video_identities import (
     ADAPTER,
     MODEL,
     SHAPE,

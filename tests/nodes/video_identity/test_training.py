@@ -5,9 +5,7 @@ import logging
 
 import comfy.model_management
 import folder_paths
-import published_wan
 import pytest
-import tiny_model
 import torch
 from pack.nodes import files
 from pack.nodes.training import loop
@@ -16,7 +14,8 @@ from pack.nodes.training.config import TrainingConfig
 from pack.nodes.video_identity import method, training
 from pack.nodes.video_identity.config import AdapterTrainingConfig
 from pack.nodes.video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
-from video_identities import draw, identity, relative, sample, shown
+from support import published_wan, tiny_model
+from support.video_identities import draw, identity, relative, sample, shown
 
 SHAPE = (1, 16, 2, 4, 4)
 

@@ -1,12 +1,11 @@
 """The experiment's rival networks: unchanged they are our nodes, and each changes what it says."""
 
-import published_wan
 import pytest
-import tiny_model
 import torch
 from comfy.patcher_extension import WrappersMP
 from experiments import video_identity_variants as variants
-from video_identities import ADAPTER, MODEL, identity, reference, relative, sample, shown
+from support import published_wan, tiny_model
+from support.video_identities import ADAPTER, MODEL, identity, reference, relative, sample, shown
 
 LATENT = reference()
 

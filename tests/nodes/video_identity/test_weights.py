@@ -4,14 +4,14 @@ import logging
 
 import comfy.model_patcher
 import pytest
-import tiny_model
 import torch
 from comfy.context_windows import IndexListContextWindow
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode, WanContextWindowsManualNode
 from pack.nodes import patching
 from pack.nodes.video_identity import method, running
-from video_identities import (
+from support import tiny_model
+from support.video_identities import (
     MODEL,
     SHAPE,
     call,

@@ -6,8 +6,8 @@ import socket
 import sys
 
 import pytest
-from host import execution, scripts, source
-from host.server import Server, ServerError, free_port
+from launcher import execution, scripts, source
+from launcher.server import Server, ServerError, free_port
 
 PROMPT = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 1, "color": 255}},

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from host import environment, scripts, source
+from launcher import environment, scripts, source
 
 
 def make_pack(root):
     comfyui = source.cached(root)
-    for file in (root / "tests" / "host" / "requirements.txt", root / "requirements.txt"):
+    for file in (root / "workflows" / "launcher" / "requirements.txt", root / "requirements.txt"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("one==1\n")
     for name in source.LANDMARKS:
@@ -41,9 +41,7 @@ def test_an_old_python_is_told_which_to_install():
 
 def test_an_old_python_can_read_that_message(pack_root):
     files = [pack_root / "workflows" / "run.py", pack_root / "tests" / "run.py"]
-    files += [
-        file for file in (pack_root / "tests" / "host").glob("*.py") if not file.name.startswith("test_")
-    ]
+    files += (pack_root / "workflows" / "launcher").glob("*.py")
     assert len(files) > 5
     for file in files:
         ast.parse(file.read_text(encoding="utf-8"), filename=str(file), feature_version=(3, 8))
@@ -54,10 +52,10 @@ def test_the_second_start_installs_nothing(pack):
     environment.ensure(root)
     environment.ensure(root)
     assert len(installed) == 1
-    assert [file.parent.name for file in installed[0]] == ["host", root.name, source.cached(root).name]
+    assert [file.parent.name for file in installed[0]] == ["launcher", root.name, source.cached(root).name]
 
 
-@pytest.mark.parametrize("name", ["tests/host/requirements.txt", "requirements.txt"])
+@pytest.mark.parametrize("name", ["workflows/launcher/requirements.txt", "requirements.txt"])
 def test_a_changed_requirement_installs_again(pack, name):
     root, installed = pack
     environment.ensure(root)
@@ -116,8 +114,8 @@ def test_a_python_without_venv_is_told_what_to_install(tmp_path, monkeypatch):
 
 def test_the_lock_keeps_a_second_process_out(tmp_path, pack_root):
     code = (
-        f"import sys; sys.path.insert(0, {str(pack_root / 'tests')!r})\n"
-        "from host import environment\n"
+        f"import sys; sys.path.insert(0, {str(pack_root / 'workflows')!r})\n"
+        "from launcher import environment\n"
         f"print(environment._try_lock(open({str(tmp_path / 'lock')!r}, 'a+b')))"
     )
     with environment.locked(tmp_path / "lock"):
@@ -127,7 +125,7 @@ def test_the_lock_keeps_a_second_process_out(tmp_path, pack_root):
 
 
 @pytest.mark.parametrize(("arguments", "alone"), [
-    ([], False), (["-q", "--soak"], False), (["tests/host"], True), (["-q", "-k", "cancel"], True),
+    ([], False), (["-q", "--soak"], False), (["tests/launcher"], True), (["-q", "-k", "cancel"], True),
     (["-n", "3"], True), (["-x", "--pdb"], True),
 ])
 def test_the_whole_suite_runs_on_every_core_and_what_is_named_in_one_process(arguments, alone, monkeypatch):

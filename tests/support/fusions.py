@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import comfy.clip_vision
-import tiny_model
 import torch
 from pack.nodes.fusion_embedding import method, running
 from pack.nodes.fusion_embedding.method import LORA, Fusion
 from pack.nodes.puppets.vision import VISION_CONFIG
+from support import tiny_model
 
 WIDTH = 12  # of embeddings
 HIDDEN = 16  # of hidden states

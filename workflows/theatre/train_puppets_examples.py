@@ -1,7 +1,7 @@
 """Trains the theatre's identity prior or action identifier by the pack's own node, in a folder beside this file.
 
-    python workflows/models/train_puppets_examples.py identity  # loras/puppets_sd_identity.safetensors
-    python workflows/models/train_puppets_examples.py action    # action_identifiers/puppets_flexing.safetensors
+    python workflows/theatre/train_puppets_examples.py identity  # loras/puppets_sd_identity.safetensors
+    python workflows/theatre/train_puppets_examples.py action    # action_identifiers/puppets_flexing.safetensors
 
 `identity`: a test puppet, which `puppets_sd.safetensors` has never seen, is learnt from four pictures. `action`: one
 that no word of it names is learnt from five puppets. Seeded; a few minutes on a CPU. The settings go into the file's
@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".cache" / "training" / "puppets_examples"
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path.insert(0, str(ROOT / "workflows"))
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -36,7 +36,7 @@ from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrio
 from pack.nodes.puppets import theatre  # noqa: E402
 from pack.nodes.puppets.nodes import UnderstudyPuppetSet  # noqa: E402
 
-MODELS = Path(__file__).parent
+MODELS = ROOT / "workflows" / "models"
 CHECKPOINT = MODELS / "checkpoints" / "puppets_sd.safetensors"
 PUPPET_SEED = 3
 PRIOR = MODELS / "loras" / "puppets_sd_identity.safetensors"

@@ -1,13 +1,11 @@
 """Short trainings of an action identifier on a tiny model and text encoder, with settings that take seconds."""
 
-import action_identifiers
-import tiny_clip
-import tiny_model
 import torch
 from pack.nodes.action_identifier import training
 from pack.nodes.action_identifier.config import ActionTrainingConfig
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
+from support import action_identifiers, tiny_clip, tiny_model
 
 SUBJECTS = ("a cat on a beach", "a (red:1.2) robot", "a dog <action> at night")
 MODEL = tiny_model.as_loaded(action_identifiers.reading(tiny_model.picture()))

@@ -1,8 +1,8 @@
 """Trains the puppet theatre's tiny Stable Diffusion and writes `checkpoints/puppets_sd.safetensors`.
 
-    python workflows/models/train_puppets_sd.py                 # every stage to its end, resuming what is there
-    python workflows/models/train_puppets_sd.py --minutes 20    # stop (and save) after 20 minutes; call again
-    python workflows/models/train_puppets_sd.py --stage export  # write the checkpoint from what has been trained
+    python workflows/theatre/train_puppets_sd.py                 # every stage to its end, resuming what is there
+    python workflows/theatre/train_puppets_sd.py --minutes 20    # stop (and save) after 20 minutes; call again
+    python workflows/theatre/train_puppets_sd.py --stage export  # write the checkpoint from what has been trained
 
 Stages: `vae` (autoencoder), `unet` (denoiser and text encoder on its latents), `decoder` (the decoder alone, on
 slightly noisy latents), `export`. Seeded by step number: the same steps give the same data order whether the
@@ -23,8 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".cache" / "training" / "puppets_sd"
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path.insert(0, str(ROOT / "workflows"))
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -49,7 +49,7 @@ from text_encoder import make_text_encoder, text_prefix, tokens, training_text  
 from timeboxed import Optimiser, Stage, autocast, reconstruction_loss, to_tensor  # noqa: E402
 from timeboxed import pictures as render_pictures  # noqa: E402
 
-CHECKPOINT = Path(__file__).parent / "checkpoints" / "puppets_sd.safetensors"
+CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)

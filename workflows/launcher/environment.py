@@ -84,7 +84,7 @@ def ensure(root: Path) -> Path:
 def requirement_files(comfyui: Path, root: Path) -> list[Path]:
     """The requirement files that are installed together."""
     return [
-        root / "tests" / "host" / "requirements.txt",
+        root / "workflows" / "launcher" / "requirements.txt",
         root / "requirements.txt",
         comfyui / "requirements.txt",
     ]

@@ -1,8 +1,7 @@
 """What a gallery shows first."""
 
 import pytest
-
-from . import gallery
+from launcher import gallery
 
 
 def file(node, name, kind="output"):

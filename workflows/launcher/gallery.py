@@ -10,7 +10,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from .workflows import Workflow
+from .workflow_files import Workflow
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 VIDEOS = (".mp4", ".webm", ".mkv")

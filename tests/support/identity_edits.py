@@ -5,10 +5,10 @@ from __future__ import annotations
 import comfy.model_base
 import comfy.samplers
 import comfy.supported_models
-import tiny_model
 import torch
 from pack.nodes.identity_prior import blending, capture, inversion
 from pack.nodes.identity_prior.config import BlendConfig, InversionConfig, MaskConfig
+from support import tiny_model
 
 SHAPE = (1, 4, 8, 8)
 COLUMNS = (1, 2)

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from host import source, workflows
+from launcher import source, workflow_files
 
 MODEL = {"name": "sd.safetensors", "url": "https://example.org/sd.safetensors", "directory": "checkpoints"}
 
 
 def write(path, nodes, **content):
     path.write_text(json.dumps({"nodes": nodes, "links": [], **content}))
-    return workflows.Workflow(path)
+    return workflow_files.Workflow(path)
 
 
 def test_title_and_description_come_from_the_first_note_with_a_heading(tmp_path):
@@ -49,14 +49,14 @@ def test_workflows_are_found_by_stem_file_name_and_path(tmp_path):
         write(tmp_path / f"{stem}.json", [])
     other = write(tmp_path.parent / "elsewhere.json", [])
     names = ["two", "one.json", str(other.path), "workflows/two.json"]
-    assert [found.stem for found in workflows.find(tmp_path, names)] == ["two", "one", "elsewhere", "two"]
-    assert [found.stem for found in workflows.find(tmp_path, [])] == ["one", "two"]
+    assert [found.stem for found in workflow_files.find(tmp_path, names)] == ["two", "one", "elsewhere", "two"]
+    assert [found.stem for found in workflow_files.find(tmp_path, [])] == ["one", "two"]
     with pytest.raises(source.SetupError, match="no workflow 'three'. Those of the pack: one, two"):
-        workflows.find(tmp_path, ["three"])
+        workflow_files.find(tmp_path, ["three"])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"1": {"class_type": "EmptyImage", "inputs": {}}}'])
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(source.SetupError, match="bad.json"):
-        workflows.find(tmp_path, ["bad"])
+        workflow_files.find(tmp_path, ["bad"])

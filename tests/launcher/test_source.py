@@ -6,7 +6,7 @@ import sys
 import tarfile
 
 import pytest
-from host import source
+from launcher import source
 
 
 def make_comfyui(folder):

@@ -7,13 +7,12 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.weight_adapter
-import published_wan
-import tiny_model
 import torch
 from comfy.context_windows import IndexListContextWindow
 from pack.nodes import patching
 from pack.nodes.video_identity import method, running
 from pack.nodes.video_identity.config import VideoIdentityConfig
+from support import published_wan, tiny_model
 
 MODEL = tiny_model.wan()
 ADAPTER = method.adapter_from(tiny_model.video_adapter(MODEL))

@@ -1,8 +1,8 @@
 """Trains the theatre's tiny Wan and its video identity adapter; writes them into folders beside this file.
 
-    python workflows/models/train_puppets_wan.py                 # every stage to its end, resuming what is there
-    python workflows/models/train_puppets_wan.py --minutes 20    # stop (and save) after 20 minutes; call again
-    python workflows/models/train_puppets_wan.py --stage export  # write both files from what has been trained
+    python workflows/theatre/train_puppets_wan.py                 # every stage to its end, resuming what is there
+    python workflows/theatre/train_puppets_wan.py --minutes 20    # stop (and save) after 20 minutes; call again
+    python workflows/theatre/train_puppets_wan.py --stage export  # write both files from what has been trained
 
 Stages: `vae` (Wan's autoencoder on single frames), `motion` (on short clips), `latents`, `dit` (the transformer on
 single frames, then on clips of 17), `looks` (it learns to keep what a clean first frame shows), `shots` (and what
@@ -23,8 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".cache" / "training" / "puppets_wan"
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path.insert(0, str(ROOT / "workflows"))
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -42,7 +42,7 @@ import wan_likeness  # noqa: E402
 import wan_looks  # noqa: E402
 import wan_stages as stages  # noqa: E402
 
-MODELS = Path(__file__).parent
+MODELS = ROOT / "workflows" / "models"
 ENCODER = MODELS / "checkpoints" / "puppets_sd.safetensors"
 TRANSFORMER = MODELS / "diffusion_models" / "puppets_wan.safetensors"
 AUTOENCODER = MODELS / "vae" / "puppets_wan_vae.safetensors"

@@ -1,8 +1,8 @@
 """Trains the theatre's image encoder and its fusion embedding, and writes both into folders beside this file.
 
-    python workflows/models/train_puppets_fusion.py                 # every stage to its end, resuming what is there
-    python workflows/models/train_puppets_fusion.py --minutes 20    # stop (and save) after 20 minutes; call again
-    python workflows/models/train_puppets_fusion.py --stage export  # write both files from what has been trained
+    python workflows/theatre/train_puppets_fusion.py                 # every stage to its end, resuming what is there
+    python workflows/theatre/train_puppets_fusion.py --minutes 20    # stop (and save) after 20 minutes; call again
+    python workflows/theatre/train_puppets_fusion.py --stage export  # write both files from what has been trained
 
 Stages: `vision` (the image encoder), `combiner` and `generator` (both stages of the method, by the pack's own
 training, beside `puppets_sd.safetensors`, which stays as it is), `export`. Seeded by step number, on the CPU. State
@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path.insert(0, str(ROOT / "workflows"))
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -27,7 +27,7 @@ scripts.alias_pack()
 
 from fusion_pairs import Config, rendered  # noqa: E402
 
-MODELS = Path(__file__).parent
+MODELS = ROOT / "workflows" / "models"
 STAGES = ("vision", "combiner", "generator", "export")
 
 

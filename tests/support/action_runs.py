@@ -2,12 +2,10 @@
 
 import contextlib
 
-import action_identifiers
 import comfy.samplers
-import tiny_clip
-import tiny_model
 import torch
 from pack.nodes.action_identifier import running
+from support import action_identifiers, tiny_clip, tiny_model
 
 CLIP = tiny_clip.clip()
 MODEL = action_identifiers.reading(tiny_model.picture())

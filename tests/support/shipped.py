@@ -7,7 +7,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from host.scripts import ROOT
+from launcher.scripts import ROOT
 
 NOT_OURS = {".git", ".cache", "__pycache__", ".pytest_cache", ".hypothesis"}
 

@@ -30,7 +30,7 @@ from pack.nodes.training.config import TrainingConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-MODELS = Path(__file__).parent
+MODELS = Path(__file__).parent.parent / "models"
 CHECKPOINT = MODELS / "checkpoints" / "puppets_sd.safetensors"
 VISION, FUSION = Path("clip_vision/puppets_vision.safetensors"), Path("fusion_embeddings/puppets_fusion.safetensors")
 

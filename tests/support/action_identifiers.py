@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tiny_clip
 import torch
 from pack.nodes.action_identifier import encoding, layers, running
 from pack.nodes.action_identifier.method import ActionIdentifier, Place
+from support import tiny_clip
 
 TEXT = "a cat <action> on a beach"
 

@@ -1,13 +1,12 @@
 """Short trainings of a fusion embedding's two stages on tiny models of the host, with settings that take seconds."""
 
-import fusions
-import tiny_model
 import torch
 from pack.nodes.fusion_embedding import pairs, training
 from pack.nodes.fusion_embedding.config import CombinerConfig, GeneratorConfig
 from pack.nodes.fusion_embedding.method import Fusion
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
+from support import fusions, tiny_model
 
 MODEL = tiny_model.as_loaded(fusions.model())
 VAE = fusions.autoencoder()
