@@ -56,7 +56,7 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="UnderstudyStepwisePrompt",
-            display_name="Stepwise Prompt (ImPoster)",
+            display_name="Switch Prompt During Sampling (ImPoster)",
             category=CATEGORY,
             description="The driving prompt lays out the action in the first steps; the target follows.",
             search_aliases=[
@@ -67,10 +67,10 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
                 "action transfer",
             ],
             inputs=[
-                io.Conditioning.Input("driving", tooltip="Prompt of the driving picture, used first."),
                 io.Conditioning.Input(
                     "target", tooltip="Prompt of the wanted picture, used from the switch on."
                 ),
+                io.Conditioning.Input("driving", tooltip="Prompt of the driving picture, used first."),
                 _percent(
                     "switch_percent",
                     _SWITCH_PERCENT,
@@ -82,7 +82,7 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, driving, target, switch_percent) -> io.NodeOutput:
+    def execute(cls, target, driving, switch_percent) -> io.NodeOutput:
         return io.NodeOutput(method.switch_prompt(driving, target, switch_percent))
 
 

@@ -57,7 +57,7 @@ def apply(
 
 
 class Blending:
-    """The blend of one patched model. What a run needs travels with it; only its masks stay, for Edit Masks."""
+    """The blend of one patched model. What a run needs travels with it; only its masks stay, for Show Edit Masks."""
 
     def __init__(self, inversion, layers, masks, config, outside):
         self.inversion = inversion
@@ -211,7 +211,7 @@ def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         found = next(reversed(blending.runs.values()), None)
         if len(blending.runs) > 1:
             logging.warning(
-                "[Understudy] samples are not what the sampler made, or older than its last %d runs: Edit Masks "
+                "[Understudy] samples are not what the sampler made, or older than its last %d runs: Show Edit Masks "
                 "shows the last run's. Connect the sampler's own latent to `samples`", _KEPT_RUNS,
             )
     if found is None:

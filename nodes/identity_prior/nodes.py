@@ -18,7 +18,7 @@ INVERSION = io.Custom("UNDERSTUDY_INVERSION")
 _INVERSION = InversionConfig()
 _MASK = MaskConfig()
 _BLEND = BlendConfig()
-_GAP = 8  # pixels between the two masks that Edit Masks shows
+_GAP = 8  # pixels between the two masks that Show Edit Masks shows
 
 
 def _threshold(id: str, tooltip: str) -> io.Float.Input:
@@ -248,7 +248,7 @@ class UnderstudyIdentityMaskBlend(io.ComfyNode):
                 ),
                 *_map_inputs(),
             ],
-            outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Edit Masks.")],
+            outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Show Edit Masks.")],
         )
 
     @classmethod
@@ -267,7 +267,7 @@ class UnderstudyEditMasks(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="UnderstudyEditMasks",
-            display_name="Edit Masks (LIPE)",
+            display_name="Show Edit Masks (LIPE)",
             category=CATEGORY,
             description="Shows the masks of a finished edit: the subject in the source picture, and in the edit.",
             search_aliases=["LIPE", "show mask", "debug", "preview mask", "attention map"],

@@ -158,7 +158,9 @@ def test_a_trained_action_an_identity_s_subject_and_frequency_guidance_in_one_gr
     with_all = sample(model, positive, guided)
     for other in (sample(model, positive), sample(MODEL, positive_of_word(), guided)):
         assert torch.isfinite(with_all).all() and (with_all - other).abs().max() > 1e-2 * other.std()
-    (stepwise,) = UnderstudyStepwisePrompt.execute(positive, positive_of_word(), 0.5).result
+    (stepwise,) = UnderstudyStepwisePrompt.execute(
+        target=positive_of_word(), driving=positive, switch_percent=0.5
+    ).result
     assert not torch.equal(sample(model, stepwise), sample(model, positive))
 
 
