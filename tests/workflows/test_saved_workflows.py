@@ -6,7 +6,7 @@ The same in the frontend: test_browser.py.
 import json
 
 from comfy_cli.workflow_to_api import convert_ui_to_api
-from host import scripts
+from launcher import scripts
 
 SAVED = scripts.ROOT / "tests" / "workflows" / "saved"
 
