@@ -18,8 +18,8 @@ from ..training import loop, picture_training
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import State
-from ..training.monitor import HostMonitor
 from ..training.objective import DenoisingObjective
+from ..training.runs import LossMap, run
 from ..training.session import Denoiser, session
 from . import encoding, layers, method, running
 from .config import ActionTrainingConfig
@@ -58,7 +58,7 @@ class Exemplars:
 def train(
     model: Any, clip: Any, exemplars: Exemplars, action: ActionTrainingConfig, config: TrainingConfig, *,
     checkpoints: Checkpoints, resume_from: str, preview: Preview | None = None,
-) -> tuple[ActionIdentifier, dict[str, list[float]]]:
+) -> tuple[ActionIdentifier, LossMap]:
     """Learn an identifier, fp32 on the CPU, and the host's LOSS_MAP. Model and clip are used, not changed.
 
     preview(denoiser, clip, [what is learnt so far]) is drawn every `config.preview_every` steps. Raises
@@ -85,12 +85,14 @@ def train(
         def show() -> Image.Image | None:
             return preview(denoiser, encoder.clip, [learnt()])
 
-        monitor = HostMonitor(
-            config, _Keeping(checkpoints, contrasts), None if preview is None else show, phase="action"
-        )
         objective, masks = learner.objective(tokens, contrasts)
-        losses = loop.train(objective, tokens, config, monitor, resume, masks)
-        return learnt(), {"loss": losses}
+        loss_map = run(
+            objective, tokens, config, denoiser.device, checkpoints=checkpoints, resume=resume, masks=masks,
+            preview=None if preview is None else show, phase="action",
+            # With them a resumed run draws no contrasts again.
+            extra_tensors={f"{_CONTRAST}{i}": contrast for i, contrast in enumerate(contrasts)},
+        )
+        return learnt(), loss_map
 
 
 class _Learner:
@@ -211,12 +213,12 @@ class _Learner:
             return self.errors([self.latents[i]], [i], [contexts], generator).mean()
 
         parameters = {f"{i}.{e}": token for i, found in enumerate(tokens) for e, token in found.items()}
-        run = TrainingConfig(
+        config = TrainingConfig(
             steps=count * action.context_steps, learning_rate=action.context_learning_rate,
             seed=loop.step_seed(self.config.seed, _CONTEXT_SEED), checkpoint_every=0,
         )
         try:
-            loop.train(objective, parameters, run, HostMonitor(run, _Unkept(), phase="contexts"))
+            run(objective, parameters, config, self.denoiser.device, phase="contexts")
         except loop.TrainingDiverged as error:
             raise loop.TrainingDiverged(
                 "the surroundings of the pictures could not be learnt, since a loss or gradient is no finite number: "
@@ -238,21 +240,3 @@ class _Reading:
         length = math.lcm(*(condition["c_crossattn"].cond.shape[1] for condition in plain))
         contexts = running.for_layers(self.model, BatchContexts(rows), length, self.device)
         return self.denoiser.denoise(noisy, sigma, plain, {running.KEY: contexts})
-
-
-class _Keeping:
-    """Checkpoints that hold the contrasts, too: a resumed run draws none."""
-
-    def __init__(self, checkpoints: Checkpoints, contrasts: Sequence[torch.Tensor]):
-        self.checkpoints = checkpoints
-        self.contrasts = {f"{_CONTRAST}{i}": contrast for i, contrast in enumerate(contrasts)}
-
-    def save(self, state: State) -> None:
-        self.checkpoints.save(State(state.step, state.losses, {**state.tensors, **self.contrasts}))
-
-
-class _Unkept:
-    """No checkpoints: contexts are quickly learnt anew."""
-
-    def save(self, _state: State) -> None:
-        pass

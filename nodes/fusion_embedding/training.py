@@ -17,16 +17,14 @@ from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from ..training.lora import Adapters
 from ..training.lora_files import lora_model
-from ..training.monitor import HostMonitor
 from ..training.objective import DenoisingObjective
+from ..training.runs import LossMap, run
 from ..training.session import Denoiser, encoder_session, no_training, session
 from ..training.whole_network import BYTES_A_WEIGHT, WholeNetwork
 from . import encoding, method, running
 from .config import GUIDANCE, CombinerConfig, GeneratorConfig
 from .method import LORA, WHOLE, Fusion, FusionError, Weights, kernel
 from .pairs import Pairs
-
-LossMap = dict[str, list[float]]
 
 _COMBINER_SEED, _GENERATOR_SEED = 2_000_000_033, 2_000_000_063  # beside those of the steps and of LoRAs
 _REMEMBERED = 100_000  # pairs whose embeddings by a frozen encoder are kept, 9 kB each for CLIP ViT-L
@@ -62,14 +60,14 @@ def train_combiner(
         objective = RetrievalObjective(encode, len(pairs), weights, config.batch_size, combiner)
         parameters = {f"combiner.{key}": value for key, value in weights.items()}
         parameters |= {} if trained is None else {f"encoder.{k}": v for k, v in trained.parameters().items()}
-        monitor = HostMonitor(config, checkpoints, device=clip_vision.load_device)
-        monitor.note = objective.accuracy
-        losses = loop.train(objective, parameters, config, monitor, resume)
-        monitor.say_peak()
+        loss_map = run(
+            objective, parameters, config, clip_vision.load_device,
+            checkpoints=checkpoints, resume=resume, note=objective.accuracy,
+        )
         learnt = None if trained is None else _on_cpu(module.state_dict())
     if learnt is None:
-        return Fusion(_on_cpu(weights), probe=encoding.probe(clip_vision)), {"loss": losses}
-    return Fusion(_on_cpu(weights), encoding.rebuilt(clip_vision.config, learnt)), {"loss": losses}
+        return Fusion(_on_cpu(weights), probe=encoding.probe(clip_vision)), loss_map
+    return Fusion(_on_cpu(weights), encoding.rebuilt(clip_vision.config, learnt)), loss_map
 
 
 @contextlib.contextmanager
@@ -323,17 +321,17 @@ def train_generator(
         def draw() -> Image.Image | None:
             return _preview(denoiser, vae, weights, encoded[0], config.seed)
 
-        monitor = HostMonitor(config, checkpoints, draw, denoiser.device)
         with trained.attached():
-            losses = loop.train(objective, parameters, config, monitor, resume)
-        monitor.say_peak()
+            loss_map = run(
+                objective, parameters, config, denoiser.device, checkpoints=checkpoints, resume=resume, preview=draw
+            )
         if generator.whole_unet:
             unet = {f"diffusion_model.{key}": value for key, value in _on_cpu(trained.parameters()).items()}
         else:
             unet = lora_model(trained, denoiser.model.model_config.unet_config)
     kind = WHOLE if generator.whole_unet else LORA
     learnt = dataclasses.replace(fusion, generator=_on_cpu(weights), unet=unet, unet_kind=kind)
-    return learnt, {"loss": losses}
+    return learnt, loss_map
 
 
 def _preview(denoiser: Denoiser, vae: Any, weights: Weights, pair: Encoded, seed: int):

@@ -1,9 +1,10 @@
-"""What a person sees of a training: progress bar, loss curve, preview pictures, cancel."""
+"""What a node shows of a training: progress bar, loss curve, preview pictures; and its cancel button."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import comfy.model_management
 import comfy.utils
@@ -22,54 +23,58 @@ _CURVE = 96  # pixels, height of the loss curve under a preview
 _UPDATES = 50  # loss curves sent over a whole run
 
 
-class HostMonitor:
-    """Reports to the host's progress bar, obeys its cancel button and keeps checkpoints.
+class NodeMonitor:
+    """Reports to ComfyUI's progress bar, obeys its cancel button and saves checkpoints, if there are any.
 
-    `preview()` gives a picture of what has been learnt so far, or None; it is called every `preview_every` steps.
-    `phase` names what is learnt, where a node has several runs in turn.
+    `preview()` draws what has been learned so far, or returns None; it is called every `preview_every` steps.
+    `note()` is a figure of the method's own beside the loss. `phase` says what is being trained, where a node has
+    several runs in turn. `extra_tensors` are stored in each checkpoint.
     """
 
     def __init__(
-        self, config: TrainingConfig, checkpoints: Checkpoints, preview: Preview | None = None,
-        device: torch.device | None = None, phase: str = "",
+        self, config: TrainingConfig, device: torch.device, checkpoints: Checkpoints | None = None,
+        preview: Preview | None = None, note: Callable[[], str] | None = None, phase: str = "",
+        extra_tensors: Mapping[str, torch.Tensor] = {},
     ):
         self.config = config
         self.checkpoints = checkpoints
         self.preview = preview
+        self.note = note
         self.phase = phase and f"{phase}: "
+        self.extra_tensors = extra_tensors
         self.picture: Image.Image | None = None
         self.bar = comfy.utils.ProgressBar(config.steps)
         self.losses: list[float] = []
-        self.peak = PeakMemory(device or torch.device("cpu"))
-        # A method's own words beside the loss: how often it finds the right one, say.
-        self.note: Callable[[], str] | None = None
+        self.peak = PeakMemory(device)
 
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def progress(self, step: int, loss: float) -> None:
         self.losses.append(loss)
-        self.peak.look()
+        self.peak.update()
         config = self.config
-        due = config.preview_every and (step % config.preview_every == 0 or step == config.steps)
-        if due and self.preview is not None:
+        preview_due = config.preview_every and (step % config.preview_every == 0 or step == config.steps)
+        if preview_due and self.preview is not None:
             self.picture = self.preview() or self.picture
-        shown = due or step % max(1, config.steps // _UPDATES) == 0 or step == config.steps
+        shown = preview_due or step % max(1, config.steps // _UPDATES) == 0 or step == config.steps
         image = ("JPEG", self._card(), None) if shown else None
         self.bar.update_absolute(step, config.steps, image)
         if shown:
             recent = self.losses[-max(1, len(self.losses) // 10) :]
-            noted = f", {self.note()}" if self.note is not None else ""
             mean = sum(recent) / len(recent)
+            note = f", {self.note()}" if self.note is not None else ""
             logging.info(
-                "[Understudy] %soptimiser step %d of %d, loss %.4f%s", self.phase, step, config.steps, mean, noted
+                "[Understudy] %soptimiser step %d of %d, loss %.4f%s", self.phase, step, config.steps, mean, note
             )
 
     def checkpoint(self, state: State) -> None:
-        self.checkpoints.save(state)
+        if self.checkpoints is not None:
+            tensors = {**state.tensors, **self.extra_tensors}
+            self.checkpoints.save(dataclasses.replace(state, tensors=tensors))
 
-    def say_peak(self) -> None:
-        """The most memory that the run took."""
+    def report_peak_memory(self) -> None:
+        """Say on the node how much memory the run took at most."""
         tell("training", [f"peak memory {self.peak.gigabytes:.2f} GB on {self.peak.device.type}"])
 
     def _card(self) -> Image.Image:
@@ -95,16 +100,16 @@ class HostMonitor:
 
 
 class PeakMemory:
-    """The most memory in use since this was made: of a CUDA device by its tensors, else of the whole process."""
+    """The most memory in use so far: on a CUDA device that of its tensors, elsewhere that of the whole process."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._bytes = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.look()
+        self.update()
 
-    def look(self) -> None:
+    def update(self) -> None:
         if self.device.type == "cuda":
             self._bytes = torch.cuda.max_memory_allocated(self.device)
         else:
@@ -116,7 +121,7 @@ class PeakMemory:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """An exponential mean over about a twentieth of the run, for the eye."""
+    """An exponential moving average over about a twentieth of the run, for the curve."""
     share = 1 / max(1.0, len(losses) / 20)
     value, curve = losses[0], []
     for loss in losses:

@@ -17,8 +17,8 @@ from .checkpoints import Checkpoints
 from .config import LoraConfig, TrainingConfig
 from .lora import Adapters
 from .lora_files import lora_model
-from .monitor import HostMonitor
 from .objective import DenoisingObjective, Sample
+from .runs import LossMap, run
 from .session import Denoiser, no_training, session
 from .whole_network import WholeNetwork
 
@@ -65,7 +65,7 @@ def train_on_pictures(
     make_objective: MakeObjective | None = None,
     forward_batch: int | None = None,
     preview: Callable[[Denoiser], Image.Image | None] | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+) -> tuple[dict[str, torch.Tensor], LossMap]:
     """Train adapters of `model`, or its whole network where `lora` is None, on latents and their CONDITIONINGs.
 
     Latents are as VAE Encode gives them. `forward_batch` is how many of them a forward pass takes where the method's
@@ -88,13 +88,13 @@ def train_on_pictures(
             trained = WholeNetwork(denoiser.network)
         else:
             trained = Adapters(denoiser.network, lora, config.seed, denoiser.device)
-        draw = None if preview is None else lambda: preview(denoiser)
-        monitor = HostMonitor(config, checkpoints, draw, denoiser.device)
+        show = None if preview is None else lambda: preview(denoiser)
         with trained.attached():
-            losses = loop.train(objective, trained.parameters(), config, monitor, resume)
-        monitor.say_peak()
-        unet_config = denoiser.model.model_config.unet_config
-        return lora_model(trained, unet_config), {"loss": losses}
+            loss_map = run(
+                objective, trained.parameters(), config, denoiser.device,
+                checkpoints=checkpoints, resume=resume, preview=show,
+            )
+        return lora_model(trained, denoiser.model.model_config.unet_config), loss_map
 
 
 def preview_of(

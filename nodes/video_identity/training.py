@@ -15,8 +15,8 @@ from .. import patching
 from ..training import loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
-from ..training.monitor import HostMonitor
 from ..training.objective import DenoisingObjective, Sample
+from ..training.runs import LossMap, run
 from ..training.session import Denoiser, session
 from . import method, running
 
@@ -34,7 +34,7 @@ def train(
     *,
     checkpoints: Checkpoints,
     resume_from: str,
-) -> tuple[method.VideoAdapter, dict[str, list[float]]]:
+) -> tuple[method.VideoAdapter, LossMap]:
     """Train the image branch's q, k and v updates; the error is that of the video's own tokens.
 
     latents: [1, C, T, H, W] each, references: [1, C, 1, h, w], as VAE Encode gives them, one of each and one
@@ -44,9 +44,10 @@ def train(
     resume = checkpoints.resume(resume_from)
     with prepared(model, latents, references, conditionings, config, rank) as (adapter, samples, denoiser):
         objective = DenoisingObjective(denoiser, samples, config)
-        monitor = HostMonitor(config, checkpoints)
-        losses = loop.train(objective, adapter.tensors(), config, monitor, resume)
-        return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), {"loss": losses}
+        loss_map = run(
+            objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume
+        )
+        return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), loss_map
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 import comfy.model_management
 import pytest
 from pack.nodes import files
-from pack.nodes.fusion_embedding import pairs, training
+from pack.nodes.fusion_embedding import pairs
 from pack.nodes.training.checkpoints import Checkpoints
+from pack.nodes.training.monitor import NodeMonitor
 from support import fusions
 from support.fusion_trainings import MODEL, VISION, combined, generated
 
@@ -19,7 +20,7 @@ def test_a_cancelled_run_leaves_its_state(folder, stage, monkeypatch):
             raise comfy.model_management.InterruptProcessingException
 
     made = Checkpoints("cancelled", {})
-    monkeypatch.setattr(training.HostMonitor, "check", cancel)
+    monkeypatch.setattr(NodeMonitor, "check", cancel)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         stage(steps=10_000, checkpoints=made)
     tensors, metadata = files.read(made.path)

@@ -1,5 +1,8 @@
 """A run goes on from a checkpoint beside its own weights and pictures alone: others of one shape would fit, too."""
 
+import logging
+import re
+
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
@@ -78,6 +81,14 @@ def folder(tmp_path, monkeypatch):
     key = files.TRAINING_CHECKPOINTS
     monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: str(tmp_path))
     monkeypatch.setitem(files.folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
+
+
+@pytest.mark.parametrize("train", [pair, action, video])
+def test_a_run_reports_its_peak_memory_once(train, folder, caplog):
+    with caplog.at_level(logging.INFO):
+        train(1, "none")
+    (line,) = [record.getMessage() for record in caplog.records if "peak memory" in record.getMessage()]
+    assert re.fullmatch(r"\[Understudy\] training: peak memory \d+\.\d\d GB on cpu", line)
 
 
 @pytest.mark.parametrize(("train", "others"), [

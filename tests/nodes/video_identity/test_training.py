@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpoi
     monkeypatch.setattr(method, "new_adapter", lambda *_a: method.adapter_from(start))
     seen = {}
 
-    def step(objective, parameters, config, monitor, resume):
+    def step(objective, parameters, *_run):
         loss = objective(0, torch.Generator().manual_seed(3))
         loss.backward()
         seen.update({key: parameter.grad for key, parameter in parameters.items()}, loss=loss.detach())

@@ -1,0 +1,84 @@
+"""A run inside a node: what it returns, keeps, shows and reports, with and without checkpoints."""
+
+import logging
+
+import comfy.model_management
+import pytest
+import torch
+from pack.nodes.training import monitor
+from pack.nodes.training.checkpoints import Checkpoints
+from pack.nodes.training.config import TrainingConfig
+from pack.nodes.training.runs import run
+
+CPU = torch.device("cpu")
+
+
+class InMemory(Checkpoints):
+    """Checkpoints that write no file."""
+
+    def __init__(self):
+        super().__init__("test", {})
+        self.states = []
+
+    def save(self, state):
+        self.states.append(state)
+
+
+def train(steps=4, cancel_at=None, **options):
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    def objective(step, _generator):
+        if step == cancel_at:
+            comfy.model_management.interrupt_current_processing()
+        return weight.square().sum()
+
+    config = TrainingConfig(steps=steps, learning_rate=0.1, checkpoint_every=3)
+    return run(objective, {"weight": weight}, config, CPU, **options), weight
+
+
+def test_a_run_returns_every_loss_and_reports_its_peak_memory(caplog):
+    checkpoints = InMemory()
+    with caplog.at_level(logging.INFO):
+        loss_map, weight = train(checkpoints=checkpoints, extra_tensors={"shown": torch.zeros(1)})
+    assert list(loss_map) == ["loss"] and len(loss_map["loss"]) == 4
+    assert loss_map["loss"][0] == 2.0 and float(weight.detach().abs().max()) < 1
+    assert sum("training: peak memory" in message for message in caplog.messages) == 1
+    (state,) = checkpoints.states
+    assert state.step == 3 and {"shown", "parameter.weight"} <= state.tensors.keys()
+
+
+def test_a_resumed_run_goes_on_from_the_state():
+    checkpoints = InMemory()
+    whole, weight = train(steps=5, checkpoints=checkpoints)
+    again, resumed = train(steps=5, checkpoints=InMemory(), resume=checkpoints.states[0])
+    assert whole == again and torch.equal(weight, resumed)
+
+
+def test_a_preparatory_run_keeps_and_reports_nothing(caplog):
+    with caplog.at_level(logging.INFO):
+        train(phase="contexts")
+    assert caplog.messages and all("contexts: optimiser step" in message for message in caplog.messages)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(cancel_at=1)
+
+
+def test_the_note_stands_beside_the_loss(caplog):
+    with caplog.at_level(logging.INFO):
+        train(steps=1, note=lambda: "top-1 50%")
+    assert "step 1 of 1, loss 2.0000, top-1 50%" in caplog.text
+
+
+def test_the_peak_is_the_most_memory_so_far(monkeypatch):
+    used = iter([3 << 30, 5 << 30, 4 << 30])
+
+    class Process:
+        def memory_info(self):
+            return self
+
+        rss = property(lambda self: next(used))
+
+    monkeypatch.setattr(monitor.psutil, "Process", Process)
+    peak = monitor.PeakMemory(CPU)
+    peak.update()
+    peak.update()
+    assert peak.gigabytes == 5
