@@ -16,8 +16,8 @@ else:
 
 from launcher.scripts import ROOT
 from launcher.server import PACK_NAME
-from pack.nodes import patching
 from pack.nodes.extension import METHOD_NODES, THEATRE_NODES
+from pack.nodes.patching import samplers
 from pack.nodes.puppets import config
 from support.shipped import all_files, shipped_files
 
@@ -68,7 +68,7 @@ def named_values(node_id: str, widget) -> tuple[str, ...]:
         return config.ACTIONS if widget.id == "actions" else config.SCENES
     options = tuple(getattr(widget, "options", None) or ())
     if widget.id == "apply_to":
-        return (*options, "ddim", *patching.STEPWISE_SAMPLERS)
+        return (*options, "ddim", *samplers.STEPWISE_SAMPLERS)
     return options if len(options) < 6 else ()
 
 

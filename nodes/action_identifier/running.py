@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .. import patching
 from ..fingerprint import fingerprint
+from ..patching import models
 from . import layers, method
 from .method import ActionIdentifier, BatchContexts, Place, Rows
 
@@ -40,11 +40,11 @@ def apply(model: Any, strength: float) -> Any:
     places = layers.places(model.get_model_object("diffusion_model"))
     contexts = ActionContexts(places, strength, fingerprint(model))
     wrappers = {WrappersMP.CALC_COND_BATCH: contexts.calc_cond_batch, WrappersMP.APPLY_MODEL: contexts.apply_model}
+    patched = models.with_wrappers(model, key=KEY, wrappers=wrappers, attachment=contexts)
     if places[0].kind == "double_block":
         blocks = {place.index: functools.partial(BlockPatch, place.index) for place in places}
-        return patching.with_sampling_parts(model, KEY, wrappers, {}, contexts, blocks)
-    patch = CrossAttentionPatch(places)
-    return patching.with_sampling_parts(model, KEY, wrappers, {}, contexts, {}, cross_attention_inputs=patch)
+        return models.with_block_patches(patched, key=KEY, patches=blocks)
+    return models.with_attention_inputs(patched, patch=CrossAttentionPatch(places))
 
 
 class SealedContexts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import DISTANCES, RULES
-from .. import patching
+from ..patching import samplers
 from . import method
 from .config import APPLY_TO, HIGHEST_CUTOFF, FrequencyGuidanceConfig
 
@@ -136,7 +136,7 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
                     APPLY_TO,
                     "denoised guides each step's estimate of the picture and works with every sampler. "
                     "latent guides the noisy latent between steps, as published, and works with "
-                    f"ddim, {', '.join(patching.STEPWISE_SAMPLERS)}.",
+                    f"ddim, {', '.join(samplers.STEPWISE_SAMPLERS)}.",
                 ),
                 _percent(
                     "start_percent",
@@ -174,5 +174,5 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
         if config.off:
             return io.NodeOutput(sampler)
         guidance = method.FrequencyGuidance(source["samples"], driving["samples"], config)
-        wrap = patching.guide_latent if config.apply_to == "latent" else patching.guide_denoised
+        wrap = samplers.guide_latent if config.apply_to == "latent" else samplers.guide_denoised
         return io.NodeOutput(wrap(sampler, guidance.begin))

@@ -21,7 +21,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 
-from .. import patching
+from ..patching import models
 from . import method
 from .config import ApplyConfig
 from .method import LORA, Fusion, FusionError, Sizes, Weights
@@ -109,9 +109,9 @@ def extended(model: Any) -> Any:
     """
     unet(model)
     wrappers = {WrappersMP.CALC_COND_BATCH: _calc_cond_batch, WrappersMP.APPLY_MODEL: _apply_model}
-    patched = patching.with_sampling_parts(model, KEY, wrappers, {}, None, {})
-    return patching.with_unet_patches(
-        patched, {"emb_patch": _EmbeddingPatch(), "input_block_patch": _PosePatch()}
+    patched = models.with_wrappers(model, key=KEY, wrappers=wrappers)
+    return models.with_unet_patches(
+        patched, patches={"emb_patch": _EmbeddingPatch(), "input_block_patch": _PosePatch()}
     )
 
 
@@ -166,8 +166,8 @@ def with_unet(model: Any, fusion: Fusion, strength: float) -> Any:
         return model
     if fusion.unet_kind == LORA:
         _check_lora(model, fusion.unet)
-        return patching.with_lora(model, fusion.unet, strength)
-    return patching.with_weights(model, _host_weights(model, fusion.unet), strength)
+        return models.with_lora(model, weights=fusion.unet, strength=strength)
+    return models.with_weights(model, weights=_host_weights(model, fusion.unet), strength=strength)
 
 
 def _check_lora(model: Any, lora: Weights) -> None:

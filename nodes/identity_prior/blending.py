@@ -18,8 +18,8 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .. import patching
 from ..messages import tell
+from ..patching import models, samplers
 from . import capture, method
 from .config import BlendConfig, MaskConfig
 from .inversion import Inversion, Inverting
@@ -53,7 +53,7 @@ def apply(
         WrappersMP.SAMPLER_SAMPLE: blending.sampler_sample,
         WrappersMP.PREDICT_NOISE: blending.predict_noise,
     }
-    return patching.with_sampling_parts(model, KEY, wrappers, {}, blending, {})
+    return models.with_wrappers(model, key=KEY, wrappers=wrappers, attachment=blending)
 
 
 class Blending:
@@ -202,7 +202,7 @@ class _Run:
 
 def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Source and edited mask [B, T, H, W] of the run that made `samples`. Raises ValueError, naming the fix."""
-    blending = patching.parts(model, KEY)
+    blending = models.attachment(model, KEY)
     if blending is None:
         raise ValueError("model has no blend: connect the output of Identity Mask Blend to `model`")
     found = blending.runs.get(_digest(samples))
@@ -235,7 +235,7 @@ def _check_sampler(sampler: Any) -> str:
         )
     while not isinstance(sampler, comfy.samplers.KSAMPLER) and hasattr(sampler, "sampler"):
         sampler = sampler.sampler
-    name = patching.sampler_name(sampler)
+    name = samplers.sampler_name(sampler)
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         raise ValueError(
             f"sampler {name} keeps its latents in a scale of its own, which the blend cannot follow: choose one from "

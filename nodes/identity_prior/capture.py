@@ -18,7 +18,7 @@ import torch
 from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
 
 from ...kernels.token_attention import token_attention
-from .. import patching
+from ..patching import models
 from .config import ALL_LAYERS, AUTO_LAYERS, MaskConfig, parse_layers
 from .method import average
 
@@ -100,7 +100,8 @@ def watched(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Mode
             blocks[layer.place] = functools.partial(BlockPatch, i, use)
         else:
             places[layer.place] = functools.partial(CrossAttentionPatch, i)
-    return patching.with_sampling_parts(model, KEY, {}, {}, None, blocks, places)
+    model = models.with_block_patches(model, key=KEY, patches=blocks)
+    return models.with_cross_attention_patches(model, key=KEY, patches=places)
 
 
 def columns(conditioning: list) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import comfy.samplers
 import latent_preview
 import torch
 
-from .. import patching
+from ..patching import samplers
 from ..training.objective import prediction_kind
 from . import capture, method
 from .config import InversionConfig, MaskConfig
@@ -85,7 +85,7 @@ class Inverting(comfy.samplers.Sampler):
                disable_pbar=False):
         grid = [float(sigma) for sigma in sigmas]
         sampling = model_wrap.inner_model.model_sampling
-        scales = {sigma: float(patching.input_scale(sampling, sigmas.new_tensor(sigma))) for sigma in grid}
+        scales = {sigma: float(samplers.input_scale(sampling, sigmas.new_tensor(sigma))) for sigma in grid}
         entries = capture.columns_by_entry(model_wrap.conds)
         kept = _storage((len(grid), *latent_image.shape))
         estimate = heat = None

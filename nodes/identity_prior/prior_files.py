@@ -12,8 +12,9 @@ import comfy.lora
 import comfy.utils
 import torch
 
-from .. import files, patching
+from .. import files
 from ..fingerprint import fingerprint
+from ..patching import models
 from .method import Identity
 
 FOLDER = "loras"
@@ -69,7 +70,7 @@ def apply(model: Any, tensors: Mapping[str, torch.Tensor], identity: Identity, s
             "[Understudy] %s was trained on another base model, or on one of another precision: the identity may "
             "show less. Load the model that it was trained on", name,
         )
-    return model if strength == 0 else patching.with_lora(model, tensors, strength)
+    return model if strength == 0 else models.with_lora(model, weights=tensors, strength=strength)
 
 
 def _check(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:

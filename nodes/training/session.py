@@ -15,7 +15,7 @@ import comfy.samplers
 import comfy.text_encoders.t5
 import torch
 
-from .. import patching
+from ..patching import models
 from .config import TrainingConfig
 from .whole_network import BYTES_A_WEIGHT
 
@@ -202,7 +202,7 @@ def _trainable_clone(
         bf16 = comfy.model_management.should_use_bf16(patcher.load_device)
         wanted = torch.bfloat16 if bf16 else torch.float32
     if whole or wanted != own:
-        return patching.with_compute_dtype(patcher, wanted)
+        return models.with_compute_dtype(patcher, wanted)
     return patcher
 
 

@@ -14,7 +14,7 @@ OVERRIDE = "optimized_attention_override"
 
 
 def patches(network: Any) -> dict[int, Any]:
-    """For `patching.with_sampling_parts`: what makes the patch of each block."""
+    """For `models.with_block_patches`: what makes the patch of each block."""
     return {i: functools.partial(BlockPatch, i) for i in range(len(network.blocks))}
 
 

@@ -21,7 +21,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.restricted_attention import Reference
-from .. import patching
+from ..patching import models
 from . import blocks, method
 from .blocks import KEY as KEY
 from .method import Identity
@@ -51,21 +51,19 @@ def apply(model: Any, identity: Identity) -> Any:
             # As Load Image gives it for a picture without alpha: asked for or not, it cannot be seen in the video.
             logging.warning("[Understudy] the mask is 0 everywhere, so Apply Video Identity shows no reference")
         return model
-    earlier = patching.parts(model, KEY)
+    earlier = models.attachment(model, KEY)
     identities = VideoIdentities((*(earlier.identities if earlier else ()), identity))
-    return patching.with_sampling_parts(
-        model,
-        KEY,
-        {WrappersMP.APPLY_MODEL: identities.apply_model, WrappersMP.PREPARE_SAMPLING: identities.prepare_sampling},
-        {CallbacksMP.ON_CLEANUP: identities.cleanup},
-        identities,
-        blocks.patches(network),
-    )
+    wrappers = {
+        WrappersMP.APPLY_MODEL: identities.apply_model, WrappersMP.PREPARE_SAMPLING: identities.prepare_sampling,
+    }
+    callbacks = {CallbacksMP.ON_CLEANUP: identities.cleanup}
+    patched = models.with_wrappers(model, key=KEY, wrappers=wrappers, callbacks=callbacks, attachment=identities)
+    return models.with_block_patches(patched, key=KEY, patches=blocks.patches(network))
 
 
 def extended(model: Any) -> Any:
     """A clone of `model` whose blocks see what a call brings under KEY; nothing is brought by itself."""
-    return patching.with_sampling_parts(model, KEY, {}, {}, None, blocks.patches(wan_network(model)))
+    return models.with_block_patches(model, key=KEY, patches=blocks.patches(wan_network(model)))
 
 
 def wan_network(model: Any) -> Any:

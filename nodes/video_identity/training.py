@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...kernels.restricted_attention import Reference
-from .. import patching
+from ..patching import models
 from ..training import loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
@@ -58,7 +58,7 @@ def prepared(
     """An untrained adapter, what it learns from, and the model with it, ready for the objective; as `train` takes."""
     largest, pictures = (max(given, key=torch.Tensor.numel) for given in (latents, references))
     patched = running.extended(model)
-    if patching.parts(model, running.KEY):
+    if models.attachment(model, running.KEY):
         logging.warning("[Understudy] training leaves out the references that the model shows: connect the plain one")
     for name, given in (("latents", latents), ("references", references)):
         for latent in given:

@@ -171,7 +171,7 @@ class Steps:
         latent = torch.randn(1, 16, 1, *shape.reference, generator=generator)
         identity = method.identity(self.adapter, latent, VideoIdentityConfig())
         patched = running.apply(plain, identity)
-        self.identities = running.patching.parts(patched, running.KEY)
+        self.identities = running.models.attachment(patched, running.KEY)
         self.options = {
             **patched.model_options["transformer_options"],
             "wrappers": comfy.patcher_extension.copy_nested_dicts(patched.wrappers),

@@ -9,7 +9,7 @@ import comfy.samplers
 import comfy.weight_adapter
 import torch
 from comfy.context_windows import IndexListContextWindow
-from pack.nodes import patching
+from pack.nodes.patching import models
 from pack.nodes.video_identity import method, running
 from pack.nodes.video_identity.config import VideoIdentityConfig
 from support import published_wan, tiny_model
@@ -117,7 +117,7 @@ def weighed(x, weights, identities, model=MODEL, **conditions):
     for one in identities:
         model_with = shown(model, one)
         call(model_with, x, cleanup=False, **conditions)
-        cache = patching.parts(model_with, running.KEY).cache
+        cache = models.attachment(model_with, running.KEY).cache
         rows.append(cached_rows(cache))
         cache.clear()
 

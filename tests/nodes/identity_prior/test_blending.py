@@ -5,11 +5,11 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_void import VOID_DDIM
-from pack.nodes import patching
 from pack.nodes.frequency_guidance.config import FrequencyGuidanceConfig
 from pack.nodes.frequency_guidance.method import FrequencyGuidance
 from pack.nodes.identity_prior import inversion
 from pack.nodes.identity_prior.config import BlendConfig
+from pack.nodes.patching import samplers
 from support import tiny_model
 from support.identity_edits import (
     EDIT,
@@ -155,7 +155,7 @@ def test_wrapped_samplers_latent_masks_and_other_guiders_end_on_the_source():
     source = latent()["samples"]
     patched = blended(mask=torch.zeros(1, 8, 8))
     guidance = FrequencyGuidance(latent(7)["samples"], latent(8)["samples"], FrequencyGuidanceConfig(end_percent=1.0))
-    guided = patching.guide_denoised(comfy.samplers.sampler_object("euler"), guidance.begin)
+    guided = samplers.guide_denoised(comfy.samplers.sampler_object("euler"), guidance.begin)
     torch.testing.assert_close(sample(patched, guided), source, rtol=1e-4, atol=1e-5)
     kept = torch.zeros(1, 1, 8, 8)
     kept[..., :2] = 1

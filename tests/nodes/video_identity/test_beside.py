@@ -14,8 +14,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_train import TrainLoraNode
-from pack.nodes import patching
 from pack.nodes.identity_prior import capture
+from pack.nodes.patching import models
 from pack.nodes.video_identity import method, running
 from support import published_wan, tiny_model
 from support.video_identities import (
@@ -61,7 +61,7 @@ def test_every_relative_sees_the_published_rows(name):
     one = identity(adapter=adapter, latent=latent)
     patched = shown(model, one)
     result = call(patched, x, cleanup=False, **conditions)
-    cache = patching.parts(patched, running.KEY).cache
+    cache = models.attachment(patched, running.KEY).cache
     rows = cached_rows(cache)
     cache.clear()
 

@@ -9,7 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from pack.nodes import patching
+from pack.nodes.patching import models
 from pack.nodes.video_identity import method, running
 from support import published_wan, tiny_model
 from support.video_identities import (
@@ -96,7 +96,7 @@ def prefills(monkeypatch):
 def test_the_reference_passes_once_a_run_and_the_cache_changes_no_bit(prefills, monkeypatch):
     model = shown()
     result = sample(model)
-    assert len(prefills) == 1 and len(patching.parts(model, running.KEY).cache) == 0
+    assert len(prefills) == 1 and len(models.attachment(model, running.KEY).cache) == 0
     assert torch.equal(sample(model), result) and len(prefills) == 2
     monkeypatch.setattr(method.ReferenceCache, "get", lambda self, owner, key, fill, *_version: fill())
     assert torch.equal(sample(model), result)
@@ -144,7 +144,7 @@ def test_scheduled_weights_are_never_stale(prefills):
     for strength in (0.0, 0.5, 0.5, 1.0):
         hook.strength = strength
         call(model, draw(2, *SHAPE), cleanup=False)
-    assert len(prefills) == 3 and len(patching.parts(model, running.KEY).cache) == 1
+    assert len(prefills) == 3 and len(models.attachment(model, running.KEY).cache) == 1
 
 
 def test_odd_sizes_are_padded_as_the_host_pads():
@@ -191,7 +191,7 @@ def test_an_interrupt_in_the_prefill_leaves_nothing_and_a_rerun_is_clean(block, 
         patched.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             call(model, draw(2, *SHAPE), cleanup=False)
-    assert len(checks) == block + 1 and len(patching.parts(model, running.KEY).cache) == 0
+    assert len(checks) == block + 1 and len(models.attachment(model, running.KEY).cache) == 0
     assert torch.equal(sample(model), expected)
 
 
@@ -234,7 +234,7 @@ def test_the_cache_is_in_the_memory_estimate(batch):
         patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, estimate)  # runs inside ours, which came first
         sample(patcher, (batch, *SHAPE[1:]))
     wanted = (3 + 2) * 2 * 1024 * 48 * 4  # blocks, K and V, tokens, width, bytes
-    assert patching.parts(model, running.KEY).cache_bytes(MODEL.model) == wanted
+    assert models.attachment(model, running.KEY).cache_bytes(MODEL.model) == wanted
     (before, column), (after, _) = asked
     assert wanted <= after - before <= wanted + column * 1.001  # whole columns, rounded up
 
@@ -263,5 +263,5 @@ def test_areas_and_scheduled_loras_are_in_the_memory_estimate():
             patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, estimate)
             sample(patcher, positive=positive)
         plain, with_cache = asked[-2:]
-        grown.append((with_cache - plain) / patching.parts(patched, running.KEY).cache_bytes(MODEL.model))
+        grown.append((with_cache - plain) / models.attachment(patched, running.KEY).cache_bytes(MODEL.model))
     assert grown == pytest.approx([1, 2, 3, 2, 1, 2], rel=0.05)

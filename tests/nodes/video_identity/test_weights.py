@@ -8,7 +8,7 @@ import torch
 from comfy.context_windows import IndexListContextWindow
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode, WanContextWindowsManualNode
-from pack.nodes import patching
+from pack.nodes.patching import models
 from pack.nodes.video_identity import method, running
 from support import tiny_model
 from support.video_identities import (
@@ -34,7 +34,7 @@ def test_applying_changes_no_input_and_twice_is_two_references():
     assert (dict(MODEL.wrappers), dict(MODEL.callbacks), dict(MODEL.attachments)) == before
     assert MODEL.model_options == options
     assert [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()] == held
-    assert [len(patching.parts(model, running.KEY).identities) for model in (first, second)] == [1, 2]
+    assert [len(models.attachment(model, running.KEY).identities) for model in (first, second)] == [1, 2]
     groups = [group for kind in (second.wrappers, second.callbacks) for group in kind.values()]
     counts = [len(group[running.KEY]) for group in groups if running.KEY in group]
     assert counts == [1, 1, 1]

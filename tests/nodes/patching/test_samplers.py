@@ -8,7 +8,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG, Guider_DualModel
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_void import VOID_DDIM
-from pack.nodes import patching
+from pack.nodes.patching import samplers
 from support import tiny_model
 
 MODEL = tiny_model.picture()
@@ -52,7 +52,7 @@ def test_the_denoised_guide_sees_every_estimate_after_the_models_own_functions()
         return estimate + 1
 
     sampler = Recorder(comfy.samplers.sampler_object("heun"))
-    result = tiny_model.sample(model, patching.guide_denoised(sampler, begin_with(guide)), steps=3)
+    result = tiny_model.sample(model, samplers.guide_denoised(sampler, begin_with(guide)), steps=3)
     assert [value for value, _ in seen] == [5.0] * 5
     assert [sigma for _, sigma in seen] == sampler.evaluated
     torch.testing.assert_close(result, torch.full_like(result, 6 / 0.18215))
@@ -85,7 +85,7 @@ def test_the_denoised_guide_has_the_last_word_with_every_guider(kind, cfg):
     """A guide that answers a constant makes euler end on it, whatever the guider calculates."""
     grid = comfy.samplers.calculate_sigmas(MODEL.get_model_object("model_sampling"), "normal", 4)
     wanted = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    sampler = patching.guide_denoised(
+    sampler = samplers.guide_denoised(
         comfy.samplers.sampler_object("euler"), begin_with(lambda _x, _sigma: MODEL.model.process_latent_in(wanted))
     )
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def test_wrapping_changes_neither_model_nor_sampler_and_leaves_nothing_behind():
     sampler = comfy.samplers.ksampler("euler_cfg_pp")
     options, attributes = copy.deepcopy(MODEL.model_options), dict(vars(sampler))
     plain = tiny_model.sample(MODEL, sampler)
-    for wrap in (patching.guide_denoised, patching.guide_latent):
+    for wrap in (samplers.guide_denoised, samplers.guide_latent):
         wrapped = wrap(sampler, begin_with(lambda x, sigma: x + 0.3))
         guided = tiny_model.sample(MODEL, wrapped)
         assert not torch.equal(guided, plain)
@@ -113,10 +113,10 @@ def test_begin_is_called_once_a_run_and_before_the_model():
         runs.append((model, shape))
         raise ValueError("does not fit")
 
-    for wrap in (patching.guide_denoised, patching.guide_latent):
+    for wrap in (samplers.guide_denoised, samplers.guide_latent):
         sampler = Recorder(comfy.samplers.sampler_object("euler"))
         # Only a KSAMPLER can be taken apart, so the recorder goes around the one and inside the other.
-        wrapped = wrap(sampler, begin) if wrap is patching.guide_denoised else wrap(sampler.sampler, begin)
+        wrapped = wrap(sampler, begin) if wrap is samplers.guide_denoised else wrap(sampler.sampler, begin)
         with pytest.raises(ValueError, match="does not fit"):
             tiny_model.sample(MODEL, wrapped, shape=(2, 4, 8, 6))
         assert sampler.evaluated == []
@@ -133,35 +133,35 @@ def test_the_list_of_stepwise_samplers_is_what_the_samplers_do(name):
         recorder = Recorder(sampler)
         whole = tiny_model.sample(model, recorder, steps=5)
         apart = copy.copy(sampler)
-        apart.sampler_function = patching._step_by_step(sampler.sampler_function, lambda x, sigma: x)
+        apart.sampler_function = samplers._step_by_step(sampler.sampler_function, lambda x, sigma: x)
         fits.append(
             recorder.evaluated == recorder.grid[:-1]
             and torch.equal(tiny_model.sample(model, apart, steps=5), whole)
         )
-    assert fits == [name in patching.STEPWISE_SAMPLERS or name == "ddim"] * 2
+    assert fits == [name in samplers.STEPWISE_SAMPLERS or name == "ddim"] * 2
 
 
 @pytest.mark.parametrize("name", comfy.samplers.SAMPLER_NAMES)
 def test_the_latent_of_other_samplers_is_refused_by_name(name):
     sampler = comfy.samplers.sampler_object(name)
-    if name in patching.STEPWISE_SAMPLERS or name == "ddim":
-        patching.guide_latent(sampler, begin_with(None))
+    if name in samplers.STEPWISE_SAMPLERS or name == "ddim":
+        samplers.guide_latent(sampler, begin_with(None))
         return
     with pytest.raises(
         ValueError, match=f"{name.removesuffix('_bh2').replace('uni_pc', 'unipc')}.*ddim, euler.*denoised"
     ):
-        patching.guide_latent(sampler, begin_with(None))
+        samplers.guide_latent(sampler, begin_with(None))
 
 
 def test_the_latent_is_refused_with_options_that_span_the_run():
     for name, options in (("euler", {"s_churn": 1.0}), ("lcm", {"s_noise": 1.0, "s_noise_end": 0.0})):
         with pytest.raises(ValueError, match="reset them"):
-            patching.guide_latent(comfy.samplers.ksampler(name, options), begin_with(None))
-    patching.guide_latent(
+            samplers.guide_latent(comfy.samplers.ksampler(name, options), begin_with(None))
+    samplers.guide_latent(
         comfy.samplers.ksampler("lcm", {"s_noise": 1.0, "s_noise_end": 1.0}), begin_with(None)
     )
     with pytest.raises(ValueError, match="VOID_DDIM"):
-        patching.guide_latent(VOID_DDIM(), begin_with(None))
+        samplers.guide_latent(VOID_DDIM(), begin_with(None))
 
 
 class PublishedLoop(comfy.samplers.Sampler):
@@ -200,7 +200,7 @@ def test_guiding_the_latent_is_the_published_loop(name):
     def guide(z, sigma):
         return 0.9 * z + 0.2 / (1 + sigma)
 
-    wrapped = patching.guide_latent(comfy.samplers.sampler_object(name), begin_with(guide))
+    wrapped = samplers.guide_latent(comfy.samplers.sampler_object(name), begin_with(guide))
     expected = tiny_model.sample(MODEL, PublishedLoop(guide), steps=6)
     torch.testing.assert_close(tiny_model.sample(MODEL, wrapped, steps=6), expected, rtol=1e-3, atol=2e-3)
 
@@ -211,7 +211,7 @@ def test_the_latent_guide_is_called_between_steps_and_previews_count_on():
     def preview(step, estimate, x, total):
         previews.append((step, total))
 
-    wrapped = patching.guide_latent(
+    wrapped = samplers.guide_latent(
         comfy.samplers.sampler_object("euler_ancestral_cfg_pp"),
         begin_with(lambda z, sigma: seen.append(sigma) or z),
     )
@@ -224,7 +224,7 @@ def test_the_latent_guide_is_called_between_steps_and_previews_count_on():
 def test_cfg_pp_functions_do_not_pile_up():
     """The CFG++ samplers add a post-CFG function in every call, and a run taken apart is many calls."""
     counted = []
-    wrapped = patching.guide_latent(comfy.samplers.ksampler("euler_cfg_pp"), begin_with(lambda z, sigma: z))
+    wrapped = samplers.guide_latent(comfy.samplers.ksampler("euler_cfg_pp"), begin_with(lambda z, sigma: z))
     model = MODEL.clone()
     model.set_model_sampler_post_cfg_function(
         lambda args: (
@@ -235,7 +235,7 @@ def test_cfg_pp_functions_do_not_pile_up():
     assert counted == [2] * 4
 
 
-@pytest.mark.parametrize("wrap", [patching.guide_denoised, patching.guide_latent])
+@pytest.mark.parametrize("wrap", [samplers.guide_denoised, samplers.guide_latent])
 @pytest.mark.parametrize("model", [MODEL, FLOW], ids=["eps", "flow"])
 def test_a_latent_mask_keeps_its_region(wrap, model):
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
