@@ -88,6 +88,23 @@ def test_formulas_import_no_node_modules():
     assert found == []
 
 
+def rooms() -> set[str]:
+    """The methods' folders in nodes/."""
+    return {path.parent.name for path in (ROOT / "nodes").glob("*/method.py")}
+
+
+def test_no_method_imports_another():
+    """What two of them need belongs to neither."""
+    assert len(rooms()) >= 5
+    found = []
+    for name in shipped_modules():
+        room = PurePosixPath(name).parts[1] if name.startswith("nodes/") else ""
+        others = rooms() - {room}
+        if room in rooms():
+            found += [f"{name}: {path}" for level, path in imports(name) if level and others & {*path.split(".")}]
+    assert found == []
+
+
 def test_the_pack_imports_itself_by_relative_imports_only():
     """`nodes` is the host's module, and `pack` a name of the tests alone."""
     found = [

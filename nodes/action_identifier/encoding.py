@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ..identity_prior import subject
-from ..identity_prior.method import SUBJECT, Identity
+from ..subject_tokens import SUBJECT, Subject, tag_subject_tokens
 from .method import ActionError, ActionIdentifier
 
 # What the host's tokenizers give: encoder -> sections of (token id or embedding, weight).
@@ -28,13 +27,13 @@ _NONSENSE = "xqzvkjwq"
 _AT_ONCE = 16
 
 
-def expand_subject(text: str, identity: Identity | None) -> str:
-    """`text` with {subject} as an identity prior's token and class noun. Raises ValueError where one is missing."""
+def expand_subject(text: str, subject: Subject | None) -> str:
+    """`text` with {subject} as a subject's token and class noun. Raises ValueError where one is missing."""
     if SUBJECT not in text:
         return text
-    if identity is None:
+    if subject is None:
         raise ValueError(f"text contains {SUBJECT}: connect `identity`, or write the subject in words")
-    return text.replace(SUBJECT, identity.trigger)
+    return text.replace(SUBJECT, subject.trigger)
 
 
 def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
@@ -160,18 +159,18 @@ def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int
     raise ValueError(f"no word is free to stand for the action in text: leave out one of {', '.join(_STAND_INS)}")
 
 
-def name_subject(
-    conditioning: list, clip: Any, text: str, actions: Sequence[ActionIdentifier], identity: Identity
+def tag_subject(
+    conditioning: list, clip: Any, text: str, actions: Sequence[ActionIdentifier], subject: Subject
 ) -> list:
-    """The CONDITIONING of `encode`, with the columns in which its layers read the identity's words.
+    """The CONDITIONING of `encode`, tagged with the positions of the subject's tokens as its layers read them.
 
-    Where an action takes more or fewer tokens than its initial word, they are other columns than of the plain prompt.
+    Where an action takes more or fewer tokens than its initial word, they differ from those of the plain prompt.
     Raises ValueError as Encode Identity does.
     """
     widths = encoder_widths(clip)
     counts = token_counts({action.placeholder: action.for_encoders(widths) for action in actions})
     written, _, _ = _marked(clip.tokenize, text, next(iter(widths)), counts)
-    return subject.remembering(conditioning, clip, identity, written)
+    return tag_subject_tokens(conditioning, clip, subject, written)
 
 
 def encode_each(encode: Callable[[Tokens], Sequence[torch.Tensor]], prompts: Sequence[Tokens]) -> list[torch.Tensor]:

@@ -127,7 +127,7 @@ class UnderstudyEncodeAction(io.ComfyNode):
         expanded = encoding.expand_subject(text, identity)
         conditioning, contexts = encoding.encode(clip, expanded, connected)
         if expanded != text:
-            conditioning = encoding.name_subject(conditioning, clip, expanded, connected, identity)
+            conditioning = encoding.tag_subject(conditioning, clip, expanded, connected, identity)
         return io.NodeOutput(running.seal(conditioning, contexts, connected))
 
 

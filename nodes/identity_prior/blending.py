@@ -18,6 +18,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .. import subject_tokens
 from ..messages import tell
 from ..patching import models, samplers
 from . import capture, method
@@ -42,7 +43,7 @@ def apply(
     layers = capture.layers_of(model)
     outside = None if mask is None else method.latent_mask(mask, clean.shape)
     if outside is None:
-        capture.require_subject(positive, "positive")
+        subject_tokens.require_subject(positive, "positive")
         if not layers:
             raise ValueError("this model has no cross-attention to find the subject by: connect an outside `mask`")
         capture.chosen_layers(layers, masks, max(clean.shape[-2:]))
@@ -90,7 +91,7 @@ class Blending:
                 f"inverted on others, from {self.inversion.trajectory.sigmas[0]:.4g} in "
                 f"{len(self.inversion.trajectory.sigmas)}: connect the same SIGMAS to Invert Image and to the sampler"
             )
-        run = _Run(self, guider.inner_model, noise, name, capture.columns_by_entry(guider.conds))
+        run = _Run(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(guider.conds))
         if run.starts_elsewhere(guider, sigmas, noise, latent_image):
             said = "noise is not that of Invert Image, so the edit will not follow the picture: connect its `noise`"
             tell("Identity Mask Blend", [said], logging.WARNING)

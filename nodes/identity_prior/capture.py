@@ -23,8 +23,6 @@ from .config import ALL_LAYERS, AUTO_LAYERS, MaskConfig, parse_layers
 from .method import average
 
 KEY = "understudy_token_attention"
-# The entry of a CONDITIONING that says which of its tokens are the subject.
-SUBJECT_COLUMNS = "understudy_subject_columns"
 _OVERRIDE = "optimized_attention_override"
 # Ours: UNets know subjects best in their coarse layers, of so many cells or more. In SD these have 16, as in
 # Prompt-to-Prompt, since only the middle block is coarser; on the theatre 8 overlap better with the true masks.
@@ -102,32 +100,6 @@ def watched(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Mode
             places[layer.place] = functools.partial(CrossAttentionPatch, i)
     model = models.with_block_patches(model, key=KEY, patches=blocks)
     return models.with_cross_attention_patches(model, key=KEY, patches=places)
-
-
-def columns(conditioning: list) -> tuple[int, ...]:
-    """The subject's columns of a CONDITIONING's first entry that names it, or none."""
-    return next((options[SUBJECT_COLUMNS] for _, options in conditioning if options.get(SUBJECT_COLUMNS)), ())
-
-
-def require_subject(conditioning: list, name: str) -> None:
-    """Raises ValueError where no entry of the CONDITIONING says which tokens are the subject."""
-    if not columns(conditioning):
-        raise ValueError(
-            f"{name} does not say where the subject is named: connect Encode Identity to `{name}`, with "
-            "{subject} in its text"
-        )
-
-
-def columns_by_entry(conditions: Mapping[str, list]) -> dict[Any, tuple[tuple[int, ...], int]]:
-    """For each entry that names the subject, by the host's own id: its columns, and the number of its tokens.
-
-    `conditions` are a running guider's; the negative names what is not wanted, and is left out.
-    """
-    return {
-        entry["uuid"]: (tuple(entry[SUBJECT_COLUMNS]), entry["cross_attn"].shape[1])
-        for kind, entries in conditions.items() if kind != "negative"
-        for entry in entries or () if entry.get(SUBJECT_COLUMNS)
-    }
 
 
 class Watch:

@@ -13,6 +13,7 @@ import comfy.samplers
 import latent_preview
 import torch
 
+from .. import subject_tokens
 from ..patching import samplers
 from ..training.objective import prediction_kind
 from . import capture, method
@@ -42,7 +43,7 @@ def run(
     prediction_kind(model.get_model_object("model_sampling"), "inversion")
     layers = capture.layers_of(model)
     if layers:
-        capture.require_subject(positive, "positive")
+        subject_tokens.require_subject(positive, "positive")
     else:
         logging.warning("[Understudy] this model has no cross-attention: the source mask is the whole picture")
     sampler = Inverting(config, masks, layers)
@@ -86,7 +87,7 @@ class Inverting(comfy.samplers.Sampler):
         grid = [float(sigma) for sigma in sigmas]
         sampling = model_wrap.inner_model.model_sampling
         scales = {sigma: float(samplers.input_scale(sampling, sigmas.new_tensor(sigma))) for sigma in grid}
-        entries = capture.columns_by_entry(model_wrap.conds)
+        entries = subject_tokens.positions_by_entry(model_wrap.conds)
         kept = _storage((len(grid), *latent_image.shape))
         estimate = heat = None
         steps = 0

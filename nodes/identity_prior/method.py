@@ -1,4 +1,4 @@
-"""Identity prior and non-rigid edit: the subject's words, the prior's loss, inversion, masks and the blend.
+"""Identity prior and non-rigid edit: the prior's loss, inversion, masks and the blend.
 
 Source: LIPE (arXiv 2406.17236). Inversion: DDIM (arXiv 2010.02502), its fixed point (Pan et al., arXiv 2309.04907)
 and the mean of renoised predictions (Garibi et al., arXiv 2403.14602).
@@ -7,9 +7,7 @@ and the mean of renoised predictions (Garibi et al., arXiv 2403.14602).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,76 +16,11 @@ import torch.nn.functional as F
 from ..training.objective import alike
 from .config import MaskConfig
 
-SUBJECT = "{subject}"
 # Percents, grids and samplers round one sigma differently; so near counts as on it.
 SIGMA_TOLERANCE = 1e-4
 
 # denoise(x, sigma) -> the denoised estimate of x [B, C, ...] at sigma
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who a prior knows: its token and class in prompts, the captions it learnt, and the base model's fingerprint."""
-
-    token: str
-    class_noun: str
-    captions: tuple[str, ...] = ()
-    base: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.token.split()) != 1 or not self.class_noun.strip():
-            raise ValueError(
-                f"identity_token is {self.token!r} and class_noun {self.class_noun!r}: give one rare word such as "
-                "sks, and what the subject is, such as dog"
-            )
-
-    @property
-    def trigger(self) -> str:
-        """What stands for the subject in a prompt."""
-        return f"{self.token} {' '.join(self.class_noun.split())}"
-
-    def expand(self, text: str, name: str = "text") -> str:
-        """`text` with the subject's words. Raises ValueError, naming the input, where the text has no subject."""
-        expanded = " ".join(text.replace(SUBJECT, self.trigger).split())
-        if not _words(self.trigger).search(expanded):
-            raise ValueError(
-                f"{name} does not name the subject: {text!r} has neither {SUBJECT} nor {self.trigger!r} as words of "
-                f"their own. Write {SUBJECT} where the subject stands"
-            )
-        return expanded
-
-    def of_class(self, text: str) -> str:
-        """`text` about any member of the class."""
-        noun = " ".join(self.class_noun.split())
-        text = " ".join(text.replace(SUBJECT, self.trigger).split())
-        # The token alone, too: beside the class it would come to mean any member.
-        for words in (self.trigger, self.token):
-            text = _words(words).sub(lambda _match: noun, text)
-        return text
-
-
-def _words(text: str) -> re.Pattern[str]:
-    """Finds `text` in any case, but not as a part of longer words; scripts without spaces may follow on it."""
-    return re.compile(rf"(?<![A-Za-z0-9_]){re.escape(text)}(?![A-Za-z0-9_])", re.IGNORECASE)
-
-
-def columns_of(tokens: Sequence[Sequence[tuple]], phrase: Sequence[int]) -> tuple[int, ...]:
-    """Where the phrase's tokens stand among the columns of the encoded text, at each time it occurs.
-
-    tokens: chunks of (id, weight, word), word 0 for start, end and padding; the chunks are encoded side by side.
-    """
-    placed, start = [], 0
-    for chunk in tokens:
-        placed += [(start + i, entry[0]) for i, entry in enumerate(chunk) if entry[2] != 0]
-        start += len(chunk)
-    # An embedding's tokens are tensors, which are no part of a phrase.
-    ids = [token if isinstance(token, int) else -1 for _, token in placed]
-    found: list[int] = []
-    for i in range(len(ids) - len(phrase) + 1):
-        if phrase and ids[i : i + len(phrase)] == list(phrase):
-            found += [placed[j][0] for j in range(i, i + len(phrase))]
-    return tuple(dict.fromkeys(found))
 
 
 class PriorObjective:

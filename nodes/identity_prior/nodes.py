@@ -7,9 +7,9 @@ import logging
 import torch
 from comfy_api.latest import io, ui
 
-from .. import files
+from .. import files, subject_tokens
 from ..messages import tell
-from . import blending, inversion, prior_files, subject
+from . import blending, inversion, prior_files
 from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
 
 CATEGORY = "Understudy/Identity prior"
@@ -120,9 +120,9 @@ class UnderstudyLoadIdentityPrior(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:
-        tensors, identity = prior_files.load(lora_name)
-        patched = prior_files.apply(model, tensors, identity, strength, lora_name)
-        return io.NodeOutput(patched, identity, identity.trigger)
+        tensors, subject = prior_files.load(lora_name)
+        patched = prior_files.apply(model, tensors, subject, strength, lora_name)
+        return io.NodeOutput(patched, subject, subject.trigger)
 
 
 class UnderstudyEncodeIdentity(io.ComfyNode):
@@ -152,7 +152,7 @@ class UnderstudyEncodeIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, identity, text) -> io.NodeOutput:
-        return io.NodeOutput(subject.encode(clip, identity, text))
+        return io.NodeOutput(subject_tokens.encode(clip, identity, text))
 
 
 class UnderstudyInvertImage(io.ComfyNode):

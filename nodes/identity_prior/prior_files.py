@@ -15,7 +15,7 @@ import torch
 from .. import files
 from ..fingerprint import fingerprint
 from ..patching import models
-from .method import Identity
+from ..subject_tokens import Subject
 
 FOLDER = "loras"
 _ENTRY = "understudy_identity"
@@ -28,15 +28,15 @@ def choices() -> list[str]:
     return files.list_files(FOLDER)
 
 
-def save(lora: Mapping[str, torch.Tensor], identity: Identity, filename_prefix: str) -> Path:
+def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: str) -> Path:
     """Write `output/loras/<prefix>_00001_.safetensors`; returns its path. Raises what files.save raises."""
     ranks = sorted({weight.shape[0] for key, weight in lora.items() if key.endswith("lora_down.weight")})
     alphas = sorted({float(alpha) for key, alpha in lora.items() if key.endswith(".alpha")})
     content = {
-        "token": identity.token, "class_noun": identity.class_noun, "captions": list(identity.captions),
-        "base": identity.base,
+        "token": subject.token, "class_noun": subject.class_noun, "captions": list(subject.captions),
+        "base": subject.base,
     }
-    metadata = {_ENTRY: json.dumps(content), "method": _KIND, "modelspec.trigger_phrase": identity.trigger}
+    metadata = {_ENTRY: json.dumps(content), "method": _KIND, "modelspec.trigger_phrase": subject.trigger}
     if len(ranks) == 1 and len(alphas) == 1:  # what kohya's tools look for
         metadata |= {
             "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[0]), "ss_network_alpha": str(alphas[0])
@@ -44,8 +44,8 @@ def save(lora: Mapping[str, torch.Tensor], identity: Identity, filename_prefix: 
     return files.save(lora, metadata, FOLDER, filename_prefix)
 
 
-def load(name: str) -> tuple[dict[str, torch.Tensor], Identity]:
-    """Weights and identity of a listed file. Raises WeightFileError for a file that holds no prior."""
+def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
+    """Weights and subject of a listed file. Raises WeightFileError for a file that holds no prior."""
     path = files.find(FOLDER, name)
     tensors, metadata = files.read(path)
     if _ENTRY not in metadata:
@@ -53,19 +53,19 @@ def load(name: str) -> tuple[dict[str, torch.Tensor], Identity]:
     try:
         content = json.loads(metadata[_ENTRY])
         captions = tuple(str(caption) for caption in content["captions"])
-        identity = Identity(str(content["token"]), str(content["class_noun"]), captions, str(content["base"]))
+        subject = Subject(str(content["token"]), str(content["class_noun"]), captions, str(content["base"]))
     except (ValueError, KeyError, TypeError) as error:
         raise files.refused(path, f"describes its identity badly ({error})", "Save the prior again") from error
-    return tensors, identity
+    return tensors, subject
 
 
-def apply(model: Any, tensors: Mapping[str, torch.Tensor], identity: Identity, strength: float, name: str) -> Any:
-    """A clone of `model` that knows the identity; warns where it was trained on another base.
+def apply(model: Any, tensors: Mapping[str, torch.Tensor], subject: Subject, strength: float, name: str) -> Any:
+    """A clone of `model` that knows the subject; warns where it was trained on another base.
 
     Raises WeightFileError, naming key and shapes, where the weights are another model's; the model is not touched.
     """
     _check(model, tensors, name)
-    if identity.base and fingerprint(model) != identity.base:
+    if subject.base and fingerprint(model) != subject.base:
         logging.warning(
             "[Understudy] %s was trained on another base model, or on one of another precision: the identity may "
             "show less. Load the model that it was trained on", name,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 from comfy_api.latest import io
 
+from .. import subject_tokens
 from ..fingerprint import fingerprint
 from ..messages import tell
+from ..subject_tokens import Subject
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import LoraConfig
 from ..training.objective import Batches
-from . import method, references, subject
+from . import method, references
 from .config import AUGMENTS, IdentityPriorConfig
 from .nodes import CATEGORY, IDENTITY
 
@@ -116,23 +119,23 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
             prior_weight=given["prior_weight"], augment=given["augment"],
             class_count=given.get("class_count", _DEFAULT.class_count),
         )
-        identity = _identity(given)
+        subject = Subject(given["identity_token"].strip(), given["class_noun"].strip())
         pictures = inputs.pictures(images, "images")
-        texts = _expanded(identity, inputs.lines(captions, len(pictures), "captions"))
-        identity = method.Identity(
-            identity.token, identity.class_noun, tuple(dict.fromkeys(texts)), fingerprint(given["model"])
+        texts = _expanded(subject, inputs.lines(captions, len(pictures), "captions"))
+        subject = dataclasses.replace(
+            subject, captions=tuple(dict.fromkeys(texts)), base=fingerprint(given["model"])
         )
         config = widgets.config(
             given, batch_size=given["batch_size"], min_snr_gamma=given.get("min_snr_gamma", 0.0),
             preview_every=given.get("preview_every", 0),
         )
-        tell("Train Identity Prior", _doubts(given["clip"], identity, len(pictures)), logging.WARNING)
+        tell("Train Identity Prior", _warnings(given["clip"], subject, len(pictures)), logging.WARNING)
         pictures, texts = references.variants(pictures, texts, prior.augment, config.seed)
         latents = picture_training.encode_pictures(given["vae"], pictures)
         class_latents, class_texts = [], []
         if prior.prior_weight > 0:
             class_latents, class_texts = _classes(
-                given, identity, texts, prior.class_count, class_images, class_captions
+                given, subject, texts, prior.class_count, class_images, class_captions
             )
         conditionings = picture_training.encode_texts(given["clip"], [*texts, *class_texts, ""])
         settings = {
@@ -150,10 +153,10 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
         def objective(denoising, samples):
             if not class_latents:
                 return denoising
-            subject, others = (
+            subjects, others = (
                 Batches(part, config.batch_size) for part in (samples[: len(latents)], samples[len(latents) :])
             )
-            return method.PriorObjective(denoising.loss, subject, others, prior.prior_weight)
+            return method.PriorObjective(denoising.loss, subjects, others, prior.prior_weight)
 
         lora, loss_map = picture_training.train_on_pictures(
             given["model"],
@@ -169,34 +172,30 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
                 given["vae"], conditionings[0], conditionings[-1], latents[0].shape, config.seed
             ),
         )
-        return io.NodeOutput(lora, identity, loss_map)
+        return io.NodeOutput(lora, subject, loss_map)
 
 
-def _identity(given: dict) -> method.Identity:
-    return method.Identity(given["identity_token"].strip(), given["class_noun"].strip())
+def _expanded(subject: Subject, texts: list[str]) -> list[str]:
+    return [subject.expand(text, f"caption {i + 1} of captions") for i, text in enumerate(texts)]
 
 
-def _expanded(identity: method.Identity, texts: list[str]) -> list[str]:
-    return [identity.expand(text, f"caption {i + 1} of captions") for i, text in enumerate(texts)]
-
-
-def _doubts(clip, identity: method.Identity, count: int) -> list[str]:
+def _warnings(clip, subject: Subject, count: int) -> list[str]:
     """What speaks against this run and does not stop it."""
-    doubts = subject.doubts(clip, identity)
+    lines = subject_tokens.warnings(clip, subject)
     if count == 1:
-        doubts.append("1 picture: the prior learns its pose and place, too; connect 3 to 5")
-    return doubts
+        lines.append("1 picture: the prior learns its pose and place as well; connect 3 to 5")
+    return lines
 
 
-def _classes(given, identity, texts, count, class_images, class_captions) -> tuple[list, list[str]]:
+def _classes(given, subject, texts, count, class_images, class_captions) -> tuple[list, list[str]]:
     """Texts of the class, and latents where its pictures are given: else the model is to make one for each text."""
-    noun = " ".join(identity.class_noun.split())
     if class_images:
         pictures = inputs.pictures(class_images, "class_images")
-        class_texts = inputs.lines(class_captions or f"a {noun}", len(pictures), "class_captions")
-        return picture_training.encode_pictures(given["vae"], pictures), [identity.of_class(t) for t in class_texts]
+        class_texts = inputs.lines(class_captions or f"a {subject.noun}", len(pictures), "class_captions")
+        latents = picture_training.encode_pictures(given["vae"], pictures)
+        return latents, [subject.as_class_prompt(text) for text in class_texts]
     told = [line for text in class_captions or () for line in text.splitlines() if line.strip()]
-    known = list(dict.fromkeys(identity.of_class(text) for text in told or texts))
+    known = list(dict.fromkeys(subject.as_class_prompt(text) for text in told or texts))
     if told:  # none of them is left out
         count = max(count, len(known))
     return [], [known[i % len(known)] for i in range(count)]

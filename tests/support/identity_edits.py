@@ -6,8 +6,9 @@ import comfy.model_base
 import comfy.samplers
 import comfy.supported_models
 import torch
-from pack.nodes.identity_prior import blending, capture, inversion
+from pack.nodes.identity_prior import blending, inversion
 from pack.nodes.identity_prior.config import BlendConfig, InversionConfig, MaskConfig
+from pack.nodes.subject_tokens import SUBJECT_TOKENS
 from support import tiny_model
 
 SHAPE = (1, 4, 8, 8)
@@ -30,8 +31,7 @@ KINDS = {"eps": tiny_model.picture, "v": v_prediction, "flow": lambda: tiny_mode
 
 def prompt(seed: int = 1, columns=COLUMNS) -> list:
     """A CONDITIONING as Encode Identity makes it."""
-    return [[tensor, {**options, capture.SUBJECT_COLUMNS: columns}]
-            for tensor, options in tiny_model.conditioning(seed)]
+    return [[tensor, {**options, SUBJECT_TOKENS: columns}] for tensor, options in tiny_model.conditioning(seed)]
 
 
 def latent(seed: int = 1) -> dict:

@@ -8,8 +8,6 @@ from pack.nodes.action_identifier import encoding, layers
 from pack.nodes.action_identifier.method import ANY_ENCODER, ActionIdentifier
 from pack.nodes.action_identifier.nodes import UnderstudyApplyActionIdentifier, UnderstudyEncodeAction
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler
-from pack.nodes.identity_prior import capture
-from pack.nodes.identity_prior.method import Identity
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEditMasks,
     UnderstudyEncodeIdentity,
@@ -17,9 +15,10 @@ from pack.nodes.identity_prior.nodes import (
     UnderstudyInvertImage,
 )
 from pack.nodes.puppets import theatre
+from pack.nodes.subject_tokens import Subject, tagged_positions
 from support import action_identifiers, tiny_clip, tiny_model
 
-IDENTITY = Identity("sks", "robot")
+IDENTITY = Subject("sks", "robot")
 EULER = comfy.samplers.sampler_object("euler")
 STEPS, SHAPE = 4, (1, 8, 16, 16)
 
@@ -56,15 +55,15 @@ def test_the_subject_is_where_the_layers_read_it(count, text):
     clip = tiny_clip.clip()
     tokens = torch.randn(1, count, tiny_clip.WIDTHS["SD 1.5"]["l"], generator=torch.Generator().manual_seed(1))
     action = ActionIdentifier("<action>", "dancing", {ANY_ENCODER: tokens})
-    found = capture.columns(encode(clip, text, action))
-    assert found == capture.columns(encode_identity(clip, text.replace("<action>", " ".join(["zebra"] * count))))
+    found = tagged_positions(encode(clip, text, action))
+    assert found == tagged_positions(encode_identity(clip, text.replace("<action>", " ".join(["zebra"] * count))))
     assert len(found) == len(encoding.word_ids(clip.tokenize, IDENTITY.trigger)["l"])
 
 
 def test_a_prompt_without_the_subject_names_none():
     clip = tiny_clip.clip()
     action = action_identifiers.identifier(tiny_model.picture())
-    assert capture.columns(encode(clip, "a robot <action>", action)) == ()
+    assert tagged_positions(encode(clip, "a robot <action>", action)) == ()
     with pytest.raises(ValueError, match="text contains {subject}: connect `identity`"):
         encode(clip, "a {subject} <action>", action, identity=None)
 

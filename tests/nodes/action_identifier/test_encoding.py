@@ -7,8 +7,8 @@ import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from pack.nodes.action_identifier import encoding, training
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
-from pack.nodes.identity_prior.method import Identity
 from pack.nodes.puppets import theatre
+from pack.nodes.subject_tokens import Subject
 from support import action_identifiers, tiny_clip, tiny_model
 
 KINDS = list(tiny_clip.WIDTHS)
@@ -144,7 +144,7 @@ def test_stand_ins_give_way_to_the_text_s_own_words(clips):
 
 
 def test_the_subject_of_an_identity():
-    identity = Identity("sks", "robot")
+    identity = Subject("sks", "robot")
     assert encoding.expand_subject("a {subject} <action>", identity) == "a sks robot <action>"
     assert encoding.expand_subject("a cat", None) == "a cat"
     with pytest.raises(ValueError, match="connect `identity`"):

@@ -15,7 +15,7 @@ from pack.nodes.action_identifier.nodes import (
 )
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
-from pack.nodes.identity_prior.method import Identity
+from pack.nodes.subject_tokens import Subject
 from support import action_identifiers, tiny_clip, tiny_model
 
 MODEL = action_identifiers.reading(tiny_model.picture())
@@ -148,7 +148,7 @@ def sample(model, positive, sampler=EULER):
 
 def test_a_trained_action_an_identity_s_subject_and_frequency_guidance_in_one_graph():
     action, _ = train()
-    identity = Identity("sks", "robot")
+    identity = Subject("sks", "robot")
     positive = encode("a {subject} <action>, on a beach", action, identity=identity)
     assert torch.equal(positive[0][0], action_identifiers.plain(CLIP, "a sks robot dancing, on a beach")[0][0])
     (model,) = UnderstudyApplyActionIdentifier.execute(MODEL, 1.0).result

@@ -77,14 +77,6 @@ def test_the_map_is_the_subject_s_share_of_the_positive_half_alone(monkeypatch):
     assert count == len(capture.layers_of(MODEL)) == 4
 
 
-def test_a_negative_that_names_the_subject_is_not_looked_at():
-    def entry(uuid, columns=COLUMNS):
-        return {"uuid": uuid, capture.SUBJECT_COLUMNS: columns, "cross_attn": torch.zeros(1, 4, 8)}
-
-    conditions = {"positive": [entry("a"), entry("b", ())], "negative": [entry("c")], "middle": None}
-    assert capture.columns_by_entry(conditions) == {"a": (COLUMNS, 4)}
-
-
 def test_prompts_of_unlike_lengths_are_repeated_by_the_host(monkeypatch):
     """CFG with 4 and 8 tokens: the positive's tokens stand there twice."""
     heats = heats_of(MODEL, blended(threshold=0.0), monkeypatch)

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
-from pack.nodes import files
+from pack.nodes import files, subject_tokens
 from pack.nodes.fingerprint import fingerprint
-from pack.nodes.identity_prior import blending, capture, method, prior_files, references, subject
+from pack.nodes.identity_prior import blending, prior_files, references
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEncodeIdentity,
     UnderstudyLoadIdentityPrior,
@@ -23,13 +23,14 @@ from pack.nodes.identity_prior.nodes import (
 from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior
 from pack.nodes.puppets import theatre, tokenizer
 from pack.nodes.puppets.nodes import UnderstudyPuppetSet
+from pack.nodes.subject_tokens import Subject
 from pack.nodes.training import picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
 from support import tiny_clip, tiny_model
 from support.identity_edits import SHAPE, blended, inverted, sample, v_prediction
 
-IDENTITY = method.Identity("sks", "robot", ("a sks robot waving",))
+ROBOT = Subject("sks", "robot", ("a sks robot waving",))
 SIZE = 64
 
 
@@ -88,7 +89,7 @@ def lora_of(model, seed=0, rank=2):
             for key, weight in lora.items()}
 
 
-def saved(lora, identity=IDENTITY, prefix="anna"):
+def saved(lora, identity=ROBOT, prefix="anna"):
     UnderstudySaveIdentityPrior.execute(lora, identity, prefix)
     folder_paths.filename_list_cache.clear()
     return max(name for name in prior_files.choices() if name.startswith(prefix))
@@ -263,8 +264,8 @@ def test_words_and_pictures_that_teach_little_are_told_of(loaded, puppets, monke
     assert "know the word 'zxv'" in caplog.text and "know the word 'dragon'" in caplog.text
     assert "'red'" not in caplog.text and "1 picture: the prior learns its pose" in caplog.text
     real = tiny_clip.clip()
-    assert subject.doubts(real, IDENTITY) == []
-    (said,) = subject.doubts(real, method.Identity("starfishing", "german shepherd"))
+    assert subject_tokens.warnings(real, ROBOT) == []
+    (said,) = subject_tokens.warnings(real, Subject("starfishing", "german shepherd"))
     assert "'starfishing' is 2 tokens" in said
 
 
@@ -315,7 +316,7 @@ def test_the_file_is_an_ordinary_lora_with_its_story(output):
 def test_loading_equals_the_native_loader_and_priors_mix(output):
     model = tiny_model.as_loaded(tiny_model.picture())
     first, second = lora_of(model, 1), lora_of(model, 2)
-    names = [saved(first, prefix="anna"), saved(second, method.Identity("ohwx", "cat"), prefix="bob")]
+    names = [saved(first, prefix="anna"), saved(second, Subject("ohwx", "cat"), prefix="bob")]
     before = {name: weight.clone() for name, weight in model.model.named_parameters()}
     both, identity, trigger = model, None, ""
     for name in names:
@@ -335,7 +336,7 @@ def test_loading_equals_the_native_loader_and_priors_mix(output):
 def test_another_base_warns_and_another_shape_is_refused(output, caplog):
     model = tiny_model.as_loaded(tiny_model.picture())
     lora = lora_of(model)
-    identity = method.Identity("sks", "robot", (), fingerprint(model))
+    identity = Subject("sks", "robot", (), fingerprint(model))
     name = saved(lora, identity)
     with caplog.at_level(logging.WARNING):
         prior_files.apply(model, lora, identity, 1.0, name)
@@ -383,11 +384,11 @@ def test_files_that_are_no_prior_are_refused(output):
 def test_a_prompt_remembers_the_subject_s_tokens(loaded):
     clip = loaded[1]
     text = "a red {subject} waving on a beach"
-    conditioning = UnderstudyEncodeIdentity.execute(clip, IDENTITY, text).result[0]
+    conditioning = UnderstudyEncodeIdentity.execute(clip, ROBOT, text).result[0]
     plain = clip.encode_from_tokens_scheduled(clip.tokenize("a red sks robot waving on a beach"))
     assert torch.equal(conditioning[0][0], plain[0][0])
-    columns = capture.columns(conditioning)
+    columns = subject_tokens.tagged_positions(conditioning)
     ids = [token for token, _ in clip.tokenize("a red sks robot waving on a beach")["l"][0]]
     assert [tokenizer.WORDS[ids[i]] for i in columns] == ["sks", "robot"]
     with pytest.raises(ValueError, match="does not name the subject"):
-        UnderstudyEncodeIdentity.execute(clip, IDENTITY, "a robot waving")
+        UnderstudyEncodeIdentity.execute(clip, ROBOT, "a robot waving")
