@@ -239,7 +239,7 @@ def test_locales_cover_categories_and_the_setting(language):
     if language == "en":
         plain = re.sub(r'"\s*\+\s*"', "", script)
         assert all(f'"{text}"' in plain for text in texts[setting.replace(".", "_")].values())
-    assert f'"{setting}"' in (ROOT / "nodes" / "files.py").read_text(encoding="utf-8")
+    assert f'"{setting}"' in (ROOT / "nodes" / "puppets" / "menus.py").read_text(encoding="utf-8")
 
 
 def test_there_are_three_languages():

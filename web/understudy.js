@@ -1,6 +1,6 @@
 import { app } from "../../scripts/app.js";
 
-// The server reads the value from the user's settings when it starts; see theatre_enabled in nodes/files.py.
+// The server reads the value from the user's settings when it starts; see is_shown in nodes/puppets/menus.py.
 app.registerExtension({
   name: "Understudy",
   settings: [

@@ -1,54 +1,16 @@
-"""Nodes of the action identifier (ADI): load and save one, encode prompts with it, let a model read them."""
+"""Nodes of the action identifier (ADI): load one, encode prompts with it, let a model read them."""
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
-from . import encoding, identifier_files, running
+from . import encoding, files, running
 from .config import HIGHEST_STRENGTH
 
 CATEGORY = "Understudy/Action identifier"
 ACTION = io.Custom("UNDERSTUDY_ACTION")
 IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
 _MOST_ACTIONS = 100  # as many as the host allows
-
-
-class UnderstudySaveActionIdentifier(io.ComfyNode):
-    """An identifier as a file that the loader lists, and for other programs as an embedding."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveActionIdentifier",
-            display_name="Save Action Identifier (ADI)",
-            category=CATEGORY,
-            description="Writes a learnt action to output/action_identifiers, where it can be loaded.",
-            search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export"],
-            is_output_node=True,
-            inputs=[
-                ACTION.Input("action", tooltip="A trained or loaded action."),
-                io.String.Input(
-                    "filename_prefix", default="action",
-                    tooltip="Name in output/action_identifiers, with folders if you like. A number is added; nothing "
-                    "is replaced.",
-                ),
-                io.Boolean.Input(
-                    "textual_inversion", default=False, optional=True, advanced=True,
-                    tooltip="Also writes the mean of all layers to output/embeddings, an ordinary embedding for "
-                    "programs without this pack. It keeps less of the action.",
-                ),
-            ],
-            outputs=[],
-        )
-
-    @classmethod
-    def execute(cls, action, filename_prefix, textual_inversion=False) -> io.NodeOutput:
-        logging.info("[Understudy] saved %s", identifier_files.save(action, filename_prefix))
-        if textual_inversion:
-            logging.info("[Understudy] saved %s", identifier_files.export(action, filename_prefix))
-        return io.NodeOutput()
 
 
 class UnderstudyLoadActionIdentifier(io.ComfyNode):
@@ -65,7 +27,7 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
             search_aliases=["ADI", "load action", "load embedding", "textual inversion", "import"],
             inputs=[
                 io.Combo.Input(
-                    "action_name", options=identifier_files.choices(),
+                    "action_name", options=files.FOLDER.choices(),
                     tooltip="A file in models/action_identifiers or output/action_identifiers, or an embedding.",
                 ),
                 io.String.Input(
@@ -80,11 +42,11 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, action_name, placeholder="") -> int:
         """A file written anew under its name is read anew."""
-        return identifier_files.find(action_name).stat().st_mtime_ns
+        return files.FOLDER.fingerprint(action_name)
 
     @classmethod
     def execute(cls, action_name, placeholder="") -> io.NodeOutput:
-        return io.NodeOutput(identifier_files.load(action_name, placeholder.strip()))
+        return io.NodeOutput(files.load(action_name, placeholder.strip()))
 
 
 class UnderstudyEncodeAction(io.ComfyNode):
@@ -157,3 +119,6 @@ class UnderstudyApplyActionIdentifier(io.ComfyNode):
     @classmethod
     def execute(cls, model, strength) -> io.NodeOutput:
         return io.NodeOutput(running.apply(model, strength))
+
+
+NODES = [UnderstudyLoadActionIdentifier, UnderstudyEncodeAction, UnderstudyApplyActionIdentifier]

@@ -1,4 +1,4 @@
-"""Node that learns an action from a few pictures (ADI)."""
+"""Nodes that train an action identifier on a few pictures, and save it (ADI)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...kernels.channel_mask import MERGES
 from ..messages import tell
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import TrainingConfig
-from . import encoding, running, training
+from . import encoding, files, running, training
 from .config import MINIMUM_EXEMPLARS, ActionTrainingConfig
 from .nodes import ACTION, CATEGORY
 
@@ -194,3 +194,42 @@ def _preview(vae, exemplars: training.Exemplars, action: ActionTrainingConfig, c
         return picture_training.preview_of(vae, positive, negative, exemplars.latents[0].shape, config.seed)(denoiser)
 
     return preview
+
+
+class UnderstudySaveActionIdentifier(io.ComfyNode):
+    """An identifier as a file that the loader lists, and for other programs as an embedding."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudySaveActionIdentifier",
+            display_name="Save Action Identifier (ADI)",
+            category=CATEGORY,
+            description="Writes a learnt action to output/action_identifiers, where it can be loaded.",
+            search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export"],
+            is_output_node=True,
+            inputs=[
+                ACTION.Input("action", tooltip="A trained or loaded action."),
+                io.String.Input(
+                    "filename_prefix", default="action",
+                    tooltip="Name in output/action_identifiers, with folders if you like. A number is added; nothing "
+                    "is replaced.",
+                ),
+                io.Boolean.Input(
+                    "textual_inversion", default=False, optional=True, advanced=True,
+                    tooltip="Also writes the mean of all layers to output/embeddings, an ordinary embedding for "
+                    "programs without this pack. It keeps less of the action.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, action, filename_prefix, textual_inversion=False) -> io.NodeOutput:
+        logging.info("[Understudy] saved %s", files.save(action, filename_prefix))
+        if textual_inversion:
+            logging.info("[Understudy] saved %s", files.export(action, filename_prefix))
+        return io.NodeOutput()
+
+
+NODES = [UnderstudyTrainActionIdentifier, UnderstudySaveActionIdentifier]

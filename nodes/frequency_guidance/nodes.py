@@ -176,3 +176,6 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
         guidance = method.FrequencyGuidance(source["samples"], driving["samples"], config)
         wrap = samplers.guide_latent if config.apply_to == "latent" else samplers.guide_denoised
         return io.NodeOutput(wrap(sampler, guidance.begin))
+
+
+NODES = [UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt]

@@ -131,3 +131,6 @@ def _settings(lora: LoraConfig | None, texts: list[str], latents: list) -> dict:
         "source picture": inputs.digest(latents[:1]), "driving picture": inputs.digest(latents[1:]),
         "source_text": texts[0], "driving_text": texts[1], "rank": lora.rank if lora else "whole UNet",
     }
+
+
+NODES = [UnderstudyTrainSourceDrivingPair]

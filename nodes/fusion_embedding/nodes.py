@@ -1,14 +1,11 @@
-"""Nodes of the fusion embedding (FPDM): save, load, combine, apply, and other body proportions for a pose."""
+"""Nodes of the fusion embedding (FPDM): load, combine, apply, and other body proportions for a pose."""
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
-from .. import files
 from ..messages import tell
-from . import encoding, fusion_files, method, retargeting, running
+from . import encoding, files, method, retargeting, running
 from .config import ApplyConfig, RetargetConfig
 
 CATEGORY = "Understudy/Fusion embedding"
@@ -17,37 +14,6 @@ FUSION_EMBED = io.Custom("UNDERSTUDY_FUSION_EMBED")
 KEYPOINTS = io.Custom("POSE_KEYPOINT")
 _APPLY = ApplyConfig()
 _RETARGET = RetargetConfig()
-
-
-class UnderstudySaveFusion(io.ComfyNode):
-    """A trained fusion as a file that the loader lists."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveFusion",
-            display_name="Save Fusion (FPDM)",
-            category=CATEGORY,
-            description="Writes a fusion to output/fusion_embeddings: the parts that it has, with a LoRA or a whole "
-            "UNet, and says which.",
-            search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export"],
-            is_output_node=True,
-            inputs=[
-                FUSION.Input("fusion", tooltip="A trained or loaded fusion."),
-                io.String.Input(
-                    "filename_prefix", default="fusion",
-                    tooltip="Name in output/fusion_embeddings, with folders if you like. A number is added; nothing "
-                    "is replaced.",
-                ),
-            ],
-            outputs=[],
-        )
-
-    @classmethod
-    def execute(cls, fusion, filename_prefix) -> io.NodeOutput:
-        path = fusion_files.save(fusion, filename_prefix)
-        logging.info("[Understudy] saved %s, %s", path, ", ".join(fusion.parts))
-        return io.NodeOutput()
 
 
 class UnderstudyLoadFusion(io.ComfyNode):
@@ -64,7 +30,7 @@ class UnderstudyLoadFusion(io.ComfyNode):
             search_aliases=["FPDM", "load fusion embedding", "pose transfer", "person image synthesis"],
             inputs=[
                 io.Combo.Input(
-                    "fusion_name", options=fusion_files.choices(),
+                    "fusion_name", options=files.FOLDER.choices(),
                     tooltip="A file in models/fusion_embeddings or output/fusion_embeddings, .safetensors or .ckpt.",
                 ),
             ],
@@ -76,11 +42,11 @@ class UnderstudyLoadFusion(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, fusion_name) -> int:
         """A file written anew under its name is read anew."""
-        return files.find(fusion_files.FOLDER, fusion_name).stat().st_mtime_ns
+        return files.FOLDER.fingerprint(fusion_name)
 
     @classmethod
     def execute(cls, fusion_name) -> io.NodeOutput:
-        fusion, report = fusion_files.load(fusion_name)
+        fusion, report = files.load(fusion_name)
         tell("Load Fusion", report)
         return io.NodeOutput(fusion, ui={"text": tuple(report)})
 
@@ -215,3 +181,6 @@ class UnderstudyRetargetPose(io.ComfyNode):
     def execute(cls, keypoints, source_keypoints, amount, score_threshold=_RETARGET.score_threshold) -> io.NodeOutput:
         config = RetargetConfig(amount, score_threshold)
         return io.NodeOutput(retargeting.retarget(keypoints, source_keypoints, config))
+
+
+NODES = [UnderstudyLoadFusion, UnderstudyCombineFusion, UnderstudyApplyFusion, UnderstudyRetargetPose]

@@ -1,12 +1,14 @@
-"""Nodes that train a fusion (FPDM): stage 1, the combiner, and stage 2, the generator."""
+"""Nodes that train a fusion (FPDM), stage 1, the combiner, and stage 2, the generator, and save it."""
 
 from __future__ import annotations
+
+import logging
 
 from comfy_api.latest import io
 
 from ..fingerprint import weights_fingerprint
 from ..training import checkpoints, widgets
-from . import encoding, pairs, training
+from . import encoding, files, pairs, training
 from .config import CombinerConfig, GeneratorConfig
 from .method import Fusion
 from .nodes import CATEGORY, FUSION
@@ -230,3 +232,37 @@ def _given(lists: dict) -> tuple[dict, pairs.Pairs]:
     pictures = {name: lists.pop(name, None) for name in pairs.ROLES}
     given = {name: values[0] for name, values in lists.items() if values}
     return given, pairs.chosen(pictures, given.get("dataset_folder", pairs.NONE))
+
+
+class UnderstudySaveFusion(io.ComfyNode):
+    """A trained fusion as a file that the loader lists."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudySaveFusion",
+            display_name="Save Fusion (FPDM)",
+            category=CATEGORY,
+            description="Writes a fusion to output/fusion_embeddings: the parts that it has, with a LoRA or a whole "
+            "UNet, and says which.",
+            search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export"],
+            is_output_node=True,
+            inputs=[
+                FUSION.Input("fusion", tooltip="A trained or loaded fusion."),
+                io.String.Input(
+                    "filename_prefix", default="fusion",
+                    tooltip="Name in output/fusion_embeddings, with folders if you like. A number is added; nothing "
+                    "is replaced.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, fusion, filename_prefix) -> io.NodeOutput:
+        path = files.save(fusion, filename_prefix)
+        logging.info("[Understudy] saved %s, %s", path, ", ".join(fusion.parts))
+        return io.NodeOutput()
+
+
+NODES = [UnderstudyTrainFusionCombiner, UnderstudyTrainFusionGenerator, UnderstudySaveFusion]

@@ -1,15 +1,13 @@
-"""Nodes of the identity prior and the non-rigid edit (LIPE): save, load, encode, invert, blend, show masks."""
+"""Nodes of the identity prior and the non-rigid edit (LIPE): load, encode, invert, blend, show masks."""
 
 from __future__ import annotations
-
-import logging
 
 import torch
 from comfy_api.latest import io, ui
 
-from .. import files, subject_tokens
+from .. import subject_tokens
 from ..messages import tell
-from . import blending, inversion, prior_files
+from . import blending, files, inversion
 from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
 
 CATEGORY = "Understudy/Identity prior"
@@ -52,37 +50,6 @@ def _map_inputs() -> list:
     ]
 
 
-class UnderstudySaveIdentityPrior(io.ComfyNode):
-    """A prior as a LoRA file that remembers whom it knows."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveIdentityPrior",
-            display_name="Save Identity Prior (LIPE)",
-            category=CATEGORY,
-            description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
-            "fingerprint in its metadata. Load LoRA and other programs read it, too.",
-            search_aliases=["LIPE", "save LoRA", "export", "identity", "subject"],
-            is_output_node=True,
-            inputs=[
-                io.Custom("LORA_MODEL").Input("lora", tooltip="The trained LoRA."),
-                IDENTITY.Input("identity", tooltip="Whom it knows, from Train Identity Prior."),
-                io.String.Input(
-                    "filename_prefix", default="identity_prior",
-                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
-                ),
-            ],
-            outputs=[],
-        )
-
-    @classmethod
-    def execute(cls, lora, identity, filename_prefix) -> io.NodeOutput:
-        path = prior_files.save(lora, identity, filename_prefix)
-        logging.info("[Understudy] saved %s", path)
-        return io.NodeOutput()
-
-
 class UnderstudyLoadIdentityPrior(io.ComfyNode):
     """A model that knows a saved identity."""
 
@@ -97,7 +64,7 @@ class UnderstudyLoadIdentityPrior(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that the prior was trained on. It is not changed."),
                 io.Combo.Input(
-                    "lora_name", options=prior_files.choices(),
+                    "lora_name", options=files.FOLDER.choices(),
                     tooltip="A file in models/loras or output/loras from Save Identity Prior. Others are refused: "
                     "use Load LoRA for them.",
                 ),
@@ -116,12 +83,12 @@ class UnderstudyLoadIdentityPrior(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model, lora_name, strength) -> int:
         """A file written anew under its name is read anew."""
-        return files.find(prior_files.FOLDER, lora_name).stat().st_mtime_ns
+        return files.FOLDER.fingerprint(lora_name)
 
     @classmethod
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:
-        tensors, subject = prior_files.load(lora_name)
-        patched = prior_files.apply(model, tensors, subject, strength, lora_name)
+        tensors, subject = files.load(lora_name)
+        patched = files.apply(model, tensors, subject, strength, lora_name)
         return io.NodeOutput(patched, subject, subject.trigger)
 
 
@@ -298,3 +265,12 @@ def _pixels(mask: torch.Tensor, model) -> torch.Tensor:
     ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
     mask = mask.flatten(0, 1).float()
     return mask.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2)
+
+
+NODES = [
+    UnderstudyLoadIdentityPrior,
+    UnderstudyEncodeIdentity,
+    UnderstudyInvertImage,
+    UnderstudyIdentityMaskBlend,
+    UnderstudyEditMasks,
+]

@@ -1,4 +1,4 @@
-"""Node that trains an identity prior (LIPE): a LoRA that knows a subject by a token and its class."""
+"""Nodes that train and save an identity prior (LIPE): a LoRA that knows a subject by a token and its class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..subject_tokens import Subject
 from ..training import checkpoints, inputs, picture_training, widgets
 from ..training.config import LoraConfig
 from ..training.objective import Batches
-from . import method, references
+from . import files, method, references
 from .config import AUGMENTS, IdentityPriorConfig
 from .nodes import CATEGORY, IDENTITY
 
@@ -199,3 +199,37 @@ def _classes(given, subject, texts, count, class_images, class_captions) -> tupl
     if told:  # none of them is left out
         count = max(count, len(known))
     return [], [known[i % len(known)] for i in range(count)]
+
+
+class UnderstudySaveIdentityPrior(io.ComfyNode):
+    """A prior as a LoRA file that remembers whom it knows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudySaveIdentityPrior",
+            display_name="Save Identity Prior (LIPE)",
+            category=CATEGORY,
+            description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
+            "fingerprint in its metadata. Load LoRA and other programs read it, too.",
+            search_aliases=["LIPE", "save LoRA", "export", "identity", "subject"],
+            is_output_node=True,
+            inputs=[
+                io.Custom("LORA_MODEL").Input("lora", tooltip="The trained LoRA."),
+                IDENTITY.Input("identity", tooltip="Whom it knows, from Train Identity Prior."),
+                io.String.Input(
+                    "filename_prefix", default="identity_prior",
+                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, lora, identity, filename_prefix) -> io.NodeOutput:
+        path = files.save(lora, identity, filename_prefix)
+        logging.info("[Understudy] saved %s", path)
+        return io.NodeOutput()
+
+
+NODES = [UnderstudyTrainIdentityPrior, UnderstudySaveIdentityPrior]

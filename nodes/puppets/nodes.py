@@ -189,3 +189,6 @@ def _takes(identities: list[str], actions: list[str], scenes: list[str], count: 
         check_name("scene", scene, SCENES)
         takes.append(staged(who, action, scene, rng))
     return takes
+
+
+NODES = [UnderstudyPuppet, UnderstudyPuppetSet, UnderstudyLoadPuppetVision]

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
-from .. import files
+from ..files import weights
+from ..files.folders import WeightFolder
+from ..files.names import EXTENSION, refused
 from .loop import State
 
+FOLDER = WeightFolder("training_checkpoints", (EXTENSION,))
 NONE = "none"
 _KIND = "understudy training checkpoint"
 # A text as inputs.digest makes it, which tells a reader nothing but that two differ; a seed may have as many digits.
@@ -20,7 +23,7 @@ _DIGEST = re.compile("[0-9a-f]{16}")
 
 def choices() -> list[str]:
     """What `resume_from` offers: "none" and every checkpoint, the newest last."""
-    return [NONE, *files.list_files(files.TRAINING_CHECKPOINTS)]
+    return [NONE, *FOLDER.choices()]
 
 
 class Checkpoints:
@@ -38,7 +41,7 @@ class Checkpoints:
             "kind": _KIND, "run": self.name, "step": str(state.step), "settings": json.dumps(self.settings),
         }
         before = self.path
-        self.path = files.save(tensors, metadata, files.TRAINING_CHECKPOINTS, self.name)
+        self.path = weights.save(tensors, metadata, FOLDER.name, self.name)
         if before is not None:
             before.unlink(missing_ok=True)
         logging.info("[Understudy] checkpoint %s after optimiser step %d", self.path.name, state.step)
@@ -51,10 +54,10 @@ class Checkpoints:
         """
         if name == NONE:
             return None
-        path = files.find(files.TRAINING_CHECKPOINTS, name)
-        tensors, metadata = files.read(path)
+        path = FOLDER.find(name)
+        tensors, metadata = weights.read(path)
         if metadata.get("kind") != _KIND or "losses" not in tensors:
-            raise files.refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
+            raise refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
         # Those from before it was written down are compared by their settings.
         if (run := metadata.get("run", self.name)) != self.name:
             raise ValueError(

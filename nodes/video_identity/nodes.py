@@ -1,4 +1,4 @@
-"""Nodes of the video identity adapter (Stand-In): prepare a reference, load, apply and save the adapter."""
+"""Nodes of the video identity adapter (Stand-In): prepare a reference, load and apply the adapter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from .. import files
 from ..messages import tell
-from . import adapter_files, method, reference_picture, running
+from . import files, method, reference_picture, running
 from .config import ReferenceConfig, VideoIdentityConfig
 
 CATEGORY = "Understudy/Video identity"
@@ -100,7 +99,7 @@ class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
             search_aliases=["Stand-In", "identity adapter", "face video", "load adapter", "character consistency"],
             inputs=[
                 io.Combo.Input(
-                    "adapter_name", options=adapter_files.choices(),
+                    "adapter_name", options=files.FOLDER.choices(),
                     tooltip="A file in models/loras or output/loras. A plain LoRA is refused: use Load LoRA for it.",
                 ),
             ],
@@ -110,11 +109,11 @@ class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, adapter_name) -> int:
         """A file written anew under its name is read anew."""
-        return files.find(adapter_files.FOLDER, adapter_name).stat().st_mtime_ns
+        return files.FOLDER.fingerprint(adapter_name)
 
     @classmethod
     def execute(cls, adapter_name) -> io.NodeOutput:
-        return io.NodeOutput(adapter_files.load(adapter_name))
+        return io.NodeOutput(files.load(adapter_name))
 
 
 class UnderstudyApplyVideoIdentity(io.ComfyNode):
@@ -165,30 +164,4 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
         return io.NodeOutput(running.apply(model, identity))
 
 
-class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
-    """The adapter's weights as a file that the loader lists."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveVideoIdentityAdapter",
-            display_name="Save Video Identity Adapter (Stand-In)",
-            category=CATEGORY,
-            description="Writes the adapter under its published key names to output/loras, where it can be loaded.",
-            search_aliases=["Stand-In", "save adapter", "export", "save LoRA"],
-            is_output_node=True,
-            inputs=[
-                ADAPTER.Input("adapter", tooltip="A trained or loaded adapter."),
-                io.String.Input(
-                    "filename_prefix", default="video_identity",
-                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
-                ),
-            ],
-            outputs=[],
-        )
-
-    @classmethod
-    def execute(cls, adapter, filename_prefix) -> io.NodeOutput:
-        path = adapter_files.save(adapter, filename_prefix)
-        logging.info("[Understudy] saved %s", path)
-        return io.NodeOutput()
+NODES = [UnderstudyPrepareReference, UnderstudyLoadVideoIdentityAdapter, UnderstudyApplyVideoIdentity]

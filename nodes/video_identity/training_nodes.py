@@ -1,4 +1,4 @@
-"""Node that trains a video identity adapter (Stand-In)."""
+"""Nodes that train and save a video identity adapter (Stand-In)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..training import checkpoints, inputs, widgets
-from . import training
+from . import files, training
 from .config import AdapterTrainingConfig
 from .nodes import ADAPTER, CATEGORY
 
@@ -123,3 +123,35 @@ def _check_references(pictures: Sequence[torch.Tensor]) -> None:
         )
     if any(not picture.any() for picture in pictures):
         raise ValueError("references hold a latent of zeros, which shows nobody: connect VAE Encode of a picture")
+
+
+class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
+    """The adapter's weights as a file that the loader lists."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudySaveVideoIdentityAdapter",
+            display_name="Save Video Identity Adapter (Stand-In)",
+            category=CATEGORY,
+            description="Writes the adapter under its published key names to output/loras, where it can be loaded.",
+            search_aliases=["Stand-In", "save adapter", "export", "save LoRA"],
+            is_output_node=True,
+            inputs=[
+                ADAPTER.Input("adapter", tooltip="A trained or loaded adapter."),
+                io.String.Input(
+                    "filename_prefix", default="video_identity",
+                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, adapter, filename_prefix) -> io.NodeOutput:
+        path = files.save(adapter, filename_prefix)
+        logging.info("[Understudy] saved %s", path)
+        return io.NodeOutput()
+
+
+NODES = [UnderstudyTrainVideoIdentityAdapter, UnderstudySaveVideoIdentityAdapter]

@@ -92,9 +92,9 @@ class Stage:
         self.digest = sampling.sha256(checkpoint)
         self.kept = report.Pictures(STATE / f"action_identifier_{self.digest[:12]}")
         # After the host is on the path.
-        from pack.nodes import files
+        from pack.nodes import extension
 
-        files.register_folders()
+        extension.register_folders()
 
     def learnt(self, learning: Learning, action: str) -> dict[str, torch.Tensor]:
         """Tokens by encoder, or a LoRA's weights."""

@@ -93,13 +93,13 @@ class Stage:
         self.masks = np.stack([s.mask | t.mask for s, t in zip(sources, truths, strict=True)])
         self.theatre = sampling.Theatre(sampling.CHECKPOINT, STATE)
         # After the host is on the path.
-        from pack.nodes import files
-        from pack.nodes.fusion_embedding import encoding, fusion_files, running
+        from pack.nodes.files.weights import read
+        from pack.nodes.fusion_embedding import encoding, files, running
         from pack.nodes.fusion_embedding.config import ApplyConfig
         from pack.nodes.puppets import vision
 
         self._encoding, self._running, self._config = encoding, running, ApplyConfig()
-        self.fusion = fusion_files.unpacked(*files.read(FUSION))
+        self.fusion = files.unpacked(*read(FUSION))
         self.vision = vision.shipped()
 
     def pictures(self, arm: str, start: int, stop: int) -> np.ndarray:

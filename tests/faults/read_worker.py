@@ -16,7 +16,7 @@ from launcher import scripts  # noqa: E402
 scripts.alias_pack()
 scripts.add_comfy_path(Path(sys.argv[1]))
 
-from pack.nodes import files  # noqa: E402
+from pack.nodes.files import names, weights  # noqa: E402
 
 
 def _memory(field: str) -> float:
@@ -31,8 +31,8 @@ def main() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
         before, start, error = _memory("VmRSS"), time.process_time(), None
         try:
-            files.read(path)
-        except files.WeightFileError as refusal:
+            weights.read(path)
+        except names.WeightFileError as refusal:
             error = str(refusal)
         seconds, megabytes = time.process_time() - start, _memory("VmHWM") - before
         answer = {"path": path, "error": error, "seconds": seconds, "megabytes": megabytes}

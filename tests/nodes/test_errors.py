@@ -1,7 +1,7 @@
 """How the pack's exceptions stand before their messages in the browser."""
 
 import pack.nodes.extension  # noqa: F401  defines them all
-from pack.nodes.files import WeightFileError
+from pack.nodes.files.names import WeightFileError
 
 
 def test_the_host_shows_them_by_name_alone():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fusion_pairs import Config
-from pack.nodes.fusion_embedding import encoding, fusion_files, method, running, training
+from pack.nodes.fusion_embedding import encoding, files, method, running, training
 from pack.nodes.fusion_embedding.config import GeneratorConfig
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
 from pack.nodes.training.config import TrainingConfig
@@ -114,7 +114,7 @@ def train(
 def _start_from(path: Path, weights: dict[str, torch.Tensor], network: WholeNetwork) -> None:
     """Take over what a trained fusion of the same sizes holds."""
     with safe_open(str(path), "pt") as file:
-        earlier = fusion_files.unpacked({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
+        earlier = files.unpacked({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
     weights.update({key: value.float() for key, value in earlier.generator.items()})
     with torch.no_grad():
         for key, value in network.parameters().items():

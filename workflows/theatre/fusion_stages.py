@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from fusion_pairs import Config
 from half_files import save_half, sha256
-from pack.nodes import files
-from pack.nodes.fusion_embedding import fusion_files, training
+from pack.nodes import extension
+from pack.nodes.fusion_embedding import files, training
 from pack.nodes.fusion_embedding.config import CombinerConfig
 from pack.nodes.fusion_embedding.method import Fusion, kernel
 from pack.nodes.fusion_embedding.pairs import Pair
@@ -96,7 +96,7 @@ def export(state: Path, data: dict[str, np.ndarray], config: Config, output: Pat
     described = {"training": json.dumps(dataclasses.asdict(config)), "checkpoint": sha256(CHECKPOINT)}
     save_half(output / VISION, fusion_vision.weights(state), described)
     fusion = kept(state, "generator")
-    tensors, metadata = fusion_files.packed(fusion)
+    tensors, metadata = files.packed(fusion)
     save_half(output / FUSION, tensors, {**metadata, **described})
     for name in (VISION, FUSION):
         path = output / name
@@ -131,7 +131,7 @@ def _until(deadline: float) -> Iterator[None]:
 
 def _checkpoints(state: Path, name: str, config: Config) -> tuple[checkpoints.Checkpoints, str]:
     """Where a stage keeps its state, and the state that it goes on from."""
-    files.register_folders()
+    extension.register_folders()
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key.startswith(name)}
     earlier = [choice for choice in checkpoints.choices() if choice.startswith(f"fusion_{name}")]
     kept = checkpoints.Checkpoints(f"fusion_{name}", {**settings, "pairs": config.pairs, "seed": config.seed})
@@ -143,7 +143,7 @@ def _stage_file(state: Path, name: str) -> Path:
 
 
 def _keep(state: Path, name: str, fusion: Fusion) -> None:
-    tensors, metadata = fusion_files.packed(fusion)
+    tensors, metadata = files.packed(fusion)
     temporary = _stage_file(state, name).with_suffix(".part")
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
     temporary.replace(_stage_file(state, name))
@@ -153,4 +153,4 @@ def kept(state: Path, name: str) -> Any:
     """The Fusion that a stage left in `state`."""
     path = _stage_file(state, name)
     with safe_open(str(path), "pt") as file:
-        return fusion_files.unpacked(load_file(path), file.metadata())
+        return files.unpacked(load_file(path), file.metadata())

@@ -28,10 +28,10 @@ import torch  # noqa: E402
 scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
 import comfy.sd  # noqa: E402
 import safetensors.torch  # noqa: E402
-from pack.nodes import files  # noqa: E402
-from pack.nodes.action_identifier import identifier_files  # noqa: E402
+from pack.nodes.action_identifier import files as identifier_files  # noqa: E402
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier  # noqa: E402
-from pack.nodes.identity_prior import prior_files  # noqa: E402
+from pack.nodes.files import weights  # noqa: E402
+from pack.nodes.identity_prior import files as prior_files  # noqa: E402
 from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior  # noqa: E402
 from pack.nodes.puppets import theatre  # noqa: E402
 from pack.nodes.puppets.nodes import UnderstudyPuppetSet  # noqa: E402
@@ -88,7 +88,7 @@ def learnt(node: type, settings: dict[str, object], **examples: list) -> list:
 
 def write(path: Path, saved: Path, settings: dict[str, object]) -> None:
     """Move what the pack saved to `path`, with the settings in its metadata."""
-    tensors, metadata = files.read(saved)
+    tensors, metadata = weights.read(saved)
     metadata["config"] = json.dumps({"training": settings})
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(safetensors.torch.save(tensors, metadata))

@@ -11,9 +11,11 @@ from pack.nodes.action_identifier.nodes import (
     UnderstudyApplyActionIdentifier,
     UnderstudyEncodeAction,
     UnderstudyLoadActionIdentifier,
-    UnderstudySaveActionIdentifier,
 )
-from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
+from pack.nodes.action_identifier.training_nodes import (
+    UnderstudySaveActionIdentifier,
+    UnderstudyTrainActionIdentifier,
+)
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
 from pack.nodes.subject_tokens import Subject
 from support import action_identifiers, tiny_clip, tiny_model

@@ -8,9 +8,10 @@ import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_rebatch import ImageRebatch
-from pack.nodes import files
-from pack.nodes.fusion_embedding import method, nodes, training_nodes
+from pack.nodes.fusion_embedding import files, method, nodes, training_nodes
 from pack.nodes.fusion_embedding.method import FusionError
+from pack.nodes.puppets import menus
+from pack.nodes.training import checkpoints
 from support import fusions, tiny_model
 
 from nodes import CLIPVisionEncode
@@ -23,7 +24,7 @@ CONTRACT = {
     training_nodes.UnderstudyTrainFusionGenerator: (
         ["model", "vae", "fusion", "appearance_encoder", "source", "pose", "target", "steps", "learning_rate",
          "batch_size", "whole_unet", "seed", "dataset_folder", "resume_from"], ["UNDERSTUDY_FUSION", "LOSS_MAP"]),
-    nodes.UnderstudySaveFusion: (["fusion", "filename_prefix"], []),
+    training_nodes.UnderstudySaveFusion: (["fusion", "filename_prefix"], []),
     nodes.UnderstudyLoadFusion: (["fusion_name"], ["UNDERSTUDY_FUSION"]),
     nodes.UnderstudyCombineFusion: (["fusion", "source", "pose", "clip_vision"], ["UNDERSTUDY_FUSION_EMBED"]),
     nodes.UnderstudyApplyFusion: (
@@ -69,8 +70,8 @@ def test_a_run_through_all_nodes(folder, caplog):
             **lists,
         ).result
         assert len(losses["loss"]) == 2
-        nodes.UnderstudySaveFusion.execute(trained, "both")
-        (name,) = set(nodes.fusion_files.choices()) - set(files.THEATRE_FILES[files.FUSION_EMBEDDINGS])
+        training_nodes.UnderstudySaveFusion.execute(trained, "both")
+        (name,) = set(files.FOLDER.choices()) - set(menus.MODEL_FILES[files.FOLDER.name])
         with caplog.at_level("INFO"):
             loaded = nodes.UnderstudyLoadFusion.execute(name)
         assert loaded.ui["text"] == ("holds: combiner, encoder, generator, LoRA",)
@@ -162,7 +163,7 @@ def test_a_run_is_not_resumed_with_another_model_of_the_same_shape(folder):
     with torch.inference_mode():
         for node, (models, others) in cases.items():
             node.execute(**as_lists(**models, **common, steps=1, resume_from="none"), **lists)
-            more = common | {"steps": 2, "resume_from": files.list_files(files.TRAINING_CHECKPOINTS)[-1]}
+            more = common | {"steps": 2, "resume_from": checkpoints.FOLDER.choices()[-1]}
             for name, other in others.items():
                 changed = models | {"fusion" if isinstance(other, method.Fusion) else name: other}
                 with pytest.raises(ValueError, match=f"different {name}: "):
@@ -197,7 +198,7 @@ def test_train_nodes_name_what_is_missing_and_resume_checks_their_settings(folde
         with pytest.raises(FusionError, match="pose, target: nothing is connected"):
             execute(**as_lists(clip_vision=vision, **settings), source=lists["source"])
         execute(**as_lists(clip_vision=vision, **settings), **lists)
-        (name,) = files.list_files(files.TRAINING_CHECKPOINTS)
+        (name,) = checkpoints.FOLDER.choices()
         more = settings | {"steps": 3, "resume_from": name}
         assert len(execute(**as_lists(clip_vision=vision, **more), **lists).result[1]["loss"]) == 3
         with pytest.raises(ValueError, match="temperature"):

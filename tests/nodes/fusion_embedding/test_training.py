@@ -2,7 +2,7 @@
 
 import comfy.model_management
 import pytest
-from pack.nodes import files
+from pack.nodes.files import weights
 from pack.nodes.fusion_embedding import pairs
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.monitor import NodeMonitor
@@ -23,7 +23,7 @@ def test_a_cancelled_run_leaves_its_state(folder, stage, monkeypatch):
     monkeypatch.setattr(NodeMonitor, "check", cancel)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         stage(steps=10_000, checkpoints=made)
-    tensors, metadata = files.read(made.path)
+    tensors, metadata = weights.read(made.path)
     assert metadata["step"] == "2" and len(tensors["losses"]) == 2
     assert comfy.model_management.in_training is False
     for model in (MODEL.model, VISION.model):

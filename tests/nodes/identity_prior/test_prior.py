@@ -12,19 +12,20 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
-from pack.nodes import files, subject_tokens
+from pack.nodes import subject_tokens
+from pack.nodes.files import weights
+from pack.nodes.files.names import WeightFileError
 from pack.nodes.fingerprint import fingerprint
-from pack.nodes.identity_prior import blending, prior_files, references
+from pack.nodes.identity_prior import blending, files, references
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEncodeIdentity,
     UnderstudyLoadIdentityPrior,
-    UnderstudySaveIdentityPrior,
 )
-from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior
+from pack.nodes.identity_prior.training_nodes import UnderstudySaveIdentityPrior, UnderstudyTrainIdentityPrior
 from pack.nodes.puppets import theatre, tokenizer
 from pack.nodes.puppets.nodes import UnderstudyPuppetSet
 from pack.nodes.subject_tokens import Subject
-from pack.nodes.training import picture_training
+from pack.nodes.training import checkpoints, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
 from support import tiny_clip, tiny_model
@@ -37,7 +38,7 @@ SIZE = 64
 @pytest.fixture
 def output(tmp_path, monkeypatch):
     """The host's folders of LoRAs and of checkpoints of training, for one test."""
-    for key in (prior_files.FOLDER, files.TRAINING_CHECKPOINTS):
+    for key in (files.FOLDER.name, checkpoints.FOLDER.name):
         listed = ([str(tmp_path / key)], {".safetensors"})
         monkeypatch.setitem(folder_paths.folder_names_and_paths, key, listed)
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
@@ -92,7 +93,7 @@ def lora_of(model, seed=0, rank=2):
 def saved(lora, identity=ROBOT, prefix="anna"):
     UnderstudySaveIdentityPrior.execute(lora, identity, prefix)
     folder_paths.filename_list_cache.clear()
-    return max(name for name in prior_files.choices() if name.startswith(prefix))
+    return max(name for name in files.FOLDER.choices() if name.startswith(prefix))
 
 
 # Training
@@ -135,7 +136,7 @@ def test_models_of_v_prediction_and_of_two_encoders_learn_and_edit(puppets, kind
     lora, identity, losses = train(given, images, captions, steps=3, learning_rate=1e-2, class_count=1)
     assert torch.isfinite(torch.tensor(losses["loss"])).all()
     assert all(weight.any() for key, weight in lora.items() if "lora_up" in key), "zero until learnt"
-    learnt = prior_files.apply(model, lora, identity, 1.0, "prior")
+    learnt = files.apply(model, lora, identity, 1.0, "prior")
     assert len(learnt.patches) == len(lora) // 3 and identity.base == fingerprint(model)
     positive = UnderstudyEncodeIdentity.execute(given[1], identity, "a {subject} waving").result[0]
     with torch.inference_mode():
@@ -168,7 +169,7 @@ def test_a_resumed_training_equals_the_whole_one(output, loaded, puppets, monkey
     options = {"class_images": images[:1], "class_captions": ["a robot"]}
     whole = train(loaded, images, captions, steps=4, **options)[0]
     train(loaded, images, captions, steps=3, checkpoint_every=2, **options)
-    (state,) = (output / files.TRAINING_CHECKPOINTS).glob("*.safetensors")
+    (state,) = (output / checkpoints.FOLDER.name).glob("*.safetensors")
     folder_paths.filename_list_cache.clear()
     resumed = train(loaded, images, captions, steps=4, resume_from=state.name, **options)[0]
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
@@ -339,7 +340,7 @@ def test_another_base_warns_and_another_shape_is_refused(output, caplog):
     identity = Subject("sks", "robot", (), fingerprint(model))
     name = saved(lora, identity)
     with caplog.at_level(logging.WARNING):
-        prior_files.apply(model, lora, identity, 1.0, name)
+        files.apply(model, lora, identity, 1.0, name)
         assert not caplog.records
         other = tiny_model.picture(seed=1)
         assert len(UnderstudyLoadIdentityPrior.execute(other, name, 1.0).result[0].patches) == len(lora) // 3
@@ -349,8 +350,8 @@ def test_another_base_warns_and_another_shape_is_refused(output, caplog):
         ({**lora, key: torch.zeros(2, 99)}, r"attn2_to_k for a weight of shape \(32, 99\), and this"),
         ({"lora_unet_nowhere.lora_up.weight": torch.zeros(2, 2)}, "has lora_unet_nowhere, which this one lacks"),
     ):
-        with pytest.raises(files.WeightFileError, match=f"another kind of model: .*{words}"):
-            prior_files.apply(model, changed, identity, 1.0, name)
+        with pytest.raises(WeightFileError, match=f"another kind of model: .*{words}"):
+            files.apply(model, changed, identity, 1.0, name)
     assert not model.patches
 
 
@@ -370,12 +371,12 @@ def test_fingerprints_know_the_base_and_no_lora():
 
 def test_files_that_are_no_prior_are_refused(output):
     lora = lora_of(tiny_model.picture())
-    files.save(lora, {}, "loras", "plain")
-    files.save(lora, {"understudy_identity": "{}"}, "loras", "broken")
+    weights.save(lora, {}, "loras", "plain")
+    weights.save(lora, {"understudy_identity": "{}"}, "loras", "broken")
     folder_paths.filename_list_cache.clear()
     for name, words in (("plain_00001_.safetensors", "Load LoRA"), ("broken_00001_.safetensors", "badly")):
-        with pytest.raises(files.WeightFileError, match=words):
-            prior_files.load(name)
+        with pytest.raises(WeightFileError, match=words):
+            files.load(name)
 
 
 # Prompts

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from launcher.scripts import ROOT
-from pack.nodes import files
-from pack.nodes.fusion_embedding import encoding, fusion_files, running
+from pack.nodes.files import weights
+from pack.nodes.fusion_embedding import encoding, files, running
 from pack.nodes.fusion_embedding.config import ApplyConfig
 from pack.nodes.fusion_embedding.method import WHOLE
 from pack.nodes.puppets import theatre, vision, world
@@ -73,11 +73,11 @@ def test_every_stage_goes_on_where_it_stopped_and_the_files_load(state):
         assert train(state, data, config, NEVER) and train(state, data, config, NEVER)
     assert fusion_stages.export(state, data, config, state)
     assert all((state / name).stat().st_size <= 16 * 2**20 for name in (fusion_stages.VISION, fusion_stages.FUSION))
-    tensors, metadata = files.read(state / fusion_stages.FUSION)
+    tensors, metadata = weights.read(state / fusion_stages.FUSION)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    fusion = fusion_files.unpacked(tensors, metadata)
+    fusion = files.unpacked(tensors, metadata)
     assert fusion.unet_kind == WHOLE
-    seen = vision.vision(files.read(state / fusion_stages.VISION)[0])
+    seen = vision.vision(weights.read(state / fusion_stages.VISION)[0])
     theatre.register()
     model = comfy.sd.load_checkpoint_guess_config(str(fusion_stages.CHECKPOINT))[0]
     source, pose, _ = (torch.from_numpy(np.array(part))[None].float() / 255 for part in data["pictures"][-1])
@@ -93,7 +93,7 @@ def test_stage_2_begins_with_the_shipped_weights_where_it_is_told_to(state):
     assert fusion_vision.train(state, data, config, NEVER)
     assert fusion_stages.train_combiner(state, data, config, NEVER)
     assert fusion_stages.train_generator(state, data, config, NEVER)
-    shipped = fusion_files.unpacked(*files.read(fusion_stages.MODELS / fusion_stages.FUSION))
+    shipped = files.unpacked(*weights.read(fusion_stages.MODELS / fusion_stages.FUSION))
     learnt = fusion_stages.kept(state, "generator")
     for part in ("generator", "unet"):
         before, after = getattr(shipped, part), getattr(learnt, part)

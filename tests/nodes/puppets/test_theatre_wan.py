@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from launcher.scripts import ROOT
-from pack.nodes import files
+from pack.nodes.files import weights
 from pack.nodes.puppets import render, theatre, world
 from pack.nodes.video_identity.method import adapter_from
 from support import real_configurations
@@ -278,7 +278,7 @@ def test_interrupted_stages_give_the_same_bits(tmp_path, monkeypatch):
     assert mean.shape == deviation.shape == (16,) and (deviation > 0).all()
     files_written = tmp_path / "transformer.safetensors", tmp_path / "autoencoder.safetensors"
     wan_export.export(folders[0], TINY, CPU, *files_written, ENCODER)
-    exported, *_ = files.read(files_written[0])
+    exported, *_ = weights.read(files_written[0])
     average = straight["likeness"]["modules"]["average"]
     assert set(exported) == {*average, theatre.WAN_MARKER}
     assert all(torch.equal(exported[name], tensor.half()) for name, tensor in average.items())
@@ -328,7 +328,7 @@ def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path
     assert torch.equal(trained.blocks[0].v.up, kept["average"]) and not torch.equal(kept["average"], kept["live"])
     path = tmp_path / "adapter.safetensors"
     wan_export.save_adapter(path, trained.tensors(), {"steps": 2})
-    adapter_from(files.read(path)[0]).check(theatre.WAN_CONFIG["dim"], theatre.WAN_CONFIG["num_layers"])
+    adapter_from(weights.read(path)[0]).check(theatre.WAN_CONFIG["dim"], theatre.WAN_CONFIG["num_layers"])
 
 
 def test_a_reference_is_the_same_puppet_on_white_in_no_held_out_action():

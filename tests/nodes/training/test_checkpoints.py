@@ -3,9 +3,10 @@
 import copy
 import logging
 
+import folder_paths
 import pytest
 import torch
-from pack.nodes import files
+from pack.nodes.files import weights
 from pack.nodes.training import checkpoints, inputs
 from pack.nodes.training.loop import State
 
@@ -15,10 +16,10 @@ SETTINGS = {"pictures": inputs.digest([torch.zeros(1)]), "rank": 4, "learning_ra
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A checkpoint of seven steps, in a folder of its own."""
-    known = copy.deepcopy(files.folder_paths.folder_names_and_paths)
-    monkeypatch.setattr(files.folder_paths, "folder_names_and_paths", known)
-    monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: str(tmp_path))
-    files.register_folders()
+    known = copy.deepcopy(folder_paths.folder_names_and_paths)
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    checkpoints.FOLDER.register()
     run = checkpoints.Checkpoints("name", SETTINGS)
     run.save(State(7, [0.5] * 7, {"parameter.a": torch.ones(2)}))
     return run
@@ -49,9 +50,9 @@ def test_another_node_s_checkpoint_is_told_by_its_name(kept):
 
 
 def test_a_checkpoint_from_before_names_were_kept_goes_on_by_its_settings(kept):
-    tensors, metadata = files.read(kept.path)
+    tensors, metadata = weights.read(kept.path)
     del metadata["run"]
-    older = files.save(tensors, metadata, files.TRAINING_CHECKPOINTS, "older")
+    older = weights.save(tensors, metadata, checkpoints.FOLDER.name, "older")
     assert checkpoints.Checkpoints("name", SETTINGS).resume(older.name).step == 7
     with pytest.raises(ValueError, match="made with rank 4 and this run has 5"):
         checkpoints.Checkpoints("name", {**SETTINGS, "rank": 5}).resume(older.name)

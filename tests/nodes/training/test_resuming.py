@@ -3,12 +3,13 @@
 import logging
 import re
 
+import folder_paths
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from pack.nodes import files
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from pack.nodes.frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
+from pack.nodes.training import checkpoints
 from pack.nodes.video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
 from support import tiny_clip, tiny_model
 
@@ -78,9 +79,9 @@ def with_lora(model):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    key = files.TRAINING_CHECKPOINTS
-    monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: str(tmp_path))
-    monkeypatch.setitem(files.folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
+    key = checkpoints.FOLDER.name
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
 
 
 @pytest.mark.parametrize("train", [pair, action, video])
@@ -107,7 +108,7 @@ def test_a_run_reports_its_peak_memory_once(train, folder, caplog):
 ])
 def test_other_weights_and_pictures_are_refused_by_name(train, others, folder):
     once = train(1, "none")
-    (kept,) = files.list_files(files.TRAINING_CHECKPOINTS)
+    (kept,) = checkpoints.FOLDER.choices()
     for words, given in others.items():
         with pytest.raises(ValueError, match=f"made with {words}"):
             train(2, kept, **given)

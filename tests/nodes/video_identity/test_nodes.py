@@ -17,9 +17,9 @@ from pack.nodes.video_identity.nodes import (
     UnderstudyApplyVideoIdentity,
     UnderstudyLoadVideoIdentityAdapter,
     UnderstudyPrepareReference,
-    UnderstudySaveVideoIdentityAdapter,
 )
 from pack.nodes.video_identity.reference_picture import prepare
+from pack.nodes.video_identity.training_nodes import UnderstudySaveVideoIdentityAdapter
 from support import real_configurations, tiny_model
 
 CONTRACT = {

@@ -7,9 +7,8 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from pack.nodes import files
 from pack.nodes.training import loop
-from pack.nodes.training.checkpoints import Checkpoints
+from pack.nodes.training.checkpoints import FOLDER, Checkpoints
 from pack.nodes.training.config import TrainingConfig
 from pack.nodes.video_identity import method, training
 from pack.nodes.video_identity.config import AdapterTrainingConfig
@@ -118,7 +117,7 @@ def test_the_start_is_the_published_one():
 
 def test_the_seed_decides_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    key = files.TRAINING_CHECKPOINTS
+    key = FOLDER.name
     monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
     model = wan()
     whole, losses = trained(model, steps=4)

@@ -8,32 +8,36 @@ from pathlib import Path
 
 import torch
 
-from .. import files
+from ..files import weights
+from ..files.folders import WeightFolder
+from ..files.names import EXTENSION, refused
+from ..files.pickles import read_any
 from .config import check_placeholder
 from .method import ANY_ENCODER, ActionError, ActionIdentifier, Place, mean_token
 
-FOLDER = files.ACTION_IDENTIFIERS
-EMBEDDINGS = "embeddings"
+EMBEDDINGS = WeightFolder("embeddings")
 _KIND = "understudy action identifier"
 _KEY = "identifier."
 _KINDS = ("input", "middle", "output", "double_block")
-_EMBEDDING_PREFIX = f"{EMBEDDINGS}/"
+_EMBEDDING_PREFIX = f"{EMBEDDINGS.name}/"
 # SDXL's two encoders in an embedding file, by the names that the host tokenizes under.
 _CLIPS = {"l": "clip_l", "g": "clip_g"}
 _OTHER = "Choose an action identifier of this pack, or a textual-inversion embedding"
 
 
-def choices() -> list[str]:
-    """Every file of the host's folder of identifiers, then its embeddings as `embeddings/NAME`."""
-    embeddings = [f"{_EMBEDDING_PREFIX}{name}" for name in files.list_files(EMBEDDINGS)]
-    return [*files.list_files(FOLDER), *embeddings]
+class _WithEmbeddings(WeightFolder):
+    """The pack's identifiers, then ComfyUI's embeddings as `embeddings/NAME`."""
+
+    def choices(self) -> list[str]:
+        return [*super().choices(), *(f"{_EMBEDDING_PREFIX}{name}" for name in EMBEDDINGS.choices())]
+
+    def find(self, name: str) -> Path:
+        if name.startswith(_EMBEDDING_PREFIX) and name not in super().choices():
+            return EMBEDDINGS.find(name.removeprefix(_EMBEDDING_PREFIX))
+        return super().find(name)
 
 
-def find(name: str) -> Path:
-    """The path of a listed file. Raises WeightFileError when it is gone."""
-    if name.startswith(_EMBEDDING_PREFIX) and name not in files.list_files(FOLDER):
-        return files.find(EMBEDDINGS, name.removeprefix(_EMBEDDING_PREFIX))
-    return files.find(FOLDER, name)
+FOLDER = _WithEmbeddings("action_identifiers", (EXTENSION,))
 
 
 def load(name: str, placeholder: str = "") -> ActionIdentifier:
@@ -45,21 +49,18 @@ def load(name: str, placeholder: str = "") -> ActionIdentifier:
     if placeholder:
         check_placeholder(placeholder)
         return dataclasses.replace(load(name), placeholder=placeholder)
-    path = find(name)
-    if path.suffix.lower() == files.EXTENSION:
-        tensors, metadata = files.read(path)
-    else:
-        tensors, metadata = files.read_pickle(path, under="string_to_param"), {}
+    path = FOLDER.find(name)
+    tensors, metadata = read_any(path, under="string_to_param")
     try:
         if metadata.get("kind") == _KIND:
             return _identifier(tensors, metadata)
         return _imported(tensors, path.stem)
     except ActionError as error:
-        raise files.refused(path, f"is no action identifier: {error}", _OTHER) from error
+        raise refused(path, f"is no action identifier: {error}", _OTHER) from error
 
 
 def save(action: ActionIdentifier, filename_prefix: str) -> Path:
-    """Write `output/action_identifiers/<prefix>_00001_.safetensors`; returns its path. Raises as files.save does.
+    """Write `output/action_identifiers/<prefix>_00001_.safetensors`; returns its path. Raises as weights.save does.
 
     Each encoder's tokens [places, tokens, width] under its name; the rest is metadata.
     """
@@ -68,7 +69,7 @@ def save(action: ActionIdentifier, filename_prefix: str) -> Path:
         "initial_word": action.initial_word, "base": action.base, "layers": json.dumps(action.places),
     }
     tensors = {f"{_KEY}{encoder}": tokens for encoder, tokens in action.tokens.items()}
-    return files.save(tensors, metadata, FOLDER, filename_prefix)
+    return weights.save(tensors, metadata, FOLDER.name, filename_prefix)
 
 
 def export(action: ActionIdentifier, filename_prefix: str) -> Path:
@@ -79,7 +80,7 @@ def export(action: ActionIdentifier, filename_prefix: str) -> Path:
     tokens = mean_token(action.tokens)
     single = len(tokens) == 1
     tensors = {"emb_params" if single else _CLIPS.get(encoder, encoder): token for encoder, token in tokens.items()}
-    return files.save(tensors, {}, EMBEDDINGS, filename_prefix)
+    return weights.save(tensors, {}, EMBEDDINGS.name, filename_prefix)
 
 
 def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ActionIdentifier:

@@ -8,8 +8,9 @@ import comfy.utils
 import pytest
 import safetensors.torch
 import torch
-from pack.nodes import files
-from pack.nodes.fusion_embedding import encoding, fusion_files, method, published
+from pack.nodes.files.names import WeightFileError
+from pack.nodes.files.pickles import read_pickle
+from pack.nodes.fusion_embedding import encoding, files, method, published
 from pack.nodes.fusion_embedding.method import LORA, WHOLE, Fusion, FusionError
 from support import fusions
 
@@ -19,7 +20,7 @@ MODEL = fusions.model()
 @pytest.fixture
 def folder(folder):
     """Where fusions are saved."""
-    return folder / files.FUSION_EMBEDDINGS
+    return folder / files.FOLDER.name
 
 
 def unet():
@@ -44,9 +45,9 @@ FUSIONS = {
 @pytest.mark.parametrize("case", FUSIONS)
 def test_every_kind_of_fusion_comes_back_to_the_bit(folder, case):
     fusion = FUSIONS[case]()
-    path = fusion_files.save(fusion, "people/ann")
-    assert path.parent == folder / "people" and f"people/{path.name}" in fusion_files.choices()
-    found, report = fusion_files.load(f"people/{path.name}")
+    path = files.save(fusion, "people/ann")
+    assert path.parent == folder / "people" and f"people/{path.name}" in files.FOLDER.choices()
+    found, report = files.load(f"people/{path.name}")
     for part in ("combiner", "generator", "unet"):
         assert same(getattr(found, part), getattr(fusion, part))
     assert (found.probe is None) == (fusion.probe is None)
@@ -100,10 +101,10 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_files_that_are_no_fusion_are_refused_with_name_and_reason(folder, case):
     change, words = BROKEN[case]
-    path = fusion_files.save(FUSIONS["LoRA"](), "a")
+    path = files.save(FUSIONS["LoRA"](), "a")
     change(path)
-    with pytest.raises(files.WeightFileError, match=words) as error:
-        fusion_files.load(path.name)
+    with pytest.raises(WeightFileError, match=words) as error:
+        files.load(path.name)
     assert path.name in str(error.value) and "Choose" in str(error.value)
 
 
@@ -221,16 +222,16 @@ def test_a_lightning_file_is_read_past_its_settings(folder, tmp_path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         settings = AttributeDict(args=argparse.Namespace(lr=1e-4, size=(352, 512)), steps=20)
         lightning(folder / "published.ckpt", monkeypatch, settings)
-    assert "published.ckpt" in fusion_files.choices()
+    assert "published.ckpt" in files.FOLDER.choices()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(comfy.clip_vision, "load_clipvision_from_sd", tiny_encoder)
-        fusion, report = fusion_files.load("published.ckpt")
+        fusion, report = files.load("published.ckpt")
     assert same(fusion.generator, fusions.weights(MODEL)) and len(report) >= 5
-    path = fusion_files.save(fusion, "converted")
-    again, _ = fusion_files.load(path.name)
+    path = files.save(fusion, "converted")
+    again, _ = files.load(path.name)
     assert same(again.unet, fusion.unet) and again.unet_kind == WHOLE
-    with pytest.raises(files.WeightFileError):
-        files.read_pickle(folder / "published.ckpt")  # only where settings are expected
+    with pytest.raises(WeightFileError):
+        read_pickle(folder / "published.ckpt")  # only where settings are expected
 
 
 class Canary:
@@ -244,14 +245,14 @@ def test_a_pickle_that_runs_code_is_refused(folder, tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": checkpoint(), "hyper_parameters": Canary()}, folder / "evil.ckpt")
-    with pytest.raises(files.WeightFileError, match="evil.ckpt"):
-        fusion_files.load("evil.ckpt")
+    with pytest.raises(WeightFileError, match="evil.ckpt"):
+        files.load("evil.ckpt")
     assert not (tmp_path / "canary").exists()
 
 
 def test_other_weights_are_refused(folder):
     folder.mkdir()
     safetensors.torch.save_file(fusions.lora(), folder / "lora.safetensors")
-    with pytest.raises(files.WeightFileError, match="no part of a fusion"):
-        fusion_files.load("lora.safetensors")
+    with pytest.raises(WeightFileError, match="no part of a fusion"):
+        files.load("lora.safetensors")
     assert FUSIONS["LoRA"]().unet_kind == LORA

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import files
+from ..files import weights
+from ..files.folders import LORAS
+from ..files.names import refused
+from ..files.pickles import read_any
 from .method import AdapterError, VideoAdapter, adapter_from
 
-FOLDER = "loras"
-# What torch.save writes; everything else is read as safetensors.
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
-
-def choices() -> list[str]:
-    """Every file that the host lists as a LoRA."""
-    return files.list_files(FOLDER)
+FOLDER = LORAS
 
 
 def load(name: str) -> VideoAdapter:
@@ -22,23 +18,22 @@ def load(name: str) -> VideoAdapter:
 
     Raises WeightFileError, naming the file and the first bad key, for any other kind of file.
     """
-    path = files.find(FOLDER, name)
-    pickled = Path(path).suffix.lower() in _PICKLES
-    tensors = files.read_pickle(path) if pickled else files.read(path)[0]
+    path = FOLDER.find(name)
+    tensors, _ = read_any(path)
     try:
         return adapter_from(tensors)
     except AdapterError as error:
-        raise files.refused(path, f"is no video identity adapter: {error}", "Choose another file") from error
+        raise refused(path, f"is no video identity adapter: {error}", "Choose another file") from error
 
 
 def save(adapter: VideoAdapter, filename_prefix: str) -> Path:
     """Write `output/loras/<prefix>_00001_.safetensors` under the published names; returns its path.
 
-    Raises what files.save raises.
+    Raises what weights.save raises.
     """
     metadata = {
         "method": "Stand-In video identity adapter (arXiv 2508.07901)",
         "blocks": str(len(adapter.blocks)),
         "width": str(adapter.width),
     }
-    return files.save(adapter.tensors(), metadata, FOLDER, filename_prefix)
+    return weights.save(adapter.tensors(), metadata, FOLDER.name, filename_prefix)

@@ -4,8 +4,9 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
-from pack.nodes import files
-from pack.nodes.video_identity import adapter_files, method
+from pack.nodes.files.names import WeightFileError
+from pack.nodes.files.weights import read
+from pack.nodes.video_identity import files, method
 
 
 def weights(blocks=2, width=6, rank=3, dtype=torch.float32, seed=0):
@@ -46,8 +47,8 @@ def test_every_form_of_file(folder, form, prefix, dtype):
         content = {"state_dict": named, "epoch": 3, "note": "x"} if "nested" in form else named
         torch.save(content, folder / "a.ckpt")
     name = "a.safetensors" if form == "safetensors" else "a.ckpt"
-    assert name in adapter_files.choices()
-    assert same(adapter_files.load(name), tensors)
+    assert name in files.FOLDER.choices()
+    assert same(files.load(name), tensors)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 128])
@@ -56,7 +57,7 @@ def test_any_rank_and_layers_of_different_rank(folder, rank):
     tensors["blocks.1.self_attn.k_loras.down.weight"] = torch.ones(7, 6)
     tensors["blocks.1.self_attn.k_loras.up.weight"] = torch.ones(6, 7)
     safetensors.torch.save_file(tensors, folder / "a.safetensors")
-    adapter = adapter_files.load("a.safetensors")
+    adapter = files.load("a.safetensors")
     assert same(adapter, tensors) and adapter.width == 6 and len(adapter.blocks) == 2
 
 
@@ -93,8 +94,8 @@ def test_other_weights_are_refused_by_key_and_shape(folder, tensors, message, en
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     save = torch.save if ending == "ckpt" else safetensors.torch.save_file
     save(tensors, folder / f"a.{ending}")
-    with pytest.raises(files.WeightFileError, match=message) as caught:
-        adapter_files.load(f"a.{ending}")
+    with pytest.raises(WeightFileError, match=message) as caught:
+        files.load(f"a.{ending}")
     assert f"a.{ending}" in str(caught.value)
 
 
@@ -106,8 +107,8 @@ class Canary:
 def test_a_pickle_that_would_run_code_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
     torch.save({"state_dict": weights(), "x": Canary()}, folder / "a.ckpt")
-    with pytest.raises(files.WeightFileError, match="more than weights"):
-        adapter_files.load("a.ckpt")
+    with pytest.raises(WeightFileError, match="more than weights"):
+        files.load("a.ckpt")
     assert not (folder / "canary").exists()
 
 
@@ -126,8 +127,8 @@ def test_another_model_s_adapter_is_refused(blocks, width, message):
 def test_save_and_load_give_the_same_bits_under_the_published_names(folder):
     tensors = weights(dtype=torch.bfloat16)
     adapter = method.adapter_from({f"diffusion_model.{key}": tensor for key, tensor in tensors.items()})
-    path = adapter_files.save(adapter, "people/ann")
+    path = files.save(adapter, "people/ann")
     assert path.relative_to(folder).as_posix() == "output/loras/people/ann_00001_.safetensors"
-    stored, metadata = files.read(path)
+    stored, metadata = read(path)
     assert stored.keys() == tensors.keys() and metadata["width"] == "6" and metadata["blocks"] == "2"
     assert same(method.adapter_from(stored), tensors)

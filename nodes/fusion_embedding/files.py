@@ -7,38 +7,36 @@ from pathlib import Path
 
 import comfy.clip_vision
 
-from .. import files
+from ..files import weights
+from ..files.folders import WeightFolder
+from ..files.names import EXTENSION, refused
+from ..files.pickles import read_any
 from . import encoding, method, published
 from .method import LORA, WHOLE, Fusion, FusionError
 
-FOLDER = files.FUSION_EMBEDDINGS
+FOLDER = WeightFolder("fusion_embeddings", (EXTENSION, ".ckpt"))  # published as Lightning's checkpoints
 _KIND = "understudy fusion"
 _PARTS = ("combiner", "encoder", "generator", "unet")
 _OTHER = "Choose a fusion of this pack, or a published checkpoint"
 
 
-def choices() -> list[str]:
-    """Every file of the host's folder of fusions."""
-    return files.list_files(FOLDER)
-
-
 def save(fusion: Fusion, filename_prefix: str) -> Path:
-    """Write `output/fusion_embeddings/<prefix>_00001_.safetensors`; returns its path. Raises as files.save does.
+    """Write `output/fusion_embeddings/<prefix>_00001_.safetensors`; returns its path. Raises as weights.save does.
 
     Weights under `combiner.`, `encoder.`, `generator.` and `unet.`, and `probe.embedding`; the metadata says whether
     the UNet's are a LoRA or a whole UNet.
     """
-    return files.save(*packed(fusion), FOLDER, filename_prefix)
+    return weights.save(*packed(fusion), FOLDER.name, filename_prefix)
 
 
 def packed(fusion: Fusion) -> tuple[method.Weights, dict[str, str]]:
     """A file's tensors and metadata."""
     tensors = {}
     for part in _PARTS:
-        weights = getattr(fusion, part)
-        if weights is not None:
-            weights = weights.get_sd() if part == "encoder" else weights
-            tensors |= {f"{part}.{key}": weight for key, weight in weights.items()}
+        content = getattr(fusion, part)
+        if content is not None:
+            content = content.get_sd() if part == "encoder" else content
+            tensors |= {f"{part}.{key}": weight for key, weight in content.items()}
     metadata = {
         "kind": _KIND, "method": "FPDM fusion embedding (arXiv 2412.07333)", "unet": fusion.unet_kind or "none",
         "parts": ", ".join(fusion.parts),
@@ -55,11 +53,8 @@ def load(name: str) -> tuple[Fusion, list[str]]:
 
     Raises WeightFileError, naming the file and what is wrong, for any other kind of file.
     """
-    path = files.find(FOLDER, name)
-    if path.suffix.lower() == files.EXTENSION:
-        tensors, metadata = files.read(path)
-    else:
-        tensors, metadata = files.read_pickle(path, without_settings=True), {}
+    path = FOLDER.find(name)
+    tensors, metadata = read_any(path, lightning_settings=True)
     try:
         if metadata.get("kind") == _KIND:
             fusion = unpacked(tensors, metadata)
@@ -67,8 +62,8 @@ def load(name: str) -> tuple[Fusion, list[str]]:
         if published.is_published(tensors):
             return published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
     except FusionError as error:
-        raise files.refused(path, f"is no fusion that can be used: {error}", _OTHER) from error
-    raise files.refused(path, f"holds {sorted(tensors)[0]!r}, which is no part of a fusion", _OTHER)
+        raise refused(path, f"is no fusion that can be used: {error}", _OTHER) from error
+    raise refused(path, f"holds {sorted(tensors)[0]!r}, which is no part of a fusion", _OTHER)
 
 
 def unpacked(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:

@@ -12,24 +12,21 @@ import comfy.lora
 import comfy.utils
 import torch
 
-from .. import files
+from ..files import weights
+from ..files.folders import LORAS
+from ..files.names import refused
 from ..fingerprint import fingerprint
 from ..patching import models
 from ..subject_tokens import Subject
 
-FOLDER = "loras"
+FOLDER = LORAS
 _ENTRY = "understudy_identity"
 _KIND = "LIPE identity prior (arXiv 2406.17236)"
 _ANOTHER, _OWN = "was made for another kind of model", "Load the model that it was trained on"
 
 
-def choices() -> list[str]:
-    """Every file that the host lists as a LoRA."""
-    return files.list_files(FOLDER)
-
-
 def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: str) -> Path:
-    """Write `output/loras/<prefix>_00001_.safetensors`; returns its path. Raises what files.save raises."""
+    """Write `output/loras/<prefix>_00001_.safetensors`; returns its path. Raises what weights.save raises."""
     ranks = sorted({weight.shape[0] for key, weight in lora.items() if key.endswith("lora_down.weight")})
     alphas = sorted({float(alpha) for key, alpha in lora.items() if key.endswith(".alpha")})
     content = {
@@ -41,21 +38,21 @@ def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: st
         metadata |= {
             "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[0]), "ss_network_alpha": str(alphas[0])
         }
-    return files.save(lora, metadata, FOLDER, filename_prefix)
+    return weights.save(lora, metadata, FOLDER.name, filename_prefix)
 
 
 def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
     """Weights and subject of a listed file. Raises WeightFileError for a file that holds no prior."""
-    path = files.find(FOLDER, name)
-    tensors, metadata = files.read(path)
+    path = FOLDER.find(name)
+    tensors, metadata = weights.read(path)
     if _ENTRY not in metadata:
-        raise files.refused(path, "says nothing of an identity", "Load it with Load LoRA, or choose a saved prior")
+        raise refused(path, "says nothing of an identity", "Load it with Load LoRA, or choose a saved prior")
     try:
         content = json.loads(metadata[_ENTRY])
         captions = tuple(str(caption) for caption in content["captions"])
         subject = Subject(str(content["token"]), str(content["class_noun"]), captions, str(content["base"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise files.refused(path, f"describes its identity badly ({error})", "Save the prior again") from error
+        raise refused(path, f"describes its identity badly ({error})", "Save the prior again") from error
     return tensors, subject
 
 
@@ -81,14 +78,14 @@ def _check(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
             continue
         target = known.get(stem)
         if target is None:
-            raise files.refused(name, f"{_ANOTHER}: it has {stem}, which this one lacks", _OWN)
+            raise refused(name, f"{_ANOTHER}: it has {stem}, which this one lacks", _OWN)
         weight = comfy.utils.get_attr(model.model, target)
         down = tensors.get(f"{stem}.lora_down.weight")
         if type(weight) not in (torch.Tensor, torch.nn.Parameter) or down is None:
             continue  # packed weights have a shape of their own
         shape = (up.shape[0], down.shape[1])
         if shape != tuple(weight.shape[:2]):
-            raise files.refused(
+            raise refused(
                 name, f"{_ANOTHER}: it has {stem} for a weight of shape {shape}, and this one's is "
                 f"{tuple(weight.shape)}", _OWN,
             )

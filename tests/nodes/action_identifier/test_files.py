@@ -8,11 +8,10 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
-from pack.nodes import files
-from pack.nodes.action_identifier import encoding, identifier_files
+from pack.nodes.action_identifier import encoding, files
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from pack.nodes.action_identifier.nodes import UnderstudyLoadActionIdentifier
-from pack.nodes.files_names import WeightFileError
+from pack.nodes.files.names import WeightFileError
 from support import action_identifiers, tiny_clip, tiny_model
 
 MODEL = tiny_model.picture()
@@ -22,7 +21,7 @@ MODEL = tiny_model.picture()
 def folders(tmp_path, monkeypatch):
     """Output and embeddings of this test alone."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    for key in (identifier_files.FOLDER, identifier_files.EMBEDDINGS):
+    for key in (files.FOLDER.name, files.EMBEDDINGS.name):
         folder = tmp_path / "output" / key
         folder.mkdir(parents=True)
         listed = [str(folder)], {".safetensors", ".pt", ".bin"}
@@ -40,28 +39,28 @@ def equal(a, b):
 @pytest.mark.parametrize("kind", tiny_clip.WIDTHS)
 def test_a_saved_identifier_is_read_back_bit_for_bit(kind, folders):
     action = action_identifiers.identifier(MODEL, kind, count=2, base="0123456789abcdef")
-    path = identifier_files.save(action, "people/wave")
+    path = files.save(action, "people/wave")
     assert path == folders / "action_identifiers" / "people" / "wave_00001_.safetensors"
-    equal(identifier_files.load("people/wave_00001_.safetensors"), action)
+    equal(files.load("people/wave_00001_.safetensors"), action)
     stored = safetensors.torch.load_file(path)
     assert {tuple(v.shape) for v in stored.values()} == {(4, 2, w) for w in tiny_clip.WIDTHS[kind].values()}
-    assert identifier_files.choices() == ["people/wave_00001_.safetensors"]
+    assert files.FOLDER.choices() == ["people/wave_00001_.safetensors"]
 
 
 def test_an_action_is_loaded_under_another_word(folders):
     action = action_identifiers.identifier(MODEL)
-    listed = identifier_files.save(action, "wave").name
+    listed = files.save(action, "wave").name
     for given, expected in (("", "<action>"), (" <wave> ", "<wave>")):
         (found,) = UnderstudyLoadActionIdentifier.execute(listed, given).result
         equal(found, dataclasses.replace(action, placeholder=expected))
     with pytest.raises(ValueError, match="placeholder is 'two words': use one word"):
-        identifier_files.load(listed, "two words")
+        files.load(listed, "two words")
 
 
 def test_tokens_of_8_bits_are_read_in_fp32(folders):
     tokens = torch.tensor([[[0.5, -1.0, 3.0]]])
     listed = write(folders, "file.safetensors", {"identifier.l": tokens.to(torch.float8_e4m3fn)}, SOUND)
-    found = identifier_files.load(listed).tokens["l"]
+    found = files.load(listed).tokens["l"]
     assert found.dtype == torch.float32 and torch.equal(found, tokens)
 
 
@@ -82,8 +81,8 @@ def write(folders, name, tensors, metadata=None, folder="action_identifiers"):
 ])
 def test_ordinary_embeddings_are_equal_in_all_layers(name, tensors, folders):
     listed = write(folders, name, tensors, folder="embeddings")
-    assert identifier_files.choices() == [listed]
-    action = identifier_files.load(listed)
+    assert files.FOLDER.choices() == [listed]
+    action = files.load(listed)
     assert (action.placeholder, action.initial_word, action.places) == ("<wave_hand>", "", ())
     kind = "SDXL" if "clip_g" in tensors else "SD 1.5"
     _, (contexts,) = encoding.encode(tiny_clip.clip(kind), "a <wave_hand> cat", [action])
@@ -93,19 +92,19 @@ def test_ordinary_embeddings_are_equal_in_all_layers(name, tensors, folders):
 @pytest.mark.parametrize("kind", tiny_clip.WIDTHS)
 def test_an_exported_embedding_is_the_mean_that_the_host_reads(kind, folders):
     action = action_identifiers.identifier(MODEL, kind, count=2)
-    path = identifier_files.export(action, "wave")
+    path = files.export(action, "wave")
     clip = tiny_clip.clip(kind, embeddings=str(path.parent))
     (found, _), = action_identifiers.plain(clip, f"a embedding:{path.stem} cat")
     mean = ActionIdentifier("<action>", "", {e: v.mean(0, keepdim=True) for e, v in action.tokens.items()})
     _, (expected,) = encoding.encode(clip, "a <action> cat", [mean])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    again = identifier_files.load(f"embeddings/{path.name}")
+    again = files.load(f"embeddings/{path.name}")
     assert again.for_encoders(tiny_clip.WIDTHS[kind]).keys() == action.tokens.keys()
 
 
 def test_diffusers_reads_the_exported_embedding(folders):
     action = action_identifiers.identifier(MODEL)
-    state = safetensors.torch.load_file(identifier_files.export(action, "wave"))
+    state = safetensors.torch.load_file(files.export(action, "wave"))
     tokens, embeddings = TextualInversionLoaderMixin._retrieve_tokens_and_embeddings(
         ["<wave>"], [state], type("Tokenizer", (), {"get_vocab": lambda self: {}})()
     )
@@ -136,7 +135,7 @@ SOUND = {"kind": "understudy action identifier", "placeholder": "<a>", "layers":
 def test_other_files_are_refused_by_name(tensors, metadata, message, folders):
     listed = write(folders, "file.safetensors", tensors, metadata)
     with pytest.raises(WeightFileError, match=f"(?s)file.safetensors.*{message}.*Choose an action identifier"):
-        identifier_files.load(listed)
+        files.load(listed)
 
 
 def test_values_that_are_no_numbers_are_neither_made_nor_saved():
@@ -148,5 +147,5 @@ def test_values_that_are_no_numbers_are_neither_made_nor_saved():
 
 def test_a_pickle_with_more_than_weights_is_refused(folders):
     write(folders, "evil.pt", {"string_to_param": {"*": torch.ones(1, 16)}, "x": pytest.raises}, folder="embeddings")
-    with pytest.raises(files.WeightFileError, match="evil.pt"):
-        identifier_files.load("embeddings/evil.pt")
+    with pytest.raises(WeightFileError, match="evil.pt"):
+        files.load("embeddings/evil.pt")

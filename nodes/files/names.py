@@ -3,9 +3,10 @@
 import os
 import unicodedata
 
-from .errors import shown_by_name
+from ..errors import shown_by_name
 
-MAX_PART = 120  # bytes of UTF-8 a folder or file name; with counter and ending below any filesystem's limit
+EXTENSION = ".safetensors"
+MAX_PART = 120  # bytes of UTF-8 per folder or file name; below any filesystem's limit with counter and ending
 MAX_PARTS = 8
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "123456789¹²³")}
@@ -39,11 +40,11 @@ def normalise_prefix(filename_prefix: str) -> str:
 
 def _safe_part(part: str) -> str:
     """One folder or file name without what any platform forbids; empty when nothing is left."""
-    kept = "".join(
+    name = "".join(
         "_" if character in '<>:"|?*' or _is_control(character) else character for character in part
     )
-    kept = kept.encode()[:MAX_PART].decode(errors="ignore").strip(" .")
-    return f"_{kept}" if kept.split(".")[0].strip().lower() in _RESERVED else kept
+    name = name.encode()[:MAX_PART].decode(errors="ignore").strip(" .")
+    return f"_{name}" if name.split(".")[0].strip().lower() in _RESERVED else name
 
 
 def _is_control(character: str) -> bool:
