@@ -50,14 +50,6 @@ class Reference(NamedTuple):
     weight: torch.Tensor | None = None
 
 
-def eager_pair(
-    q_v: torch.Tensor, k_v: torch.Tensor, v_v: torch.Tensor,
-    q_i: torch.Tensor, k_i: torch.Tensor, v_i: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out_V and Out_I of one published layer, with one reference; each like its query."""
-    return eager(q_v, k_v, v_v, [Reference(k_i, v_i)]), eager(q_i, k_i, v_i, [])
-
-
 def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: Sequence[Reference]) -> torch.Tensor:
     """The definition of Out_V, in fp32 (fp64 for fp64); q's shape and dtype."""
     dtype = _accumulator(q)

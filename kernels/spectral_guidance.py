@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import fft_device
+from .fft_device import fft_device
 
 DISTANCES = ("circular", "paper")
 RULES = ("per_bin", "gradient")

@@ -366,8 +366,9 @@ MACHINE_PATHS = re.compile(r"(?<![\w.:/}])/(?:work|root|home|tmp|mnt|Users|opt|s
 
 
 def readable_files() -> list[str]:
-    names = {*shipped_files(), *(name for name in all_files() if name.startswith("workflows/launcher/"))}
-    return sorted(name for name in names | {"workflows/run.py", *GUIDES} if Path(name).suffix in TEXT)
+    launcher = {name for name in all_files() if name.startswith(("workflows/launcher/", "tests/launcher/"))}
+    names = {*shipped_files(), *launcher, "workflows/run.py", *GUIDES}
+    return sorted(name for name in names if Path(name).suffix in TEXT)
 
 
 @pytest.mark.parametrize("text", ["pypi.org/simple", "see /home/me/x", r"C:\Users", "files.pythonhosted.org"])

@@ -62,7 +62,6 @@ from benchmarks.restricted_attention_counts import (  # noqa: E402
     step_flops,
 )
 from comfy.ldm.modules.attention import optimized_attention  # noqa: E402
-from pack.kernels import dispatch  # noqa: E402
 from pack.kernels import restricted_attention as ra  # noqa: E402
 from pack.nodes.video_identity import method, running  # noqa: E402
 from pack.nodes.video_identity.config import VideoIdentityConfig  # noqa: E402
@@ -297,7 +296,6 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds, "
           f"{dtype}, {optimized_attention.__name__}")
-    print(dispatch.explain("restricted_attention", device))
     for shape in LARGE:
         print_arithmetic(shape)
     for published in LARGE if device.type == "cuda" else [SMALL]:

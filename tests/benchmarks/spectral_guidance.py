@@ -24,7 +24,6 @@ if __name__ == "__main__":
 scripts.alias_pack()
 
 import torch  # noqa: E402
-from pack.kernels import dispatch  # noqa: E402
 from pack.kernels import spectral_guidance as sg  # noqa: E402
 
 # Name, latent, and the family's UNet: (block channels, transformer layers, heads, context, pooled or None).
@@ -121,7 +120,6 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
-    print(dispatch.explain("spectral_guidance", device))
     print(f"{'latent':<20}{'op':<20}{'median ms':>11}{'min':>9}{'max':>9}{'  ratio'}")
     for title, shape, family in ROWS:
         generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.scripts import ROOT
 
-NOT_OURS = {".git", ".cache", "__pycache__", ".pytest_cache", ".hypothesis"}
+NOT_OURS = {".git", ".cache", "__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache"}
 
 
 def all_files(root: Path = ROOT) -> list[str]:
@@ -17,7 +17,7 @@ def all_files(root: Path = ROOT) -> list[str]:
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - NOT_OURS)
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in sorted(names)]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in sorted(set(names) - NOT_OURS)]
     return found
 
 

@@ -13,7 +13,7 @@ ROOT = Path(os.path.abspath(__file__)).parent.parent.parent
 
 
 def alias_pack(root: Path = ROOT) -> types.ModuleType:
-    """Make `pack` importable: `from pack.kernels import dispatch`. The pack's folder may have any name.
+    """Make `pack` importable: `from pack.kernels import spectral_guidance`. The pack's folder may have any name.
 
     The root itself leaves `sys.path`: its `nodes/` would shadow ComfyUI's `nodes.py`.
     """

@@ -234,7 +234,7 @@ def test_method_and_kernels_import_no_comfyui(pack_root):
         "import sys, types\n"
         "pack = sys.modules['pack'] = types.ModuleType('pack')\n"
         "pack.__path__ = [sys.argv[1]]\n"
-        "import pack.nodes.frequency_guidance.method, pack.kernels.spectral_guidance, pack.kernels.dispatch\n"
+        "import pack.nodes.frequency_guidance.method, pack.kernels.spectral_guidance, pack.kernels.fft_device\n"
         "hosts = ('comfy', 'comfy_api', 'nodes', 'folder_paths')\n"
         "print([name for name in sys.modules if name.split('.')[0] in hosts])"
     )
