@@ -30,20 +30,31 @@ def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[t
     return single
 
 
-def lines(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
-    """One text for each of `count` pictures: a list item or a line each, or one for all.
+def texts_for(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
+    """One text for each of `count` pictures: a list item or a line per picture, or one for all.
 
     Raises ValueError, naming the input, for any other number.
     """
     items = [texts] if isinstance(texts, str) else list(texts)
     if len(items) == 1:
-        lines_of_it = [line.strip() for line in items[0].splitlines() if line.strip()] or [""]
-        items = [" ".join(lines_of_it)] if count == 1 else lines_of_it
-    if len(items) == 1:
-        items = items * count
-    if len(items) != count:
-        raise ValueError(f"{name} has {len(items)} texts for {count} pictures: give one a picture, or one for all")
-    return items
+        lines = [line.strip() for line in items[0].splitlines() if line.strip()] or [""]
+        items = [" ".join(lines)] if count == 1 else lines
+    return one_each(items, count, name, "texts", "picture")
+
+
+def one_each(items: Sequence[Any], count: int, name: str, kind: str, each: str) -> list[Any]:
+    """`count` items: those given, or the only one for all. The message calls them `kind`, one per `each`.
+
+    Raises ValueError, naming the input, for any other number.
+    """
+    if len(items) not in (1, count):
+        raise ValueError(f"{name} has {len(items)} {kind} for {count} {each}s: give one per {each}, or one for all")
+    return list(items) * (count // len(items))
+
+
+def single_values(lists: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The first value of each input of a node whose inputs are all lists; what is not connected is left out."""
+    return {name: values[0] for name, values in lists.items() if values}
 
 
 def digest(latents: Sequence[torch.Tensor]) -> str:

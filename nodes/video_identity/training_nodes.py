@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from comfy_api.latest import io
 
-from ..training import checkpoints, inputs, widgets
+from ..training import inputs, widgets
+from ..training.checkpoints import Checkpoints
 from . import files, training
 from .config import AdapterTrainingConfig
 from .nodes import ADAPTER, CATEGORY
@@ -25,34 +26,30 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
             node_id="UnderstudyTrainVideoIdentityAdapter",
             display_name="Train Video Identity Adapter (Stand-In)",
             category=CATEGORY,
-            description="Learns to keep the person of a reference picture through a video, from pairs of both. Only "
-            "the updates of the reference's own queries, keys and values are trained.",
+            description="Trains an adapter that keeps the person of a reference picture through a video, on pairs of "
+            "both. Only updates of the reference's queries, keys and values are trained.",
             search_aliases=["Stand-In", "train adapter", "identity adapter", "fine-tune", "Wan", "face video"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The Wan model to learn beside. It is not changed."),
+                widgets.model("Wan"),
                 io.Latent.Input("latents", tooltip="VAE-encoded videos, as a batch or a list. Sizes may differ."),
                 io.Latent.Input(
                     "references",
-                    tooltip="VAE-encoded pictures from Prepare Reference: one for each video, or one for all.",
+                    tooltip="VAE-encoded pictures from Prepare Reference: one per video, or one for all.",
                 ),
                 io.Conditioning.Input(
-                    "positive", tooltip="What each video shows: one text for each video, or one for all.",
+                    "positive", tooltip="What each video shows: one text per video, or one for all.",
                 ),
-                io.Int.Input(
-                    "steps", default=_DEFAULT.steps, min=1, max=1_000_000,
-                    tooltip="Optimiser steps. Published: 3,000, of 48 videos each.",
+                widgets.steps(
+                    _DEFAULT.steps, "Optimiser steps. Published: 3,000, of 48 videos each.", most=1_000_000
                 ),
-                widgets.learning_rate(
-                    _DEFAULT.learning_rate, "Of AdamW. The default is ours: the publication names none."
-                ),
+                widgets.learning_rate(_DEFAULT.learning_rate, "The default is ours: the publication names none."),
                 io.Int.Input(
                     "rank", default=_DEFAULT.rank, min=1, max=1024,
-                    tooltip="Rank of the updates. Published: 128. Less is a smaller file and learns less.",
+                    tooltip="Rank of the updates. Published: 128. A lower one makes a smaller file and learns less.",
                 ),
-                io.Int.Input(
-                    "batch_size", default=_DEFAULT.batch_size, min=1, max=1024,
-                    tooltip="Videos in a step, all of one size. More is steadier, and takes more memory.",
+                widgets.batch_size(
+                    _DEFAULT.batch_size, "Videos per step, all of one size. More is steadier and takes more memory.",
                 ),
                 widgets.seed("adapter"),
                 widgets.resume_from(),
@@ -62,30 +59,32 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
             ],
             outputs=[
                 ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply or Save Video Identity Adapter."),
-                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Connect it to Plot Loss Graph."),
+                widgets.loss_map(),
             ],
         )
 
     @classmethod
     def execute(cls, latents, references, positive, **lists) -> io.NodeOutput:
-        given = {name: values[0] for name, values in lists.items()}
+        values = inputs.single_values(lists)
         videos = _singles(latents, "latents")
-        pictures = _one_each(_singles(references, "references"), len(videos), "references")
+        pictures = inputs.one_each(
+            _singles(references, "references"), len(videos), "references", "items", "video"
+        )
         _check_references(pictures)
         if len(pictures) > len({id(picture) for picture in pictures}):
-            logging.info("[Understudy] one reference is learnt with all %d videos", len(videos))
+            logging.info("[Understudy] one reference is learned with all %d videos", len(videos))
         if not all(positive):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
-        texts = _one_each(list(positive), len(videos), "positive")
-        config = widgets.config(given, batch_size=given["batch_size"])
+        texts = inputs.one_each(list(positive), len(videos), "positive", "items", "video")
+        config = widgets.config(values)
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
-            "texts": inputs.conditioning_digest(texts), "rank": given["rank"],
+            "texts": inputs.conditioning_digest(texts), "rank": values["rank"],
         }
-        kept = checkpoints.Checkpoints("video_identity_adapter", widgets.settings(given, config, settings))
+        checkpoints = Checkpoints("video_identity_adapter", widgets.settings(values, config, settings))
         adapter, loss_map = training.train(
-            given["model"], videos, pictures, texts, config, given["rank"],
-            checkpoints=kept, resume_from=given["resume_from"],
+            values["model"], videos, pictures, texts, config, values["rank"],
+            checkpoints=checkpoints, resume_from=values["resume_from"],
         )
         return io.NodeOutput(adapter, loss_map)
 
@@ -104,14 +103,6 @@ def _singles(latents: Sequence[dict], name: str) -> list[torch.Tensor]:
     if not singles:
         raise ValueError(f"{name} hold no latent: connect at least one")
     return singles
-
-
-def _one_each(items: list, count: int, name: str) -> list:
-    if len(items) == 1:
-        return items * count
-    if len(items) != count:
-        raise ValueError(f"{name} has {len(items)} items for {count} videos: give one a video, or one for all")
-    return items
 
 
 def _check_references(pictures: Sequence[torch.Tensor]) -> None:

@@ -107,7 +107,7 @@ def test_inputs_that_do_not_fit_are_named_with_what_to_do(given, message):
     ({}, None),
     ({"initial_word": ["doing starfishing"]}, "initial_word: the text encoder does not know starfishing as a whole"),
     ({"subjects": ["a cat", "", "a fox"]}, "subjects are empty, so"),
-    ({"subjects": [""]}, "subjects are empty, so who is in the pictures and where will be learnt with the action"),
+    ({"subjects": [""]}, "subjects are empty, so who is in the pictures and where will be learned with the action"),
 ])
 def test_what_spoils_the_action_is_said(given, warning, caplog):
     with caplog.at_level(logging.WARNING):

@@ -55,14 +55,14 @@ def test_bad_pictures_are_refused_by_name(given, message):
     ],
 )
 def test_a_text_a_picture_or_one_for_all(texts, count, expected):
-    assert inputs.lines(texts, count, "captions") == expected
+    assert inputs.texts_for(texts, count, "captions") == expected
 
 
 @pytest.mark.parametrize(("texts", "count"), [(["a", "b"], 3), (["a", "b"], 1), ("a\nb\nc", 2), ([], 1)])
 def test_any_other_number_of_texts_is_refused_by_name(texts, count):
     found = 3 if isinstance(texts, str) else len(texts)
     with pytest.raises(ValueError, match=f"captions has {found} texts for {count} pictures"):
-        inputs.lines(texts, count, "captions")
+        inputs.texts_for(texts, count, "captions")
 
 
 def test_a_folder_comes_through_the_host_s_own_dataset_node(tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_folder_comes_through_the_host_s_own_dataset_node(tmp_path, monkeypatc
         (folder / f"{name}.txt").write_text(f"the {name} one")
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
     images, texts = LoadImageTextDataSetFromFolderNode.execute("puppets").result
-    found, captions = inputs.pictures(images, "images"), inputs.lines(texts, 2, "captions")
+    found, captions = inputs.pictures(images, "images"), inputs.texts_for(texts, 2, "captions")
     by_caption = dict(zip(captions, found, strict=True))
     assert by_caption.keys() == {"the first one", "the second one"}
     assert by_caption["the first one"].mean() < by_caption["the second one"].mean()
