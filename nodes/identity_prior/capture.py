@@ -20,7 +20,7 @@ from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
 from ...kernels.token_attention import token_attention
 from ..patching import models
 from .config import ALL_LAYERS, AUTO_LAYERS, MaskConfig, parse_layers
-from .method import average
+from .method import mean_map
 
 KEY = "understudy_token_attention"
 _OVERRIDE = "optimized_attention_override"
@@ -121,7 +121,7 @@ class Watch:
         if index not in self.chosen:
             return
         if options.get("context_window") is not None:
-            raise ValueError("context windows hide parts of the video: connect an outside `mask`, or no windows")
+            raise ValueError("context windows hide parts of the video: connect your own `mask`, or no windows")
         ids = options["uuids"]
         for part, entry in enumerate(ids):
             if entry not in self.entries:
@@ -131,7 +131,7 @@ class Watch:
             if k.shape[1] % tokens:
                 raise ValueError(
                     f"the model looks at {k.shape[1]} tokens and the prompt has {tokens}: remove the node or "
-                    "extension that adds tokens to this model's cross-attention, or connect an outside `mask`"
+                    "extension that adds tokens to this model's cross-attention, or connect your own `mask`"
                 )
             # The host repeats prompts of unlike lengths until they match.
             repeated = [column + start for start in range(0, k.shape[1], tokens) for column in asked]
@@ -139,14 +139,23 @@ class Watch:
             with self._lock:
                 self.maps.setdefault(entry, []).append(heat)
 
-    def heat(self) -> torch.Tensor:
-        """The mean map of the call, [B, T, h, w]. Raises RuntimeError where nothing was recorded."""
+    def added_to(self, model_options: Mapping[str, Any]) -> dict[str, Any]:
+        """These options of a call of the model, so that the call is recorded."""
+        options = {**model_options["transformer_options"], KEY: self}
+        return {**model_options, "transformer_options": options}
+
+    def heat(self, earlier: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean map of the call, [B, T, h, w]; `earlier`, an earlier call's, where a cache such as EasyCache
+        skipped the model. Raises RuntimeError where nothing was recorded before either.
+        """
+        if not self.maps and earlier is not None:
+            return earlier
         if not self.maps:
             raise RuntimeError(
                 "the model's cross-attention to the subject was not seen: give the sampler's positive the output of "
-                "Encode Identity, and remove nodes that replace the attention, or connect an outside `mask`"
+                "Encode Identity, and remove nodes that replace the attention, or connect your own `mask`"
             )
-        heats = [average(maps, self.config.resolution) for maps in self.maps.values()]
+        heats = [mean_map(maps, self.config.resolution) for maps in self.maps.values()]
         # Several devices may have run parts of one call.
         return torch.stack([heat.to(heats[0].device) for heat in heats]).mean(0)
 
@@ -157,7 +166,7 @@ class Watch:
         if grid[0] * grid[1] * grid[2] != count:
             raise ValueError(
                 f"layer {index} has {count} places where the latent has {grid}: this model adds tokens or crops its "
-                "latent, and cannot show where the subject is. Connect an outside `mask`"
+                "latent, and cannot show where the subject is. Connect your own `mask`"
             )
         return grid
 

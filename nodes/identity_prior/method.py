@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..training.objective import alike
 from .config import MaskConfig
 
-# Percents, grids and samplers round one sigma differently; so near counts as on it.
+# Percents, grids and samplers round one sigma differently; this close counts as equal.
 SIGMA_TOLERANCE = 1e-4
 
 # denoise(x, sigma) -> the denoised estimate of x [B, C, ...] at sigma
@@ -37,10 +37,10 @@ class PriorObjective:
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         subject = self.subject.draw(generator)
-        others = self.classes.draw(generator)
-        if not alike(subject[0], others[0]):
-            return self._mean(subject, generator) + self.weight * self._mean(others, generator)
-        both = self._losses([*subject, *others], generator)
+        classes = self.classes.draw(generator)
+        if not alike(subject[0], classes[0]):
+            return self._mean(subject, generator) + self.weight * self._mean(classes, generator)
+        both = self._losses([*subject, *classes], generator)
         return both[: len(subject)].mean() + self.weight * both[len(subject) :].mean()
 
     def _mean(self, samples, generator) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Trajectory:
         return self.latents[i + 1] - (self.latents[i] - self.latents[i + 1]) * (low / (high - low))
 
     def _segment(self, sigma: float) -> tuple[int, float, float]:
-        """The step that starts at sigma or above it; the first one for what lies higher."""
+        """The step that starts at sigma or above it, the first one for higher sigmas: its number and both its ends."""
         lower = self.sigmas[1:-1]
         i = sum(sigma <= low * (1 + SIGMA_TOLERANCE) for low in lower)
         return i, self.sigmas[i], self.sigmas[i + 1]
@@ -90,12 +90,12 @@ def invert(
     denoise: Denoise, clean: torch.Tensor, sigmas: Sequence[float], scale: Callable[[float], float],
     method: str, iterations: int, on_step: Callable[[int, torch.Tensor], None],
 ) -> torch.Tensor:
-    """The path of `clean` [B, C, ...] backwards over `sigmas`, falling to 0: [S + 1, B, C, ...] from noise on.
+    """The path of `clean` [B, C, ...] backwards over `sigmas`, which fall to 0: [S + 1, B, C, ...], noise first.
 
     A step of Euler or DDIM leads from x at `high` to x + (low - high) d(x, high) with d = (x - denoised) / sigma;
-    its inverse wants d at the very x that is looked for. `ddim` takes d at a first guess, `fixed_point` repeats with
+    its inverse needs d at the very x that it solves for. `ddim` takes d at a first guess, `fixed_point` repeats with
     the better one, `renoise` averages all predictions but the first. scale(sigma) is the model's input for x = 1.
-    on_step(i, x) is told each new x, i counting steps of the sampler from the last one to the first.
+    on_step(i, x) receives each new x, with the sampler's steps i in reverse order.
     """
     path = [clean]
     for i in reversed(range(len(sigmas) - 1)):
@@ -115,7 +115,7 @@ def invert(
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """Raises ValueError where no path can be made over them."""
+    """Raises ValueError for sigmas that do not fall to 0."""
     if len(sigmas) < 2 or sigmas[-1] != 0 or any(a <= b for a, b in zip(sigmas, sigmas[1:])):
         raise ValueError(
             f"sigmas do not fall to 0 ({len(sigmas)} values): connect those of a scheduler, whole, to `sigmas`"
@@ -135,8 +135,8 @@ def same_grid(edit: Sequence[float], inverted: Sequence[float]) -> bool:
 # Masks
 
 
-def average(maps: Sequence[torch.Tensor], resolution: int) -> torch.Tensor:
-    """The mean of maps [B, T, h, w] of several layers, at `resolution` cells of the longer side; 0 is the finest."""
+def mean_map(maps: Sequence[torch.Tensor], resolution: int) -> torch.Tensor:
+    """The mean of several layers' maps [B, T, h, w], at `resolution` cells on the longer side; 0 is the finest's."""
     finest = max(maps, key=lambda heat: heat.shape[-2] * heat.shape[-1])
     size = finest.shape[-2:]
     if resolution:
@@ -150,22 +150,19 @@ def subject_mask(heat: torch.Tensor, size: Sequence[int], config: MaskConfig) ->
     """
     heat = _resized(_blurred(heat.float(), config.smoothing), size)
     low, high = (edge(heat.flatten(1), 1)[..., None, None, None] for edge in (torch.amin, torch.amax))
-    # A map without any range tells nothing: the subject may be anywhere.
+    # A constant map shows nothing: the subject may be anywhere.
     level = torch.where(high > low, (heat - low) / (high - low).clamp(min=1e-12), torch.ones_like(heat))
     return (level >= config.threshold).float()
 
 
 def grown(mask: torch.Tensor, cells: int) -> torch.Tensor:
-    """The mask [B, T, H, W], wider by so many cells on every side."""
+    """The mask [B, T, H, W], wider by `cells` on every side."""
     return F.max_pool2d(mask, 2 * cells + 1, stride=1, padding=cells) if cells else mask
 
 
-def union(*masks: torch.Tensor) -> torch.Tensor:
-    """M = M_s ∪ M_e; the higher one where they are soft."""
-    result = masks[0]
-    for mask in masks[1:]:
-        result = torch.maximum(result, mask)
-    return result
+def union(source: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """M = M_s ∪ M_e; the higher value where they are soft."""
+    return torch.maximum(source, edited)
 
 
 def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -195,7 +192,7 @@ def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def check_masks(count: int, batch: int) -> None:
-    """Raises ValueError where so many masks do not fit the batch."""
+    """Raises ValueError for a number of masks that does not fit the batch."""
     if count not in (1, batch):
         more = f", or {batch}" if batch > 1 else ""
         raise ValueError(f"mask holds {count} masks and the batch is {batch}: connect one{more}")

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from .. import subject_tokens
 from ..messages import tell
-from . import blending, files, inversion
+from . import files, inversion, sampling
 from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
 
 CATEGORY = "Understudy/Identity prior"
@@ -169,7 +169,7 @@ class UnderstudyInvertImage(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent, sigmas, method, iterations, mask_threshold, **maps) -> io.NodeOutput:
         masks = MaskConfig(threshold=mask_threshold, grow=0, **maps)
-        found = inversion.run(model, positive, latent, sigmas, InversionConfig(method, iterations), masks)
+        found = inversion.invert(model, positive, latent, sigmas, InversionConfig(method, iterations), masks)
         size = f"{found.megabytes:.1f} MB on {found.trajectory.latents.device}"
         said = f"inverted over {len(sigmas) - 1} steps by {method}; the path takes {size}"
         tell("Invert Image", [said])
@@ -224,7 +224,7 @@ class UnderstudyIdentityMaskBlend(io.ComfyNode):
     ) -> io.NodeOutput:
         masks = MaskConfig(threshold=threshold, grow=grow, **maps)
         config = BlendConfig(start_percent, end_percent)
-        return io.NodeOutput(blending.apply(model, inversion, positive, masks, config, mask))
+        return io.NodeOutput(sampling.apply(model, inversion, positive, masks, config, mask))
 
 
 class UnderstudyEditMasks(io.ComfyNode):
@@ -254,7 +254,7 @@ class UnderstudyEditMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples) -> io.NodeOutput:
-        source, edited = (_pixels(mask, model) for mask in blending.masks_of(model, samples["samples"]))
+        source, edited = (_pixels(mask, model) for mask in sampling.masks_of(model, samples["samples"]))
         gap = source.new_full((*source.shape[:2], _GAP), 0.5)
         shown = torch.cat([source, gap, edited], dim=2).unsqueeze(-1).expand(-1, -1, -1, 3)
         return io.NodeOutput(source, edited, ui=ui.PreviewImage(shown, cls=cls).as_dict())

@@ -6,7 +6,7 @@ import comfy.model_base
 import comfy.samplers
 import comfy.supported_models
 import torch
-from pack.nodes.identity_prior import blending, inversion
+from pack.nodes.identity_prior import inversion, sampling
 from pack.nodes.identity_prior.config import BlendConfig, InversionConfig, MaskConfig
 from pack.nodes.subject_tokens import SUBJECT_TOKENS
 from support import tiny_model
@@ -46,7 +46,7 @@ def inverted(model, *, given=None, sigmas=None, positive=None, method="fixed_poi
     """What Invert Image finds, in the host's mode."""
     sigmas = grid(model, steps) if sigmas is None else sigmas
     with torch.inference_mode():
-        return inversion.run(
+        return inversion.invert(
             model, prompt() if positive is None else positive, latent() if given is None else given, sigmas,
             InversionConfig(method, iterations), MaskConfig(grow=0, **masks),
         )
@@ -61,7 +61,7 @@ EDIT = prompt(5)
 def blended(model=MODEL, mask=None, found=None, positive=EDIT, start=0.0, end=1.0, **masks):
     """A clone of `model` that blends along its path in FOUND, or along `found`."""
     found = FOUND[id(model)] if found is None else found
-    return blending.apply(model, found, positive, MaskConfig(**masks), BlendConfig(start, end), mask)
+    return sampling.apply(model, found, positive, MaskConfig(**masks), BlendConfig(start, end), mask)
 
 
 def sample(model, sampler="euler", base=MODEL, found=None, **options):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from pack.nodes.identity_prior import blending, capture
+from pack.nodes.identity_prior import capture, sampling
 from pack.nodes.identity_prior.config import BlendConfig, MaskConfig
 from pack.nodes.identity_prior.nodes import UnderstudyEditMasks, UnderstudyIdentityMaskBlend, UnderstudyInvertImage
 from PIL import Image
@@ -55,7 +55,7 @@ def heats_of(model, patched, monkeypatch, **options):
     """The map of every call in a run."""
     heats = []
     original = capture.Watch.heat
-    monkeypatch.setattr(capture.Watch, "heat", lambda self: heats.append(original(self)) or heats[-1])
+    monkeypatch.setattr(capture.Watch, "heat", lambda self, *earlier: heats.append(original(self, *earlier)) or heats[-1])
     sample(patched, base=model, **options)
     return heats
 
@@ -89,7 +89,7 @@ def test_prompts_of_unlike_lengths_are_repeated_by_the_host(monkeypatch):
 def test_masks_join_the_source_and_the_edit_and_are_shown():
     patched = blended(grow=0, threshold=0.8)
     result = sample(patched)
-    run = blending.masks_of(patched, result)
+    run = sampling.masks_of(patched, result)
     source, edited = run
     joined = torch.maximum(source, edited)
     assert 0 < joined.mean() < 1 and not torch.equal(source, edited)
@@ -111,18 +111,18 @@ def test_masks_join_the_source_and_the_edit_and_are_shown():
 def test_masks_belong_to_the_samples_that_they_made(caplog):
     patched = blended(threshold=0.7)
     results = [sample(patched, seed=3)]
-    blending.masks_of(patched, results[0] * 2)  # of one run there is no doubt
+    sampling.masks_of(patched, results[0] * 2)  # of one run there is no doubt
     results.append(sample(patched, seed=4))
-    first, second = (blending.masks_of(patched, result)[1] for result in results)
+    first, second = (sampling.masks_of(patched, result)[1] for result in results)
     assert not torch.equal(first, second)
     # What was changed meanwhile shows the last run's.
     assert "last run's" not in caplog.text
-    assert torch.equal(blending.masks_of(patched, results[0] * 2)[1], second)
+    assert torch.equal(sampling.masks_of(patched, results[0] * 2)[1], second)
     assert "shows the last run's" in caplog.text
     with pytest.raises(ValueError, match="has not been sampled"):
-        blending.masks_of(blended(), results[0])
+        sampling.masks_of(blended(), results[0])
     with pytest.raises(ValueError, match="no blend"):
-        blending.masks_of(MODEL, results[0])
+        sampling.masks_of(MODEL, results[0])
 
 
 def test_patches_leave_the_model_and_each_other_alone():
@@ -147,7 +147,7 @@ def test_steps_in_which_a_cache_skips_the_model_keep_the_mask(node):
     assert not torch.equal(plain, sample(MODEL))
     patched = blended(cached, found=found, grow=0, threshold=0.8)
     result = sample(patched, found=found)
-    joined = torch.maximum(*blending.masks_of(patched, result)).expand_as(result)
+    joined = torch.maximum(*sampling.masks_of(patched, result)).expand_as(result)
     assert 0 < joined.mean() < 1
     torch.testing.assert_close(result[joined == 0], latent()["samples"][joined == 0], rtol=1e-4, atol=1e-5)
     assert torch.equal(sample(blended(cached, found=found, threshold=0.0), found=found), plain)
@@ -190,13 +190,13 @@ def test_what_cannot_show_the_subject_is_refused():
         sample(blended(), positive=tiny_model.conditioning(1))
     wan = tiny_model.wan()
     with pytest.raises(ValueError, match="invert with this model"):
-        blending.apply(wan, FOUND[id(MODEL)], EDIT, MaskConfig(), BlendConfig(), None)
+        sampling.apply(wan, FOUND[id(MODEL)], EDIT, MaskConfig(), BlendConfig(), None)
 
 
 def test_context_windows_and_models_without_cross_attention_need_a_mask(monkeypatch):
     watch = capture.Watch({}, capture.layers_of(MODEL), MaskConfig(), torch.Size(SHAPE))
     q = torch.zeros(1, 64, 32)
-    with pytest.raises(ValueError, match="context windows.*outside `mask`"):
+    with pytest.raises(ValueError, match="context windows.*your own `mask`"):
         watch.record(0, q, q, 2, {"context_window": object(), "uuids": []})
     with pytest.raises(ValueError, match="has 63 places where the latent has"):
         watch.entries = {"a": (COLUMNS, 4)}
@@ -206,7 +206,7 @@ def test_context_windows_and_models_without_cross_attention_need_a_mask(monkeypa
     monkeypatch.setattr(capture, "layers_of", lambda model: ())
     found = inverted(MODEL, positive=tiny_model.conditioning(1))
     assert found.source_mask.all()
-    with pytest.raises(ValueError, match="no cross-attention.*outside `mask`"):
+    with pytest.raises(ValueError, match="no cross-attention.*your own `mask`"):
         blended(found=found)
     result = sample(blended(mask=torch.zeros(1, 8, 8), found=found), found=found)
     torch.testing.assert_close(result, latent()["samples"], rtol=1e-4, atol=1e-5)

@@ -102,8 +102,8 @@ def test_growing_is_the_cells_around(cells, height, width, seed):
 
 def test_layers_are_averaged_at_the_finest_or_the_asked_resolution():
     maps = [torch.full((1, 1, 8, 4), 1.0), torch.full((1, 1, 4, 2), 3.0)]
-    assert torch.equal(method.average(maps, 0), torch.full((1, 1, 8, 4), 2.0))
-    assert method.average(maps, 6).shape == (1, 1, 6, 3)
+    assert torch.equal(method.mean_map(maps, 0), torch.full((1, 1, 8, 4), 2.0))
+    assert method.mean_map(maps, 6).shape == (1, 1, 6, 3)
 
 
 def test_union_and_blend():

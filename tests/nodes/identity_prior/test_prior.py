@@ -16,7 +16,7 @@ from pack.nodes import subject_tokens
 from pack.nodes.files import weights
 from pack.nodes.files.names import WeightFileError
 from pack.nodes.fingerprint import fingerprint
-from pack.nodes.identity_prior import blending, files, references
+from pack.nodes.identity_prior import files, references, sampling
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEncodeIdentity,
     UnderstudyLoadIdentityPrior,
@@ -147,7 +147,7 @@ def test_models_of_v_prediction_and_of_two_encoders_learn_and_edit(puppets, kind
         patched, found=found, positive=positive, negative=positive, latent=latent["samples"],
         shape=latent["samples"].shape,
     )
-    joined = torch.maximum(*blending.masks_of(patched, edited)).expand_as(edited)
+    joined = torch.maximum(*sampling.masks_of(patched, edited)).expand_as(edited)
     assert 0 < joined.mean() < 1 and torch.isfinite(edited).all()
     torch.testing.assert_close(edited[joined == 0], latent["samples"][joined == 0], rtol=1e-4, atol=1e-5)
 

@@ -1,9 +1,9 @@
-"""The blend in the host: a model whose background follows the inverted picture, whatever sampler runs it.
+"""The blend inside a sampling run: a model whose background follows the inverted picture, whatever sampler runs it.
 
-A sampler owns its latent x, so the blend stands at the model call, which every sampler makes in the same terms:
-before it, x outside the mask is the path at that sigma; after it, the estimate there is the one that leads along the
-path, so that Euler and DDIM walk it exactly and other samplers as near as their order allows. When the sampler is
-done, what lies outside is the end of the path itself.
+A sampler keeps its latent x to itself, so the blend acts at the model call, which every sampler makes in the same
+terms: before it, x outside the mask is the path at that sigma; after it, the estimate there is the one that leads
+along the path, so that Euler and DDIM follow it exactly and other samplers as closely as their order allows. When
+the sampler is done, what is outside is the end of the path itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.samplers
@@ -23,17 +24,20 @@ from ..messages import tell
 from ..patching import models, samplers
 from . import capture, method
 from .config import BlendConfig, MaskConfig
-from .inversion import Inversion, Inverting
+from .inversion import Inversion, InversionSampler
 
 KEY = "understudy_identity_blend"
-_KEPT_RUNS = 4
+_REMEMBERED_RUNS = 4
 
 
 def apply(
     model: Any, inversion: Inversion, positive: list, masks: MaskConfig, config: BlendConfig,
     mask: torch.Tensor | None,
 ) -> Any:
-    """A clone of `model` that blends. Raises ValueError, naming the input and the fix, where it cannot."""
+    """A clone of `model` that blends, by `mask` [F, H, W] if there is one, else by masks from its own attention.
+
+    Raises ValueError, naming the input and the fix, where it cannot.
+    """
     channels = model.model.latent_format.latent_channels
     clean = inversion.trajectory.clean
     if clean.shape[1] != channels:
@@ -41,60 +45,64 @@ def apply(
             f"inversion has {clean.shape[1]} channels and the model's latents have {channels}: invert with this model"
         )
     layers = capture.layers_of(model)
-    outside = None if mask is None else method.latent_mask(mask, clean.shape)
-    if outside is None:
+    if mask is not None:
+        mask = method.latent_mask(mask, clean.shape)
+    else:
         subject_tokens.require_subject(positive, "positive")
         if not layers:
-            raise ValueError("this model has no cross-attention to find the subject by: connect an outside `mask`")
+            raise ValueError("this model has no cross-attention to find the subject by: connect your own `mask`")
         capture.chosen_layers(layers, masks, max(clean.shape[-2:]))
         model = capture.watched(model)
-    blending = Blending(inversion, layers, masks, config, outside)
+    blend = IdentityBlend(inversion, layers, masks, config, mask)
     wrappers = {
-        WrappersMP.OUTER_SAMPLE: blending.outer_sample,
-        WrappersMP.SAMPLER_SAMPLE: blending.sampler_sample,
-        WrappersMP.PREDICT_NOISE: blending.predict_noise,
+        WrappersMP.OUTER_SAMPLE: blend.outer_sample,
+        WrappersMP.SAMPLER_SAMPLE: blend.sampler_sample,
+        WrappersMP.PREDICT_NOISE: blend.predict_noise,
     }
-    return models.with_wrappers(model, key=KEY, wrappers=wrappers, attachment=blending)
+    return models.with_wrappers(model, key=KEY, wrappers=wrappers, attachment=blend)
 
 
-class Blending:
-    """The blend of one patched model. What a run needs travels with it; only its masks stay, for Show Edit Masks."""
+class IdentityBlend:
+    """The blend of one patched model. A run's state travels with it; only its masks stay, for Show Edit Masks."""
 
-    def __init__(self, inversion, layers, masks, config, outside):
+    def __init__(
+        self, inversion: Inversion, layers: Sequence[Any], masks: MaskConfig, config: BlendConfig,
+        connected_mask: torch.Tensor | None,
+    ):
         self.inversion = inversion
         self.layers = layers
         self.masks = masks
         self.config = config
-        self.outside = outside
+        self.connected_mask = connected_mask
         # Source and edited mask [B, T, H, W] of the last runs, by the digest of their samples.
-        self.runs: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.run_masks: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def outer_sample(self, executor, *args, **kwargs):
-        """The host's OUTER_SAMPLE: remember the masks under what came out."""
+        """ComfyUI's OUTER_SAMPLE: remember the masks under the samples that they made."""
         self._last = None
         samples = executor(*args, **kwargs)
         if self._last is not None and not samples.is_nested:
-            self.runs[_digest(samples)] = self._last
-            while len(self.runs) > _KEPT_RUNS:
-                self.runs.popitem(last=False)
+            self.run_masks[_digest(samples)] = self._last
+            while len(self.run_masks) > _REMEMBERED_RUNS:
+                self.run_masks.popitem(last=False)
         return samples
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None,
                        denoise_mask=None, disable_pbar=False):
-        """The host's SAMPLER_SAMPLE: one run, from its checks to its last blend."""
+        """ComfyUI's SAMPLER_SAMPLE: one run, from its checks to its last blend."""
         name = _check_sampler(executor.class_obj)
-        grid = [float(sigma) for sigma in sigmas]
-        if not method.same_grid(grid, self.inversion.trajectory.sigmas):
+        grid, inverted = [float(sigma) for sigma in sigmas], self.inversion.trajectory.sigmas
+        if not method.same_grid(grid, inverted):
             raise ValueError(
                 f"the sampler has {len(grid)} sigmas from {grid[0]:.4g} to {grid[-1]:.4g}, and the picture was "
-                f"inverted on others, from {self.inversion.trajectory.sigmas[0]:.4g} in "
-                f"{len(self.inversion.trajectory.sigmas)}: connect the same SIGMAS to Invert Image and to the sampler"
+                f"inverted on others, {len(inverted)} from {inverted[0]:.4g}: connect the same SIGMAS to Invert Image "
+                "and to the sampler"
             )
-        run = _Run(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(guider.conds))
-        if run.starts_elsewhere(guider, sigmas, noise, latent_image):
-            said = "noise is not that of Invert Image, so the edit will not follow the picture: connect its `noise`"
-            tell("Identity Mask Blend", [said], logging.WARNING)
+        run = _BlendRun(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(guider.conds))
+        if run.starts_off_path(guider, sigmas, noise, latent_image):
+            warning = "noise is not that of Invert Image, so the edit will not follow the picture: connect its `noise`"
+            tell("Identity Mask Blend", [warning], logging.WARNING)
         options = extra_args["model_options"]
         options = {**options, "transformer_options": {**options["transformer_options"], KEY: run}}
         samples = executor(
@@ -103,71 +111,71 @@ class Blending:
         )
         self._last = run.masks()
         last = grid[-1]
-        if run.acts(last) and samples.shape == noise.shape:
-            sampling = guider.inner_model.model_sampling
+        if run.is_active(last) and samples.shape == noise.shape:
+            model_sampling = guider.inner_model.model_sampling
             end = run.path.at(last).to(samples)
-            end = end if last == 0 else sampling.inverse_noise_scaling(sigmas[-1], end)
-            # What is mixed is mixed already: some samplers end beside their last estimate.
+            end = end if last == 0 else model_sampling.inverse_noise_scaling(sigmas[-1], end)
+            # Partly masked cells were already blended at each step; some samplers end beside their last estimate.
             samples = method.blend(samples, end, (run.mask > 0).float())
         return samples
 
     def predict_noise(self, executor, x, timestep, model_options={}, seed=None):
-        """The host's PREDICT_NOISE: every guider's every estimate, in between blended in and out."""
+        """ComfyUI's PREDICT_NOISE: the guider's estimate, its input and its output blended with the path."""
         run = model_options.get("transformer_options", {}).get(KEY)
         sigma = float(timestep.flatten()[0])
-        if run is None or not run.acts(sigma):
+        if run is None or not run.is_active(sigma):
             return executor(x, timestep, model_options, seed)
         run.check(x)
-        watch = None
-        if self.outside is None:
-            watch = capture.Watch(run.entries, self.layers, self.masks, x.shape)
-            options = {**model_options["transformer_options"], capture.KEY: watch}
-            model_options = {**model_options, "transformer_options": options}
+        recorder = None
+        if self.connected_mask is None:
+            recorder = capture.Watch(run.subject, self.layers, self.masks, x.shape)
+            model_options = recorder.added_to(model_options)
         denoised = executor(method.blend(x, run.path.at(sigma), run.mask), timestep, model_options, seed)
-        # EasyCache and its like skip the model in some steps: the mask then stays as it was last seen.
-        if watch is not None and (watch.maps or not run.seen):
-            run.see(watch.heat())
+        if recorder is not None:
+            run.update_mask(recorder)
         return method.blend(denoised, run.path.denoised(sigma), run.mask)
 
 
-class _Run:
+class _BlendRun:
     """One sampling run: the path, and the mask as it changes."""
 
-    def __init__(self, blending: Blending, base: Any, noise: torch.Tensor, sampler: str, entries: dict):
-        self.blending = blending
+    def __init__(self, blend: IdentityBlend, base: Any, noise: torch.Tensor, sampler: str, subject: Mapping):
+        self.masks_config = blend.masks
+        self.connected_mask = blend.connected_mask
         self.sampler = sampler
-        self.entries = entries
+        self.subject = subject
         self.shape = noise.shape
-        # Where it lies: a step needs two of its latents, not all.
-        self.path = blending.inversion.trajectory
+        # It stays on its device: a step needs two of its latents, not all.
+        self.path = blend.inversion.trajectory
         percent_to_sigma = base.model_sampling.percent_to_sigma
-        self.start = percent_to_sigma(blending.config.start_percent) * (1 + method.SIGMA_TOLERANCE)
-        self.end = percent_to_sigma(blending.config.end_percent) * (1 + method.SIGMA_TOLERANCE)
-        self.to_the_end = blending.config.end_percent >= 1.0
+        self.start = percent_to_sigma(blend.config.start_percent) * (1 + method.SIGMA_TOLERANCE)
+        self.end = percent_to_sigma(blend.config.end_percent) * (1 + method.SIGMA_TOLERANCE)
+        self.to_the_end = blend.config.end_percent >= 1.0
         self.check(noise)
-        if blending.outside is not None:
-            method.check_masks(len(blending.outside), len(noise))
-        if blending.outside is None and not entries:
+        if self.connected_mask is not None:
+            method.check_masks(len(self.connected_mask), len(noise))
+        elif not subject:
             raise ValueError(
                 "the sampler's positive does not say where the subject is named: connect the same Encode Identity to "
                 "the sampler's positive as to Identity Mask Blend"
             )
-        self.source = blending.inversion.source_mask.to(noise.device)
+        self.source = blend.inversion.source_mask.to(noise.device)
         self.edited = torch.zeros_like(self.source)
-        self.seen = False
+        self.heat: torch.Tensor | None = None
         # As published, nothing is blended before the first step has shown where the subject is.
-        self.mask = torch.ones_like(self.source) if blending.outside is None else blending.outside.to(noise.device)
+        first = torch.ones_like(self.source) if self.connected_mask is None else self.connected_mask
+        self.mask = first.to(noise.device)
 
-    def acts(self, sigma: float) -> bool:
+    def is_active(self, sigma: float) -> bool:
         return self.start >= sigma and (sigma > self.end or self.to_the_end)
 
-    def starts_elsewhere(self, guider, sigmas, noise, latent_image) -> bool:
-        """Whether what the sampler makes of the noise is not the path's first latent; a later stretch may differ."""
+    def starts_off_path(self, guider, sigmas, noise, latent_image) -> bool:
+        """Whether the sampler makes another latent of the noise than the path's first one; a later stretch may."""
         first = self.path.sigmas[0]
         if not noise.any() or not math.isclose(float(sigmas[0]), first, rel_tol=method.SIGMA_TOLERANCE):
             return False
-        most = comfy.samplers.Sampler().max_denoise(guider, sigmas)
-        x = guider.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, most)
+        max_denoise = comfy.samplers.Sampler().max_denoise(guider, sigmas)
+        x = guider.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, max_denoise)
         start = self.path.at(first).to(x)
         # Rounding is far below a tenth, and another noise as large as the path itself.
         return bool((x - start).square().mean() > 0.01 * start.square().mean())
@@ -186,16 +194,16 @@ class _Run:
                 "size of the inverted picture, with one inverted latent or one for each of the batch"
             )
 
-    def see(self, heat: torch.Tensor) -> None:
-        """The edited branch's map of one call, [B, T, h, w]: the mask from now on."""
-        masks = self.blending.masks
-        self.edited = method.subject_mask(heat.to(self.source.device), self.source.shape[-2:], masks)
-        self.mask = method.grown(method.union(self.source, self.edited), masks.grow)
-        self.seen = True
+    def update_mask(self, recorder: capture.Watch) -> None:
+        """The mask from now on, from where the edit's last call shows the subject."""
+        self.heat = recorder.heat(self.heat)
+        heat = self.heat.to(self.source.device)
+        self.edited = method.subject_mask(heat, self.source.shape[-2:], self.masks_config)
+        self.mask = method.grown(method.union(self.source, self.edited), self.masks_config.grow)
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Source and edited mask [B, T, H, W], of one shape."""
-        edited = self.edited if self.blending.outside is None else self.mask
+        edited = self.edited if self.connected_mask is None else self.mask
         count, frames = max(len(self.source), len(edited)), self.source.shape[1]
         source, edited = (mask.expand(count, frames, -1, -1).cpu() for mask in (self.source, edited))
         return source, edited
@@ -203,24 +211,24 @@ class _Run:
 
 def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Source and edited mask [B, T, H, W] of the run that made `samples`. Raises ValueError, naming the fix."""
-    blending = models.attachment(model, KEY)
-    if blending is None:
+    blend = models.attachment(model, KEY)
+    if blend is None:
         raise ValueError("model has no blend: connect the output of Identity Mask Blend to `model`")
-    found = blending.runs.get(_digest(samples))
-    if found is None:
-        # Upscaled, composited or cut meanwhile: the last run's is what remains known.
-        found = next(reversed(blending.runs.values()), None)
-        if len(blending.runs) > 1:
-            logging.warning(
-                "[Understudy] samples are not what the sampler made, or older than its last %d runs: Show Edit Masks "
-                "shows the last run's. Connect the sampler's own latent to `samples`", _KEPT_RUNS,
-            )
-    if found is None:
+    masks = blend.run_masks.get(_digest(samples))
+    if masks is not None:
+        return masks
+    if not blend.run_masks:
         raise ValueError(
             "model has not been sampled with: connect the very output of Identity Mask Blend that the sampler has, "
             "and the sampler's latent to `samples`"
         )
-    return found
+    if len(blend.run_masks) > 1:
+        logging.warning(
+            "[Understudy] samples are not what the sampler made, or older than its last %d runs: Show Edit Masks "
+            "shows the last run's. Connect the sampler's own latent to `samples`", _REMEMBERED_RUNS,
+        )
+    # The samples were upscaled, composited or cut since.
+    return next(reversed(blend.run_masks.values()))
 
 
 def _digest(samples: torch.Tensor) -> str:
@@ -229,7 +237,7 @@ def _digest(samples: torch.Tensor) -> str:
 
 def _check_sampler(sampler: Any) -> str:
     """The sampler's name. Raises ValueError for one whose latents are not known to be the model's."""
-    if isinstance(sampler, Inverting):
+    if isinstance(sampler, InversionSampler):
         raise ValueError(
             "the model of Invert Image has a blend already: connect the model from before Identity Mask Blend to "
             "`model`"
