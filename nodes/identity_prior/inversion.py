@@ -185,7 +185,7 @@ class InvertedNoise:
         samples = input_latent["samples"]
         if samples.is_nested or samples.shape[1:] != self.start.shape[1:] or len(self.start) not in (1, len(samples)):
             raise ValueError(
-                f"the noise was inverted for latents of shape {tuple(self.start.shape)}, and the sampler's latent has "
+                f"the noise was inverted for latents of shape {tuple(self.start.shape)}, and the sampler's has shape "
                 f"{tuple(samples.shape)}: connect the inverted latent to the sampler"
             )
         image = samples.detach().to("cpu", torch.float32, copy=True)

@@ -80,7 +80,7 @@ class Trajectory:
         return self.latents[i + 1] - (self.latents[i] - self.latents[i + 1]) * (low / (high - low))
 
     def _segment(self, sigma: float) -> tuple[int, float, float]:
-        """The step that starts at sigma or above it, the first one for higher sigmas: its number and both its ends."""
+        """The step that starts at sigma or above it, the first one for higher sigmas: its number and its ends."""
         lower = self.sigmas[1:-1]
         i = sum(sigma <= low * (1 + SIGMA_TOLERANCE) for low in lower)
         return i, self.sigmas[i], self.sigmas[i + 1]

@@ -55,7 +55,12 @@ def heats_of(model, patched, monkeypatch, **options):
     """The map of every call in a run."""
     heats = []
     original = capture.Watch.heat
-    monkeypatch.setattr(capture.Watch, "heat", lambda self, *earlier: heats.append(original(self, *earlier)) or heats[-1])
+
+    def heat(recorder, *earlier):
+        heats.append(original(recorder, *earlier))
+        return heats[-1]
+
+    monkeypatch.setattr(capture.Watch, "heat", heat)
     sample(patched, base=model, **options)
     return heats
 

@@ -97,7 +97,7 @@ def test_a_noise_that_is_not_the_picture_s_is_told_of(model, caplog):
     sample(patched, "euler", model)
     with_inverted_noise(patched, "euler", found, scale=1.2)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    assert caplog.text.count("noise is not that of Invert Image") == 2
+    assert caplog.text.count("noise is not Invert Image's") == 2
 
 
 def test_a_mask_fades_between_the_edit_and_the_path():
