@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import comfy.conds
-import comfy.lora
 import comfy.model_base
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 
+from ..files import fitting
 from ..patching import models
 from . import method
 from .config import ApplyConfig
@@ -164,51 +163,16 @@ def with_unet(model: Any, fusion: Fusion, strength: float) -> Any:
     """
     if not fusion.unet:
         return model
-    if fusion.unet_kind == LORA:
-        _check_lora(model, fusion.unet)
-        return models.with_lora(model, weights=fusion.unet, strength=strength)
-    return models.with_weights(model, weights=_host_weights(model, fusion.unet), strength=strength)
-
-
-def _check_lora(model: Any, lora: Weights) -> None:
-    known = comfy.lora.model_lora_keys_unet(model.model, {})
-    own = model.model.state_dict()
-    for key, weight in lora.items():
-        stem, _, part = key.partition(".lora_")
-        if not part:
-            continue
-        expected = own[known[stem]].shape if stem in known else None
-        side = 0 if part.startswith("up") else 1
-        if expected is None or weight.shape[side : side + 1] != expected[side : side + 1]:
-            wanted = "no such layer" if expected is None else f"a layer of shape {tuple(expected)}"
-            raise FusionError(
-                f"this fusion's {key} has shape {tuple(weight.shape)} and the model has {wanted}: load the model "
-                "that it was trained for"
-            )
-
-
-def _host_weights(model: Any, weights: Weights) -> Weights:
-    """Whole weights by the host's names and in its shapes, from those or diffusers'."""
-    own = model.model.state_dict()
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    found = {}
-    for key, weight in weights.items():
-        name = key if key in own else f"diffusion_model.{names.get(key, key)}"
-        expected = own[name].shape if name in own else None
-        # Projections are convolutions of one pixel in one layout and matrices in the other.
-        if expected is not None and weight.shape != expected and weight.squeeze().shape == own[name].squeeze().shape:
-            weight = weight.reshape(expected)
-        if expected is None or weight.shape != expected:
-            wanted = "no such weight" if expected is None else f"shape {tuple(expected)}"
-            raise FusionError(
-                f"this fusion's {key} has shape {tuple(weight.shape)} and the model has {wanted}: load the model "
-                "that it was trained for"
-            )
-        found[name] = weight
-    missing = sorted(key for key in own if key.startswith("diffusion_model.") and key not in found)
+    try:
+        if fusion.unet_kind == LORA:
+            fitting.check_lora(model, fusion.unet)
+            return models.with_lora(model, weights=fusion.unet, strength=strength)
+        weights, missing = fitting.whole_network(model, fusion.unet)
+    except fitting.MisfitError as error:
+        raise FusionError(f"this fusion's {error}: load the model that it was trained for") from error
     if missing:
         logging.warning("[Understudy] the fusion's UNet lacks %d weights, %s first", len(missing), missing[0])
-    return found
+    return models.with_weights(model, weights=weights, strength=strength)
 
 
 def conditionings(

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
-import comfy.utils
 import torch
 
 from ..files import weights
+from ..files.fitting import MisfitError, check_lora
 from ..files.folders import LORAS
 from ..files.names import refused
 from ..fingerprint import fingerprint
@@ -22,7 +21,6 @@ from ..subject_tokens import Subject
 FOLDER = LORAS
 _ENTRY = "understudy_identity"
 _KIND = "LIPE identity prior (arXiv 2406.17236)"
-_ANOTHER, _OWN = "was made for another kind of model", "Load the model that it was trained on"
 
 
 def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: str) -> Path:
@@ -61,31 +59,14 @@ def apply(model: Any, tensors: Mapping[str, torch.Tensor], subject: Subject, str
 
     Raises WeightFileError, naming key and shapes, where the weights are another model's; the model is not touched.
     """
-    _check(model, tensors, name)
+    try:
+        check_lora(model, tensors)
+    except MisfitError as error:
+        problem = f"was made for another kind of model: {error}"
+        raise refused(name, problem, "Load the model that it was trained on") from error
     if subject.base and fingerprint(model) != subject.base:
         logging.warning(
             "[Understudy] %s was trained on another base model, or on one of another precision: the identity may "
             "show less. Load the model that it was trained on", name,
         )
     return model if strength == 0 else models.with_lora(model, weights=tensors, strength=strength)
-
-
-def _check(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    known = comfy.lora.model_lora_keys_unet(model.model, {})
-    for key, up in tensors.items():
-        stem, found, _ = key.partition(".lora_up.weight")
-        if not found:
-            continue
-        target = known.get(stem)
-        if target is None:
-            raise refused(name, f"{_ANOTHER}: it has {stem}, which this one lacks", _OWN)
-        weight = comfy.utils.get_attr(model.model, target)
-        down = tensors.get(f"{stem}.lora_down.weight")
-        if type(weight) not in (torch.Tensor, torch.nn.Parameter) or down is None:
-            continue  # packed weights have a shape of their own
-        shape = (up.shape[0], down.shape[1])
-        if shape != tuple(weight.shape[:2]):
-            raise refused(
-                name, f"{_ANOTHER}: it has {stem} for a weight of shape {shape}, and this one's is "
-                f"{tuple(weight.shape)}", _OWN,
-            )
