@@ -1,4 +1,4 @@
-"""What stands for a transformer's blocks while references are shown: their first attention sees those, too."""
+"""The patch of a Wan block whose self-attention sees references; apart, since it holds no tensor and knows no run."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from ...kernels import restricted_attention
 from ...kernels.restricted_attention import Reference
 
 KEY = "understudy_video_identity"
-ACTED = "understudy_video_identity_acted"  # a call's `Acted`
+REACHED = "understudy_video_identity_reached"  # a call's `ReachedBlocks`
 OVERRIDE = "optimized_attention_override"
 
 
 def patches(network: Any) -> dict[int, Any]:
-    """For `models.with_block_patches`: what makes the patch of each block."""
+    """What makes the patch of each block of a Wan transformer, for `models.with_block_patches`."""
     return {i: functools.partial(BlockPatch, i) for i in range(len(network.blocks))}
 
 
-class Acted:
-    """The blocks of one call that met their references. An object, since the host copies the lists in its options."""
+class ReachedBlocks:
+    """The blocks of one call that met their references. An object, since ComfyUI copies the lists in its options."""
 
     def __init__(self) -> None:
-        self.blocks: list[int] = []
+        self.numbers: list[int] = []
 
 
 class BlockPatch:
-    """What stands for one transformer block: the block itself, or an earlier patch of it, with more to attend to.
+    """Runs a block, or an earlier patch of it, with the references of the call as further keys and values.
 
-    It holds no tensor and knows no run, so a patched model may be cached, cloned and compiled.
+    Since it holds no tensor and knows no run, a patched model may be cached, cloned and compiled.
     """
 
     key = KEY
@@ -44,24 +44,24 @@ class BlockPatch:
             return self._inner(args, extra)
         attention, acted = RestrictedAttention(references, options.get(OVERRIDE)), []
 
-        def original_block(given: dict) -> dict:
+        def original_block(block_args: dict) -> dict:
             """The block itself, which an earlier patch may run once, twice or not at all."""
             attention.uses = attention.period = 0
-            out = extra["original_block"](given)
+            out = extra["original_block"](block_args)
             attention.period = attention.uses
             acted.append(attention.uses > 0)
             return out
 
         options = {**options, OVERRIDE: attention}
-        # A second patch of ours further in, under someone else's, must not add the references again.
+        # A second patch of ours, under another extension's, must not add the references again.
         del options[KEY]
-        if (acted_in := options.pop(ACTED, None)) is not None:
-            acted_in.blocks.append(self.index)
+        if (reached := options.pop(REACHED, None)) is not None:
+            reached.numbers.append(self.index)
         out = self._inner({**args, "transformer_options": options}, {**extra, "original_block": original_block})
-        # A block that is skipped gives back what it was given; any other result is of an attention that we missed.
+        # A skipped block returns its input; any other result comes from an attention that we missed.
         if not all(acted) or (not acted and out["img"] is not args["img"]):
             raise RuntimeError(
-                f"block {self.index} of this model did not use the host's attention, so the identity could not act: "
+                f"block {self.index} of this model did not use ComfyUI's attention, so the identity could not act: "
                 "remove the node or extension that replaces the model's self-attention"
             )
         return out
@@ -71,9 +71,9 @@ class BlockPatch:
 
 
 class RestrictedAttention:
-    """The host's attention override of one block in one call: its first use is the self-attention of the video.
+    """ComfyUI's attention override for one block in one call: its first use is the self-attention of the video.
 
-    A checkpointed block runs again in the backward pass and uses it as often once more: `period` uses are one run.
+    A checkpointed block runs again in the backward pass, with as many uses again: `period` uses are one run.
     """
 
     def __init__(self, references: tuple[Reference, ...], earlier: Any):
@@ -83,7 +83,7 @@ class RestrictedAttention:
         self.period = 0
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
-        def users_own(q, k, v):
+        def user_attention(q, k, v):
             if self.earlier is None:
                 return function(q, k, v, heads, *args, **kwargs)
             return self.earlier(function, q, k, v, heads, *args, **kwargs)
@@ -91,9 +91,9 @@ class RestrictedAttention:
         first = self.uses % self.period == 0 if self.period else self.uses == 0
         self.uses += 1
         if not first:
-            return users_own(q, k, v)
+            return user_attention(q, k, v)
         if args or kwargs.get("mask") is not None:
-            raise RuntimeError("this model masks its self-attention, which the video identity adapter cannot join")
+            raise RuntimeError("this model masks its self-attention, to which the video identity adapter cannot add")
 
         def by_heads(*rows):
             return (row.unflatten(-1, (heads, -1)) for row in rows)
@@ -101,6 +101,6 @@ class RestrictedAttention:
         if all(reference.weight is None for reference in self.references):
             return restricted_attention.joint(
                 *by_heads(q, k, v), self.references,
-                lambda *rows: users_own(*(row.flatten(2) for row in rows)).unflatten(-1, (heads, -1)),
+                lambda *rows: user_attention(*(row.flatten(2) for row in rows)).unflatten(-1, (heads, -1)),
             ).flatten(2)
         return restricted_attention.weighted(*by_heads(q, k, v), self.references).flatten(2)

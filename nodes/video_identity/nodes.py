@@ -7,7 +7,7 @@ import logging
 from comfy_api.latest import io, ui
 
 from ..messages import tell
-from . import files, method, reference_picture, running
+from . import files, method, reference_picture, sampling
 from .config import ReferenceConfig, VideoIdentityConfig
 
 CATEGORY = "Understudy/Video identity"
@@ -160,8 +160,8 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
         cls, model, adapter, reference, strength, start_percent, end_percent, blocks, mask=None
     ) -> io.NodeOutput:
         config = VideoIdentityConfig(strength, start_percent, end_percent, blocks)
-        identity = method.identity(adapter, reference["samples"], config, mask)
-        return io.NodeOutput(running.apply(model, identity))
+        video_reference = method.video_reference(adapter, reference["samples"], config, mask)
+        return io.NodeOutput(sampling.apply(model, video_reference))
 
 
 NODES = [UnderstudyPrepareReference, UnderstudyLoadVideoIdentityAdapter, UnderstudyApplyVideoIdentity]

@@ -63,7 +63,7 @@ from benchmarks.restricted_attention_counts import (  # noqa: E402
 )
 from comfy.ldm.modules.attention import optimized_attention  # noqa: E402
 from pack.kernels import restricted_attention as ra  # noqa: E402
-from pack.nodes.video_identity import method, running  # noqa: E402
+from pack.nodes.video_identity import method, reference_pass, sampling  # noqa: E402
 from pack.nodes.video_identity.config import VideoIdentityConfig  # noqa: E402
 from support import tiny_model  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
@@ -168,9 +168,9 @@ class Steps:
         self.adapter = method.adapter_from({key: tensor.to(device, dtype) for key, tensor in tensors.items()})
         generator = torch.Generator().manual_seed(0)
         latent = torch.randn(1, 16, 1, *shape.reference, generator=generator)
-        identity = method.identity(self.adapter, latent, VideoIdentityConfig())
-        patched = running.apply(plain, identity)
-        self.identities = running.models.attachment(patched, running.KEY)
+        reference = method.video_reference(self.adapter, latent, VideoIdentityConfig())
+        patched = sampling.apply(plain, reference)
+        self.references = sampling.models.attachment(patched, sampling.KEY)
         self.options = {
             **patched.model_options["transformer_options"],
             "wrappers": comfy.patcher_extension.copy_nested_dicts(patched.wrappers),
@@ -189,13 +189,15 @@ class Steps:
         return self._step(x, self.options)
 
     def every(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        self.identities.cache.clear()
+        self.references.cache.clear()
         return self.cached(x)
 
     @torch.inference_mode()
     def prefill(self) -> object:
-        size = running.token_grid(self.base.diffusion_model, self.x)
-        return running.reference_rows(self.base, self.adapter, self.latent, self.blocks, size, {})
+        size = reference_pass.token_grid(self.base.diffusion_model, self.x)
+        return reference_pass.reference_kv(
+            self.base, self.adapter, self.latent, blocks=self.blocks, video_size=size, options={}
+        )
 
     def _step(self, x, options):
         x = self.x if x is None else x

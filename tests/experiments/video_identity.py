@@ -79,10 +79,10 @@ class Stage:
         self.cases = cases
         self.theatre = sampling.VideoTheatre(TRANSFORMER, AUTOENCODER, STATE, theatre_wan.FRAMES)
         # After the host is on the path.
-        from pack.nodes.video_identity import method, reference_picture, running
+        from pack.nodes.video_identity import method, reference_picture, sampling as applying
         from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
 
-        self._method, self._running, self._config = method, running, VideoIdentityConfig()
+        self._method, self._applying, self._config = method, applying, VideoIdentityConfig()
         self._prepare = functools.partial(reference_picture.prepare, config=ReferenceConfig(96, 1.1))
         self.adapter = method.adapter_from(safetensors.torch.load_file(ADAPTER))
         with safe_open(str(ADAPTER), "pt") as file:
@@ -107,7 +107,7 @@ class Stage:
         if arm in variants.VARIANTS:
             return variants.applied(variants.VARIANTS[arm], plain, self.learnt(arm), latent)
         adapter = self.adapter if arm == OURS else self._untrained()
-        return self._running.apply(plain, self._method.identity(adapter, latent, self._config))
+        return self._applying.apply(plain, self._method.video_reference(adapter, latent, self._config))
 
     @functools.cached_property
     def _zero(self):

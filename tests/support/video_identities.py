@@ -10,7 +10,7 @@ import comfy.weight_adapter
 import torch
 from comfy.context_windows import IndexListContextWindow
 from pack.nodes.patching import models
-from pack.nodes.video_identity import method, running
+from pack.nodes.video_identity import method, sampling
 from pack.nodes.video_identity.config import VideoIdentityConfig
 from support import published_wan, tiny_model
 
@@ -30,12 +30,12 @@ def reference(seed=1, height=6, width=4, channels=16):
 
 def identity(seed=1, adapter=ADAPTER, mask=None, latent=None, **settings):
     latent = reference(seed) if latent is None else latent
-    return method.identity(adapter, latent, VideoIdentityConfig(**settings), mask)
+    return method.video_reference(adapter, latent, VideoIdentityConfig(**settings), mask)
 
 
 def shown(model=MODEL, *identities, **settings):
     for one in identities or (identity(**settings),):
-        model = running.apply(model, one)
+        model = sampling.apply(model, one)
     return model
 
 
@@ -103,22 +103,22 @@ def call_loaded(patcher, x, **options):
         patcher.detach()
 
 
-def cached_rows(cache):
+def cached_kv(cache):
     """The only keys and values in a cache."""
-    (versions,) = [versions for key, (_, versions) in cache._entries.items() if key[1] == "rows"]
-    (rows,) = versions.values()
-    return rows
+    (versions,) = [versions for key, (_, versions) in cache._entries.items() if key[1] == "kv"]
+    (kv,) = versions.values()
+    return kv
 
 
 def weighed(x, weights, identities, model=MODEL, **conditions):
     """The model's answer with references and weights [N], in its own blocks, each softmax by the definition."""
     defined = model.clone()
-    rows = []
+    kvs = []
     for one in identities:
         model_with = shown(model, one)
         call(model_with, x, cleanup=False, **conditions)
-        cache = models.attachment(model_with, running.KEY).cache
-        rows.append(cached_rows(cache))
+        cache = models.attachment(model_with, sampling.KEY).cache
+        kvs.append(cached_kv(cache))
         cache.clear()
 
     def patch_of(i):
@@ -133,11 +133,11 @@ def weighed(x, weights, identities, model=MODEL, **conditions):
                 out = torch.zeros_like(q)
                 for n in range(q.shape[1]):
                     score = [torch.einsum("bhd,bmhd->bhm", q[:, n], k) / q.shape[-1] ** 0.5]
-                    for row, weight in zip(rows, weights, strict=True):
-                        s = torch.einsum("bhd,bmhd->bhm", q[:, n], row[i][0].double().expand(len(q), -1, -1, -1))
+                    for kv, weight in zip(kvs, weights, strict=True):
+                        s = torch.einsum("bhd,bmhd->bhm", q[:, n], kv[i][0].double().expand(len(q), -1, -1, -1))
                         score.append(s / q.shape[-1] ** 0.5 + torch.log(weight[n].double()))
                     share = torch.cat(score, -1).softmax(-1)
-                    values = torch.cat([v, *(row[i][1].double().expand(len(q), -1, -1, -1) for row in rows)], 1)
+                    values = torch.cat([v, *(kv[i][1].double().expand(len(q), -1, -1, -1) for kv in kvs)], 1)
                     out[:, n] = torch.einsum("bhm,bmhd->bhd", share, values)
                 return out.flatten(2).float()
 

@@ -16,13 +16,13 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_train import TrainLoraNode
 from pack.nodes.identity_prior import capture
 from pack.nodes.patching import models
-from pack.nodes.video_identity import method, running
+from pack.nodes.video_identity import method, reference_pass, sampling
 from support import published_wan, tiny_model
 from support.video_identities import (
     ADAPTER,
     MODEL,
     SHAPE,
-    cached_rows,
+    cached_kv,
     call,
     call_loaded,
     draw,
@@ -51,7 +51,7 @@ RELATIVES = {
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_every_relative_sees_the_published_rows(name):
+def test_every_relative_sees_the_published_keys_and_values(name):
     """Keys and values against the published formulas on its own weights; attention against the definition."""
     kind, conditions, leading, trailing = RELATIVES[name]
     model = tiny_model.wan(kind, num_layers=2)
@@ -61,8 +61,8 @@ def test_every_relative_sees_the_published_rows(name):
     one = identity(adapter=adapter, latent=latent)
     patched = shown(model, one)
     result = call(patched, x, cleanup=False, **conditions)
-    cache = models.attachment(patched, running.KEY).cache
-    rows = cached_rows(cache)
+    cache = models.attachment(patched, sampling.KEY).cache
+    kv = cached_kv(cache)
     cache.clear()
 
     network = model.model.diffusion_model
@@ -72,7 +72,7 @@ def test_every_relative_sees_the_published_rows(name):
     image[:, :channels] = model.model.process_latent_in(latent.clone())
     wan(torch.zeros(1, inputs, 1, 8, 6), torch.tensor([700.0]), draw(9, 1, 4, tiny_model.CONTEXT), image)
     for i, expected in enumerate(wan.attended):
-        for ours, theirs in zip(rows[i], expected, strict=True):
+        for ours, theirs in zip(kv[i], expected, strict=True):
             assert relative(ours.flatten(2), theirs) < 1e-5
 
     tokens = 36 + leading + trailing
@@ -105,7 +105,7 @@ def test_a_relative_that_was_not_verified_runs_with_a_note_and_without_masks(cap
     with caplog.at_level(logging.WARNING):
         assert shown(model, identity(adapter=adapter)) is not model
     assert "not verified with HumoWanModel" in caplog.text
-    with pytest.raises(ValueError, match="masks are not known to fit a HumoWanModel"):
+    with pytest.raises(ValueError, match="masks are not verified with a HumoWanModel"):
         shown(model, identity(adapter=adapter, mask=torch.ones(1, 4, 4)))
 
 
@@ -192,7 +192,7 @@ def test_weights_that_go_away_in_mid_run():
 
 @pytest.mark.parametrize("backend", [attention_pytorch, attention_split, attention_sub_quad, attention_basic])
 def test_attention_backends(backend, monkeypatch):
-    for module in (comfy.ldm.wan.model, running):
+    for module in (comfy.ldm.wan.model, reference_pass):
         monkeypatch.setattr(module, "optimized_attention", backend)
     assert relative(call(shown(), X), published(X, reference())) < 1e-5
     weights = [torch.full((36,), 0.4)]
@@ -272,10 +272,12 @@ def test_blocks_that_a_later_patch_takes_over_are_named_after_the_run(caplog):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_host_trains_a_lora_through_a_model_that_shows_a_reference(monkeypatch, checkpointing):
+def test_comfyui_trains_a_lora_through_a_model_that_shows_a_reference(monkeypatch, checkpointing):
     """Weights that a graph loaded are of inference mode, and no step may read another's keys and values."""
-    recomputed, rows = [], running.reference_rows
-    monkeypatch.setattr(running, "reference_rows", lambda *given: recomputed.append(given[-1]) or rows(*given))
+    recomputed, reference_kv = [], reference_pass.reference_kv
+    monkeypatch.setattr(reference_pass, "reference_kv", lambda *inputs, recompute, **settings: recomputed.append(
+        recompute
+    ) or reference_kv(*inputs, recompute=recompute, **settings))
     with torch.inference_mode():
         loaded = method.adapter_from({key: tensor.clone() for key, tensor in ADAPTER.tensors().items()})
         losses = []
@@ -315,7 +317,7 @@ def test_an_earlier_patch_may_run_its_block_twice_or_skip_it():
 
     assert torch.equal(call(shown(with_patch(MODEL, twice)), X), call(shown(), X))
     assert torch.equal(call(shown(with_patch(MODEL, skip)), X), call(with_patch(shown(), skip), X))
-    with pytest.raises(RuntimeError, match="block 1 of this model did not use the host's attention"):
+    with pytest.raises(RuntimeError, match="block 1 of this model did not use ComfyUI's attention"):
         call(shown(with_patch(MODEL, lambda args, extra: {"img": 1.5 * args["img"]})), X)
 
 
@@ -325,7 +327,7 @@ def test_an_attention_that_was_replaced_is_named_not_ignored():
     try:
         attention.forward = lambda x, freqs, transformer_options={}: x
         cross.forward = lambda x, context, **kwargs: x
-        with pytest.raises(RuntimeError, match="block 1 of this model did not use the host's attention"):
+        with pytest.raises(RuntimeError, match="block 1 of this model did not use ComfyUI's attention"):
             call(shown(), X)
     finally:
         del attention.forward, cross.forward
@@ -335,7 +337,7 @@ def test_an_attention_that_was_replaced_is_named_not_ignored():
 @pytest.mark.parametrize("settings", [{}, {"strength": 0.5}])
 @pytest.mark.parametrize("first", [True, False])
 def test_compiled_models_give_the_same_and_never_compile_again(keys, settings, first):
-    """The compiler's front end alone, which decides about recompiling; code generation is the host's matter."""
+    """The compiler's front end alone, which decides about recompiling; code generation is ComfyUI's matter."""
     torch._dynamo.reset()
     plain = MODEL.clone()
     if first:
@@ -377,7 +379,7 @@ def test_an_identity_prior_sees_the_cross_attention_beside_it(settings):
 
 
 def test_a_guidance_that_skips_a_block_beside_it():
-    """The host's node puts its own patch in place of ours, for one call of the model in every step."""
+    """ComfyUI's node puts its own patch instead of ours, for one call of the model in every step."""
     def guided(model):
         return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1").result[0]
 

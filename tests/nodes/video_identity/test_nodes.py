@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.nodes import extension
-from pack.nodes.video_identity import method, running
+from pack.nodes.video_identity import method, sampling
 from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
 from pack.nodes.video_identity.nodes import (
     UnderstudyApplyVideoIdentity,
@@ -243,7 +243,8 @@ def test_real_configurations_take_the_published_adapter():
         }
         parts = [
             method.BlockUpdates(**{
-                p: method.LowRank(*(tensors[method.weight_key(i, p, part)] for part in ("down", "up"))) for p in "qkv"
+                p: method.ProjectionUpdate(*(tensors[method.weight_key(i, p, part)] for part in ("down", "up")))
+                for p in "qkv"
             })
             for i in range(blocks)
         ]
@@ -252,9 +253,9 @@ def test_real_configurations_take_the_published_adapter():
         if blocks == 40:
             assert sum(tensor.numel() for tensor in adapter.tensors().values()) == 157_286_400
             # A 512 x 512 reference: 40 blocks, K and V of 1,024 tokens, 5,120 channels of two bytes.
-            reference = method.identity(adapter, torch.ones(1, 16, 1, 64, 64), VideoIdentityConfig())
-            assert running.VideoIdentities((reference,)).cache_bytes(base) == 800 << 20
-        assert type(network).__name__ in running.VERIFIED
+            reference = method.video_reference(adapter, torch.ones(1, 16, 1, 64, 64), VideoIdentityConfig())
+            assert sampling.SamplingReferences((reference,)).cache_bytes(base) == 800 << 20
+        assert type(network).__name__ in sampling.VERIFIED
 
 
 def test_files_of_other_kinds_are_refused(folder):

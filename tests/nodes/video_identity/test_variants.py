@@ -49,12 +49,12 @@ def test_training_learns_for_the_variant(kind):
     from pack.nodes.training.config import TrainingConfig
     from pack.nodes.training.objective import DenoisingObjective, Sample
     from pack.nodes.training.session import session
-    from pack.nodes.video_identity import running, training
+    from pack.nodes.video_identity import sampling, training
 
     def gradients(made):
         config = TrainingConfig(1, 1e-3, dtype="fp32")
         latent = torch.randn(1, 16, 3, 8, 6, generator=torch.Generator().manual_seed(5))
-        with session(running.extended(MODEL), [1, *latent.shape[1:]], config) as denoiser:
+        with session(sampling.with_block_patches(MODEL), [1, *latent.shape[1:]], config) as denoiser:
             adapter = training._mapped(ADAPTER, lambda tensor: torch.nn.Parameter(tensor.detach().float().clone()))
             conditions = denoiser.prepare([[torch.ones(1, 4, tiny_model.CONTEXT), {}]], latent)
             conditions[training._REFERENCE] = LATENT.clone()

@@ -9,7 +9,7 @@ from comfy.context_windows import IndexListContextWindow
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode, WanContextWindowsManualNode
 from pack.nodes.patching import models
-from pack.nodes.video_identity import method, running
+from pack.nodes.video_identity import method, sampling
 from support import tiny_model
 from support.video_identities import (
     MODEL,
@@ -30,13 +30,13 @@ def test_applying_changes_no_input_and_twice_is_two_references():
     options = comfy.model_patcher.create_model_options_clone(MODEL.model_options)
     first = shown()
     held = [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()]
-    second = running.apply(first, identity(seed=2))
+    second = sampling.apply(first, identity(seed=2))
     assert (dict(MODEL.wrappers), dict(MODEL.callbacks), dict(MODEL.attachments)) == before
     assert MODEL.model_options == options
     assert [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()] == held
-    assert [len(models.attachment(model, running.KEY).identities) for model in (first, second)] == [1, 2]
+    assert [len(models.attachment(model, sampling.KEY).references) for model in (first, second)] == [1, 2]
     groups = [group for kind in (second.wrappers, second.callbacks) for group in kind.values()]
-    counts = [len(group[running.KEY]) for group in groups if running.KEY in group]
+    counts = [len(group[sampling.KEY]) for group in groups if sampling.KEY in group]
     assert counts == [1, 1, 1]
 
 
@@ -138,7 +138,7 @@ def test_a_mask_beside_an_area_is_refused_and_everything_else_beside_it_is_not()
     assert not torch.equal(sample(shown(), positive=half), sample(MODEL, positive=half))
 
 
-def test_the_host_s_context_windows_see_their_own_frames_of_the_mask():
+def test_comfyui_s_context_windows_see_their_own_frames_of_the_mask():
     """Two windows of three of the five latent frames, patched before or after the reference."""
     mask = torch.zeros(17, 16, 12)
     mask[9:] = 1
@@ -150,9 +150,9 @@ def test_the_host_s_context_windows_see_their_own_frames_of_the_mask():
         return WanContextWindowsManualNode.execute(model, *settings).result[0]
 
     def look(run, x, t, a, b, c, options, **k):
-        references = options.get(running.KEY, {}).get(0)
+        references = options.get(sampling.KEY, {}).get(0)
         part = options["context_window"]
-        # The host puts the frame before a window in front of it, as an anchor, and drops its result.
+        # ComfyUI puts the frame before a window in front of it, as an anchor, and drops its result.
         anchor = getattr(part, "causal_anchor_index", None)
         frames = ([] if anchor is None else [anchor]) + list(part.index_list)
         assert x.shape[2] == len(frames)
@@ -170,7 +170,7 @@ def test_the_host_s_context_windows_see_their_own_frames_of_the_mask():
 
 
 def test_a_frame_that_windows_retain_keeps_its_weight():
-    """The host puts latent frame 0 at the first place of every window."""
+    """ComfyUI puts latent frame 0 at the first place of every window."""
     mask = torch.zeros(17, 16, 12)
     mask[0] = 1
     settings = (3, 1, "standard_static", 1, False, "pyramid", 2, False, "", False, "0", False)
@@ -178,7 +178,7 @@ def test_a_frame_that_windows_retain_keeps_its_weight():
     seen = []
 
     def look(run, x, t, a, b, c, options, **k):
-        seen.append((options["context_window"].index_list, options.get(running.KEY, {}).get(0)))
+        seen.append((options["context_window"].index_list, options.get(sampling.KEY, {}).get(0)))
         return run(x, t, a, b, c, options, **k)
 
     model.add_wrapper(WrappersMP.APPLY_MODEL, look)
@@ -195,7 +195,7 @@ def test_start_and_end_percent():
     inner = model.clone()
     inner.add_wrapper(
         WrappersMP.APPLY_MODEL,
-        lambda run, x, t, a, b, c, options, **k: seen.append((float(t[0]), running.KEY in options))
+        lambda run, x, t, a, b, c, options, **k: seen.append((float(t[0]), sampling.KEY in options))
         or run(x, t, a, b, c, options, **k),
     )
     sample(inner)

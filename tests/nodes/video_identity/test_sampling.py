@@ -1,4 +1,4 @@
-"""Tiny Wan models of the host with references: against the published formulas, cached and interrupted."""
+"""ComfyUI's Wan models, tiny, with references: against the published formulas, cached and interrupted."""
 
 import threading
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from pack.nodes.patching import models
-from pack.nodes.video_identity import method, running
+from pack.nodes.video_identity import method, reference_pass, sampling
 from support import published_wan, tiny_model
 from support.video_identities import (
     ADAPTER,
@@ -36,7 +36,7 @@ from support.video_identities import (
     ((1, 16, 3, 8, 6), (6, 4)), ((2, 16, 1, 4, 4), (4, 4)), ((1, 16, 2, 2, 10), (2, 8)), ((3, 16, 2, 6, 4), (8, 8)),
 ])
 def test_the_model_with_a_reference_is_the_published_model(shape, size):
-    """5e-6 of fp32 rounding separate the host's plain model from the same formulas in fp64."""
+    """5e-6 of fp32 rounding separate ComfyUI's plain model from the same formulas in fp64."""
     x = draw(2, *shape)
     assert relative(call(MODEL, x), published(x, None)) < 1e-5
     with_reference = call(shown(latent=reference(1, *size)), x)
@@ -80,30 +80,30 @@ def test_positions_of_the_reference(monkeypatch):
 
 
 @pytest.fixture
-def prefills(monkeypatch):
-    """The latents of every pass over a reference."""
-    passes, prefill = [], method.prefill
+def passes(monkeypatch):
+    """The latents of every complete pass of a reference."""
+    latents, reference_kv = [], reference_pass.reference_kv
 
-    def counted(network, adapter, latent, *rest):
-        rows = prefill(network, adapter, latent, *rest)
-        passes.append(latent)
-        return rows
+    def counted(base, adapter, latent, **settings):
+        kv = reference_kv(base, adapter, latent, **settings)
+        latents.append(latent)
+        return kv
 
-    monkeypatch.setattr(method, "prefill", counted)
-    return passes
+    monkeypatch.setattr(reference_pass, "reference_kv", counted)
+    return latents
 
 
-def test_the_reference_passes_once_a_run_and_the_cache_changes_no_bit(prefills, monkeypatch):
+def test_the_reference_passes_once_a_run_and_the_cache_changes_no_bit(passes, monkeypatch):
     model = shown()
     result = sample(model)
-    assert len(prefills) == 1 and len(models.attachment(model, running.KEY).cache) == 0
-    assert torch.equal(sample(model), result) and len(prefills) == 2
-    monkeypatch.setattr(method.ReferenceCache, "get", lambda self, owner, key, fill, *_version: fill())
+    assert len(passes) == 1 and len(models.attachment(model, sampling.KEY).cache) == 0
+    assert torch.equal(sample(model), result) and len(passes) == 2
+    monkeypatch.setattr(method.ReferenceCache, "get", lambda self, owner, key, compute, *_version: compute())
     assert torch.equal(sample(model), result)
-    assert len(prefills) == 2 + 3  # once a step: both halves of CFG are one call
+    assert len(passes) == 2 + 3  # once a step: both halves of CFG are one call
 
 
-def test_split_and_batched_guidance_agree_and_share_the_reference(prefills, monkeypatch):
+def test_split_and_batched_guidance_agree_and_share_the_reference(passes, monkeypatch):
     model = shown()
     batched = sample(model)
     free = comfy.model_management.get_free_memory
@@ -115,15 +115,15 @@ def test_split_and_batched_guidance_agree_and_share_the_reference(prefills, monk
     counting = model.clone()
     counting.add_wrapper(WrappersMP.APPLY_MODEL, lambda run, x, *a, **k: calls.append(len(x)) or run(x, *a, **k))
     split = sample(counting)
-    assert calls == [1] * 6 and len(prefills) == 2
+    assert calls == [1] * 6 and len(passes) == 2
     assert relative(split, batched) < 1e-5
 
 
-def test_another_reference_size_or_weight_is_never_stale(prefills):
-    """Kept on purpose after the run, the worst that a host without cleanup could do."""
+def test_another_reference_size_or_weight_is_never_stale(passes):
+    """Kept on purpose after the run, the worst that a ComfyUI without cleanup could do."""
     x, model = draw(2, *SHAPE), shown()
     first = call(model, x, cleanup=False)
-    assert torch.equal(call(model, x, cleanup=False), first) and len(prefills) == 1
+    assert torch.equal(call(model, x, cleanup=False), first) and len(passes) == 1
     other = call(shown(MODEL, identity(seed=5)), x, cleanup=False)
     assert not torch.equal(other, first)
     wide = draw(2, 1, 16, 3, 8, 10)
@@ -134,7 +134,7 @@ def test_another_reference_size_or_weight_is_never_stale(prefills):
     assert torch.equal(call_loaded(model, x), first)
 
 
-def test_scheduled_weights_are_never_stale(prefills):
+def test_scheduled_weights_are_never_stale(passes):
     """A hook whose strength goes by keyframes changes the model's weights in mid-run."""
     class Hook:
         strength = 0.0
@@ -144,10 +144,10 @@ def test_scheduled_weights_are_never_stale(prefills):
     for strength in (0.0, 0.5, 0.5, 1.0):
         hook.strength = strength
         call(model, draw(2, *SHAPE), cleanup=False)
-    assert len(prefills) == 3 and len(models.attachment(model, running.KEY).cache) == 1
+    assert len(passes) == 3 and len(models.attachment(model, sampling.KEY).cache) == 1
 
 
-def test_odd_sizes_are_padded_as_the_host_pads():
+def test_odd_sizes_are_padded_as_comfyui_pads():
     """7 x 5 cells are 4 x 3 tokens; so is the reference's 5 x 3 padded to 3 x 2."""
     for shape in ((1, 16, 2, 7, 5), (2, 16, 1, 1, 1)):
         x, one = draw(2, *shape), identity(latent=reference(1, 5, 3))
@@ -156,7 +156,7 @@ def test_odd_sizes_are_padded_as_the_host_pads():
         assert result.shape == shape and relative(result, weighed(x, [torch.ones(tokens)], [one])) < 1e-5
 
 
-def test_two_experts_each_with_their_own_adapter(prefills):
+def test_two_experts_each_with_their_own_adapter(passes):
     """Wan 2.2: one run on the model for high noise, then one on that for low noise."""
     low = tiny_model.wan(seed=7)
     low_adapter = method.adapter_from(tiny_model.video_adapter(low, seed=7))
@@ -164,7 +164,7 @@ def test_two_experts_each_with_their_own_adapter(prefills):
     grid = comfy.samplers.calculate_sigmas(MODEL.model.model_sampling, "simple", 4)
     first = sample(models[0], sigmas=grid[:3])
     result = sample(models[1], sigmas=grid[2:], latent=first)
-    assert len(prefills) == 2 and torch.isfinite(result).all()
+    assert len(passes) == 2 and torch.isfinite(result).all()
     assert not torch.equal(result, sample(low, sigmas=grid[2:], latent=first))
 
 
@@ -178,7 +178,7 @@ def test_two_hundred_runs_by_turns_differ_in_no_bit():
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
-def test_an_interrupt_in_the_prefill_leaves_nothing_and_a_rerun_is_clean(block, monkeypatch, prefills):
+def test_an_interrupt_in_the_pass_leaves_nothing_and_a_rerun_is_clean(block, monkeypatch, passes):
     model, expected = shown(), sample(shown())
     checks = []
 
@@ -191,18 +191,18 @@ def test_an_interrupt_in_the_prefill_leaves_nothing_and_a_rerun_is_clean(block, 
         patched.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             call(model, draw(2, *SHAPE), cleanup=False)
-    assert len(checks) == block + 1 and len(models.attachment(model, running.KEY).cache) == 0
+    assert len(checks) == block + 1 and len(models.attachment(model, sampling.KEY).cache) == 0
     assert torch.equal(sample(model), expected)
 
 
-def test_threads_of_several_devices_keep_to_their_own_model(prefills):
-    """Two loaded copies of a model share the patches, as the host's multi-GPU clones do."""
+def test_threads_of_several_devices_keep_to_their_own_model(passes):
+    """Two loaded copies of a model share the patches, as ComfyUI's multi-GPU clones do."""
     model = shown()
     twin = model.clone()
     twin.model = tiny_model.wan(seed=8).model
     x = draw(2, *SHAPE)
     expected = [call(model, x), call(twin, x)]
-    prefills.clear()
+    passes.clear()
     results, start = {}, threading.Barrier(2)
 
     def work(index, patcher):
@@ -214,7 +214,7 @@ def test_threads_of_several_devices_keep_to_their_own_model(prefills):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(prefills) == 2
+    assert len(passes) == 2
     for index, wanted in enumerate(expected):
         assert all(torch.equal(result, wanted) for result in results[index])
 
@@ -234,7 +234,7 @@ def test_the_cache_is_in_the_memory_estimate(batch):
         patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, estimate)  # runs inside ours, which came first
         sample(patcher, (batch, *SHAPE[1:]))
     wanted = (3 + 2) * 2 * 1024 * 48 * 4  # blocks, K and V, tokens, width, bytes
-    assert models.attachment(model, running.KEY).cache_bytes(MODEL.model) == wanted
+    assert models.attachment(model, sampling.KEY).cache_bytes(MODEL.model) == wanted
     (before, column), (after, _) = asked
     assert wanted <= after - before <= wanted + column * 1.001  # whole columns, rounded up
 
@@ -263,5 +263,5 @@ def test_areas_and_scheduled_loras_are_in_the_memory_estimate():
             patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, estimate)
             sample(patcher, positive=positive)
         plain, with_cache = asked[-2:]
-        grown.append((with_cache - plain) / models.attachment(patched, running.KEY).cache_bytes(MODEL.model))
+        grown.append((with_cache - plain) / models.attachment(patched, sampling.KEY).cache_bytes(MODEL.model))
     assert grown == pytest.approx([1, 2, 3, 2, 1, 2], rel=0.05)

@@ -1,0 +1,285 @@
+"""Video identity inside a sampling run: what ComfyUI calls, and when a reference is computed.
+
+Before each call of the model the references' keys and values are looked up, or computed once and cached until the run
+ends. They travel in `transformer_options` to the blocks, whose first attention, the self-attention, then sees them.
+Nothing of the model is replaced: its own blocks run with an attention function around the user's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.ldm.wan.model
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from ...kernels.restricted_attention import Reference
+from ..patching import models
+from . import blocks, method, reference_pass
+from .blocks import KEY
+from .method import VideoReference
+from .reference_pass import ReferenceKV, token_grid
+
+# Tested with tiny weights; other relatives of WanModel run with a warning, and REFUSED ones cannot.
+VERIFIED = ("WanModel", "VaceWanModel", "CameraWanModel")
+# It keeps its own cache of keys and values, and calls its blocks without ComfyUI's block patches.
+REFUSED = ("CausalWanModel",)
+
+# Schedules and percents round differently; a step that lies on a limit counts as on it.
+_SIGMA_TOLERANCE = 1e-5
+
+
+def apply(model: Any, reference: VideoReference) -> Any:
+    """A clone of MODEL `model` that sees the reference, after those that it sees already; `model` if it is off.
+
+    Raises ValueError, naming the input and the fix, where model, adapter, reference and blocks do not fit together.
+    """
+    network = wan_network(model)
+    reference.adapter.check(network.dim, len(network.blocks))
+    method.selected_blocks(reference.config, len(network.blocks))
+    check_channels(model, reference.latent, "reference")
+    if reference.mask is not None and type(network).__name__ not in VERIFIED:
+        raise ValueError(f"masks are not verified with a {type(network).__name__}: disconnect `mask`")
+    if reference.off:
+        if reference.config.strength:
+            # Load Image gives such a mask for a picture without alpha, and the video does not show the reason.
+            logging.warning("[Understudy] the mask is 0 everywhere, so Apply Video Identity shows no reference")
+        return model
+    earlier = models.attachment(model, KEY)
+    run = SamplingReferences((*(earlier.references if earlier else ()), reference))
+    patched = models.with_wrappers(
+        model, key=KEY, attachment=run, callbacks={CallbacksMP.ON_CLEANUP: run.cleanup},
+        wrappers={WrappersMP.APPLY_MODEL: run.apply_model, WrappersMP.PREPARE_SAMPLING: run.prepare_sampling},
+    )
+    return with_block_patches(patched)
+
+
+def with_block_patches(model: Any) -> Any:
+    """A clone of a Wan MODEL whose blocks see the references that a call's transformer_options hold under KEY."""
+    network = model.get_model_object("diffusion_model")
+    return models.with_block_patches(model, key=KEY, patches=blocks.patches(network))
+
+
+def wan_network(model: Any) -> Any:
+    """The Wan transformer of a MODEL. Raises ValueError for any model whose attention cannot be extended."""
+    network = model.get_model_object("diffusion_model")
+    name = type(network).__name__
+    if not isinstance(network, comfy.ldm.wan.model.WanModel):
+        raise ValueError(f"model is a {name}, and the video identity adapter needs a Wan video model: connect one")
+    if name in REFUSED:
+        raise ValueError(f"a {name} does not let its attention be extended: connect a Wan T2V, I2V or VACE model")
+    if name not in VERIFIED:
+        logging.warning("[Understudy] the video identity adapter is not verified with %s", name)
+    return network
+
+
+def check_channels(model: Any, latent: torch.Tensor, name: str) -> None:
+    """Raises ValueError, naming the input, if a latent [1, C, ...] is of another VAE than the model's."""
+    channels = model.model.latent_format.latent_channels
+    if latent.shape[1] != channels:
+        raise ValueError(
+            f"{name} has {latent.shape[1]} channels and the model's latents have {channels}: encode it with the VAE "
+            "of this model"
+        )
+
+
+class SamplingReferences:
+    """The references of one patched model, in the order of its nodes, and what is computed for them in a run."""
+
+    def __init__(self, references: tuple[VideoReference, ...]):
+        self.references = references
+        self.cache = method.ReferenceCache()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._size: tuple[int, ...] | None = None  # frames, height and width of the latents of this run
+        self._retained: list[int] = []  # frames of the video that context windows leave at their places
+        self._expected: set[int] = set()  # blocks that were handed references in this run
+        self._reached: set[int] = set()  # those that met them
+
+    def cleanup(self, _patcher: Any) -> None:
+        """ComfyUI's ON_CLEANUP: nothing outlives a run."""
+        if missing := sorted(self._expected - self._reached):
+            logging.warning(
+                "[Understudy] the reference did not act in blocks %s: either a node after Apply Video Identity "
+                "replaces them, then put Apply Video Identity after it; or a cache such as EasyCache skipped every "
+                "step in which it acts", missing
+            )
+        self.cache.clear()
+        self._begin()
+
+    def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
+        """ComfyUI's PREPARE_SAMPLING: the memory estimate grows by the cache, as columns of the latent."""
+        shape = list(noise_shape)
+        self._retained = getattr(model.model_options.get("context_handler"), "latent_retain_index_list", [])
+        if len(shape) == 5:
+            self._size = tuple(shape[-3:])
+            # The width, since context windows overwrite the frames; of the whole batch, which shares one cache.
+            column = model.model.memory_required([*shape[:-1], 1])
+            entries = _most_entries(conds, tuple(noise_shape[-2:]))
+            shape[-1] += math.ceil(self.cache_bytes(model.model) * entries / column)
+        return executor(model, shape, conds, *args, **kwargs)
+
+    def cache_bytes(self, base: Any) -> int:
+        """Bytes of the keys and values of every reference, beside videos of one size."""
+        network = base.diffusion_model
+        total = 0
+        for reference in self.references:
+            patches = zip(reference.latent.shape[2:], network.patch_size, strict=True)
+            tokens = math.prod(-(-n // p) for n, p in patches)
+            count = len(method.selected_blocks(reference.config, len(network.blocks)))
+            total += 2 * count * tokens * network.dim * base.get_dtype_inference().itemsize
+        return total
+
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
+    ):
+        """ComfyUI's APPLY_MODEL: hand each block its references; a call in which none is active is unchanged."""
+        base = executor.class_obj
+        active = [reference for reference in self.references if _is_active(reference, base, t)]
+        by_block = self._by_block(base, active, x, transformer_options, kwargs) if active else {}
+        reached = blocks.ReachedBlocks()
+        if by_block:
+            transformer_options = {**transformer_options, KEY: by_block, blocks.REACHED: reached}
+        result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        self._expected.update(by_block)
+        self._reached.update(reached.numbers)
+        return result
+
+    def _by_block(self, base, references, x, options, conditions) -> dict[int, tuple[Reference, ...]]:
+        """Each block's references for this call, without those that weigh 0 everywhere in it."""
+        by_block: dict[int, list[Reference]] = {}
+        for reference in references:
+            weight = self._weight(base, reference, x, options, conditions)
+            if weight is not None:
+                if not weight.any():
+                    continue
+                weight = weight.to(x.device)
+            for i, (k, v) in self._kv(base, reference, x, options).items():
+                by_block.setdefault(i, []).append(Reference(k, v, weight))
+        return {i: tuple(of_block) for i, of_block in by_block.items()}
+
+    def _kv(self, base, reference, x, options) -> ReferenceKV:
+        """Keys and values of a reference beside a video of this size, from the cache or computed now."""
+        network = base.diffusion_model
+        video_size = token_grid(network, x)
+        selected = method.selected_blocks(reference.config, len(network.blocks))
+
+        def compute() -> ReferenceKV:
+            # Copied, since a latent format may work in place.
+            latent = base.process_latent_in(reference.latent.clone()).to(x.device)
+            # As where ComfyUI computes its own blocks twice, a backward pass keeps little of it.
+            recompute = torch.is_grad_enabled()
+            return reference_pass.reference_kv(
+                base, reference.adapter, latent, blocks=selected, video_size=video_size, options=options,
+                recompute=recompute,
+            )
+
+        if torch.is_grad_enabled():  # a training runs through this model: weights and graph belong to the step
+            return compute()
+        rope = tuple(sorted((options.get("rope_options") or {}).items()))
+        key = (
+            "kv", reference.digest, reference.adapter, reference.config.blocks, video_size,
+            base.get_dtype_inference(), x.device, rope,
+        )
+        return self.cache.get(base, key, compute, _weights_version(base))
+
+    def _weight(self, base, reference, x, options, conditions) -> torch.Tensor | None:
+        """The weight of each token of this call, [N], or None for the published 1 everywhere."""
+        strength = reference.config.strength
+        if reference.mask is None:
+            if strength == 1:
+                return None
+            # One number serves however many tokens the call has.
+            return torch.full((1,), strength)
+        window = options.get("context_window")
+        if window is not None and window.dim != 2:
+            raise ValueError(
+                "mask cannot follow context windows over height or width: window the frames, or disconnect `mask`"
+            )
+        frames, *size = self._size or x.shape[-3:]
+        by_frame = len(reference.mask) > 1
+        shortened = window is None and by_frame and frames != x.shape[2]
+        # A training has videos of several sizes, of which ComfyUI tells the first alone.
+        if not torch.is_grad_enabled() and (shortened or size != [*x.shape[-2:]]):
+            raise ValueError(
+                "mask cannot follow a conditioning with an area, which shows the model a part of the video: take "
+                "Conditioning (Set Mask) with set_cond_area `default` instead, or disconnect `mask`"
+            )
+        sliced = by_frame and getattr(window, "total_frames", 0) > 0
+        frames = window.total_frames if sliced else x.shape[2]
+        patch = base.diffusion_model.patch_size
+        key = ("weights", reference, frames, *x.shape[-2:])
+        # On the CPU, where reading them does not wait for the device.
+        weights = self.cache.get(
+            base, key, lambda: method.token_weights(reference.mask, frames, *x.shape[-2:], patch[1:])
+        )
+        if sliced:
+            weights = window.get_tensor(weights, weights.device, dim=0, retain_index_list=self._retained)
+        if weights.shape[0] != x.shape[2]:
+            raise ValueError(
+                f"mask covers {weights.shape[0]} latent frames and the model was given {x.shape[2]}: connect a mask "
+                "of one frame, or sample without inserted guide frames"
+            )
+        if strength == 1 and bool((weights == 1).all()):
+            return None
+        leading, trailing = _other_tokens(base.diffusion_model, x, conditions)
+        video = weights.flatten()
+        # Tokens that are no part of the video have its mean weight, so that all 0 and all 1 stay exact.
+        mean = weights.mean().reshape(1)
+        return strength * torch.cat([mean.expand(leading), video, mean.expand(trailing)])
+
+
+def _most_entries(conds: Mapping[str, Sequence[Mapping]], size: tuple[int, int]) -> int:
+    """How many cache entries a reference may have: one for each height and width of an area in a latent of `size`,
+    and each version of the weights.
+    """
+    entries = [cond for group in conds.values() for cond in group or ()]
+    sizes = {_area_size(cond.get("area"), size) for cond in entries} or {size}
+    hooked = any(cond.get("hooks") is not None for cond in entries)
+    return len(sizes) * (method.ReferenceCache.VERSIONS if hooked else 1)
+
+
+def _area_size(area: Sequence | None, size: tuple[int, int]) -> tuple[int, ...]:
+    """Height and width of an area of ComfyUI: ([frames,] height, width, their starts), or fractions of `size`."""
+    if area is None:
+        return size
+    if area[0] == "percentage":
+        parts = area[1 : 1 + len(area) // 2][-2:]
+        return tuple(max(1, round(part * side)) for part, side in zip(parts, size, strict=True))
+    return tuple(min(part, side) for part, side in zip(area[: len(area) // 2][-2:], size, strict=True))
+
+
+def _is_active(reference: VideoReference, base: Any, t: torch.Tensor) -> bool:
+    if reference.config.every_step:
+        return True
+    sampling = base.model_sampling
+    start = sampling.percent_to_sigma(reference.config.start_percent) * (1 + _SIGMA_TOLERANCE)
+    end = sampling.percent_to_sigma(reference.config.end_percent) * (1 + _SIGMA_TOLERANCE)
+    return start >= float(t.max()) > end
+
+
+def _weights_version(base: Any) -> tuple:
+    """What tells the model's present weights from others that it may have in a run: LoRAs and scheduled hooks."""
+    hooks = getattr(base.current_patcher, "current_hooks", None)
+    scheduled = () if hooks is None else tuple((hook, hook.strength) for hook in hooks.hooks)
+    return getattr(base, "current_weight_patches_uuid", None), scheduled
+
+
+def _other_tokens(network: Any, x: torch.Tensor, conditions: Mapping[str, Any]) -> tuple[int, int]:
+    """How many tokens the model adds before and after those of the video."""
+    height, width = token_grid(network, x)
+    leading = trailing = 0
+    if network.ref_conv is not None and conditions.get("reference_latent") is not None:
+        # Fun Control's start reference: one frame, of any size.
+        size = conditions["reference_latent"].shape[-2:]
+        leading = (size[0] // network.patch_size[1]) * (size[1] // network.patch_size[2])
+    if conditions.get("time_dim_concat") is not None:  # Phantom
+        trailing += conditions["time_dim_concat"].shape[2] * height * width
+    for latent in conditions.get("context_latents") or []:
+        rows, columns = token_grid(network, latent)
+        trailing += latent.shape[2] * rows * columns
+    return leading, trailing
