@@ -194,11 +194,7 @@ def test_what_it_learns_from_unasked_is_said(caplog):
     adapter = method.adapter_from(tiny_model.video_adapter(model))
     with caplog.at_level(logging.INFO):
         node(shown(model, identity(adapter=adapter)), videos, [one], [text], checkpoint_every=0)
-<<<<<<< HEAD
-    assert "one reference is learned with all 2 videos" in caplog.text and "leaves out the references" in caplog.text
-=======
-    assert "one reference is learnt with all 2 videos" in caplog.text and "ignores the references" in caplog.text
->>>>>>> 29781c4 (Video identity: the reference passes the blocks in one file, without a call back; sampling.py; names)
+    assert "one reference is learned with all 2 videos" in caplog.text and "ignores the references" in caplog.text
 
 
 def test_the_node_takes_batches_and_lists_and_one_for_all():
