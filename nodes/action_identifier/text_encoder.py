@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..training.session import whole_clone
+from ..training.session import clone_without_streaming
 from .encoding import Tokens
 
 
@@ -15,7 +15,7 @@ class TextEncoder:
 
     def __init__(self, clip: Any):
         self.clip = clip.clone()
-        self.clip.patcher = whole_clone(clip.patcher)
+        self.clip.patcher = clone_without_streaming(clip.patcher)
         self.clip.cond_stage_model = self.clip.patcher.model
         self.patcher = self.clip.patcher
 

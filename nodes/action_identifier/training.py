@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from ..fingerprint import fingerprint
-from ..training import loop, picture_training
+from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import State
-from ..training.objective import DenoisingObjective
+from ..training.objective import Denoising
 from ..training.runs import LossMap, run
-from ..training.session import Denoiser, session
+from ..training.session import ModelDenoiser, session
 from . import encoding, layers, method, running
 from .config import ActionTrainingConfig
 from .method import ActionIdentifier, BatchContexts, Rows
@@ -33,7 +33,7 @@ _CONTRAST_STEPS = 20
 # Beside the seeds of steps, LoRAs and adapters.
 _CONTEXT_SEED, _CONTRAST_SEED = 3_000_000_019, 3_000_000_037
 
-Preview = Callable[[Denoiser, Any, list], Image.Image | None]
+Preview = Callable[[ModelDenoiser, Any, list], Image.Image | None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def train(
     shape = [count, *exemplars.latents[0].shape[1:]]
     # With the patch of Apply Action Identifier, so that previews read the tokens as a user's run does.
     patched = running.apply(model, 1.0)
-    with session(patched, shape, config, beside=[encoder.patcher]) as denoiser:
+    with session(patched, shape, config, other_models=[encoder.patcher]) as denoiser:
         learner = _Learner(denoiser, encoder, exemplars, action, config)
         contrasts = learner.contrasts(resume) if action.triples else []
         tokens = learner.first_tokens(len(places) if action.layer_wise else 1)
@@ -101,7 +101,7 @@ class _Learner:
     def __init__(self, denoiser, encoder: TextEncoder, exemplars: Exemplars, action, config: TrainingConfig):
         self.denoiser, self.encoder, self.exemplars = denoiser, encoder, exemplars
         self.action, self.config = action, config
-        self.error = DenoisingObjective(_Reading(denoiser), [], config)
+        self.denoising = Denoising(_Reading(denoiser), config)
         self.latents = [self._into(latent) for latent in exemplars.latents]
         # What else the model reads of a prompt, such as SDXL's pooled vector, is that of the initial word.
         self.conditions = [
@@ -135,7 +135,7 @@ class _Learner:
         noise = torch.randn(pictures[0].shape, generator=generator).expand(len(pictures), *pictures[0].shape[1:])
         level = torch.randint(len(self.denoiser.sigmas), (1,), generator=generator).expand(len(pictures))
         conditions = [{**self.conditions[i], _CONTEXTS: own} for i, own in zip(who, contexts, strict=True)]
-        return self.error.loss_at(torch.cat(list(pictures)), conditions, noise, level)
+        return self.denoising.loss_at(torch.cat(list(pictures)), conditions, noise, level)
 
     def first_tokens(self, count: int) -> loop.Parameters:
         """The initial word's own embeddings for each of `count` places, [count, n, D], to be trained."""
@@ -161,7 +161,7 @@ class _Learner:
         def of_some(_step: int, generator: torch.Generator) -> torch.Tensor:
             some = torch.randperm(count, generator=generator)[: self.config.batch_size].tolist()
             conditions = [{**self.conditions[i], _CONTEXTS: self.contexts(prompts[i], name, tokens)} for i in some]
-            return self.error.loss(torch.cat([self.latents[i] for i in some]), conditions, generator).mean()
+            return self.denoising.loss(torch.cat([self.latents[i] for i in some]), conditions, generator).mean()
 
         if not self.action.triples:
             return of_some, None
@@ -188,7 +188,9 @@ class _Learner:
             with torch.no_grad():
                 positive = self.encoder.clip.encode_from_tokens_scheduled(prompt, show_pbar=False)
             shape = self.exemplars.latents[i].shape
-            drawn.append(picture_training.draw(self.denoiser, positive, negative, shape, seed, _CONTRAST_STEPS))
+            drawn.append(
+                drawing.sample_in_training(self.denoiser, positive, negative, shape, seed, _CONTRAST_STEPS)
+            )
             if not torch.isfinite(drawn[-1]).all():
                 raise ValueError("a drawn contrast has NaN or infinite values: use dtype fp32, or contrast_images")
             bar.update_absolute(i + 1)
@@ -228,9 +230,9 @@ class _Learner:
 
 
 class _Reading:
-    """A Denoiser whose layers read each sample's own contexts."""
+    """A denoiser whose layers read each sample's own contexts."""
 
-    def __init__(self, denoiser: Denoiser):
+    def __init__(self, denoiser: ModelDenoiser):
         self.denoiser = denoiser
         self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
 

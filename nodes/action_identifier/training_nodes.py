@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
 from ..messages import tell
-from ..training import inputs, picture_training, widgets
+from ..training import drawing, inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from . import encoding, files, running, training
@@ -184,7 +184,7 @@ def _preview(vae, exemplars: training.Exemplars, action: ActionTrainingConfig, c
     def preview(denoiser, clip, actions):
         positive = running.seal(*encoding.encode(clip, text, actions), actions)
         (negative,) = picture_training.encode_texts(clip, [""])
-        return picture_training.preview_of(vae, positive, negative, exemplars.latents[0].shape, config.seed)(denoiser)
+        return drawing.preview_of(vae, positive, negative, exemplars.latents[0].shape, config.seed)(denoiser)
 
     return preview
 

@@ -157,7 +157,7 @@ def _within(conditioning: list, start: float, end: float) -> list:
     return kept
 
 
-class PairObjective:
+class SourceDrivingObjective:
     """ImPoster's fine-tuning: steps take the source and the driving picture in turn, two with one noise and level.
 
     loss(latent, conditions, generator) -> [B] is the denoising error; `samples` are the source and the driving

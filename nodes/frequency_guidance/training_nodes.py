@@ -7,7 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from ..messages import tell
-from ..training import inputs, picture_training, widgets
+from ..training import drawing, inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from . import method
@@ -90,8 +90,10 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
                 "source_driving_pair", widgets.settings(values, config, _settings(lora, texts, latents))
             ),
             resume_from=values["resume_from"],
-            make_objective=lambda denoising, samples: method.PairObjective(denoising.loss, samples, config.seed),
-            preview=picture_training.preview_of(
+            make_objective=lambda denoising, samples: method.SourceDrivingObjective(
+                denoising.loss, samples, config.seed
+            ),
+            preview=drawing.preview_of(
                 values["vae"], conditionings[0], conditionings[2], latents[0].shape, config.seed
             ),
         )

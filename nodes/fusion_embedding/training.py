@@ -12,15 +12,16 @@ import comfy.conds
 import torch
 from PIL import Image
 
-from ..training import loop, picture_training
+from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
+from ..training.differentiable import no_training
 from ..training.lora import Adapters
 from ..training.lora_files import lora_model
-from ..training.objective import DenoisingObjective
+from ..training.objective import Denoising, draw_batch
 from ..training.runs import LossMap, run
-from ..training.session import Denoiser, encoder_session, no_training, session
-from ..training.whole_network import BYTES_A_WEIGHT, WholeNetwork
+from ..training.session import ModelDenoiser, encoder_session, session
+from ..training.whole_network import BYTES_PER_PARAMETER, WholeNetwork
 from . import encoding, method, running
 from .config import GUIDANCE, CombinerConfig, GeneratorConfig
 from .method import LORA, WHOLE, Fusion, FusionError, Weights, kernel
@@ -77,7 +78,7 @@ def _encoder(clip_vision: Any, config: TrainingConfig, train: bool) -> Iterator[
         with torch.inference_mode(False), torch.enable_grad():
             yield clip_vision.model, None
         return
-    copies = BYTES_A_WEIGHT * sum(weight.numel() for weight in clip_vision.model.parameters())
+    copies = BYTES_PER_PARAMETER * sum(weight.numel() for weight in clip_vision.model.parameters())
     required = copies + _ACTIVATIONS
     with encoder_session(clip_vision.patcher, required, config.gradient_checkpointing) as module:
         trained = WholeNetwork(module, "switch train_encoder off")
@@ -215,7 +216,7 @@ class _Batch(NamedTuple):
 class PairObjective:
     """The denoising error on seeded batches of pairs of one size, with noise offset and independent drops."""
 
-    def __init__(self, denoising: DenoisingObjective, encoded: PairEncoder, batch_size: int, config: GeneratorConfig):
+    def __init__(self, denoising: Denoising, encoded: PairEncoder, batch_size: int, config: GeneratorConfig):
         self.denoising, self.encoded, self.batch_size, self.config = denoising, encoded, batch_size, config
         buckets: dict[tuple[int, int], list[int]] = {}
         for i, size in enumerate(encoded.sizes()):
@@ -223,10 +224,7 @@ class PairObjective:
         self.buckets = list(buckets.values())
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
-        weights = torch.tensor([float(len(bucket)) for bucket in self.buckets])
-        bucket = self.buckets[int(torch.multinomial(weights, 1, generator=generator))]
-        order = torch.randperm(len(bucket), generator=generator)[: self.batch_size]
-        chosen = [self.encoded[bucket[int(i)]] for i in order]
+        chosen = [self.encoded[i] for i in draw_batch(self.buckets, self.batch_size, generator)]
         tokens = sorted({pair.states.shape[1] for pair in chosen})
         if len(tokens) > 1:
             raise FusionError(
@@ -250,9 +248,9 @@ class PairObjective:
 
 
 class FusionDenoiser:
-    """A Denoiser that is conditioned on a batch of pairs through a generator's weights."""
+    """A denoiser that is conditioned on a batch of pairs through a generator's weights."""
 
-    def __init__(self, denoiser: Denoiser, weights: Weights):
+    def __init__(self, denoiser: ModelDenoiser, weights: Weights):
         self.denoiser, self.weights = denoiser, weights
         self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
         self.templates: dict[torch.Size, dict] = {}
@@ -313,7 +311,7 @@ def train_generator(
             trained = WholeNetwork(denoiser.network)
         else:
             trained = Adapters(denoiser.network, LoraConfig(rank=generator.rank), config.seed, denoiser.device)
-        denoising = DenoisingObjective(FusionDenoiser(denoiser, weights), [], config)
+        denoising = Denoising(FusionDenoiser(denoiser, weights), config)
         objective = PairObjective(denoising, encoded, config.batch_size, generator)
         parameters = {f"generator.{key}": value for key, value in weights.items()}
         parameters |= {f"unet.{key}": value for key, value in trained.parameters().items()}
@@ -334,14 +332,14 @@ def train_generator(
     return learnt, loss_map
 
 
-def _preview(denoiser: Denoiser, vae: Any, weights: Weights, pair: Encoded, seed: int):
+def _preview(denoiser: ModelDenoiser, vae: Any, weights: Weights, pair: Encoded, seed: int):
     """The first pair's source in its pose, with a fixed noise, or None where there is no room to sample."""
     with no_training():
         positive, negative = running.conditionings(
             denoiser.patcher, {key: value.detach() for key, value in weights.items()}, pair.states, pair.fused,
             pair.pose.movedim(1, -1),
         )
-    return picture_training.preview_of(vae, positive, negative, pair.latent.shape, seed, GUIDANCE)(denoiser)
+    return drawing.preview_of(vae, positive, negative, pair.latent.shape, seed, GUIDANCE)(denoiser)
 
 
 def _check_latent(latent: torch.Tensor, expected: tuple[int, ...]) -> None:

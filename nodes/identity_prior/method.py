@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..training.objective import alike
+from ..training.objective import same_bucket
 from .config import MaskConfig
 
 # Percents, grids and samplers round one sigma differently; this close counts as equal.
@@ -38,7 +38,7 @@ class PriorObjective:
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         subject = self.subject.draw(generator)
         classes = self.classes.draw(generator)
-        if not alike(subject[0], classes[0]):
+        if not same_bucket(subject[0], classes[0]):
             return self._mean(subject, generator) + self.weight * self._mean(classes, generator)
         both = self._losses([*subject, *classes], generator)
         return both[: len(subject)].mean() + self.weight * both[len(subject) :].mean()

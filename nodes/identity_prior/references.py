@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
 import comfy.utils
 import torch
 
+from ..training.drawing import sample
 from ..training.loop import step_seed
 
 # Ours: of the side; the outermost tenth is what a crop may lose.
 _LEAST_CROP = 0.9
 _CROPS = 3
-_CLASS_STEPS, _CLASS_CFG = 20, 4.5
+_CLASS_STEPS = 20
 _SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
@@ -66,14 +66,7 @@ def generate(model: Any, conditionings: Sequence[list], negative: list, shape: t
     for i, conditioning in enumerate(conditionings):
         comfy.model_management.throw_exception_if_processing_interrupted()
         logging.info("[Understudy] drawing class picture %d of %d", i + 1, len(conditionings))
-        latent = torch.zeros(tuple(shape))
         own_seed = step_seed(seed, 3_000_000_019 + i)
-        noise = comfy.sample.prepare_noise(latent, own_seed)
-        made.append(
-            comfy.sample.sample(
-                model, noise, _CLASS_STEPS, _CLASS_CFG, "dpmpp_2m", "normal", conditioning, negative, latent,
-                disable_pbar=True, seed=own_seed,
-            ).cpu()
-        )
+        made.append(sample(model, conditioning, negative, shape, own_seed, _CLASS_STEPS).cpu())
         bar.update(1)
     return made

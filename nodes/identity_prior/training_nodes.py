@@ -11,7 +11,7 @@ from .. import subject_tokens
 from ..fingerprint import fingerprint
 from ..messages import tell
 from ..subject_tokens import Subject
-from ..training import inputs, picture_training, widgets
+from ..training import drawing, inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig
 from ..training.objective import Batches
@@ -158,7 +158,7 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
             resume_from=values["resume_from"],
             make_objective=objective,
             forward_batch=config.batch_size * (2 if class_latents else 1),
-            preview=picture_training.preview_of(
+            preview=drawing.preview_of(
                 values["vae"], conditionings[0], conditionings[-1], latents[0].shape, config.seed
             ),
         )

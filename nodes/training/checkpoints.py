@@ -1,4 +1,4 @@
-"""A run's state on disk: one safetensors file a run, renewed as it goes on, listed by `resume_from`."""
+"""A run's state on disk: one safetensors file per run, replaced as it proceeds, and listed by `resume_from`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from .loop import State
 FOLDER = WeightFolder("training_checkpoints", (EXTENSION,))
 NONE = "none"
 _KIND = "understudy training checkpoint"
-# A text as inputs.digest makes it, which tells a reader nothing but that two differ; a seed may have as many digits.
+# A digest made by inputs.digest tells a reader only that two differ. A seed of as many digits is no string.
 _DIGEST = re.compile("[0-9a-f]{16}")
 
 
@@ -27,7 +28,7 @@ def choices() -> list[str]:
 
 
 class Checkpoints:
-    """The file of one run. `settings` are plain values that say what was trained, compared on resuming."""
+    """The checkpoint file of one run. `settings` say in plain values what is trained; resuming compares them."""
 
     def __init__(self, name: str, settings: dict):
         self.name = name
@@ -35,22 +36,22 @@ class Checkpoints:
         self.path: Path | None = None
 
     def save(self, state: State) -> None:
-        """Write the state, then delete the one before it: a whole file stands at any moment."""
+        """Write the state, then delete the previous one, so that there is always a complete file."""
         tensors = {**state.tensors, "losses": torch.tensor(state.losses, dtype=torch.float64)}
         metadata = {
             "kind": _KIND, "run": self.name, "step": str(state.step), "settings": json.dumps(self.settings),
         }
-        before = self.path
+        previous = self.path
         self.path = weights.save(tensors, metadata, FOLDER.name, self.name)
-        if before is not None:
-            before.unlink(missing_ok=True)
+        if previous is not None:
+            previous.unlink(missing_ok=True)
         logging.info("[Understudy] checkpoint %s after optimiser step %d", self.path.name, state.step)
 
     def resume(self, name: str) -> State | None:
-        """The state of a listed checkpoint, or None for "none".
+        """The state in a listed checkpoint, or None for "none".
 
-        Raises WeightFileError for another kind of file; ValueError for another node's checkpoint and, naming the
-        settings, for one that was made with others than this run's.
+        Raises WeightFileError for another kind of file; ValueError for the checkpoint of another node and, naming
+        the settings that differ, for one of another run.
         """
         if name == NONE:
             return None
@@ -58,21 +59,26 @@ class Checkpoints:
         tensors, metadata = weights.read(path)
         if metadata.get("kind") != _KIND or "losses" not in tensors:
             raise refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
-        # Those from before it was written down are compared by their settings.
+        # Files older than this entry are compared by their settings alone.
         if (run := metadata.get("run", self.name)) != self.name:
             raise ValueError(
-                f"{name} is a checkpoint of another training, {run}: choose one of this node, whose names begin with "
+                f"{name} is a checkpoint of another training, {run}: choose one of this node, whose name begins with "
                 f"{self.name}, or set resume_from to {NONE}"
             )
-        made_with = json.loads(metadata["settings"])
+        stored_settings = json.loads(metadata["settings"])
         differing = [
-            f"different {key}" if any(isinstance(v, str) and _DIGEST.fullmatch(v) for v in (there, here))
-            else f"{key} {there!r} and this run has {here!r}"
-            for key in sorted(self.settings.keys() | made_with.keys())
-            if (here := self.settings.get(key)) != (there := made_with.get(key))
+            _difference(key, stored, current)
+            for key in sorted(self.settings.keys() | stored_settings.keys())
+            if (stored := stored_settings.get(key)) != (current := self.settings.get(key))
         ]
         if differing:
             raise ValueError(
                 f"{name} was made with {'; '.join(differing)}: set it as it was, or set resume_from to {NONE}"
             )
         return State(int(metadata["step"]), tensors.pop("losses").tolist(), tensors)
+
+
+def _difference(key: str, stored: Any, current: Any) -> str:
+    if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (stored, current)):
+        return f"different {key}"
+    return f"{key} {stored!r} and this run has {current!r}"

@@ -1,4 +1,4 @@
-"""Settings of a training run that every method shares. Defaults name their source, or "ours"."""
+"""The settings that every training run has, whatever the method. Defaults name their source, or "ours"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DTYPES = ("model", "fp32", "bf16")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One run of `steps` optimiser steps. Raises ValueError, naming the field, for values that train nothing."""
+    """One run of `steps` optimiser steps. Raises ValueError, naming the field, for a value out of its range."""
 
     steps: int
     learning_rate: float
@@ -17,16 +17,16 @@ class TrainingConfig:
     batch_size: int = 1
     # AdamW's own default (Loshchilov and Hutter, arXiv 1711.05101, as PyTorch ships it).
     weight_decay: float = 0.01
-    # Ours, as common in diffusion training: the longest gradient that one step may follow.
+    # Ours, as common in diffusion training: gradients are clipped to this norm.
     max_gradient_norm: float = 1.0
-    # Ours: the share of the steps, the last ones, over which the rate falls in a line towards 0; 0 never lowers it.
+    # Ours: the share of the steps, at the end, over which the learning rate falls linearly to 0; 0 keeps it constant.
     decay: float = 0.0
     # Min-SNR weighting (Hang et al., arXiv 2303.09556): 5 is the published value, 0 is off.
     min_snr_gamma: float = 0.0
     gradient_checkpointing: bool = False
-    # Ours: what the model computes in, but never fp16, whose small gradients vanish.
+    # Ours: what the model computes in; "model" is its own type, but never fp16, where small gradients vanish.
     dtype: str = "model"
-    # Steps between previews and between checkpoints; 0 is never.
+    # Optimiser steps between previews and between checkpoints; 0 is never.
     preview_every: int = 0
     checkpoint_every: int = 100
 
@@ -50,8 +50,8 @@ class TrainingConfig:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: a function of it alone, so that a resumed run repeats it."""
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: it depends on nothing else, so a resumed run repeats it."""
         if not self.decay:
             return self.learning_rate
         return self.learning_rate * min(1.0, (self.steps - step) / (self.decay * self.steps))
@@ -62,9 +62,9 @@ class LoraConfig:
     """Low-rank updates of linear layers: W + (alpha / rank) up @ down (Hu et al., arXiv 2106.09685)."""
 
     rank: int = 8
-    # Ours: a scale of 1 for every rank, so that a learning rate keeps its meaning.
+    # Ours: None is a scale of 1 for every rank, so that a learning rate suits all of them.
     alpha: float | None = None
-    # Which layers, by a regular expression on their names in the model; attention alone by default.
+    # Which layers, by a regular expression on their names in the model; by default those of attention.
     layers: str = r"att(?:entio)?n.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out)$"
 
     def __post_init__(self) -> None:

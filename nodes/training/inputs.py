@@ -1,4 +1,4 @@
-"""Training data as a graph gives it: batches, lists, single pictures and lines of text, all alike."""
+"""Training data from a graph: batches, lists and single items, all brought into lists of single items."""
 
 from __future__ import annotations
 
@@ -12,22 +12,37 @@ import torch
 
 
 def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[torch.Tensor]:
-    """Each picture as [1, H, W, 3] in 0..1, alpha dropped and grey repeated, in the order given.
+    """Each picture as [1, H, W, 3] in 0..1, without alpha and with grey repeated, in the same order.
 
-    Raises ValueError, naming the input, when there is none or its values are not finite.
+    Raises ValueError, naming the input, if there is none or its values are not finite.
     """
     batches = [images] if isinstance(images, torch.Tensor) else list(images)
-    single = []
+    singles = []
     for batch in batches:
         if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
             raise ValueError(f"{name} has shape {tuple(batch.shape)}: connect pictures, [B, H, W, 3]")
         if not torch.isfinite(batch).all():
             raise ValueError(f"{name} holds NaN or infinite values: load or render the picture again")
         colour = batch.expand(-1, -1, -1, 3) if batch.shape[-1] == 1 else batch[..., :3]
-        single.extend(colour[i : i + 1].clone() for i in range(len(colour)))
-    if not single:
+        singles.extend(colour[i : i + 1].clone() for i in range(len(colour)))
+    if not singles:
         raise ValueError(f"{name} holds no picture: connect at least one")
-    return single
+    return singles
+
+
+def one_picture(images: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """The only picture of an input, [1, H, W, 3]. Raises ValueError, naming the input, for more than one."""
+    singles = pictures(images, name)
+    if len(singles) > 1:
+        raise ValueError(f"{name} holds {len(singles)} pictures: connect one; Image From Batch picks it")
+    return singles[0]
+
+
+def one_text(texts: Sequence[str], name: str) -> str:
+    """The only text of an input, its lines joined. Raises ValueError, naming the input, for more than one."""
+    if len(texts) != 1:
+        raise ValueError(f"{name} holds {len(texts)} texts: connect one")
+    return " ".join(texts[0].split())
 
 
 def texts_for(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
@@ -58,7 +73,7 @@ def single_values(lists: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 
 def digest(latents: Sequence[torch.Tensor]) -> str:
-    """A short name for these very latents, to tell whether a resumed run learns the same pictures."""
+    """A short name for the values of these latents, which tells whether a resumed run trains on the same ones."""
     content = hashlib.sha256()
     for latent in latents:
         content.update(latent.detach().cpu().float().contiguous().numpy().tobytes())
@@ -66,7 +81,7 @@ def digest(latents: Sequence[torch.Tensor]) -> str:
 
 
 def conditioning_digest(conditionings: Sequence[list]) -> str:
-    """A short name for these CONDITIONINGs: their texts, and the pictures and numbers that they bring."""
+    """A short name for these CONDITIONINGs: their texts, and the pictures and numbers that they hold."""
     content = hashlib.sha256()
     for part in _leaves(conditionings):
         if isinstance(part, torch.Tensor):
@@ -77,7 +92,7 @@ def conditioning_digest(conditionings: Sequence[list]) -> str:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The tensors, numbers and names in what the host's nodes put into a conditioning."""
+    """The tensors, numbers and names in what ComfyUI's nodes put into a conditioning."""
     if isinstance(value, torch.Tensor | str | int | float | None):
         yield value
     elif isinstance(value, Mapping):
@@ -89,18 +104,3 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(part)
     elif isinstance(value, comfy.clip_vision.Output | comfy.nested_tensor.NestedTensor):
         yield from _leaves(vars(value))
-
-
-def one_picture(images: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-    """The only picture of an input, [1, H, W, 3]. Raises ValueError, naming the input, for more than one."""
-    found = pictures(images, name)
-    if len(found) > 1:
-        raise ValueError(f"{name} holds {len(found)} pictures: connect one, Image From Batch picks it")
-    return found[0]
-
-
-def one_text(texts: Sequence[str], name: str) -> str:
-    """The only text of an input, its lines joined. Raises ValueError, naming the input, for more than one."""
-    if len(texts) != 1:
-        raise ValueError(f"{name} holds {len(texts)} texts: connect one")
-    return " ".join(texts[0].split())

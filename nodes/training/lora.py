@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a model's linear layers, as forward hooks: no weight is merged, copied or replaced."""
+"""LoRA: low-rank updates of a model's linear layers, as forward hooks; no weight is merged, copied or replaced."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .config import LoraConfig
 from .loop import Parameters, step_seed
 
 
-class LowRank(torch.nn.Module):
-    """up(down(x)) * scale in x's own dtype; the matrices stay fp32. down: [rank, in], up: [out, rank]."""
+class LoraLayer(torch.nn.Module):
+    """up(down(x)) * scale in the dtype of x; the matrices stay fp32. down: [rank, in], up: [out, rank]."""
 
     def __init__(self, in_features: int, out_features: int, config: LoraConfig, generator: torch.Generator):
         super().__init__()
-        # Uniform with the deviation of a linear layer's own start, as in the published implementation; up is zero.
+        # Uniform, with the deviation of a linear layer's initial weights, as in the published implementation.
         bound = in_features**-0.5
         down = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
         self.down = torch.nn.Parameter(down)
@@ -30,19 +30,19 @@ class LowRank(torch.nn.Module):
 
 
 class Adapters:
-    """One adapter for each chosen linear layer of `network`, by the layer's name.
+    """One LoraLayer for each chosen linear layer of `network`, by the layer's name.
 
-    Works with every module that has `in_features` and `out_features`, quantised ones included, since only its
-    input and output are looked at. Raises ValueError where no layer matches.
+    Works with every module that has `in_features` and `out_features`, quantised ones included, since only their
+    input and output are used. Raises ValueError where no layer matches.
     """
 
     def __init__(self, network: torch.nn.Module, config: LoraConfig, seed: int, device: torch.device):
         self.config = config
-        wanted = re.compile(config.layers)
+        pattern = re.compile(config.layers)
         self.layers = {
             name: module
             for name, module in network.named_modules()
-            if wanted.search(name) and hasattr(module, "in_features") and hasattr(module, "out_features")
+            if pattern.search(name) and hasattr(module, "in_features") and hasattr(module, "out_features")
         }
         if not self.layers:
             raise ValueError(
@@ -50,7 +50,7 @@ class Adapters:
                 "model is not supported; use an SD, SDXL or Wan model"
             )
         self.modules = {
-            name: LowRank(
+            name: LoraLayer(
                 layer.in_features,
                 layer.out_features,
                 config,
@@ -68,7 +68,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """The network computes with the adapters inside this context, and without a trace of them after it."""
+        """The network computes with the adapters inside this block, and without a trace of them after it."""
         handles = []
         try:
             for name, layer in self.layers.items():
@@ -79,7 +79,7 @@ class Adapters:
                 handle.remove()
 
 
-def _adding(adapter: LowRank):
+def _adding(adapter: LoraLayer):
     def add(_layer, inputs, output):
         return output + adapter(inputs[0]).to(output.dtype)
 

@@ -17,7 +17,7 @@ from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.objective import DenoisingObjective, Sample
 from ..training.runs import LossMap, run
-from ..training.session import Denoiser, session
+from ..training.session import ModelDenoiser, session
 from . import method, reference_pass, sampling
 
 _REFERENCE = "understudy_reference"
@@ -67,7 +67,7 @@ def prepared(
     video, picture = (max(inputs, key=torch.Tensor.numel) for inputs in (latents, references))
     frames = video.shape[2] + math.ceil(picture[0, 0].numel() / video[0, 0, 0].numel())
     shape = [config.batch_size, video.shape[1], frames, *video.shape[3:]]
-    with session(sampling.with_block_patches(model), shape, config, trained=weights) as denoiser:
+    with session(sampling.with_block_patches(model), shape, config, extra_parameters=weights) as denoiser:
         untrained = method.new_adapter(
             network.dim, len(network.blocks), rank, lambda i: loop.step_seed(config.seed, _FIRST_SEED + i)
         )
@@ -82,9 +82,9 @@ def prepared(
 
 
 class WithReferences:
-    """A Denoiser in which the tokens of each video see its reference."""
+    """A denoiser in which the tokens of each video see its reference."""
 
-    def __init__(self, denoiser: Denoiser, adapter: method.VideoAdapter, recompute: bool = False):
+    def __init__(self, denoiser: ModelDenoiser, adapter: method.VideoAdapter, recompute: bool = False):
         self.denoiser = denoiser
         self.adapter = adapter
         self.recompute = recompute

@@ -44,7 +44,7 @@ def test_gradients_to_the_tokens_are_those_of_the_formulas():
     ):
         encoder = TextEncoder(clip)
         tokens = vectors.clone().requires_grad_()
-        with session(MODEL, (1, 4, 8, 8), config(), beside=[encoder.patcher]):
+        with session(MODEL, (1, 4, 8, 8), config(), other_models=[encoder.patcher]):
             prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": 2}})
             filled = [prompt.filled({"<a>": {"l": tokens[layer]}}) for layer in range(2)]
             joined = {"l": filled[0]["l"] + filled[1]["l"]}
@@ -100,7 +100,7 @@ def test_a_t5_has_gradients_too_as_finite_differences_say():
         prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": 1}})
         return (encoder.encode(prompt.filled({"<a>": {"l": moved}}))[0] * weight).sum()
 
-    with session(MODEL, (1, 4, 8, 8), config(), beside=[encoder.patcher]):
+    with session(MODEL, (1, 4, 8, 8), config(), other_models=[encoder.patcher]):
         token = vector.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(value(token), token)
         with torch.no_grad():
@@ -123,7 +123,7 @@ def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
     encoder = TextEncoder(CLIP)
     patched = running.apply(MODEL, 1.0)
     places = action_identifiers.places(MODEL)
-    with session(patched, (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
+    with session(patched, (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
         learner = learner_of(denoiser, encoder, run)
         learner.action = action(merge=merge)
         contrasts = learner.contrasts(None)

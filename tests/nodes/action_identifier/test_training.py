@@ -28,7 +28,7 @@ def test_surroundings_that_cannot_be_learnt_say_what_to_change():
 def test_contrasts_of_a_checkpoint_lie_where_the_pictures_do():
     run = config()
     encoder = TextEncoder(CLIP)
-    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
+    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
         learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
         kept = {f"contrast.{i}": latent.double() for i, latent in enumerate(latents())}
         found = learner.contrasts(loop.State(3, [0.0] * 3, kept))
@@ -77,14 +77,14 @@ def test_it_learns_with_and_without_triples():
 
 @pytest.mark.parametrize(("asked", "taken"), [(1, 1), (2, 2), (9, len(SUBJECTS))])
 def test_without_triples_a_step_is_one_pass_of_a_batch(asked, taken, monkeypatch):
-    sizes, original = [], training.DenoisingObjective.loss_at
+    sizes, original = [], training.Denoising.loss_at
 
     def loss_at(self, clean, conditions, noise, level):
         assert len(set(level.tolist())) == len(level), "each picture has its own noise level"
         sizes.append(len(clean))
         return original(self, clean, conditions, noise, level)
 
-    monkeypatch.setattr(training.DenoisingObjective, "loss_at", loss_at)
+    monkeypatch.setattr(training.Denoising, "loss_at", loss_at)
     train(settings=action(triples=False), steps=2, batch_size=asked)
     assert sizes == [taken] * 2
 
@@ -108,7 +108,7 @@ def test_the_same_seed_learns_the_same_and_another_does_not():
 def test_contexts_are_learnt_and_contrasts_drawn_with_another_action():
     run = config()
     encoder = TextEncoder(CLIP)
-    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
+    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
         learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
         contexts = learner._learn_contexts()
         drawn = learner.contrasts(None)
@@ -172,7 +172,7 @@ def test_previews_read_the_tokens_and_change_nothing():
 
     def preview(denoiser, clip, actions):
         positive = running.seal(*encoding.encode(clip, "a <action> cat", actions), actions)
-        seen.append(training.picture_training.draw(
+        seen.append(training.drawing.sample_in_training(
             denoiser, positive, clip.encode_from_tokens_scheduled(clip.tokenize("")), (1, 4, 8, 8), 0, 2
         ))
 

@@ -190,14 +190,14 @@ def test_the_pair_takes_turns_and_shares_noise_and_level_in_each_iteration():
         return torch.tensor([1.0, 3.0])
 
     samples = [types.SimpleNamespace(latent=name, conditions=f"{name} text") for name in ("source", "driving")]
-    objective = method.PairObjective(loss, samples, seed=4)
+    objective = method.SourceDrivingObjective(loss, samples, seed=4)
     assert [float(objective(step, torch.Generator().manual_seed(step))) for step in range(6)] == [2.0] * 6
     assert [latent for latent, _, _ in seen] == ["source", "driving"] * 3
     assert all(text == f"{latent} text" for latent, text, _ in seen)
     numbers = [number for _, _, number in seen]
     assert numbers[0::2] == numbers[1::2] and len(set(numbers)) == 3
     seen.clear()
-    method.PairObjective(loss, samples, seed=5)(0, torch.Generator())
+    method.SourceDrivingObjective(loss, samples, seed=5)(0, torch.Generator())
     assert seen[0][2] != numbers[0]
 
 

@@ -45,7 +45,7 @@ def test_a_seed_as_long_as_a_digest_is_shown(kept):
 
 
 def test_another_node_s_checkpoint_is_told_by_its_name(kept):
-    with pytest.raises(ValueError, match="another training, name: choose one .* begin with other, or .* to none"):
+    with pytest.raises(ValueError, match="another training, name: choose one .* begins with other, or .* to none"):
         checkpoints.Checkpoints("other", {"epochs": 3}).resume(kept.path.name)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import LCM
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
-from pack.nodes.training import loop, objective, picture_training
+from pack.nodes.training import drawing, loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
 from pack.nodes.training.lora import Adapters
@@ -222,7 +222,7 @@ def test_the_loss_is_the_error_of_the_prediction_with_diffusers_weights(kind):
         if gamma:
             weight = snr.clamp(max=gamma)
             expected = expected * (weight / snr if kind == "EPS" else weight / (snr + 1))
-        found = objective.PredictionError(sampling, gamma)(denoised, clean, sigma)
+        found = objective.PredictionLoss(sampling, gamma)(denoised, clean, sigma)
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
 
 
@@ -231,16 +231,16 @@ def test_flow_loss_is_the_error_of_the_velocity():
     clean, noise, output = (torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
     sigma = torch.tensor([0.2, 0.9])
     denoised = sampling.calculate_denoised(sigma, output, sampling.noise_scaling(sigma, noise, clean))
-    found = objective.PredictionError(sampling, 0.0)(denoised, clean, sigma)
+    found = objective.PredictionLoss(sampling, 0.0)(denoised, clean, sigma)
     torch.testing.assert_close(found, (output - (noise - clean)).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="min_snr_gamma"):
-        objective.PredictionError(sampling, 5.0)
+        objective.PredictionLoss(sampling, 5.0)
 
 
 @pytest.mark.parametrize("kind", [comfy.model_sampling.X0, LCM])
 def test_models_that_predict_something_else_are_refused(kind):
     with pytest.raises(ValueError, match=f"{kind.__name__} prediction"):
-        objective.PredictionError(Sampling.of(kind), 0.0)
+        objective.PredictionLoss(Sampling.of(kind), 0.0)
 
 
 class Moving(comfy.model_patcher.ModelPatcher):
@@ -282,7 +282,7 @@ def test_inpainting_models_train_on_an_empty_mask():
 
 def test_a_preview_waits_for_room(monkeypatch):
     vae = object()
-    preview = picture_training.preview_of(vae, [], [], SHAPE, 0)
+    preview = drawing.preview_of(vae, [], [], SHAPE, 0)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
     with session(inference_model(), SHAPE, config()) as denoiser:
         assert preview(denoiser) is None
@@ -318,7 +318,7 @@ def test_pictures_that_fit_no_cells_are_said(caplog):
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 64, 50, 3)])
     assert "pictures of 50 x 64 pixels are cut to multiples of 8" in caplog.text
     for width in (7, 31):
-        with pytest.raises(ValueError, match=f"{width} x 200 pixels is too small to learn from"):
+        with pytest.raises(ValueError, match=f"{width} x 200 pixels is too small to train on"):
             picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, width, 3)])
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, 32, 3)])
 
