@@ -203,11 +203,7 @@ class UnderstudySaveActionIdentifier(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 ACTION.Input("action", tooltip="A trained or loaded action."),
-                io.String.Input(
-                    "filename_prefix", default="action",
-                    tooltip="Name in output/action_identifiers, with folders if you like. A number is added; nothing "
-                    "is replaced.",
-                ),
+                widgets.filename_prefix("action", files.FOLDER),
                 io.Boolean.Input(
                     "textual_inversion", default=False, optional=True, advanced=True,
                     tooltip="Also writes the mean of all layers to output/embeddings, an ordinary embedding for "

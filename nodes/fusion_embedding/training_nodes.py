@@ -237,11 +237,7 @@ class UnderstudySaveFusion(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 FUSION.Input("fusion", tooltip="A trained or loaded fusion."),
-                io.String.Input(
-                    "filename_prefix", default="fusion",
-                    tooltip="Name in output/fusion_embeddings, with folders if you like. A number is added; nothing "
-                    "is replaced.",
-                ),
+                widgets.filename_prefix("fusion", files.FOLDER),
             ],
             outputs=[],
         )

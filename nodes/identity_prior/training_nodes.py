@@ -207,10 +207,7 @@ class UnderstudySaveIdentityPrior(io.ComfyNode):
             inputs=[
                 io.Custom("LORA_MODEL").Input("lora", tooltip="The trained LoRA."),
                 IDENTITY.Input("identity", tooltip="Whom it knows, from Train Identity Prior."),
-                io.String.Input(
-                    "filename_prefix", default="identity_prior",
-                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
-                ),
+                widgets.filename_prefix("identity_prior", files.FOLDER),
             ],
             outputs=[],
         )

@@ -1,4 +1,4 @@
-"""The inputs and outputs that Train nodes share, and the run that their values ask for; each is said once."""
+"""The inputs and outputs that Train and Save nodes share, and the run that their values ask for, said once each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..files.folders import WeightFolder
 from ..fingerprint import fingerprint, patches_fingerprint
 from . import checkpoints
 from .config import DTYPES, TrainingConfig
@@ -125,6 +126,14 @@ def whole_unet(default: bool, note: str, **options: Any) -> io.Boolean.Input:
         tooltip="Trains all weights of the UNet, as published, instead of a LoRA: 16 more bytes of memory per "
         "weight, "
         f"14 GB for SD 2.1, and a file of 3.5 GB. {note}",
+    )
+
+
+def filename_prefix(default: str, folder: WeightFolder) -> io.String.Input:
+    """Where a Save node writes."""
+    return io.String.Input(
+        "filename_prefix", default=default,
+        tooltip=f"Name in output/{folder.name}, with folders if you like. A number is added; nothing is replaced.",
     )
 
 

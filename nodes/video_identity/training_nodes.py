@@ -130,10 +130,7 @@ class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 ADAPTER.Input("adapter", tooltip="A trained or loaded adapter."),
-                io.String.Input(
-                    "filename_prefix", default="video_identity",
-                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
-                ),
+                widgets.filename_prefix("video_identity", files.FOLDER),
             ],
             outputs=[],
         )
