@@ -96,8 +96,8 @@ class IdentityBlend:
         if not method.same_grid(grid, inverted):
             raise ValueError(
                 f"the sampler has {len(grid)} sigmas from {grid[0]:.4g} to {grid[-1]:.4g}, and the picture was "
-                f"inverted on {len(inverted)} from {inverted[0]:.4g}: connect the same SIGMAS to Invert Image and to the "
-                "sampler"
+                f"inverted on {len(inverted)} from {inverted[0]:.4g}: connect the same SIGMAS to Invert Image and to "
+                "the sampler"
             )
         run = _BlendRun(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(guider.conds))
         if run.starts_off_path(guider, sigmas, noise, latent_image):

@@ -11,11 +11,9 @@ from .. import subject_tokens
 from ..fingerprint import fingerprint
 from ..messages import tell
 from ..subject_tokens import Subject
-from ..training import drawing, inputs, picture_training, widgets
+from ..training import inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
-from ..training.config import LoraConfig
-from ..training.objective import Batches
-from . import files, method, references
+from . import files, training
 from .config import AUGMENTS, IdentityPriorConfig
 from .nodes import CATEGORY, IDENTITY
 
@@ -109,86 +107,43 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
     def execute(cls, images, captions, class_images=None, class_captions=None, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
         prior = IdentityPriorConfig(
-            prior_weight=values["prior_weight"], augment=values["augment"],
+            rank=values["rank"], prior_weight=values["prior_weight"], augment=values["augment"],
             class_count=values.get("class_count", _DEFAULT.class_count),
         )
-        subject = Subject(values["identity_token"].strip(), values["class_noun"].strip())
         pictures = inputs.pictures(images, "images")
-        texts = _expanded(subject, inputs.texts_for(captions, len(pictures), "captions"))
-        subject = dataclasses.replace(
-            subject, captions=tuple(dict.fromkeys(texts)), base=fingerprint(values["model"])
-        )
+        subject, texts = _subject(values, inputs.texts_for(captions, len(pictures), "captions"))
         config = widgets.config(values)
         tell("Train Identity Prior", _warnings(values["clip"], subject, len(pictures)), logging.WARNING)
-        pictures, texts = references.variants(pictures, texts, prior.augment, config.seed)
+        pictures, texts = training.variants(pictures, texts, prior.augment, config.seed)
         latents = picture_training.encode_pictures(values["vae"], pictures)
-        class_latents, class_texts = [], []
-        if prior.prior_weight > 0:
-            class_latents, class_texts = _classes(
-                values, subject, texts, prior.class_count, class_images, class_captions
-            )
-        conditionings = picture_training.encode_texts(values["clip"], [*texts, *class_texts, ""])
+        classes = training.class_pictures(values["vae"], subject, texts, prior, class_images, class_captions)
         settings = {
-            "pictures": inputs.digest(latents), "captions": texts, "rank": values["rank"],
-            "class_pictures": inputs.digest(class_latents) if class_images else "made by the model",
-            "class_captions": class_texts, "prior_weight": prior.prior_weight,
+            "pictures": inputs.digest(latents), "captions": texts, "rank": prior.rank,
+            "class_pictures": inputs.digest(classes.latents) if class_images else "made by the model",
+            "class_captions": list(classes.texts), "prior_weight": prior.prior_weight,
         }
-        checkpoints = Checkpoints("identity_prior", widgets.settings(values, config, settings))
-        checkpoints.resume(values["resume_from"])  # one that does not fit is refused before the model draws
-        if class_texts and not class_latents:
-            class_latents = references.generate(
-                values["model"], conditionings[len(texts) : -1], conditionings[-1], latents[0].shape, config.seed
-            )
-
-        def objective(denoising, samples):
-            if not class_latents:
-                return denoising
-            subjects, others = (
-                Batches(part, config.batch_size) for part in (samples[: len(latents)], samples[len(latents) :])
-            )
-            return method.PriorObjective(denoising.loss, subjects, others, prior.prior_weight)
-
-        lora, loss_map = picture_training.train_on_pictures(
-            values["model"],
-            [*latents, *class_latents],
-            conditionings[:-1],
-            config,
-            LoraConfig(rank=values["rank"]),
-            checkpoints=checkpoints,
+        lora, loss_map = training.train(
+            values["model"], values["clip"], values["vae"], latents, texts, classes, prior, config,
+            checkpoints=Checkpoints("identity_prior", widgets.settings(values, config, settings)),
             resume_from=values["resume_from"],
-            make_objective=objective,
-            forward_batch=config.batch_size * (2 if class_latents else 1),
-            preview=drawing.preview_of(
-                values["vae"], conditionings[0], conditionings[-1], latents[0].shape, config.seed
-            ),
         )
         return io.NodeOutput(lora, subject, loss_map)
 
 
-def _expanded(subject: Subject, texts: list[str]) -> list[str]:
-    return [subject.expand(text, f"caption {i + 1} of captions") for i, text in enumerate(texts)]
+def _subject(values: dict, captions: list[str]) -> tuple[Subject, list[str]]:
+    """The subject with what its file will say, and the captions with its words in them."""
+    subject = Subject(values["identity_token"].strip(), values["class_noun"].strip())
+    texts = [subject.expand(text, f"caption {i + 1} of captions") for i, text in enumerate(captions)]
+    captions_once = tuple(dict.fromkeys(texts))
+    return dataclasses.replace(subject, captions=captions_once, base=fingerprint(values["model"])), texts
 
 
 def _warnings(clip, subject: Subject, count: int) -> list[str]:
-    """What speaks against this run and does not stop it."""
-    lines = subject_tokens.warnings(clip, subject)
+    """What makes for a worse prior, though it can be trained."""
+    warnings = subject_tokens.warnings(clip, subject)
     if count == 1:
-        lines.append("1 picture: the prior learns its pose and place as well; connect 3 to 5")
-    return lines
-
-
-def _classes(values, subject, texts, count, class_images, class_captions) -> tuple[list, list[str]]:
-    """Texts of the class, and latents of its pictures where they are connected; else the model draws one per text."""
-    if class_images:
-        pictures = inputs.pictures(class_images, "class_images")
-        class_texts = inputs.texts_for(class_captions or f"a {subject.noun}", len(pictures), "class_captions")
-        latents = picture_training.encode_pictures(values["vae"], pictures)
-        return latents, [subject.as_class_prompt(text) for text in class_texts]
-    told = [line for text in class_captions or () for line in text.splitlines() if line.strip()]
-    known = list(dict.fromkeys(subject.as_class_prompt(text) for text in told or texts))
-    if told:  # none of them is left out
-        count = max(count, len(known))
-    return [], [known[i % len(known)] for i in range(count)]
+        warnings.append("1 picture: the prior learns its pose and place as well; connect 3 to 5")
+    return warnings
 
 
 class UnderstudySaveIdentityPrior(io.ComfyNode):

@@ -16,7 +16,7 @@ from pack.nodes import subject_tokens
 from pack.nodes.files import weights
 from pack.nodes.files.names import WeightFileError
 from pack.nodes.fingerprint import fingerprint
-from pack.nodes.identity_prior import files, references, sampling
+from pack.nodes.identity_prior import files, sampling, training
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEncodeIdentity,
     UnderstudyLoadIdentityPrior,
@@ -174,7 +174,7 @@ def test_a_resumed_training_equals_the_whole_one(output, loaded, puppets, monkey
     resumed = train(loaded, images, captions, steps=4, resume_from=state.name, **options)[0]
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
     with pytest.raises(ValueError, match="class_captions"):  # before the class pictures are drawn, which takes long
-        monkeypatch.setattr(references, "generate", None)
+        monkeypatch.setattr(training, "draw_class_pictures", None)
         train(loaded, images, captions, steps=4, resume_from=state.name)
     with pytest.raises(ValueError, match="made with prior_weight 1.0"):
         train(loaded, images, captions, steps=4, resume_from=state.name, prior_weight=0.5, **options)
@@ -222,11 +222,11 @@ def test_nothing_is_mirrored_unless_asked():
     left[:, :, :30] *= 0.1
     counts = {}
     for augment in ("none", "crop", "crop_and_flip"):
-        pictures, texts = references.variants([left, left], ["a", "b"], augment, 3)
+        pictures, texts = training.variants([left, left], ["a", "b"], augment, 3)
         assert len(pictures) == len(texts) and all(p.shape == left.shape for p in pictures)
         dark_left = [float(p[:, :, :30].mean()) < float(p[:, :, 30:].mean()) for p in pictures]
         counts[augment] = (len(pictures), sum(dark_left), texts.count("a"))
-        again = references.variants([left, left], ["a", "b"], augment, 3)[0]
+        again = training.variants([left, left], ["a", "b"], augment, 3)[0]
         assert all(torch.equal(a, b) for a, b in zip(pictures, again, strict=True))
         assert torch.equal(pictures[0], left)
     assert counts == {"none": (2, 2, 1), "crop": (8, 8, 4), "crop_and_flip": (16, 8, 8)}
@@ -235,7 +235,7 @@ def test_nothing_is_mirrored_unless_asked():
 def test_captions_of_mirror_images_say_the_other_side():
     picture = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(0))
     told = "Left of it, seen from the right, RIGHT, bright, leftover"
-    _, texts = references.variants([picture], [told], "crop_and_flip", 3)
+    _, texts = training.variants([picture], [told], "crop_and_flip", 3)
     assert texts == [told] * 4 + ["Right of it, seen from the left, LEFT, bright, leftover"] * 4
 
 
@@ -246,7 +246,7 @@ def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, m
         drawn.append((conditionings, negative))
         return [torch.randn(shape) for _ in conditionings]
 
-    monkeypatch.setattr(references, "generate", generate)
+    monkeypatch.setattr(training, "draw_class_pictures", generate)
     monkeypatch.setattr(picture_training, "encode_texts", lambda _clip, texts: made.append(texts) or texts)
     monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
     train(loaded, puppets[0][:1], ["a {subject}"], class_captions=["a {subject}\nA SKS robot waving\ntwo robots"])
@@ -277,7 +277,7 @@ def test_class_pictures_come_from_the_model_and_the_seed(monkeypatch, caplog):
     texts = [tiny_model.conditioning(1), tiny_model.conditioning(2)]
     with torch.inference_mode(), caplog.at_level(logging.INFO):
         made, again, other = (
-            references.generate(model, texts, tiny_model.conditioning(3), SHAPE, seed) for seed in (1, 1, 2)
+            training.draw_class_pictures(model, texts, tiny_model.conditioning(3), SHAPE, seed) for seed in (1, 1, 2)
         )
     assert [latent.shape for latent in made] == [SHAPE] * 2
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
