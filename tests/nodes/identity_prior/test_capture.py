@@ -10,7 +10,7 @@ import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from pack.nodes.identity_prior import capture, sampling
 from pack.nodes.identity_prior.config import BlendConfig, MaskConfig
-from pack.nodes.identity_prior.nodes import UnderstudyEditMasks, UnderstudyIdentityMaskBlend, UnderstudyInvertImage
+from pack.nodes.identity_prior.nodes import UnderstudyEditMasks
 from PIL import Image
 from support import tiny_model
 from support.identity_edits import (
@@ -20,10 +20,8 @@ from support.identity_edits import (
     MODEL,
     SHAPE,
     blended,
-    grid,
     inverted,
     latent,
-    prompt,
     recorded_inputs,
     sample,
 )
@@ -255,19 +253,3 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     assert not torch.allclose(edit[:, :, 0], clip["samples"][:, :, 0], atol=0.01)
     with pytest.raises(ValueError, match="mask has 4 frames"):
         blended(wan, masks[:4], found=found)
-
-
-def test_the_nodes_hand_on_what_belongs_together(caplog):
-    sigmas = grid(MODEL, 4)
-    with torch.inference_mode():
-        with caplog.at_level("INFO"):
-            made = UnderstudyInvertImage.execute(MODEL, prompt(), latent(), sigmas, "ddim", 1, 0.5, smoothing=0.0)
-        found, noise, mask = made.result
-        patched = UnderstudyIdentityMaskBlend.execute(MODEL, found, EDIT, 0.3, 1, 0.0, 1.0).result[0]
-    assert mask.shape == (1, 64, 64) and set(mask.unique().tolist()) == {0.0, 1.0}
-    assert noise.generate_noise(latent()).shape == SHAPE
-    assert torch.isfinite(sample(patched, found=found)).all()
-    assert found.method == "ddim"
-    (said,) = made.ui["text"]
-    assert said == "inverted over 4 steps by ddim; the path takes 0.0 MB on cpu"
-    assert f"[Understudy] Invert Image: {said}" in caplog.messages

@@ -1,102 +1,20 @@
-"""Training, saving, loading and naming a prior, on the theatre and on small models of the host."""
+"""Training a prior by its node, on the theatre and on small models."""
 
-import json
 import logging
 
-import comfy.lora
-import comfy.sd
 import comfy.utils
-import diffusers
 import folder_paths
 import pytest
-import safetensors.torch
 import torch
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from pack.nodes import subject_tokens
-from pack.nodes.files import weights
-from pack.nodes.files.names import WeightFileError
 from pack.nodes.fingerprint import fingerprint
 from pack.nodes.identity_prior import files, sampling, training
-from pack.nodes.identity_prior.nodes import (
-    UnderstudyEncodeIdentity,
-    UnderstudyLoadIdentityPrior,
-)
-from pack.nodes.identity_prior.training_nodes import UnderstudySaveIdentityPrior, UnderstudyTrainIdentityPrior
-from pack.nodes.puppets import theatre, tokenizer
-from pack.nodes.puppets.nodes import UnderstudyPuppetSet
+from pack.nodes.identity_prior.nodes import UnderstudyEncodeIdentity, UnderstudyLoadIdentityPrior
 from pack.nodes.subject_tokens import Subject
 from pack.nodes.training import checkpoints, picture_training
-from pack.nodes.training.checkpoints import Checkpoints
-from pack.nodes.training.config import LoraConfig, TrainingConfig
 from support import tiny_clip, tiny_model
 from support.identity_edits import SHAPE, blended, inverted, sample, v_prediction
-
-ROBOT = Subject("sks", "robot", ("a sks robot waving",))
-SIZE = 64
-
-
-@pytest.fixture
-def output(tmp_path, monkeypatch):
-    """The host's folders of LoRAs and of checkpoints of training, for one test."""
-    for key in (files.FOLDER.name, checkpoints.FOLDER.name):
-        listed = ([str(tmp_path / key)], {".safetensors"})
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, listed)
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    folder_paths.filename_list_cache.clear()
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def loaded(pack_root):
-    theatre.register()
-    with torch.inference_mode():
-        path = pack_root / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
-        return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)[:3]
-
-
-@pytest.fixture(scope="module")
-def puppets():
-    images, _, _, captions, subjects = UnderstudyPuppetSet.execute(
-        "red striped robot", "standing\nwaving", "beach", 3, 1, SIZE
-    ).result
-    texts = [text.replace(subject, "{subject}") for text, subject in zip(captions, subjects, strict=True)]
-    return images, [text if "{subject}" in text else "a {subject} waving" for text in texts]
-
-
-def train(loaded, images, captions, **settings):
-    """The node, as the host calls it: every input a list."""
-    model, clip, vae = loaded
-    given = {
-        "model": model, "clip": clip, "vae": vae, "identity_token": "sks", "class_noun": "robot", "steps": 2,
-        "learning_rate": 1e-3, "rank": 2, "batch_size": 1, "seed": 5, "prior_weight": 1.0, "augment": "none",
-        "resume_from": "none", "class_count": 2, "checkpoint_every": 0,
-    }
-    lists = {name: settings.pop(name) for name in ("class_images", "class_captions") if name in settings}
-    given = {name: [value] for name, value in (given | settings).items()}
-    with torch.inference_mode():
-        return UnderstudyTrainIdentityPrior.execute(images=images, captions=captions, **given, **lists).result
-
-
-def lora_of(model, seed=0, rank=2):
-    """A LoRA as training leaves it, with noise for what was learnt."""
-    with torch.inference_mode():
-        lora, _ = picture_training.train_on_pictures(
-            model, [torch.randn(SHAPE)], [tiny_model.conditioning(0)],
-            TrainingConfig(steps=1, learning_rate=1e-2, seed=seed, checkpoint_every=0), LoraConfig(rank=rank),
-            checkpoints=Checkpoints("test", {}), resume_from="none",
-        )
-    generator = torch.Generator().manual_seed(seed)
-    return {key: weight if weight.ndim == 0 else torch.randn(weight.shape, generator=generator) * 0.2
-            for key, weight in lora.items()}
-
-
-def saved(lora, identity=ROBOT, prefix="anna"):
-    UnderstudySaveIdentityPrior.execute(lora, identity, prefix)
-    folder_paths.filename_list_cache.clear()
-    return max(name for name in files.FOLDER.choices() if name.startswith(prefix))
-
-
-# Training
+from support.identity_trainings import ROBOT, SIZE, saved, train
 
 
 def test_a_prior_is_trained_previewed_saved_and_loaded(output, loaded, puppets, caplog):
@@ -283,113 +201,3 @@ def test_class_pictures_come_from_the_model_and_the_seed(monkeypatch, caplog):
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
     assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], other[0])
     assert shown[:2] == [(1, 2), (2, 2)] and "drawing class picture 2 of 2" in caplog.text
-
-
-# Files
-
-
-def test_the_file_is_an_ordinary_lora_with_its_story(output):
-    model = tiny_model.as_loaded(tiny_model.picture())
-    lora = lora_of(model, rank=3)
-    path = output / "loras" / saved(lora)
-    weights = safetensors.torch.load_file(path)
-    assert all(torch.equal(weights[key], lora[key]) for key in lora) and weights.keys() == lora.keys()
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    story = json.loads(metadata["understudy_identity"])
-    assert story == {"token": "sks", "class_noun": "robot", "captions": ["a sks robot waving"], "base": ""}
-    assert metadata["ss_network_dim"] == "3" and float(metadata["ss_network_alpha"]) == 3
-    # kohya's own layout: three entries a layer, alpha without dimensions.
-    for stem in {key.split(".")[0] for key in weights}:
-        assert weights[f"{stem}.alpha"].ndim == 0 and weights[f"{stem}.lora_down.weight"].shape[0] == 3
-    known = comfy.lora.model_lora_keys_unet(model.model, {})
-    assert len(comfy.lora.load_lora(weights, known)) == len(weights) // 3
-    found, alphas = _convert_non_diffusers_lora_to_diffusers(dict(weights))
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), mid_block_type="UNetMidBlock2DCrossAttn",
-        cross_attention_dim=tiny_model.CONTEXT, attention_head_dim=2,
-    )
-    unet.load_lora_adapter(found, prefix="unet", network_alphas=alphas)
-    assert len([name for name, _ in unet.named_parameters() if "lora_" in name]) == 2 * len(weights) // 3
-
-
-def test_loading_equals_the_native_loader_and_priors_mix(output):
-    model = tiny_model.as_loaded(tiny_model.picture())
-    first, second = lora_of(model, 1), lora_of(model, 2)
-    names = [saved(first, prefix="anna"), saved(second, Subject("ohwx", "cat"), prefix="bob")]
-    before = {name: weight.clone() for name, weight in model.model.named_parameters()}
-    both, identity, trigger = model, None, ""
-    for name in names:
-        both, identity, trigger = UnderstudyLoadIdentityPrior.execute(both, name, 0.7).result
-    assert trigger == "ohwx cat" and identity.class_noun == "cat"
-    native = model
-    for lora in (first, second):
-        native = comfy.sd.load_lora_for_models(native, None, lora, 0.7, 0)[0]
-    sampler = comfy.samplers.sampler_object("euler")
-    mixed = tiny_model.sample(both, sampler)
-    assert torch.equal(mixed, tiny_model.sample(native, sampler))
-    assert not torch.equal(mixed, tiny_model.sample(model, sampler))
-    assert UnderstudyLoadIdentityPrior.execute(model, names[0], 0.0).result[0] is model
-    assert all(torch.equal(weight, before[name]) for name, weight in model.model.named_parameters())
-
-
-def test_another_base_warns_and_another_shape_is_refused(output, caplog):
-    model = tiny_model.as_loaded(tiny_model.picture())
-    lora = lora_of(model)
-    identity = Subject("sks", "robot", (), fingerprint(model))
-    name = saved(lora, identity)
-    with caplog.at_level(logging.WARNING):
-        files.apply(model, lora, identity, 1.0, name)
-        assert not caplog.records
-        other = tiny_model.picture(seed=1)
-        assert len(UnderstudyLoadIdentityPrior.execute(other, name, 1.0).result[0].patches) == len(lora) // 3
-    assert "another base model" in caplog.text
-    key = next(key for key in lora if key.endswith("attn2_to_k.lora_down.weight"))
-    for changed, words in (
-        ({**lora, key: torch.zeros(2, 99)}, r"attn2_to_k.lora_down.weight has shape \(2, 99\) and the model has a layer of shape \(32, 16\)"),
-        ({"lora_unet_nowhere.lora_up.weight": torch.zeros(2, 2)}, r"lora_unet_nowhere.lora_up.weight has shape \(2, 2\) and the model has no such layer"),
-    ):
-        with pytest.raises(WeightFileError, match=f"another kind of model: .*{words}"):
-            files.apply(model, changed, identity, 1.0, name)
-    assert not model.patches
-
-
-def test_fingerprints_know_the_base_and_no_lora():
-    model = tiny_model.picture()
-    base = fingerprint(model)
-    assert fingerprint(tiny_model.picture()) == base
-    assert fingerprint(tiny_model.picture(seed=1)) != base
-    assert fingerprint(tiny_model.picture(in_channels=9)) != base
-    patched = comfy.sd.load_lora_for_models(model, None, lora_of(model), 1.0, 0)[0]
-    assert fingerprint(patched) == base
-    tiny_model.sample(patched, comfy.samplers.sampler_object("euler"), steps=1)
-    comfy.model_management.load_models_gpu([patched])
-    assert fingerprint(model) == base, "while the LoRA is applied"
-    patched.unpatch_model()
-
-
-def test_files_that_are_no_prior_are_refused(output):
-    lora = lora_of(tiny_model.picture())
-    weights.save(lora, {}, "loras", "plain")
-    weights.save(lora, {"understudy_identity": "{}"}, "loras", "broken")
-    folder_paths.filename_list_cache.clear()
-    for name, words in (("plain_00001_.safetensors", "Load LoRA"), ("broken_00001_.safetensors", "badly")):
-        with pytest.raises(WeightFileError, match=words):
-            files.load(name)
-
-
-# Prompts
-
-
-def test_a_prompt_remembers_the_subject_s_tokens(loaded):
-    clip = loaded[1]
-    text = "a red {subject} waving on a beach"
-    conditioning = UnderstudyEncodeIdentity.execute(clip, ROBOT, text).result[0]
-    plain = clip.encode_from_tokens_scheduled(clip.tokenize("a red sks robot waving on a beach"))
-    assert torch.equal(conditioning[0][0], plain[0][0])
-    columns = subject_tokens.tagged_positions(conditioning)
-    ids = [token for token, _ in clip.tokenize("a red sks robot waving on a beach")["l"][0]]
-    assert [tokenizer.WORDS[ids[i]] for i in columns] == ["sks", "robot"]
-    with pytest.raises(ValueError, match="does not name the subject"):
-        UnderstudyEncodeIdentity.execute(clip, ROBOT, "a robot waving")
