@@ -7,7 +7,6 @@ calls, and gives plain prompts a neutral condition, so that the host still runs 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..fingerprint import fingerprint
-from ..patching import models
+from ..patching import models, wan_blocks
+from ..patching.wan_blocks import WanBlockPatch
 from . import layers, method
 from .method import ActionIdentifier, BatchContexts, Place, Rows
 
@@ -37,14 +37,14 @@ def apply(model: Any, strength: float) -> Any:
 
     Raises ValueError for models whose cross-attention it does not know.
     """
-    places = layers.places(model.get_model_object("diffusion_model"))
+    network = model.get_model_object("diffusion_model")
+    places = layers.places(network)
     contexts = ActionContexts(places, strength, fingerprint(model))
     wrappers = {WrappersMP.CALC_COND_BATCH: contexts.calc_cond_batch, WrappersMP.APPLY_MODEL: contexts.apply_model}
     patched = models.with_wrappers(model, key=KEY, wrappers=wrappers, attachment=contexts)
-    if places[0].kind == "double_block":
-        blocks = {place.index: functools.partial(BlockPatch, place.index) for place in places}
-        return models.with_block_patches(patched, key=KEY, patches=blocks)
-    return models.with_attention_inputs(patched, patch=CrossAttentionPatch(places))
+    if wan_blocks.is_wan(network):
+        return models.with_block_patches(patched, key=KEY, patches=ActionBlockPatch.for_every_block(network))
+    return models.with_attention_inputs(patched, patch=ActionInputsPatch(places))
 
 
 class SealedContexts:
@@ -172,8 +172,8 @@ def for_layers(base: Any, contexts: BatchContexts, length: int, device: torch.de
     return contexts.map(lambda own: project(own.to(device, dtype)), length)
 
 
-class CrossAttentionPatch:
-    """The host's attn2_patch of a UNet: each place of the network reads its own context."""
+class ActionInputsPatch:
+    """ComfyUI's attn2_patch of a UNet: each place of the network reads its own context."""
 
     key = KEY
 
@@ -188,17 +188,13 @@ class CrossAttentionPatch:
         return n, context, context
 
 
-class BlockPatch:
-    """What stands for one Wan block: the block itself, or an earlier patch of it, with a context of its own."""
+class ActionBlockPatch(WanBlockPatch):
+    """A Wan block that reads its own context."""
 
     key = KEY
-
-    def __init__(self, index: int, earlier: Any):
-        self.index = index
-        self.earlier = earlier
 
     def __call__(self, args: dict, extra: dict) -> dict:
         contexts = args["transformer_options"].get(KEY)
         if contexts is not None:
             args = {**args, "txt": contexts.at(self.index, args["txt"])}
-        return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
+        return self._inner(args, extra)

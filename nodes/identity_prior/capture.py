@@ -1,7 +1,7 @@
-"""Where a model looks for the subject: its cross-attention to the subject's tokens, watched while it runs.
+"""Where a model looks for the subject: its cross-attention to the subject's tokens, recorded while it runs.
 
-A watched model carries patches that hold nothing. What a call is to record travels in `transformer_options` under
-KEY, and what it recorded leaves with it, so a watched model may be cached, cloned and run by several threads.
+A model with a recorder carries patches that hold nothing. What a call is to record travels in `transformer_options`
+under KEY, and what it recorded leaves with it, so such a model may be cached, cloned and run by several threads.
 """
 
 from __future__ import annotations
@@ -9,68 +9,45 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import comfy.ldm.modules.diffusionmodules.openaimodel as unet
-import comfy.ldm.wan.model
-import comfy.model_patcher
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.wan.model import WanI2VCrossAttention
+from comfy.model_patcher import ModelPatcher
 
 from ...kernels.token_attention import token_attention
-from ..patching import models
+from ..patching import models, unet_layers, wan_blocks
+from ..patching.unet_layers import CrossAttention
+from ..patching.wan_blocks import OVERRIDE, AttentionOverride, WanBlockPatch
 from .config import ALL_LAYERS, AUTO_LAYERS, MaskConfig, parse_layers
 from .method import mean_map
 
 KEY = "understudy_token_attention"
-_OVERRIDE = "optimized_attention_override"
 # Ours: UNets know subjects best in their coarse layers, of so many cells or more. In SD these have 16, as in
 # Prompt-to-Prompt, since only the middle block is coarser; on the theatre 8 overlap better with the true masks.
 _BEST_CELLS = 8
-# Ours: SD 1.5 has five such layers, SDXL 60 and Wan 14B 14; watching so many would cost more than they tell.
+# Ours: SD 1.5 has five such layers, SDXL 60 and Wan 14B 14; recording so many would cost more than they tell.
 _MOST_LAYERS = 5
 
 
-class Layer(NamedTuple):
-    """One cross-attention: its place in a UNet or its block in a transformer, and latent cells a side of its own."""
-
-    place: Any
-    factor: int
-
-
-def layers_of(model: Any) -> tuple[Layer, ...]:
+def layers_of(model: Any) -> tuple[CrossAttention, ...]:
     """The cross-attentions to text of a MODEL, in the order in which they run; none where there is no such thing."""
     network = model.get_model_object("diffusion_model")
-    if isinstance(network, comfy.ldm.wan.model.WanModel):
-        return tuple(Layer(i, network.patch_size[1]) for i in range(len(network.blocks)))
-    if not isinstance(network, unet.UNetModel):
-        return ()
-    found, factor = [], 1
-    parts = (("input", network.input_blocks), ("middle", [network.middle_block]), ("output", network.output_blocks))
-    for part, blocks in parts:
-        for number, block in enumerate(blocks):
-            for module in block if block is not None else ():
-                if isinstance(module, SpatialTransformer):
-                    depth = len(module.transformer_blocks)
-                    found += [Layer((part, number, i), factor) for i in range(depth)]
-                elif isinstance(module, unet.Downsample) or getattr(module, "updown", False) and part == "input":
-                    factor *= 2
-                elif isinstance(module, unet.Upsample) or getattr(module, "updown", False) and part == "output":
-                    factor //= 2
-    return tuple(found)
+    return wan_blocks.cross_attentions(network) or unet_layers.cross_attentions(network)
 
 
-def chosen_layers(layers: Sequence[Layer], config: MaskConfig, longer_side: int) -> frozenset[int]:
+def chosen_layers(layers: Sequence[CrossAttention], config: MaskConfig, longer_side: int) -> frozenset[int]:
     """Which of `layers` count for latents of `longer_side` cells. Raises ValueError where the model lacks one."""
     text = config.layers.strip().lower()
     if text == ALL_LAYERS:
         return frozenset(range(len(layers)))
     if text == AUTO_LAYERS:
-        if isinstance(layers[0].place, int):
+        if layers[0].part == wan_blocks.PART:
             third = len(layers) // 3
             return _spread(range(third, len(layers) - third))
         # The middle block alone is one layer: too little to go by.
-        factors = {layer.factor for layer in layers if layer.place[0] != "middle"}
+        factors = {layer.factor for layer in layers if layer.part != "middle"}
         best = max((f for f in factors if longer_side / f >= _BEST_CELLS), default=min(factors))
         return _spread([i for i, layer in enumerate(layers) if layer.factor == best])
     chosen = parse_layers(text) or frozenset()
@@ -85,27 +62,26 @@ def _spread(candidates: Sequence[int]) -> frozenset[int]:
     return frozenset(candidates[round(i * (len(candidates) - 1) / max(1, count - 1))] for i in range(count))
 
 
-def watched(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+def with_recorder(model: ModelPatcher) -> ModelPatcher:
     """A clone of `model` that records what a call asks for under KEY; calls that ask for nothing run as before."""
-    layers = layers_of(model)
-    blocks, places = {}, {}
     network = model.get_model_object("diffusion_model")
-    for i, layer in enumerate(layers):
-        if isinstance(layer.place, int):
-            # Self-attention comes first, then the picture's columns of I2V models, then the text's.
-            kind = comfy.ldm.wan.model.WanI2VCrossAttention
-            use = 2 if isinstance(network.blocks[layer.place].cross_attn, kind) else 1
-            blocks[layer.place] = functools.partial(BlockPatch, i, use)
-        else:
-            places[layer.place] = functools.partial(CrossAttentionPatch, i)
-    model = models.with_block_patches(model, key=KEY, patches=blocks)
-    return models.with_cross_attention_patches(model, key=KEY, patches=places)
+    layers = list(enumerate(layers_of(model)))
+    if not wan_blocks.is_wan(network):
+        patches = {layer.place: functools.partial(RecordingAttentionPatch, i) for i, layer in layers}
+        return models.with_cross_attention_patches(model, key=KEY, patches=patches)
+    patches = {i: functools.partial(RecordingBlockPatch, i, use=_text_use(network.blocks[i])) for i, _ in layers}
+    return models.with_block_patches(model, key=KEY, patches=patches)
 
 
-class Watch:
+def _text_use(block: Any) -> int:
+    """Which attention of a Wan block reads the text: after the video's own, and after a picture's in I2V models."""
+    return 2 if isinstance(block.cross_attn, WanI2VCrossAttention) else 1
+
+
+class AttentionRecorder:
     """What one call of the model is to record, and its maps: of each entry and layer [b, T, h, w], fp32."""
 
-    def __init__(self, entries: Mapping[Any, tuple[tuple[int, ...], int]], layers: Sequence[Layer],
+    def __init__(self, entries: Mapping[Any, tuple[tuple[int, ...], int]], layers: Sequence[CrossAttention],
                  config: MaskConfig, shape: torch.Size):
         self.entries = entries
         self.layers = layers
@@ -171,8 +147,8 @@ class Watch:
         return grid
 
 
-class CrossAttentionPatch:
-    """What stands for the attention of one UNet cross-attention: the host's own, or an earlier patch's."""
+class RecordingAttentionPatch:
+    """The attention of one UNet cross-attention layer, ComfyUI's or an earlier patch's, and a look at it."""
 
     key = KEY
 
@@ -181,9 +157,9 @@ class CrossAttentionPatch:
         self.earlier = earlier
 
     def __call__(self, q, k, v, options):
-        watch = options.get(KEY)
-        if watch is not None:
-            watch.record(self.index, q, k, options["n_heads"], options)
+        recorder = options.get(KEY)
+        if recorder is not None:
+            recorder.record(self.index, q, k, options["n_heads"], options)
         if self.earlier is not None:
             return self.earlier(q, k, v, options)
         return optimized_attention(
@@ -191,44 +167,39 @@ class CrossAttentionPatch:
         )
 
 
-class BlockPatch:
-    """What stands for one block of a Wan model: the block, or an earlier patch of it, with its attention watched."""
+class RecordingBlockPatch(WanBlockPatch):
+    """A Wan block with a look at its attention to the text, around whatever another patch does to its attention."""
 
     key = KEY
 
-    def __init__(self, index: int, use: int, earlier: Any):
-        self.index = index
+    def __init__(self, index: int, earlier: Any, use: int):
+        super().__init__(index, earlier)
         self.use = use
-        self.earlier = earlier
 
     def __call__(self, args: dict, extra: dict) -> dict:
-        block, watch = extra["original_block"], args["transformer_options"].get(KEY)
+        block, recorder = extra["original_block"], args["transformer_options"].get(KEY)
 
-        def watched(given: dict) -> dict:
-            """The block itself, watched around whatever another patch does to its attention."""
-            options = given["transformer_options"]
-            watching = _WatchedUse(self, watch, options)
-            return block({**given, "transformer_options": {**options, _OVERRIDE: watching}})
+        def recorded(args: dict) -> dict:
+            options = args["transformer_options"]
+            recording = _RecordingOverride(self, recorder, options)
+            return block({**args, "transformer_options": {**options, OVERRIDE: recording}})
 
-        if watch is not None:
-            extra = {**extra, "original_block": watched}
-        return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
+        if recorder is not None:
+            extra = {**extra, "original_block": recorded}
+        return self._inner(args, extra)
 
 
-class _WatchedUse:
-    """The host's attention override of one block in one call: it looks at one use and changes none."""
+class _RecordingOverride(AttentionOverride):
+    """Looks at one attention of the block and changes none."""
 
-    def __init__(self, patch: BlockPatch, watch: Watch, options: Mapping[str, Any]):
+    def __init__(self, patch: RecordingBlockPatch, recorder: AttentionRecorder, options: Mapping[str, Any]):
+        super().__init__(options.get(OVERRIDE))
         self.patch = patch
-        self.watch = watch
+        self.recorder = recorder
         self.options = options
-        self.uses = 0
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
         if self.uses == self.patch.use:
-            self.watch.record(self.patch.index, q, k, heads, self.options)
+            self.recorder.record(self.patch.index, q, k, heads, self.options)
         self.uses += 1
-        earlier = self.options.get(_OVERRIDE)
-        if earlier is None:
-            return function(q, k, v, heads, *args, **kwargs)
-        return earlier(function, q, k, v, heads, *args, **kwargs)
+        return self._inner(function, q, k, v, heads, *args, **kwargs)

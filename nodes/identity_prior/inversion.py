@@ -18,6 +18,7 @@ import torch
 
 from .. import subject_tokens
 from ..patching import samplers
+from ..patching.unet_layers import CrossAttention
 from ..training.objective import prediction_kind
 from . import capture, method
 from .config import InversionConfig, MaskConfig
@@ -49,7 +50,7 @@ def invert(
     else:
         logging.warning("[Understudy] this model has no cross-attention: the source mask is the whole picture")
     sampler = InversionSampler(config, masks, layers)
-    guider = comfy.samplers.CFGGuider(capture.watched(model) if layers else model)
+    guider = comfy.samplers.CFGGuider(capture.with_recorder(model) if layers else model)
     guider.set_conds(positive, positive)
     guider.set_cfg(1.0)
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
@@ -82,7 +83,7 @@ class InversionSampler(comfy.samplers.Sampler):
 
     inversion: Inversion
 
-    def __init__(self, config: InversionConfig, masks: MaskConfig, layers: Sequence[Any]):
+    def __init__(self, config: InversionConfig, masks: MaskConfig, layers: Sequence[CrossAttention]):
         self.config = config
         self.masks = masks
         self.layers = layers
@@ -106,7 +107,7 @@ class _Steps:
     """The model's calls in one inversion, and the subject's map, [B, T, h, w], summed over the steps."""
 
     def __init__(
-        self, guider: Any, extra_args: Mapping[str, Any], device: torch.device, layers: Sequence[Any],
+        self, guider: Any, extra_args: Mapping[str, Any], device: torch.device, layers: Sequence[CrossAttention],
         masks: MaskConfig, sigmas: Sequence[float], callback: Callable | None,
     ):
         self.guider = guider
@@ -127,7 +128,7 @@ class _Steps:
         options = self.extra_args["model_options"]
         recorder = None
         if self.layers:
-            recorder = capture.Watch(self.subject, self.layers, self.masks, x.shape)
+            recorder = capture.AttentionRecorder(self.subject, self.layers, self.masks, x.shape)
             options = recorder.added_to(options)
         self.denoised = self.guider(
             x.to(self.device), x.new_full((len(x),), sigma, device=self.device),

@@ -22,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 from .. import subject_tokens
 from ..messages import tell
 from ..patching import models, samplers
+from ..patching.unet_layers import CrossAttention
 from . import capture, method
 from .config import BlendConfig, MaskConfig
 from .inversion import Inversion, InversionSampler
@@ -52,7 +53,7 @@ def apply(
         if not layers:
             raise ValueError("this model has no cross-attention to find the subject by: connect your own `mask`")
         capture.chosen_layers(layers, masks, max(clean.shape[-2:]))
-        model = capture.watched(model)
+        model = capture.with_recorder(model)
     blend = IdentityBlend(inversion, layers, masks, config, mask)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: blend.outer_sample,
@@ -66,7 +67,7 @@ class IdentityBlend:
     """The blend of one patched model. A run's state travels with it; only its masks stay, for Show Edit Masks."""
 
     def __init__(
-        self, inversion: Inversion, layers: Sequence[Any], masks: MaskConfig, config: BlendConfig,
+        self, inversion: Inversion, layers: Sequence[CrossAttention], masks: MaskConfig, config: BlendConfig,
         connected_mask: torch.Tensor | None,
     ):
         self.inversion = inversion
@@ -128,7 +129,7 @@ class IdentityBlend:
         run.check(x)
         recorder = None
         if self.connected_mask is None:
-            recorder = capture.Watch(run.subject, self.layers, self.masks, x.shape)
+            recorder = capture.AttentionRecorder(run.subject, self.layers, self.masks, x.shape)
             model_options = recorder.added_to(model_options)
         denoised = executor(method.blend(x, run.path.at(sigma), run.mask), timestep, model_options, seed)
         if recorder is not None:
@@ -194,7 +195,7 @@ class _BlendRun:
                 "size of the inverted picture, with one inverted latent or one for each of the batch"
             )
 
-    def update_mask(self, recorder: capture.Watch) -> None:
+    def update_mask(self, recorder: capture.AttentionRecorder) -> None:
         """The mask from now on, from where the edit's last call shows the subject."""
         self.heat = recorder.heat(self.heat)
         heat = self.heat.to(self.source.device)

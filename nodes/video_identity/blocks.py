@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from ...kernels import restricted_attention
 from ...kernels.restricted_attention import Reference
+from ..patching.wan_blocks import OVERRIDE, AttentionOverride, WanBlockPatch
 
 KEY = "understudy_video_identity"
 REACHED = "understudy_video_identity_reached"  # a call's `ReachedBlocks`
-OVERRIDE = "optimized_attention_override"
-
-
-def patches(network: Any) -> dict[int, Any]:
-    """What makes the patch of each block of a Wan transformer, for `models.with_block_patches`."""
-    return {i: functools.partial(BlockPatch, i) for i in range(len(network.blocks))}
 
 
 class ReachedBlocks:
@@ -25,17 +19,10 @@ class ReachedBlocks:
         self.numbers: list[int] = []
 
 
-class BlockPatch:
-    """Runs a block, or an earlier patch of it, with the references of the call as further keys and values.
-
-    Since it holds no tensor and knows no run, a patched model may be cached, cloned and compiled.
-    """
+class ReferenceBlockPatch(WanBlockPatch):
+    """Runs a Wan block with the references of the call as further keys and values."""
 
     key = KEY
-
-    def __init__(self, index: int, earlier: Any):
-        self.index = index
-        self.earlier = earlier
 
     def __call__(self, args: dict, extra: dict) -> dict:
         options = args["transformer_options"]
@@ -66,41 +53,33 @@ class BlockPatch:
             )
         return out
 
-    def _inner(self, args: dict, extra: dict) -> dict:
-        return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
 
-
-class RestrictedAttention:
-    """ComfyUI's attention override for one block in one call: its first use is the self-attention of the video.
+class RestrictedAttention(AttentionOverride):
+    """The override for one block in one call: its first use is the self-attention of the video.
 
     A checkpointed block runs again in the backward pass, with as many uses again: `period` uses are one run.
     """
 
     def __init__(self, references: tuple[Reference, ...], earlier: Any):
+        super().__init__(earlier)
         self.references = references
-        self.earlier = earlier
-        self.uses = 0
         self.period = 0
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
-        def user_attention(q, k, v):
-            if self.earlier is None:
-                return function(q, k, v, heads, *args, **kwargs)
-            return self.earlier(function, q, k, v, heads, *args, **kwargs)
-
         first = self.uses % self.period == 0 if self.period else self.uses == 0
         self.uses += 1
         if not first:
-            return user_attention(q, k, v)
+            return self._inner(function, q, k, v, heads, *args, **kwargs)
         if args or kwargs.get("mask") is not None:
             raise RuntimeError("this model masks its self-attention, to which the video identity adapter cannot add")
 
         def by_heads(*rows):
             return (row.unflatten(-1, (heads, -1)) for row in rows)
 
+        def attend(*rows):
+            out = self._inner(function, *(row.flatten(2) for row in rows), heads, **kwargs)
+            return out.unflatten(-1, (heads, -1))
+
         if all(reference.weight is None for reference in self.references):
-            return restricted_attention.joint(
-                *by_heads(q, k, v), self.references,
-                lambda *rows: user_attention(*(row.flatten(2) for row in rows)).unflatten(-1, (heads, -1)),
-            ).flatten(2)
+            return restricted_attention.joint(*by_heads(q, k, v), self.references, attend).flatten(2)
         return restricted_attention.weighted(*by_heads(q, k, v), self.references).flatten(2)

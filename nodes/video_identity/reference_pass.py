@@ -17,8 +17,8 @@ from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.modules.attention import optimized_attention
 from torch.utils.checkpoint import checkpoint
 
+from ..patching.wan_blocks import OVERRIDE
 from . import method
-from .blocks import OVERRIDE
 
 # K'_I and V_I by block number, each [B, R, H, D]: batch, tokens of the reference, heads, head width.
 ReferenceKV = dict[int, tuple[torch.Tensor, torch.Tensor]]

@@ -12,21 +12,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.ldm.wan.model
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.restricted_attention import Reference
-from ..patching import models
+from ..patching import models, wan_blocks
 from . import blocks, method, reference_pass
 from .blocks import KEY
 from .method import VideoReference
 from .reference_pass import ReferenceKV, token_grid
 
-# Tested with tiny weights; other relatives of WanModel run with a warning, and REFUSED ones cannot.
+# Tested with tiny weights; other relatives of WanModel run with a warning, if they run patches of their blocks.
 VERIFIED = ("WanModel", "VaceWanModel", "CameraWanModel")
-# It keeps its own cache of keys and values, and calls its blocks without ComfyUI's block patches.
-REFUSED = ("CausalWanModel",)
 
 # Schedules and percents round differently; a step that lies on a limit counts as on it.
 _SIGMA_TOLERANCE = 1e-5
@@ -60,16 +57,16 @@ def apply(model: Any, reference: VideoReference) -> Any:
 def with_block_patches(model: Any) -> Any:
     """A clone of a Wan MODEL whose blocks see the references that a call's transformer_options hold under KEY."""
     network = model.get_model_object("diffusion_model")
-    return models.with_block_patches(model, key=KEY, patches=blocks.patches(network))
+    return models.with_block_patches(model, key=KEY, patches=blocks.ReferenceBlockPatch.for_every_block(network))
 
 
 def wan_network(model: Any) -> Any:
     """The Wan transformer of a MODEL. Raises ValueError for any model whose attention cannot be extended."""
     network = model.get_model_object("diffusion_model")
     name = type(network).__name__
-    if not isinstance(network, comfy.ldm.wan.model.WanModel):
+    if not wan_blocks.is_wan(network):
         raise ValueError(f"model is a {name}, and the video identity adapter needs a Wan video model: connect one")
-    if name in REFUSED:
+    if not wan_blocks.runs_patches(network):
         raise ValueError(f"a {name} does not let its attention be extended: connect a Wan T2V, I2V or VACE model")
     if name not in VERIFIED:
         logging.warning("[Understudy] the video identity adapter is not verified with %s", name)

@@ -1,4 +1,4 @@
-"""The watch of the subject's tokens: its columns beside the whole map, and a step with it beside one without (R7).
+"""The recorder of the subject's tokens: its columns beside the whole map, and a step with it beside one without (R7).
 
 `python tests/benchmarks/token_attention.py [--rounds 10] [--family sd15]`, on a GPU where there is one. Rounds are
 interleaved, so that drift hits all alike. Before anything is timed, the columns are checked against fp64, the watched
@@ -69,7 +69,7 @@ def whole_map(q: torch.Tensor, k: torch.Tensor, heads: int, columns) -> torch.Te
 
 
 class Step:
-    """One CFG call of a family's UNet: plain, or with a watch."""
+    """One CFG call of a family's UNet: plain, or with a recorder."""
 
     def __init__(self, family: str, device: torch.device, dtype: torch.dtype):
         name, latent, tokens, pooled = FAMILIES[family]
@@ -82,7 +82,7 @@ class Step:
         context = model.model.model_config.unet_config["context_dim"]
         self.x, self.sigma = drawn(*latent), torch.ones(2, device=device)
         self.given = {"c_crossattn": drawn(tokens, context)} | ({"y": drawn(pooled)} if pooled else {})
-        self.plain_model, self.model = model, capture.watched(model)
+        self.plain_model, self.model = model, capture.with_recorder(model)
         self.layers = capture.layers_of(model)
         self.ids = [uuid.uuid4(), uuid.uuid4()]
         self.entries = {self.ids[0]: (COLUMNS, tokens)}
@@ -92,8 +92,8 @@ class Step:
 
     def watched(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The step's output, and the map as the blend reads it."""
-        watch = capture.Watch(self.entries, self.layers, MaskConfig(), self.x[:1].shape)
-        return self._run(self.model, {capture.KEY: watch}), watch.heat()
+        recorder = capture.AttentionRecorder(self.entries, self.layers, MaskConfig(), self.x[:1].shape)
+        return self._run(self.model, {capture.KEY: recorder}), recorder.heat()
 
     def by_whole_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
         with mock.patch.object(capture, "token_attention", whole_map):
@@ -107,7 +107,7 @@ class Step:
 
     def check(self) -> None:
         out, heat = self.watched()
-        assert torch.equal(out, self.plain()), "the watch changed the step"
+        assert torch.equal(out, self.plain()), "the recorder changed the step"
         torch.testing.assert_close(heat, self.by_whole_maps()[1], rtol=1e-4, atol=1e-5)
 
 

@@ -52,13 +52,13 @@ def attention_by_hand(model, x, sigma, context):
 def heats_of(model, patched, monkeypatch, **options):
     """The map of every call in a run."""
     heats = []
-    original = capture.Watch.heat
+    original = capture.AttentionRecorder.heat
 
     def heat(recorder, *earlier):
         heats.append(original(recorder, *earlier))
         return heats[-1]
 
-    monkeypatch.setattr(capture.Watch, "heat", heat)
+    monkeypatch.setattr(capture.AttentionRecorder, "heat", heat)
     sample(patched, base=model, **options)
     return heats
 
@@ -138,7 +138,7 @@ def test_patches_leave_the_model_and_each_other_alone():
     assert torch.equal(sample(again), first) and torch.equal(sample(patched.clone()), first)
     places = again.model_options["transformer_options"]["patches_replace"]["attn2"].values()
     assert len(places) == 4 and all(patch.earlier is None for patch in places)
-    assert torch.equal(sample(MODEL), sample(capture.watched(MODEL)))
+    assert torch.equal(sample(MODEL), sample(capture.with_recorder(MODEL)))
 
 
 @pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
@@ -197,15 +197,15 @@ def test_what_cannot_show_the_subject_is_refused():
 
 
 def test_context_windows_and_models_without_cross_attention_need_a_mask(monkeypatch):
-    watch = capture.Watch({}, capture.layers_of(MODEL), MaskConfig(), torch.Size(SHAPE))
+    recorder = capture.AttentionRecorder({}, capture.layers_of(MODEL), MaskConfig(), torch.Size(SHAPE))
     q = torch.zeros(1, 64, 32)
     with pytest.raises(ValueError, match="context windows.*your own `mask`"):
-        watch.record(0, q, q, 2, {"context_window": object(), "uuids": []})
+        recorder.record(0, q, q, 2, {"context_window": object(), "uuids": []})
     with pytest.raises(ValueError, match="has 63 places where the latent has"):
-        watch.entries = {"a": (COLUMNS, 4)}
-        watch.record(0, q[:, :63], q[:, :4], 2, {"uuids": ["a"]})
+        recorder.entries = {"a": (COLUMNS, 4)}
+        recorder.record(0, q[:, :63], q[:, :4], 2, {"uuids": ["a"]})
     with pytest.raises(ValueError, match="looks at 6 tokens and the prompt has 4"):
-        watch.record(0, q, q[:, :6], 2, {"uuids": ["a"]})
+        recorder.record(0, q, q[:, :6], 2, {"uuids": ["a"]})
     monkeypatch.setattr(capture, "layers_of", lambda model: ())
     found = inverted(MODEL, positive=tiny_model.conditioning(1))
     assert found.source_mask.all()
@@ -219,8 +219,8 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     """Text comes second in a block's attentions, and third where a picture's features are before it."""
     for kind, use in (("t2v", 1), ("i2v", 2)):
         wan = tiny_model.wan(kind)
-        assert {patch.use for patch in capture.watched(wan).model_options["transformer_options"]["patches_replace"][
-            "dit"].values()} == {use}
+        patches = capture.with_recorder(wan).model_options["transformer_options"]["patches_replace"]["dit"]
+        assert {patch.use for patch in patches.values()} == {use}
     wan = tiny_model.wan()
     shape = (1, 16, 3, 8, 6)
     clip = {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(1))}

@@ -372,7 +372,7 @@ def test_an_identity_prior_sees_the_cross_attention_beside_it(settings):
             seen.append((index, k.shape[1]))
 
     one = identity(**settings)
-    for model in (capture.watched(shown(MODEL, one)), shown(capture.watched(MODEL), one)):
+    for model in (capture.with_recorder(shown(MODEL, one)), shown(capture.with_recorder(MODEL), one)):
         result = call(model, X, options={capture.KEY: Recorder()})
         assert seen == [(0, 4), (1, 4), (2, 4)] and torch.equal(result, call(shown(MODEL, one), X))
         seen.clear()
