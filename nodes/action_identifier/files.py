@@ -1,4 +1,4 @@
-"""Action identifiers on disk: our own safetensors files, and ordinary textual-inversion embeddings both ways."""
+"""Action identifiers on disk: safetensors files of the pack, and textual-inversion embeddings, read and written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KIND = "understudy action identifier"
 _KEY = "identifier."
 _KINDS = ("input", "middle", "output", "double_block")
 _EMBEDDING_PREFIX = f"{EMBEDDINGS.name}/"
-# SDXL's two encoders in an embedding file, by the names that the host tokenizes under.
+# SDXL's two encoders in an embedding file, by the names under which ComfyUI tokenizes.
 _CLIPS = {"l": "clip_l", "g": "clip_g"}
 _OTHER = "Choose an action identifier of this pack, or a textual-inversion embedding"
 
@@ -43,8 +43,8 @@ FOLDER = _WithEmbeddings("action_identifiers", (EXTENSION,))
 def load(name: str, placeholder: str = "") -> ActionIdentifier:
     """The identifier in a listed file; an embedding becomes one that is equal in all layers, called <NAME>.
 
-    `placeholder` stands for it in place of its own word. Raises WeightFileError, naming the file and what is wrong,
-    for any other kind of file; ValueError for no placeholder.
+    `placeholder` replaces the word that it was saved with. Raises WeightFileError, naming the file and what is wrong,
+    for any other kind of file; ValueError for a placeholder that is not one word.
     """
     if placeholder:
         check_placeholder(placeholder)
@@ -56,7 +56,7 @@ def load(name: str, placeholder: str = "") -> ActionIdentifier:
             return _identifier(tensors, metadata)
         return _imported(tensors, path.stem)
     except ActionError as error:
-        raise refused(path, f"is no action identifier: {error}", _OTHER) from error
+        raise refused(path, f"is not an action identifier: {error}", _OTHER) from error
 
 
 def save(action: ActionIdentifier, filename_prefix: str) -> Path:
@@ -109,10 +109,10 @@ def _places(text: str) -> tuple[Place, ...]:
     except (ValueError, RecursionError) as error:
         raise ActionError("its metadata has no map of layers") from error
     if not isinstance(listed, list):
-        raise ActionError("its map of layers is no list")
+        raise ActionError("its map of layers is not a list")
     for entry in listed:
-        sound = isinstance(entry, list) and len(entry) == 3 and entry[0] in _KINDS
-        if not sound or not all(type(number) is int and number >= 0 for number in entry[1:]):
+        triple = isinstance(entry, list) and len(entry) == 3 and entry[0] in _KINDS
+        if not triple or not all(type(number) is int and number >= 0 for number in entry[1:]):
             raise ActionError(f"its map of layers has the entry {str(entry)[:60]}")
     return tuple(Place(*entry) for entry in listed)
 

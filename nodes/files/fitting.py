@@ -1,4 +1,4 @@
-"""Whether the weights of a file fit a MODEL, found out before any of them is patched."""
+"""Whether the weights of a file fit a MODEL, checked before any of them is patched."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ _SIDES = {"up": 0, "down": 1}
 
 
 class MisfitError(ValueError):
-    """Weights are another model's; the message names the first such key, its shape and what the model has."""
+    """The weights belong to another model; the message names the first key, its shape and what the model has."""
 
     def __init__(self, key: str, weight: torch.Tensor, wanted: str):
         super().__init__(f"{key} has shape {tuple(weight.shape)} and the model has {wanted}")
 
 
 def check_lora(model: Any, lora: Mapping[str, torch.Tensor]) -> None:
-    """Raises MisfitError where a `….lora_up.weight` or `….lora_down.weight` has no layer of its shape in `model`."""
+    """Raises MisfitError if `model` has no layer that fits a `….lora_up.weight` or `….lora_down.weight`."""
     layers = comfy.lora.model_lora_keys_unet(model.model, {})
     for key, part in lora.items():
         stem, _, name = key.partition(".lora_")
@@ -36,9 +36,9 @@ def check_lora(model: Any, lora: Mapping[str, torch.Tensor]) -> None:
 
 
 def whole_network(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Weights of a whole UNet by ComfyUI's names and in its shapes, from those or diffusers'; and the names missing.
+    """Weights of a whole UNet by ComfyUI's names and in its shapes, from those or diffusers'; and the missing names.
 
-    Raises MisfitError where one is not in `model`, or has another shape there.
+    Raises MisfitError if a weight is not in `model`, or has another shape there.
     """
     state = model.model.state_dict()
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)

@@ -1,4 +1,4 @@
-"""Folders of weight files: each room declares its own, and what ComfyUI lists in one is asked here."""
+"""Folders of weight files, which the rooms declare, and the files that ComfyUI lists in them."""
 
 import dataclasses
 import os
@@ -11,27 +11,27 @@ from .names import refused
 
 @dataclasses.dataclass(frozen=True)
 class WeightFolder:
-    """A key of ComfyUI's lists of models, whose files are in `models/<name>` and `output/<name>`.
+    """A list of models in ComfyUI, of the files in `models/<name>` and `output/<name>` with these extensions.
 
-    `extensions` are the endings that it lists. ComfyUI's own folders, which it registers itself, leave them out.
+    The lists that ComfyUI has by itself, such as `loras`, need no extensions and are not registered.
     """
 
     name: str
     extensions: tuple[str, ...] = ()
 
     def register(self) -> None:
-        """Have ComfyUI list the files of these extensions, in its models and its output folder."""
+        """Add the list to ComfyUI; calling it again changes nothing."""
         for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
             folder_paths.add_model_folder_path(self.name, os.path.join(parent, self.name))
         paths, _ = folder_paths.folder_names_and_paths[self.name]
         folder_paths.folder_names_and_paths[self.name] = (paths, set(self.extensions))
 
     def choices(self) -> list[str]:
-        """The files that ComfyUI lists, by relative name; none before it knows the folder."""
+        """The listed files by relative name; none if ComfyUI does not have the list."""
         return folder_paths.get_filename_list(self.name) if self.name in folder_paths.folder_names_and_paths else []
 
     def find(self, name: str) -> Path:
-        """The path of a listed file. Raises WeightFileError when it is gone."""
+        """The path of a listed file. Raises WeightFileError if it is gone."""
         path = folder_paths.get_full_path(self.name, name)
         if path is None:
             folders = " or ".join(folder_paths.get_folder_paths(self.name))
@@ -39,7 +39,7 @@ class WeightFolder:
         return Path(path)
 
     def fingerprint(self, name: str) -> int:
-        """What a loader's `fingerprint_inputs` returns: another number once the file is written again."""
+        """What `fingerprint_inputs` of a Load node returns: a number that changes when the file is written again."""
         return self.find(name).stat().st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""Names of the pack's weight files: what may be asked for, and what it becomes on every platform."""
+"""Names of weight files: which are allowed, and how they are made safe for every platform."""
 
 import os
 import unicodedata
@@ -14,7 +14,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt
 
 @shown_by_name
 class WeightFileError(ValueError):
-    """A weight file, its name or its content was refused; the message names the file and the fix."""
+    """A weight file was refused for its name or content; the message names the file and the fix."""
 
 
 def refused(path: str | os.PathLike, problem: str, fix: str) -> WeightFileError:
@@ -23,10 +23,10 @@ def refused(path: str | os.PathLike, problem: str, fix: str) -> WeightFileError:
 
 
 def normalise_prefix(filename_prefix: str) -> str:
-    """The file name prefix as it will be used: NFC, `/` between folders, safe on every platform.
+    """The file name prefix as it is used: in NFC, with `/` between folders, safe on every platform.
 
-    Control characters and those that Windows forbids become `_`, dots and spaces at the ends of a part go,
-    long parts are cut. Raises WeightFileError for absolute paths and `..`: a folder outside cannot be meant.
+    Control characters and those that Windows forbids become `_`, dots and spaces at the ends of a part are
+    removed, long parts are cut. Raises WeightFileError for absolute paths and `..`.
     """
     text = unicodedata.normalize("NFC", filename_prefix).replace("\\", "/")
     fix = "Use a name such as `anna` or `portraits/anna`, inside the output folder"
@@ -39,7 +39,7 @@ def normalise_prefix(filename_prefix: str) -> str:
 
 
 def _safe_part(part: str) -> str:
-    """One folder or file name without what any platform forbids; empty when nothing is left."""
+    """One folder or file name without what any platform forbids; empty if nothing is left."""
     name = "".join(
         "_" if character in '<>:"|?*' or _is_control(character) else character for character in part
     )
@@ -48,6 +48,6 @@ def _safe_part(part: str) -> str:
 
 
 def _is_control(character: str) -> bool:
-    # Zero-width joiners belong to Persian, Indic and emoji spelling; direction marks only disguise names.
+    # Zero-width joiners belong to Persian, Indic and emoji spelling; direction marks can only disguise names.
     joiner = character in "\u200c\u200d"
     return not joiner and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")

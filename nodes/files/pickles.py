@@ -1,4 +1,4 @@
-"""Weights in pickles, which official checkpoints and embeddings still are: read without running code in them."""
+"""Weights in pickles, as official checkpoints and embeddings still have them, read without running code in them."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ _UNPICKLING_ERRORS = (UnpicklingError, RuntimeError, LookupError, TypeError, Att
 
 
 class _InertNamespace:
-    """Takes the place of an object of settings: it holds them and does nothing."""
+    """Replaces an object that holds settings; it does nothing."""
 
 
 # The classes of settings in a Lightning checkpoint, by their names in it.
@@ -37,7 +37,7 @@ _LIGHTNING_SETTINGS = {
 def read_pickle(
     path: str | os.PathLike, *, max_file: int = MAX_FILE, under: str = "state_dict", lightning_settings: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Tensors of an official .ckpt or .pt file, from its dictionary `under` if it has one; runs no code in it.
+    """Tensors of an official .ckpt or .pt file, from its dictionary `under` if it has one. Runs no code from it.
 
     `lightning_settings` allows, and ignores, the settings that Lightning stores beside the weights.
 
@@ -50,7 +50,7 @@ def read_pickle(
         with _allow_lightning_settings() if lightning_settings else contextlib.nullcontext():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNPICKLING_ERRORS as error:
-        # Without torch's own words: they advise to load the file all the same.
+        # Without torch's message, which advises loading the file anyway.
         raise refused(path, "is damaged or holds more than weights", _FIX) from error
     if isinstance(content, dict) and isinstance(content.get(under), dict):
         content = content[under]
@@ -70,9 +70,9 @@ def read_pickle(
 def read_any(
     path: str | os.PathLike, *, under: str = "state_dict", lightning_settings: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file or, by its ending, a pickle, which has no metadata.
+    """Tensors and metadata of a safetensors file or, by its ending, of a pickle, which has no metadata.
 
-    Raises WeightFileError as the reader of either does; the options are read_pickle's.
+    Raises WeightFileError as `read` and `read_pickle` do; the options are those of `read_pickle`.
     """
     if os.path.splitext(path)[1].lower() in ENDINGS:
         return read_pickle(path, under=under, lightning_settings=lightning_settings), {}
@@ -94,7 +94,7 @@ def _check_archive(path: str | os.PathLike, descriptor: int, size: int) -> None:
 
 
 def _allow_lightning_settings() -> contextlib.AbstractContextManager:
-    """While it lasts, torch's weights-only unpickler reads Lightning's settings as inert objects."""
+    """A context in which torch's weights-only unpickler reads Lightning's settings as inert objects."""
     return torch.serialization.safe_globals(
         [(replacement, name) for name, replacement in _LIGHTNING_SETTINGS.items()]
     )

@@ -1,6 +1,6 @@
-"""How a file gets its name: written under a temporary one, synced, checked, then linked where nothing was before.
+"""Atomic writes: a file is written under a temporary name, synced and checked, then linked to a free name.
 
-After a crash there is a whole file or none, and what a killed process left is swept by the next save.
+After a crash there is a complete file or none, and the next save deletes what the crash left behind.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _TEMPORARY = ".understudy-"
 def publish(content: bytes, folder: Path, name: str, counter: int, check: Callable[[Path], None]) -> Path:
     """Write `<name>_<counter>_.safetensors`, with the first free number from `counter` on; returns its path.
 
-    `check` is called with the temporary file; what it refuses is not published.
+    `check` is called with the temporary file, which is published unless it raises.
     """
     temporary, descriptor = _open_temporary(folder)
     try:
@@ -39,7 +39,7 @@ def publish(content: bytes, folder: Path, name: str, counter: int, check: Callab
 
 
 def sweep(folder: str | os.PathLike) -> None:
-    """Delete the temporary files that killed processes left: those that no process holds locked."""
+    """Delete the temporary files that killed processes left behind: those that no process has locked."""
     for path in Path(folder).glob(f"{_TEMPORARY}*.tmp"):
         with contextlib.suppress(OSError):  # gone already, or open elsewhere
             if fcntl is None:
@@ -71,7 +71,7 @@ def _link_next(temporary: Path, folder: Path, name: str, counter: int) -> Path:
         path = folder / f"{name}_{counter:05}_{EXTENSION}"
         try:
             _rename_exclusively(temporary, path)
-        except FileExistsError:  # another process took the number meanwhile
+        except FileExistsError:  # another process took the number in the meantime
             counter += 1
             continue
         _sync_folder(folder)
@@ -100,7 +100,7 @@ def _sync_folder(folder: Path) -> None:
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
-    # Some network folders cannot; the file itself is on the disk by now.
+    # Some network folders cannot be synced; the file itself is on the disk by now.
     with contextlib.suppress(OSError):
         os.fsync(descriptor)
     os.close(descriptor)
@@ -111,6 +111,6 @@ def _lock(descriptor: int) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held elsewhere, or a filesystem without locks
+    except OSError:  # locked elsewhere, or a filesystem without locks
         return False
     return True

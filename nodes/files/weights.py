@@ -1,7 +1,7 @@
 """The only reads and writes of safetensors files.
 
-Reading trusts nothing: size and header are bounded, `safetensors.safe_open` checks every offset, and only
-then is a tensor touched. Writing is atomic and never overwrites (`publishing`).
+Reading trusts nothing: size and header are bounded, and `safetensors.safe_open` checks every offset before a
+tensor is touched. Writing is atomic and never overwrites (`publishing`).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from .names import normalise_prefix, refused
 from .publishing import publish, sweep
 
 MAX_HEADER = 8 << 20  # bytes; a 14-billion-parameter model's header is under one tenth of it
-MAX_ENTRIES = 300_000  # objects, lists and keys in a header: what bounds the memory of parsing it
+MAX_ENTRIES = 300_000  # objects, lists and keys in a header, which bounds the memory of parsing it
 MAX_FILE = 64 << 30  # bytes; a checkpoint of training the whole UNet of SDXL is 29 GiB
 MAX_RANK = 8
 
@@ -40,7 +40,7 @@ _DAMAGED = "Download or save the file again: it is damaged, or was not written b
 
 
 def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE) -> None:
-    """Refuse what is not a valid safetensors file, in bounded time and memory and without reading tensors.
+    """Refuse whatever is not a valid safetensors file, in bounded time and memory, without reading tensors.
 
     Raises WeightFileError: not a regular file, truncated, trailing bytes, overlaps or holes, a header over
     `max_header` bytes, a file over `max_file` bytes, duplicate keys, unknown dtypes, no elements.
@@ -52,7 +52,7 @@ def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file:
     except (safetensors.SafetensorError, OSError) as error:
         raise refused(path, f"is not a valid safetensors file ({error})", _DAMAGED) from error
     try:
-        # safe_open lets the last of two equal keys win; other readers may take the first.
+        # Of two equal keys safe_open takes the last; other readers may take the first.
         entries = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise refused(path, f"has an ambiguous header ({error})", _DAMAGED) from error
@@ -84,7 +84,7 @@ def read(
             tensor = file.get_tensor(key)
             if tensor.dtype == torch.bool and tensor.view(torch.uint8).max() > 1:
                 raise refused(path, f"stores values other than 0 and 1 in the boolean {key!r}", _DAMAGED)
-            # Cloned, since a mapped file that someone truncates later would kill the process.
+            # Cloned, since truncating the mapped file later would kill the process.
             tensors[key] = tensor.clone()
     return tensors, metadata
 
@@ -141,8 +141,8 @@ def save(
     """Write `output/<folder>/<prefix>_00001_.safetensors`, with the next free number; returns its path.
 
     `folder` is the name of a WeightFolder (`loras`, `action_identifiers`, ...), which then lists it.
-    Nothing is ever overwritten, and after a crash there is a whole file or none. Shared, strided and
-    device tensors are stored by value. Raises WeightFileError for names that lead outside, no tensors, NaN or
+    Nothing is ever overwritten, and after a crash there is a complete file or none. Shared, strided and
+    device tensors are stored by value. Raises WeightFileError for names that point outside, no tensors, NaN or
     infinite values, metadata that is not text; OSError, leaving nothing behind, when the disk fails or is full.
     """
     prefix = normalise_prefix(filename_prefix).removeprefix(f"{folder}/")
@@ -185,7 +185,7 @@ def _storable(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch
             raise refused(name, problem, "Save dense tensors in fp32, fp16, bf16, fp8 or whole numbers")
         if tensor.numel() == 0:
             raise refused(name, f"has no element in {key!r}", "Leave the tensor out")
-        # fp8 has no isfinite; fp16 holds every value of both kinds.
+        # fp8 has no isfinite; fp16 holds every value of both fp8 types.
         narrow = tensor.dtype.itemsize == 1 and tensor.is_floating_point()
         if not torch.isfinite(tensor.to(torch.float16) if narrow else tensor).all():
             fix = "Train again with a lower learning rate or in fp32"

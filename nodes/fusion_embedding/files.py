@@ -1,4 +1,4 @@
-"""Fusions on disk: our own safetensors files, and the published Lightning checkpoints as far as they fit."""
+"""Fusions on disk: safetensors files of the pack, and the published Lightning checkpoints as far as they fit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load(name: str) -> tuple[Fusion, list[str]]:
         if published.is_published(tensors):
             return published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
     except FusionError as error:
-        raise refused(path, f"is no fusion that can be used: {error}", _OTHER) from error
+        raise refused(path, f"is not a usable fusion: {error}", _OTHER) from error
     raise refused(path, f"holds {sorted(tensors)[0]!r}, which is no part of a fusion", _OTHER)
 
 
@@ -93,7 +93,7 @@ def unpacked(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
         encoder = encoding.rebuilt(description, parts["encoder"])
     probe = parts.get("probe", {}).get("embedding")
     if "probe" in parts and (probe is None or probe.ndim != 1 or not probe.isfinite().all() or not probe.any()):
-        raise FusionError("'probe.embedding' is no embedding")
+        raise FusionError("'probe.embedding' is not an embedding")
     return Fusion(
         parts.get("combiner"), encoder, parts.get("generator"), parts.get("unet"), kind if "unet" in parts else "",
         None if probe is None else probe.float(),

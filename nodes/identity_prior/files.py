@@ -1,4 +1,4 @@
-"""Identity priors on disk: ordinary LoRA files whose metadata says who they know and what they were trained on."""
+"""Identity priors on disk: ordinary LoRA files whose metadata names their subject and base model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
     path = FOLDER.find(name)
     tensors, metadata = weights.read(path)
     if _ENTRY not in metadata:
-        raise refused(path, "says nothing of an identity", "Load it with Load LoRA, or choose a saved prior")
+        raise refused(path, "does not describe an identity", "Load it with Load LoRA, or choose a saved prior")
     try:
         content = json.loads(metadata[_ENTRY])
         captions = tuple(str(caption) for caption in content["captions"])

@@ -58,7 +58,7 @@ class Checkpoints:
         path = FOLDER.find(name)
         tensors, metadata = weights.read(path)
         if metadata.get("kind") != _KIND or "losses" not in tensors:
-            raise refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
+            raise refused(path, "is not a training checkpoint", "Choose one that a Train node of this pack wrote")
         # Files older than this entry are compared by their settings alone.
         if (run := metadata.get("run", self.name)) != self.name:
             raise ValueError(

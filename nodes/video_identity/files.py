@@ -1,4 +1,4 @@
-"""Video identity adapters on disk: the official pickles, the community's safetensors, and our own, under one roof."""
+"""Video identity adapters on disk: the official pickles, and safetensors of the community and of the pack."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load(name: str) -> VideoAdapter:
     try:
         return adapter_from(tensors)
     except AdapterError as error:
-        raise refused(path, f"is no video identity adapter: {error}", "Choose another file") from error
+        raise refused(path, f"is not a video identity adapter: {error}", "Choose another file") from error
 
 
 def save(adapter: VideoAdapter, filename_prefix: str) -> Path:

@@ -125,7 +125,7 @@ SOUND = {"kind": "understudy action identifier", "placeholder": "<a>", "layers":
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "placeholder": ""}, "placeholder is ''"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": "["}, "no map of layers"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": "[" * 100_000}, "no map of layers"),
-    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": "{}"}, "is no list"),
+    ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": "{}"}, "is not a list"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["input", -1, 1]]'}, "has the entry"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["input", true, 1]]'}, "has the entry"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["elsewhere", 1, 1]]'}, "has the entry"),
