@@ -11,9 +11,9 @@ _BLOCK_RANGE = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
 
 @dataclass(frozen=True)
 class VideoIdentityConfig:
-    """Strength is the weight of the reference's columns, percents run 0..1 over sampling, blocks count from 0.
+    """How the video sees a reference: strength 0..1, steps as percents 0..1 of sampling, blocks counted from 0.
 
-    Raises ValueError for ranges that hold nothing.
+    Raises ValueError for a strength out of range, an empty range of steps, or other text than block ranges.
     """
 
     # Published: the reference's tokens are keys like any other.
@@ -56,7 +56,7 @@ def parse_blocks(text: str) -> frozenset[int] | None:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The picture of the person: a square crop around the face, in pixels."""
+    """The picture of the person: a square crop around the face; size in pixels, crop_factor in sides of its box."""
 
     # Published: 512 x 512, so 64 x 64 latent cells and 1,024 tokens.
     size: int = 512
@@ -65,16 +65,16 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.size % 16:
-            raise ValueError(f"size is {self.size}: use a multiple of 16 pixels, one token a side being 16")
+            raise ValueError(f"size is {self.size}: use a multiple of 16 pixels, which is one token")
         if not 1.0 <= self.crop_factor <= 10.0:
             raise ValueError(f"crop_factor is {self.crop_factor}: use 1 (the box itself) to 10")
 
 
 @dataclass(frozen=True)
 class AdapterTrainingConfig:
-    """Training of the image branch's q, k and v updates."""
+    """Training of the updates of the reference's q, k and v."""
 
-    # Published: 3,000 steps of 48 videos; one at a time is ours, for one machine.
+    # Published: 3,000 steps of 48 videos; one per step is ours, for one machine.
     steps: int = 3000
     batch_size: int = 1
     # Published: rank 128, without an alpha / rank factor.

@@ -15,8 +15,8 @@ ADAPTER = io.Custom("UNDERSTUDY_VIDEO_ADAPTER")
 _DEFAULT = VideoIdentityConfig()
 _REFERENCE = ReferenceConfig()
 _ONE_AT_A_TIME = (
-    "{} pictures: VAE Encode of a video model takes them for one video and keeps the first; send them one at a time, "
-    "with Rebatch Images and batch_size 1"
+    "{} pictures: VAE Encode of a video model treats them as one video and only the first counts; send them one at a "
+    "time, with Rebatch Images and batch_size 1"
 )
 
 
@@ -28,16 +28,16 @@ def _fraction(id: str, step: float, tooltip: str) -> io.Float.Input:
 def _boxes_input() -> io.BoundingBox.Input:
     boxes = io.BoundingBox.Input(
         "bboxes", optional=True, force_input=True,
-        tooltip="Boxes of faces in pixels, from a face detector. The largest counts. Without a face the whole "
+        tooltip="Boxes of faces in pixels, from a face detector; the largest counts. Without a face the whole "
         "picture is used.",
     )
-    # The host's default is a box of 512 pixels, which clients that fill in defaults send where nothing is connected.
+    # ComfyUI's default, a box of 512 pixels, is sent by clients that fill in defaults where nothing is connected.
     boxes.default = None
     return boxes
 
 
 class UnderstudyPrepareReference(io.ComfyNode):
-    """A picture of a person as the adapter knows them: a square around the face, on white."""
+    """A picture of a person as the adapter was trained on them: a square around the face, on white."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -45,29 +45,28 @@ class UnderstudyPrepareReference(io.ComfyNode):
             node_id="UnderstudyPrepareReference",
             display_name="Prepare Reference (Stand-In)",
             category=CATEGORY,
-            description="Cuts a square around the face and paints the rest white, as the video identity adapter was "
-            "trained. Connect it to VAE Encode.",
+            description="Crops a square around the face and paints the background white, as the video identity "
+            "adapter was trained. Connect it to VAE Encode.",
             search_aliases=["Stand-In", "face crop", "reference image", "identity", "crop face", "white background"],
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture of the person. VAE Encode takes a batch for one video: send several one at "
-                    "a time.",
+                    tooltip="The picture of the person. VAE Encode treats a batch as one video: send several pictures "
+                    "one at a time.",
                 ),
                 io.Int.Input(
                     "size", default=_REFERENCE.size, min=64, max=2048, step=16,
-                    tooltip="Side of the square in pixels. 512 is published; a smaller one takes less time and "
-                    "memory.",
+                    tooltip="Side of the square in pixels. Published: 512. A smaller one takes less time and memory.",
                 ),
                 io.Float.Input(
                     "crop_factor", default=_REFERENCE.crop_factor, min=1.0, max=10.0, step=0.05, round=0.01,
-                    tooltip="Side of the square as a multiple of the box's longer side: 1 is the box alone, the "
-                    "published 1.5 shows hair and chin.",
+                    tooltip="Side of the square as a multiple of the box's longer side: 1 is the box alone, 1.5, as "
+                    "published, shows hair and chin.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True,
-                    tooltip="1 where the person is, from Remove Background or a face mask. The rest becomes white. "
-                    "Without bboxes the square goes around it.",
+                    tooltip="1 where the person is, from Remove Background or a face mask. The background becomes "
+                    "white. Without bboxes the square goes around the mask.",
                 ),
                 _boxes_input(),
             ],
@@ -86,7 +85,7 @@ class UnderstudyPrepareReference(io.ComfyNode):
 
 
 class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
-    """The adapter's weights from a file of the host's `loras` folder."""
+    """The adapter's weights from a file in ComfyUI's `loras` folders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -94,13 +93,13 @@ class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
             node_id="UnderstudyLoadVideoIdentityAdapter",
             display_name="Load Video Identity Adapter (Stand-In)",
             category=CATEGORY,
-            description="Reads the published weights, as .ckpt or .safetensors, in fp16, bf16 or fp32, of any rank. "
-            "Wan 2.2 has two files, one for each of its models.",
+            description="Reads the adapter's weights from .ckpt or .safetensors, in fp16, bf16 or fp32, of any rank. "
+            "Wan 2.2 needs two files, one for each of its models.",
             search_aliases=["Stand-In", "identity adapter", "face video", "load adapter", "character consistency"],
             inputs=[
                 io.Combo.Input(
                     "adapter_name", options=files.FOLDER.choices(),
-                    tooltip="A file in models/loras or output/loras. A plain LoRA is refused: use Load LoRA for it.",
+                    tooltip="A file in models/loras or output/loras. Plain LoRAs are refused: take Load LoRA for them.",
                 ),
             ],
             outputs=[ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply Video Identity.")],
@@ -108,7 +107,7 @@ class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name) -> int:
-        """A file written anew under its name is read anew."""
+        """Changes when the file is written again."""
         return files.FOLDER.fingerprint(adapter_name)
 
     @classmethod
@@ -125,34 +124,36 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
             node_id="UnderstudyApplyVideoIdentity",
             display_name="Apply Video Identity (Stand-In)",
             category=CATEGORY,
-            description="Shows a reference picture to a Wan video model, which keeps that person through the video. "
-            "Chain it for more people, each with a mask of their own. Apply it to both models of Wan 2.2.",
+            description="Shows a reference picture to a Wan video model, so that the video keeps that person. Chain "
+            "it for several people, each with a mask. For Wan 2.2 apply it to both models.",
             search_aliases=["Stand-In", "face video", "keep identity", "character consistency", "reference", "Wan"],
             inputs=[
-                io.Model.Input("model", tooltip="A Wan text-, image-to-video or VACE model. It is not changed."),
+                io.Model.Input(
+                    "model", tooltip="A Wan text-to-video, image-to-video or VACE model; it is not modified.",
+                ),
                 ADAPTER.Input("adapter", tooltip="The weights that were trained for this model."),
                 io.Latent.Input(
-                    "reference", tooltip="VAE Encode of one picture from Prepare Reference, with this model's VAE.",
+                    "reference", tooltip="One picture from Prepare Reference, encoded with this model's VAE.",
                 ),
                 _fraction(
                     "strength", 0.01,
-                    "Weight of the reference in the video's attention: 0 is off, 1 as published. Values between are "
-                    "exact and somewhat slower.",
+                    "Weight of the reference in the video's attention: 0 is off, 1 as published. Values in between "
+                    "are exact and somewhat slower.",
                 ),
-                _fraction("start_percent", 0.001, "Where the reference comes in, as a fraction of the schedule."),
-                _fraction("end_percent", 0.001, "Where the reference goes out, as a fraction of the schedule."),
+                _fraction("start_percent", 0.001, "Where the reference begins to act, as a fraction of the schedule."),
+                _fraction("end_percent", 0.001, "Where the reference stops acting, as a fraction of the schedule."),
                 io.String.Input(
                     "blocks", default=_DEFAULT.blocks, advanced=True,
-                    tooltip="Transformer blocks in which the reference is seen: 'all' as published, or numbers and "
-                    "ranges from 0 on, such as 0-19, 25.",
+                    tooltip="Transformer blocks that see the reference: 'all' as published, or numbers and ranges "
+                    "from 0 on, such as 0-19, 25.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True,
-                    tooltip="Where in the video this person is, 0 to 1: one mask for all frames, or one a frame. "
-                    "Nothing connected is everywhere.",
+                    tooltip="Where in the video this person is, 0 to 1: one mask for all frames, or one per frame. "
+                    "Without it: everywhere.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="Connect it to a sampler, or to Apply Video Identity for more people.")],
+            outputs=[io.Model.Output(tooltip="Connect it to a sampler, or to another Apply Video Identity.")],
         )
 
     @classmethod

@@ -1,7 +1,7 @@
-"""The reference as the adapter was trained on it: a square around the face, white where the person is not.
+"""The reference picture, a square around the face on white; apart, since its pixels are prepared before any model.
 
 Source: Stand-In (arXiv 2508.07901): the largest face, its box half as long again, 512 x 512, white background. Faces
-and masks come from the host's own nodes.
+and masks come from ComfyUI's own nodes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from .config import ReferenceConfig
 
-# Published: a box this near to all four edges fills the picture, which is then taken whole.
+# Published: a box that is this near to all four edges, in pixels, takes the whole picture.
 _BORDER = 10
 _WHITE = 1.0
 
@@ -24,11 +24,11 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 def prepare(
     images: torch.Tensor, config: ReferenceConfig, mask: torch.Tensor | None = None, bboxes: Any = None
 ) -> tuple[torch.Tensor, list[str]]:
-    """[B, size, size, 3] of images [B, H, W, 1 to 4] in 0..1, and a message for each picture that was taken whole.
+    """[B, size, size, 3] from images [B, H, W, 1 to 4] in 0..1, and a message for each picture that was not cropped.
 
-    mask: [1 or B, H, W], 1 where the person is; without boxes its extent is the box. bboxes: the host's, a box or,
-    for each picture, a list of boxes of which the largest counts. Alpha is dropped, grey becomes colour.
-    Raises ValueError, naming the input, for what is no picture, box or mask.
+    mask: [1 or B, H, W], 1 where the person is; without boxes its extent is the box. bboxes: as ComfyUI's detectors
+    return them, a box or, for each picture, a list of boxes of which the largest counts. Alpha is dropped, grey
+    becomes colour. Raises ValueError, naming the input, for an invalid picture, box or mask.
     """
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(f"image has shape {tuple(images.shape)}: connect pictures, [B, H, W, 3]")
@@ -39,11 +39,11 @@ def prepare(
     results, messages = [], []
     for i, picture in enumerate(images.float()):
         picture = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
-        own = None if mask is None else mask[min(i, len(mask) - 1)]
-        box, message = _box(_boxes_of(bboxes, i, len(images)), own, bboxes is not None)
-        if own is not None and bool((own > 0.5).any()):
-            picture = picture * own[..., None] + _WHITE * (1 - own[..., None])
-        elif own is not None:
+        person = None if mask is None else mask[min(i, len(mask) - 1)]
+        box, message = _box(_boxes_of(bboxes, i, len(images)), person, bboxes is not None)
+        if person is not None and bool((person > 0.5).any()):
+            picture = picture * person[..., None] + _WHITE * (1 - person[..., None])
+        elif person is not None:
             message = "the mask is empty, so the background stays" + ("; " + message if message else "")
         results.append(_square(_crop(picture, box, config.crop_factor), config.size))
         if message:
@@ -55,7 +55,7 @@ def _fitted_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
     if mask.ndim != 3 or mask.shape[0] not in (1, images.shape[0]):
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)} for {images.shape[0]} pictures: connect one mask, or one a picture"
+            f"mask has shape {tuple(mask.shape)} for {images.shape[0]} pictures: connect one mask, or one per picture"
         )
     mask = mask.float().clamp(0, 1)
     if mask.shape[1:] != images.shape[1:3]:
@@ -64,7 +64,7 @@ def _fitted_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def _boxes_of(bboxes: Any, index: int, count: int) -> Sequence[Mapping[str, float]]:
-    """The boxes of one picture of `count`: the host gives one dict, a list of them, or a list of lists."""
+    """The boxes of one picture of `count`: ComfyUI has one dict, a list of them, or a list of lists."""
     if bboxes is None:
         return ()
     if isinstance(bboxes, Mapping):
@@ -75,7 +75,7 @@ def _boxes_of(bboxes: Any, index: int, count: int) -> Sequence[Mapping[str, floa
         return bboxes
     if len(bboxes) not in (1, count):
         raise ValueError(
-            f"bboxes are of {len(bboxes)} pictures and image holds {count}: connect the boxes of these very pictures"
+            f"bboxes belong to {len(bboxes)} pictures and image holds {count}: connect the boxes of the same pictures"
         )
     return bboxes[min(index, len(bboxes) - 1)] or ()
 
@@ -104,7 +104,7 @@ def _box(boxes: Sequence[Mapping[str, float]], mask: torch.Tensor | None, asked:
 
 
 def _crop(picture: torch.Tensor, box: Box | None, factor: float) -> torch.Tensor:
-    """The square around the box's middle, cut at the picture's edges; the whole picture without a box."""
+    """The square around the box's centre, cut at the picture's edges; the whole picture without a box."""
     if box is None:
         return picture
     height, width = picture.shape[:2]
@@ -118,12 +118,12 @@ def _crop(picture: torch.Tensor, box: Box | None, factor: float) -> torch.Tensor
         for start, limit in zip(first, (height, width), strict=True)
     )
     if x.start >= x.stop or y.start >= y.stop:
-        raise ValueError("the face's box lies outside the picture: connect the boxes of this very picture")
+        raise ValueError("the face's box is outside the picture: connect the boxes of the same picture")
     return picture[y, x]
 
 
 def _square(picture: torch.Tensor, size: int) -> torch.Tensor:
-    """[size, size, 3]: white bars on the shorter sides, then resized with every pixel counted."""
+    """[size, size, 3]: white bars on the shorter sides, then resized with antialiasing."""
     height, width = picture.shape[:2]
     side = max(height, width)
     canvas = picture.new_full((side, side, 3), _WHITE)

@@ -18,7 +18,7 @@ _DEFAULT = AdapterTrainingConfig()
 
 
 class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
-    """Trains the adapter on videos, each with a picture of who is in it."""
+    """Trains an adapter on videos, each with a picture of the person in it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -72,7 +72,7 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
         )
         _check_references(pictures)
         if len(pictures) > len({id(picture) for picture in pictures}):
-            logging.info("[Understudy] one reference is learned with all %d videos", len(videos))
+            logging.info("[Understudy] one reference is trained with all %d videos", len(videos))
         if not all(positive):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
         texts = inputs.one_each(list(positive), len(videos), "positive", "items", "video")
@@ -95,7 +95,7 @@ def _singles(latents: Sequence[dict], name: str) -> list[torch.Tensor]:
     for latent in latents:
         samples = latent["samples"]
         if samples.is_nested or samples.ndim not in (4, 5):
-            raise ValueError(f"{name} hold something else than image and video latents: connect VAE Encode")
+            raise ValueError(f"{name} hold something other than image and video latents: connect VAE Encode")
         samples = samples.unsqueeze(2) if samples.ndim == 4 else samples
         if not torch.isfinite(samples).all():
             raise ValueError(f"{name} hold NaN or infinite values: encode them again, with the VAE in fp32")
@@ -109,11 +109,11 @@ def _check_references(pictures: Sequence[torch.Tensor]) -> None:
     shapes = {tuple(picture.shape[1:]) for picture in pictures}
     if len(shapes) > 1 or next(iter(shapes))[1] != 1:
         raise ValueError(
-            f"references have the shapes {sorted(shapes)}: give single pictures of one size, as a list, since VAE "
-            "Encode takes a batch of pictures for a video"
+            f"references have the shapes {sorted(shapes)}: connect single pictures of one size, as a list, since VAE "
+            "Encode treats a batch of pictures as one video"
         )
     if any(not picture.any() for picture in pictures):
-        raise ValueError("references hold a latent of zeros, which shows nobody: connect VAE Encode of a picture")
+        raise ValueError("references hold a latent of zeros, as empty latents are: connect VAE Encode of a picture")
 
 
 class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):

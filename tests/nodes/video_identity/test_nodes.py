@@ -72,7 +72,7 @@ def at(image, row, column):
 
 
 def test_boxes_have_no_default_that_a_client_could_send():
-    """The host's own is a box of 512 pixels, and comfy-cli fills in defaults: then no mask's extent would count."""
+    """ComfyUI's own is a box of 512 pixels, and comfy-cli fills in defaults: then no mask's extent would count."""
     boxes = next(i for i in UnderstudyPrepareReference.define_schema().inputs if i.id == "bboxes").as_dict()
     assert boxes["forceInput"] and boxes.get("default") is None
 
@@ -162,7 +162,7 @@ def test_batches_alpha_grey_and_what_is_refused():
         ((picture(), ReferenceConfig(), None, [[{"x": 1}]]), "no x, y, width and height"),
         ((picture(), ReferenceConfig(), None, [[box(1, 1, float("inf"), 5)]]), "bboxes hold NaN or infinite"),
         ((picture() * float("nan"), ReferenceConfig()), "image holds NaN"),
-        ((images.repeat(2, 1, 1, 1), ReferenceConfig(), None, boxes), "bboxes are of 2 pictures and image holds 4"),
+        ((images.repeat(2, 1, 1, 1), ReferenceConfig(), None, boxes), "bboxes belong to 2 pictures .* holds 4"),
         ((picture(), ReferenceConfig(), None, [[box(500, 500, 10, 10)]]), "outside the picture"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -194,7 +194,7 @@ def test_what_it_learns_from_unasked_is_said(caplog):
     adapter = method.adapter_from(tiny_model.video_adapter(model))
     with caplog.at_level(logging.INFO):
         node(shown(model, identity(adapter=adapter)), videos, [one], [text], checkpoint_every=0)
-    assert "one reference is learned with all 2 videos" in caplog.text and "ignores the references" in caplog.text
+    assert "one reference is trained with all 2 videos" in caplog.text and "ignores the references" in caplog.text
 
 
 def test_the_node_takes_batches_and_lists_and_one_for_all():
@@ -224,7 +224,7 @@ def test_the_node_takes_batches_and_lists_and_one_for_all():
         ([{"samples": torch.full(SHAPE, float("nan"))}], [one], [text], "latents hold NaN"),
         ([{"samples": draw(1, 1, 48, 2, 4, 4)}], [one], [text], "latents has 48 channels .* VAE of this model"),
         (listed, [{"samples": draw(1, 1, 4, 4, 4)}], [text], "references has 4 channels and the model"),
-        ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents hold something else"),
+        ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents hold something other"),
         ([{"samples": torch.ones(0, *SHAPE[1:])}], [one], [text], "latents hold no latent"),
         (listed, [{"samples": torch.zeros(1, 16, 1, 4, 4)}], [text], "references hold a latent of zeros"),
         (listed, [one], [[]], "positive holds an empty conditioning"),
