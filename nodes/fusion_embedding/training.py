@@ -16,8 +16,8 @@ from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from ..training.differentiable import no_training
-from ..training.lora import Adapters
-from ..training.lora_files import lora_model
+from ..training.lora import LoraLayers
+from ..training.lora_model import lora_model
 from ..training.objective import Denoising, draw_batch
 from ..training.runs import LossMap, run
 from ..training.session import ModelDenoiser, encoder_session, session
@@ -302,15 +302,16 @@ def train_generator(
     shape = [config.batch_size, latent_format.latent_channels, height, across]
     beside = {id(part): part.patcher for part in (vae, appearance, encoder) if part is not None}
     streaming = list(beside.values()) if len(encoded.kept) < len(pairs) else []
-    with session(running.extended(model), shape, config, generator.whole_unet, streaming) as denoiser:
+    extended = running.extended(model)
+    with session(extended, shape, config, whole=generator.whole_unet, other_models=streaming) as denoiser:
         seeded = torch.Generator().manual_seed(loop.step_seed(config.seed, _GENERATOR_SEED))
         made = method.new_generator(sizes, generator.hidden, generator.pose_channels, seeded)
         weights = _parameters(made, denoiser.device)
-        trained: Adapters | WholeNetwork
+        trained: LoraLayers | WholeNetwork
         if generator.whole_unet:
             trained = WholeNetwork(denoiser.network)
         else:
-            trained = Adapters(denoiser.network, LoraConfig(rank=generator.rank), config.seed, denoiser.device)
+            trained = LoraLayers(denoiser.network, LoraConfig(rank=generator.rank), config.seed, denoiser.device)
         denoising = Denoising(FusionDenoiser(denoiser, weights), config)
         objective = PairObjective(denoising, encoded, config.batch_size, generator)
         parameters = {f"generator.{key}": value for key, value in weights.items()}

@@ -54,11 +54,11 @@ def texts_for(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
     if len(items) == 1:
         lines = [line.strip() for line in items[0].splitlines() if line.strip()] or [""]
         items = [" ".join(lines)] if count == 1 else lines
-    return one_each(items, count, name, "texts", "picture")
+    return one_each(items, count, name, kind="texts", each="picture")
 
 
-def one_each(items: Sequence[Any], count: int, name: str, kind: str, each: str) -> list[Any]:
-    """`count` items: those given, or the only one for all. The message calls them `kind`, one per `each`.
+def one_each(items: Sequence[Any], count: int, name: str, *, kind: str, each: str) -> list[Any]:
+    """`count` items: all of them, or the only one for all. The error asks for one of this `kind` per `each`.
 
     Raises ValueError, naming the input, for any other number.
     """

@@ -29,7 +29,7 @@ class LoraLayer(torch.nn.Module):
         return torch.nn.functional.linear(hidden, self.up.to(x.dtype)) * self.scale
 
 
-class Adapters:
+class LoraLayers:
     """One LoraLayer for each chosen linear layer of `network`, by the layer's name.
 
     Works with every module that has `in_features` and `out_features`, quantised ones included, since only their
@@ -68,7 +68,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """The network computes with the adapters inside this block, and without a trace of them after it."""
+        """The network computes with the layers inside this block, and exactly as before after it."""
         handles = []
         try:
             for name, layer in self.layers.items():

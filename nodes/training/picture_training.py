@@ -12,8 +12,8 @@ from .checkpoints import Checkpoints
 from .config import LoraConfig, TrainingConfig
 from .drawing import ModelPreview
 from .loop import Objective
-from .lora import Adapters
-from .lora_files import lora_model
+from .lora import LoraLayers
+from .lora_model import lora_model
 from .objective import Denoising, DenoisingObjective, Sample
 from .runs import LossMap, run
 from .session import session
@@ -77,11 +77,11 @@ def train_on_pictures(
         objective: Objective = DenoisingObjective(denoiser, samples, config)
         if make_objective is not None:
             objective = make_objective(objective, samples)
-        trained: Adapters | WholeNetwork
+        trained: LoraLayers | WholeNetwork
         if lora is None:
             trained = WholeNetwork(denoiser.network)
         else:
-            trained = Adapters(denoiser.network, lora, config.seed, denoiser.device)
+            trained = LoraLayers(denoiser.network, lora, config.seed, denoiser.device)
         with trained.attached():
             loss_map = run(
                 objective, trained.parameters(), config, denoiser.device, checkpoints=checkpoints, resume=resume,

@@ -1,4 +1,9 @@
-"""A run of the training loop inside a node: watched, cancellable, checkpointed, and its peak memory reported."""
+"""A run of the training loop inside a node: watched, cancellable, checkpointed, and its peak memory reported.
+
+A Train node's way: its values become a config (widgets.py) and its data lists of single items (inputs.py); the room's
+training.py reads the checkpoint to resume, opens a session (session.py), makes the method's objective and parameters,
+and calls `run`; what was trained goes to the room's files.py.
+"""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def _attention_with_gradient(_users_override, *args, **kwargs):
 
 @contextlib.contextmanager
 def session(
-    model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, whole: bool = False,
+    model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, *, whole: bool = False,
     other_models: Sequence[comfy.model_patcher.ModelPatcher] = (), extra_parameters: int = 0,
 ) -> Iterator[ModelDenoiser]:
     """Load `model` for batches of `shape` and make it differentiable; nothing of it stays when the block ends.

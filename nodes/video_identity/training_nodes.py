@@ -68,14 +68,14 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
         values = inputs.single_values(lists)
         videos = _singles(latents, "latents")
         pictures = inputs.one_each(
-            _singles(references, "references"), len(videos), "references", "items", "video"
+            _singles(references, "references"), len(videos), "references", kind="items", each="video"
         )
         _check_references(pictures)
         if len(pictures) > len({id(picture) for picture in pictures}):
             logging.info("[Understudy] one reference is trained with all %d videos", len(videos))
         if not all(positive):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
-        texts = inputs.one_each(list(positive), len(videos), "positive", "items", "video")
+        texts = inputs.one_each(list(positive), len(videos), "positive", kind="items", each="video")
         config = widgets.config(values)
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),

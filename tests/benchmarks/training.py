@@ -44,7 +44,7 @@ from comfy_extras.nodes_train import TrainLoraNode  # noqa: E402
 from pack.nodes.puppets import captions, render, theatre, world  # noqa: E402
 from pack.nodes.training import loop, objective  # noqa: E402
 from pack.nodes.training.config import LoraConfig, TrainingConfig  # noqa: E402
-from pack.nodes.training.lora import Adapters  # noqa: E402
+from pack.nodes.training.lora import LoraLayers  # noqa: E402
 from pack.nodes.training.session import session  # noqa: E402
 
 CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
@@ -142,7 +142,7 @@ def ours(model, latents, prompts, batch: int, layers: str) -> Run:
     def run(steps: int, clock: Clock, rate: float = RATE, finish: Finish | None = None):
         config = TrainingConfig(steps=max(1, steps), learning_rate=rate, batch_size=batch, checkpoint_every=0)
         with session(model, (batch, *latents[0].shape[1:]), config) as denoiser:
-            adapters = Adapters(denoiser.network, LoraConfig(RANK, layers=layers), 0, denoiser.device)
+            adapters = LoraLayers(denoiser.network, LoraConfig(RANK, layers=layers), 0, denoiser.device)
             goal = objective.DenoisingObjective(denoiser, samples_of(denoiser, latents, prompts), config)
             with adapters.attached():
                 losses = loop.train(goal, adapters.parameters(), config, clock) if steps else []
@@ -157,7 +157,7 @@ def with_peft(model, latents, prompts, batch: int) -> Run:
     def run(steps: int, clock: Clock, rate: float = RATE, finish: Finish | None = None):
         config = TrainingConfig(steps=max(1, steps), learning_rate=rate, batch_size=batch, checkpoint_every=0)
         with session(model, (batch, *latents[0].shape[1:]), config) as denoiser:
-            start = Adapters(denoiser.network, LoraConfig(RANK), 0, denoiser.device).modules
+            start = LoraLayers(denoiser.network, LoraConfig(RANK), 0, denoiser.device).modules
             settings = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(start))
             peft.inject_adapter_in_model(settings, denoiser.network)
             try:

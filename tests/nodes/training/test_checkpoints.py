@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and what it says when another run is to go on from it."""
+"""What a run leaves on disk, and what another run says when it is asked to continue from it."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ SETTINGS = {"pictures": inputs.digest([torch.zeros(1)]), "rank": 4, "learning_ra
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """A checkpoint of seven steps, in a folder of its own."""
+    """A checkpoint of seven steps, in a temporary folder."""
     known = copy.deepcopy(folder_paths.folder_names_and_paths)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
@@ -44,12 +44,12 @@ def test_a_seed_as_long_as_a_digest_is_shown(kept):
         checkpoints.Checkpoints("long", {**SETTINGS, "seed": 7}).resume(long.path.name)
 
 
-def test_another_node_s_checkpoint_is_told_by_its_name(kept):
+def test_a_checkpoint_of_another_node_is_refused_by_name(kept):
     with pytest.raises(ValueError, match="another training, name: choose one .* begins with other, or .* to none"):
         checkpoints.Checkpoints("other", {"epochs": 3}).resume(kept.path.name)
 
 
-def test_a_checkpoint_from_before_names_were_kept_goes_on_by_its_settings(kept):
+def test_an_older_checkpoint_without_a_name_is_compared_by_its_settings(kept):
     tensors, metadata = weights.read(kept.path)
     del metadata["run"]
     older = weights.save(tensors, metadata, checkpoints.FOLDER.name, "older")
@@ -58,7 +58,7 @@ def test_a_checkpoint_from_before_names_were_kept_goes_on_by_its_settings(kept):
         checkpoints.Checkpoints("name", {**SETTINGS, "rank": 5}).resume(older.name)
 
 
-def test_a_checkpoint_says_its_name(kept, caplog):
+def test_the_log_names_the_checkpoint(kept, caplog):
     with caplog.at_level(logging.INFO):
         kept.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))
     assert f"checkpoint {kept.path.name} after optimiser step 9" in caplog.text

@@ -1,4 +1,4 @@
-"""Pictures and texts as graphs give them: batches, lists, folders of the host's own dataset node, and bad ones."""
+"""Pictures and texts as graphs give them: batches, lists, folders from ComfyUI's dataset node, and bad ones."""
 
 import comfy.clip_vision
 import folder_paths
@@ -54,7 +54,7 @@ def test_bad_pictures_are_refused_by_name(given, message):
         ([""], 2, ["", ""]),
     ],
 )
-def test_a_text_a_picture_or_one_for_all(texts, count, expected):
+def test_one_text_per_picture_or_one_for_all(texts, count, expected):
     assert inputs.texts_for(texts, count, "captions") == expected
 
 
@@ -65,7 +65,7 @@ def test_any_other_number_of_texts_is_refused_by_name(texts, count):
         inputs.texts_for(texts, count, "captions")
 
 
-def test_a_folder_comes_through_the_host_s_own_dataset_node(tmp_path, monkeypatch):
+def test_a_folder_comes_through_comfyui_s_dataset_node(tmp_path, monkeypatch):
     folder = tmp_path / "puppets"
     folder.mkdir()
     for name, colour in (("first", 40), ("second", 200)):
@@ -87,7 +87,7 @@ def test_a_digest_tells_latents_apart():
     assert inputs.digest(latents) != inputs.digest(other)
 
 
-def test_one_picture_and_one_text_are_one():
+def test_only_one_picture_and_one_text_are_accepted():
     with pytest.raises(ValueError, match="source holds 2 pictures"):
         inputs.one_picture([picture(2, 4, 4, 3)], "source")
     assert inputs.one_text(["a\n  fox"], "source_text") == "a fox"

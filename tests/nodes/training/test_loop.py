@@ -1,4 +1,4 @@
-"""The loop alone, on a small regression: resume, cancel, bad numbers, seeds, the host's random state."""
+"""Just the loop, on a small regression: resume, cancel, non-finite values, seeds, the global random state."""
 
 import copy
 
@@ -17,7 +17,7 @@ class Stop(Exception):
 
 
 class Recorder:
-    """A monitor that stops before step `stop_at` and keeps what it is told."""
+    """A monitor that stops before step `stop_at` and records what it receives."""
 
     def __init__(self, stop_at=None):
         self.stop_at, self.checks, self.progressed, self.states = stop_at, 0, [], []
@@ -73,21 +73,21 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, de
     assert same(whole, resumed)
 
 
-def test_a_resumed_run_without_its_moments_is_another_one():
+def test_a_resumed_run_without_its_moments_differs():
     whole, _, _ = run()
     state = run(stop_at=6)[2].states[0]
     state.tensors = {key: value for key, value in state.tensors.items() if key.startswith("parameter.")}
     assert not same(whole, run(resume=state)[0])
 
 
-def test_cancel_acts_before_the_next_step_and_cancel_at_once_keeps_nothing():
+def test_cancel_acts_before_the_next_step_and_before_the_first_saves_nothing():
     _, _, monitor = run(stop_at=4)
     assert [step for step, _ in monitor.progressed] == [1, 2, 3, 4]
     assert run(stop_at=0)[2].states == []
 
 
-def test_a_run_stopped_inside_a_step_keeps_the_steps_before_it():
-    """Out of memory, say, or the host's cancel in the middle of the model."""
+def test_a_run_stopped_inside_a_step_saves_the_steps_before_it():
+    """Out of memory, say, or ComfyUI's cancel in the middle of the model."""
     weights, monitor = parameters(), Recorder()
     good = objective_of(weights)
 
@@ -123,7 +123,7 @@ def test_the_seed_decides_and_the_global_stream_is_left_as_it_was():
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_the_first_bad_number_stops_the_run_and_names_the_step(what, value):
+def test_the_first_value_that_is_not_finite_stops_the_run_and_names_the_step(what, value):
     weights, monitor = parameters(), Recorder()
     kept = {}
 
@@ -194,13 +194,13 @@ def test_step_seeds_are_valid_and_differ_from_step_to_step(seed, step):
         (LoraConfig, {"rank": 0}, "rank"),
     ],
 )
-def test_settings_that_train_nothing_are_refused_by_name(config, settings, named):
+def test_settings_out_of_range_are_refused_by_name(config, settings, named):
     base = {"steps": 1, "learning_rate": 1e-4} if config is TrainingConfig else {}
     with pytest.raises(ValueError, match=named):
         config(**{**base, **settings})
 
 
-def test_a_loss_that_rose_to_nothing_learnt_is_said(caplog):
+def test_a_loss_that_rose_to_that_of_an_untrained_model_is_warned_of(caplog):
     def rising(to, start=0.01, end=None):
         weights = parameters()
 

@@ -1,4 +1,4 @@
-"""Steps that a mask holds back, against AdamW written out for single numbers."""
+"""Steps that a mask restricts, against AdamW written out for single numbers."""
 
 import math
 
@@ -37,7 +37,7 @@ def mask_of(step):
 
 
 class Run:
-    """Pulls a vector toward random targets, one a step, with a mask a step."""
+    """Pulls a vector toward random targets, one per step, with one mask per step."""
 
     def __init__(self):
         self.parameters = {"x": torch.nn.Parameter(start())}
@@ -69,7 +69,7 @@ def trained(steps=9, **options):
 
 
 def reference(steps):
-    """Each element by itself: in a step that its mask lacks, value and moments stay."""
+    """Each element separately: in a step where its mask is False, value and moments stay."""
     x, targets = start().double().tolist(), []
     for step in range(steps):
         generator = torch.Generator().manual_seed(loop.step_seed(2, step))
@@ -88,7 +88,7 @@ def reference(steps):
     return torch.tensor(x, dtype=torch.float32)
 
 
-def test_it_is_adamw_for_each_element_that_may_move():
+def test_it_is_adamw_for_each_element_that_may_change():
     found, _ = trained()
     torch.testing.assert_close(found, reference(9), rtol=1e-5, atol=1e-6)
 
@@ -113,7 +113,7 @@ def test_masks_that_let_everything_pass_change_no_bit():
     assert torch.equal(nothing, start())
 
 
-def test_a_stopped_run_goes_on_bit_for_bit():
+def test_a_stopped_run_continues_bit_for_bit():
     whole, _ = trained()
     stopped = Monitor(stop=5)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Training through real tiny models of the host: gradients, LoRA files, host state, batches, interruptions."""
+"""Training through ComfyUI's models at tiny sizes: gradients, LoRA files, ComfyUI's state, batches, interruptions."""
 
 import gc
 
@@ -16,8 +16,8 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_
 from pack.nodes.training import drawing, loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
-from pack.nodes.training.lora import Adapters
-from pack.nodes.training.lora_files import lora_model
+from pack.nodes.training.lora import LoraLayers
+from pack.nodes.training.lora_model import lora_model
 from pack.nodes.training.session import session
 from support import tiny_model
 
@@ -63,13 +63,13 @@ def test_it_learns_and_leaves_the_model_as_it_was(model):
     assert comfy.model_management.in_training is False
 
 
-def test_the_host_gets_its_state_back_after_an_error_too():
+def test_comfyui_gets_its_state_back_even_after_an_error():
     model = inference_model()
     before = list(model.model.parameters())
     with pytest.raises(loop.TrainingDiverged):
         with session(model, SHAPE, config(gradient_checkpointing=True)) as denoiser:
             assert comfy.model_management.in_training
-            with Adapters(denoiser.network, LoraConfig(), 0, denoiser.device).attached():
+            with LoraLayers(denoiser.network, LoraConfig(), 0, denoiser.device).attached():
                 raise loop.TrainingDiverged
     assert comfy.model_management.in_training is False
     assert all(a is b for a, b in zip(before, model.model.parameters(), strict=True))
@@ -82,7 +82,7 @@ def gradients(model, **settings):
         for i, latent in enumerate(latents())
     ]
     with session(model, SHAPE, config(batch_size=2, **settings)) as denoiser:
-        adapters = Adapters(denoiser.network, LoraConfig(rank=2), 3, denoiser.device)
+        adapters = LoraLayers(denoiser.network, LoraConfig(rank=2), 3, denoiser.device)
         with torch.no_grad():
             for name, parameter in adapters.parameters().items():
                 if name.endswith("up"):
@@ -134,7 +134,7 @@ def test_the_native_lora_loader_gives_what_was_trained():
     model = inference_model()
     x, sigma = torch.randn(SHAPE), torch.tensor([2.0])
     with session(model, SHAPE, config()) as denoiser:
-        adapters = Adapters(denoiser.network, LoraConfig(rank=4, alpha=2.0), 0, denoiser.device)
+        adapters = LoraLayers(denoiser.network, LoraConfig(rank=4, alpha=2.0), 0, denoiser.device)
         for module in adapters.modules.values():
             torch.nn.init.normal_(module.up, 0, 0.2)
         conditions = [denoiser.prepare(tiny_model.conditioning(0), x)]
@@ -153,7 +153,7 @@ def test_the_native_lora_loader_gives_what_was_trained():
 
 
 def test_diffusers_reads_the_file_through_its_converter():
-    """A UNet of the same shape in diffusers takes every matrix of the file, at its place."""
+    """A UNet of the same shape in diffusers takes every matrix of the file, in its layer."""
     lora, _ = trained(inference_model())
     keys = {key.rsplit(".", 2)[0] if "lora_" in key.rsplit(".", 2)[-2] else key[: -len(".alpha")] for key in lora}
     found, alphas = _convert_non_diffusers_lora_to_diffusers(dict(lora))
@@ -172,7 +172,7 @@ def test_diffusers_reads_the_file_through_its_converter():
         assert len(twins) == 1 and torch.equal(twins[0], lora[f"{key}.lora_up.weight"])
 
 
-def test_video_models_train_and_load_under_their_own_names():
+def test_video_models_train_and_load_under_their_names():
     model = tiny_model.video()
     video = torch.randn(1, 16, 3, 4, 4)
     with torch.inference_mode():
@@ -192,7 +192,7 @@ def test_a_model_without_named_attention_is_refused():
 
 
 class Sampling:
-    """The host's model_sampling of a kind, over SD's sigmas."""
+    """ComfyUI's model_sampling of a kind, over SD's sigmas."""
 
     @staticmethod
     def of(kind):
@@ -244,7 +244,7 @@ def test_models_that_predict_something_else_are_refused(kind):
 
 
 class Moving(comfy.model_patcher.ModelPatcher):
-    """Moves its weights when it loads, as on a GPU: the tensors then hide that they are of inference mode."""
+    """Moves its weights when it loads, as on a GPU: the tensors then hide that they were made in inference mode."""
 
     def load(self, *args, **kwargs):
         own = self.model.get_dtype_inference()
@@ -253,7 +253,7 @@ class Moving(comfy.model_patcher.ModelPatcher):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_the_host_moved_can_be_trained_through(dtype):
+def test_weights_that_comfyui_moved_can_be_trained_through(dtype):
     model = inference_model(dtype=dtype)
     lora, _ = trained(Moving(model.model, tiny_model.CPU, tiny_model.CPU))
     assert any(weight.abs().max() > 0 for key, weight in lora.items() if "lora_up" in key)
@@ -280,7 +280,7 @@ def test_inpainting_models_train_on_an_empty_mask():
     assert all(torch.isfinite(torch.tensor(loss_map["loss"])))
 
 
-def test_a_preview_waits_for_room(monkeypatch):
+def test_a_preview_is_skipped_without_free_memory(monkeypatch):
     vae = object()
     preview = drawing.preview_of(vae, [], [], SHAPE, 0)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
@@ -288,7 +288,7 @@ def test_a_preview_waits_for_room(monkeypatch):
         assert preview(denoiser) is None
 
 
-def test_the_host_can_unload_a_model_whose_training_failed():
+def test_comfyui_can_unload_a_model_whose_training_failed():
     model = tiny_model.picture(dtype=torch.bfloat16)
     frames = []
     try:
@@ -303,7 +303,7 @@ def test_the_host_can_unload_a_model_whose_training_failed():
 
 
 class Cells:
-    """An encoder of eight pixels a cell."""
+    """An encoder of eight pixels per cell."""
 
     def spacial_compression_encode(self):
         return 8
@@ -312,7 +312,7 @@ class Cells:
         return picture[:, ::8, ::8].movedim(-1, 1)
 
 
-def test_pictures_that_fit_no_cells_are_said(caplog):
+def test_pictures_that_do_not_fit_the_cells_are_warned_of(caplog):
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 64, 48, 3)])
     assert not caplog.records
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 64, 50, 3)])
@@ -323,7 +323,7 @@ def test_pictures_that_fit_no_cells_are_said(caplog):
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, 32, 3)])
 
 
-def test_what_one_call_can_hold_is_learnt_together():
+def test_samples_that_fit_one_call_share_a_bucket():
     """Texts of a UNet are repeated to one length; those of other models, and pictures, have to be of one shape."""
     def sample(condition, *shape, **others):
         return objective.Sample(torch.ones(1, 4, 8, 8), {"text": condition(torch.ones(shape)), **others})

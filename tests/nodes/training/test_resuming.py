@@ -1,4 +1,4 @@
-"""A run goes on from a checkpoint beside its own weights and pictures alone: others of one shape would fit, too."""
+"""A run continues only with the weights and pictures of its checkpoint: others of one shape would fit as well."""
 
 import logging
 import re
@@ -18,7 +18,7 @@ SOURCE, DRIVING, OTHER = torch.rand(3, 1, 64, 64, 3, generator=torch.Generator()
 
 
 class Cells:
-    """An encoder of eight pixels a cell."""
+    """An encoder of eight pixels per cell."""
 
     def spacial_compression_encode(self):
         return 8
@@ -115,7 +115,7 @@ def test_other_weights_and_pictures_are_refused_by_name(train, others, folder):
     assert train(2, kept)[: len(once)] == once
 
 
-def test_a_picture_without_a_text_is_told_of(folder, caplog):
+def test_a_picture_without_a_text_is_warned_of(folder, caplog):
     pair(1, "none")
     assert not [record for record in caplog.records if "is empty" in record.getMessage()]
     pair(1, "none", driving_text=" ")

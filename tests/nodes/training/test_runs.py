@@ -1,4 +1,4 @@
-"""A run inside a node: what it returns, keeps, shows and reports, with and without checkpoints."""
+"""A run inside a node: what it returns, saves, shows and reports, with and without checkpoints."""
 
 import logging
 
@@ -47,14 +47,14 @@ def test_a_run_returns_every_loss_and_reports_its_peak_memory(caplog):
     assert state.step == 3 and {"shown", "parameter.weight"} <= state.tensors.keys()
 
 
-def test_a_resumed_run_goes_on_from_the_state():
+def test_a_resumed_run_continues_from_the_state():
     checkpoints = InMemory()
     whole, weight = train(steps=5, checkpoints=checkpoints)
     again, resumed = train(steps=5, checkpoints=InMemory(), resume=checkpoints.states[0])
     assert whole == again and torch.equal(weight, resumed)
 
 
-def test_a_preparatory_run_keeps_and_reports_nothing(caplog):
+def test_a_preparatory_run_saves_and_reports_nothing(caplog):
     with caplog.at_level(logging.INFO):
         train(phase="contexts")
     assert caplog.messages and all("contexts: optimiser step" in message for message in caplog.messages)
@@ -62,7 +62,7 @@ def test_a_preparatory_run_keeps_and_reports_nothing(caplog):
         train(cancel_at=1)
 
 
-def test_the_note_stands_beside_the_loss(caplog):
+def test_the_note_is_shown_beside_the_loss(caplog):
     with caplog.at_level(logging.INFO):
         train(steps=1, note=lambda: "top-1 50%")
     assert "step 1 of 1, loss 2.0000, top-1 50%" in caplog.text

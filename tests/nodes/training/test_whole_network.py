@@ -1,4 +1,4 @@
-"""Training every weight: the published step, the model left alone, differences that the host's loader applies."""
+"""Training every weight: the published step, the model left alone, differences that ComfyUI's loader applies."""
 
 import comfy.sd
 import pytest
@@ -35,7 +35,7 @@ def trained(model, checkpoints=None, resume_from="none", **settings):
 
 
 def test_it_learns_what_a_plain_loop_over_the_weights_learns():
-    """Adam on the model's own parameters, written out, gives the same differences."""
+    """Adam on the model's parameters, written out, gives the same differences."""
     found, loss_map = trained(inference_model(), steps=3)
     plain = tiny_model.picture()
     network = plain.model.diffusion_model
@@ -65,7 +65,7 @@ def test_it_learns_what_a_plain_loop_over_the_weights_learns():
 
 
 @pytest.mark.parametrize("model", [inference_model(), tiny_model.picture(dtype=torch.bfloat16), tiny_model.video()])
-def test_the_model_keeps_its_own_weights(model):
+def test_the_model_keeps_its_weights(model):
     before = dict(model.model.named_parameters())
     values = {name: weight.clone() for name, weight in before.items()}
     video = hasattr(model.model.diffusion_model, "blocks")

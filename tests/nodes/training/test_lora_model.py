@@ -11,8 +11,8 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from pack.nodes.training.config import LoraConfig
-from pack.nodes.training.lora import Adapters
-from pack.nodes.training.lora_files import lora_model
+from pack.nodes.training.lora import LoraLayers
+from pack.nodes.training.lora_model import lora_model
 from support.real_configurations import REAL_CONFIGURATIONS, build
 
 
@@ -23,11 +23,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def lora(model):
-    adapters = Adapters(model.diffusion_model, LoraConfig(rank=1), 0, torch.device("cpu"))
+    adapters = LoraLayers(model.diffusion_model, LoraConfig(rank=1), 0, torch.device("cpu"))
     return lora_model(adapters, REAL_CONFIGURATIONS["SDXL"].unet_config)
 
 
-def test_sdxl_has_the_names_of_kohya_s_own_files(model, lora):
+def test_sdxl_has_the_names_of_kohya_s_files(model, lora):
     """As kohya's trainer writes them, whose SDXL has the original blocks; 70 transformers of 8 linear layers."""
     stems = {key.split(".")[0] for key in lora}
     assert len(stems) == 70 * 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.utils
 import torch
 
-from .lora import Adapters
+from .lora import LoraLayers
 from .whole_network import WholeNetwork
 
 PREFIX = "diffusion_model."
@@ -13,10 +13,10 @@ PREFIX = "diffusion_model."
 _SDXL_DEPTH = [0, 0, 2, 2, 10, 10]
 
 
-def lora_model(trained: Adapters | WholeNetwork, unet_config: dict) -> dict[str, torch.Tensor]:
+def lora_model(trained: LoraLayers | WholeNetwork, unet_config: dict) -> dict[str, torch.Tensor]:
     """Weights by key, fp32 on the CPU.
 
-    Adapters: `…lora_down.weight` [rank, in], `…lora_up.weight` [out, rank] and `…alpha` (a scalar), under kohya's
+    A LoRA: `…lora_down.weight` [rank, in], `…lora_up.weight` [out, rank] and `…alpha` (a scalar), under kohya's
     names for UNets (diffusers' layers, or SDXL's original ones) and ComfyUI's for every other model. A whole
     network: differences from the original weights, `….diff` and for a bias `….diff_b`, under ComfyUI's names.
     """
