@@ -147,7 +147,7 @@ def _warnings(clip, subject: Subject, count: int) -> list[str]:
 
 
 class UnderstudySaveIdentityPrior(io.ComfyNode):
-    """A prior as a LoRA file that remembers whom it knows."""
+    """A prior as a LoRA file that says which subject it knows."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -156,12 +156,12 @@ class UnderstudySaveIdentityPrior(io.ComfyNode):
             display_name="Save Identity Prior (LIPE)",
             category=CATEGORY,
             description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
-            "fingerprint in its metadata. Load LoRA and other programs read it, too.",
+            "fingerprint in its metadata. Load LoRA and other programs can also read it.",
             search_aliases=["LIPE", "save LoRA", "export", "identity", "subject"],
             is_output_node=True,
             inputs=[
-                io.Custom("LORA_MODEL").Input("lora", tooltip="The trained LoRA."),
-                IDENTITY.Input("identity", tooltip="Whom it knows, from Train Identity Prior."),
+                widgets.LORA_MODEL.Input("lora", tooltip="The trained LoRA."),
+                IDENTITY.Input("identity", tooltip="The subject that it knows, from Train Identity Prior."),
                 widgets.filename_prefix("identity_prior", files.FOLDER),
             ],
             outputs=[],
