@@ -20,7 +20,7 @@ from .. import subject_tokens
 from ..patching import samplers
 from ..patching.unet_layers import CrossAttention
 from ..training.objective import prediction_kind
-from . import capture, method
+from . import attention, method
 from .config import InversionConfig, MaskConfig
 
 
@@ -44,13 +44,13 @@ def invert(
     samples = _checked(latent["samples"], model.model.latent_format)
     method.check_sigmas([float(sigma) for sigma in sigmas])
     prediction_kind(model.get_model_object("model_sampling"), "inversion")
-    layers = capture.layers_of(model)
+    layers = attention.layers_of(model)
     if layers:
         subject_tokens.require_subject(positive, "positive")
     else:
         logging.warning("[Understudy] this model has no cross-attention: the source mask is the whole picture")
     sampler = InversionSampler(config, masks, layers)
-    guider = comfy.samplers.CFGGuider(capture.with_recorder(model) if layers else model)
+    guider = comfy.samplers.CFGGuider(attention.with_recorder(model) if layers else model)
     guider.set_conds(positive, positive)
     guider.set_cfg(1.0)
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
@@ -128,7 +128,7 @@ class _Steps:
         options = self.extra_args["model_options"]
         recorder = None
         if self.layers:
-            recorder = capture.AttentionRecorder(self.subject, self.layers, self.masks, x.shape)
+            recorder = attention.AttentionRecorder(self.subject, self.layers, self.masks, x.shape)
             options = recorder.added_to(options)
         self.denoised = self.guider(
             x.to(self.device), x.new_full((len(x),), sigma, device=self.device),

@@ -23,7 +23,7 @@ from .. import subject_tokens
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
-from . import capture, method
+from . import attention, method
 from .config import BlendConfig, MaskConfig
 from .inversion import Inversion, InversionSampler
 
@@ -45,15 +45,15 @@ def apply(
         raise ValueError(
             f"inversion has {clean.shape[1]} channels and the model's latents have {channels}: invert with this model"
         )
-    layers = capture.layers_of(model)
+    layers = attention.layers_of(model)
     if mask is not None:
         mask = method.latent_mask(mask, clean.shape)
     else:
         subject_tokens.require_subject(positive, "positive")
         if not layers:
             raise ValueError("this model has no cross-attention to find the subject by: connect your own `mask`")
-        capture.chosen_layers(layers, masks, max(clean.shape[-2:]))
-        model = capture.with_recorder(model)
+        attention.chosen_layers(layers, masks, max(clean.shape[-2:]))
+        model = attention.with_recorder(model)
     blend = IdentityBlend(inversion, layers, masks, config, mask)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: blend.outer_sample,
@@ -129,7 +129,7 @@ class IdentityBlend:
         run.check(x)
         recorder = None
         if self.connected_mask is None:
-            recorder = capture.AttentionRecorder(run.subject, self.layers, self.masks, x.shape)
+            recorder = attention.AttentionRecorder(run.subject, self.layers, self.masks, x.shape)
             model_options = recorder.added_to(model_options)
         denoised = executor(method.blend(x, run.path.at(sigma), run.mask), timestep, model_options, seed)
         if recorder is not None:
@@ -195,7 +195,7 @@ class _BlendRun:
                 "size of the inverted picture, with one inverted latent or one for each of the batch"
             )
 
-    def update_mask(self, recorder: capture.AttentionRecorder) -> None:
+    def update_mask(self, recorder: attention.AttentionRecorder) -> None:
         """The mask from now on, from where the edit's last call shows the subject."""
         self.heat = recorder.heat(self.heat)
         heat = self.heat.to(self.source.device)

@@ -39,7 +39,7 @@ scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 from pack.kernels.token_attention import chunk_rows, token_attention  # noqa: E402
-from pack.nodes.identity_prior import capture  # noqa: E402
+from pack.nodes.identity_prior import attention  # noqa: E402
 from pack.nodes.identity_prior.config import MaskConfig  # noqa: E402
 from pack.nodes.puppets import theatre  # noqa: E402
 from support import real_configurations  # noqa: E402
@@ -82,8 +82,8 @@ class Step:
         context = model.model.model_config.unet_config["context_dim"]
         self.x, self.sigma = drawn(*latent), torch.ones(2, device=device)
         self.given = {"c_crossattn": drawn(tokens, context)} | ({"y": drawn(pooled)} if pooled else {})
-        self.plain_model, self.model = model, capture.with_recorder(model)
-        self.layers = capture.layers_of(model)
+        self.plain_model, self.model = model, attention.with_recorder(model)
+        self.layers = attention.layers_of(model)
         self.ids = [uuid.uuid4(), uuid.uuid4()]
         self.entries = {self.ids[0]: (COLUMNS, tokens)}
 
@@ -92,11 +92,11 @@ class Step:
 
     def watched(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The step's output, and the map as the blend reads it."""
-        recorder = capture.AttentionRecorder(self.entries, self.layers, MaskConfig(), self.x[:1].shape)
-        return self._run(self.model, {capture.KEY: recorder}), recorder.heat()
+        recorder = attention.AttentionRecorder(self.entries, self.layers, MaskConfig(), self.x[:1].shape)
+        return self._run(self.model, {attention.KEY: recorder}), recorder.heat()
 
     def by_whole_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        with mock.patch.object(capture, "token_attention", whole_map):
+        with mock.patch.object(attention, "token_attention", whole_map):
             return self.watched()
 
     def _run(self, model, more: dict) -> torch.Tensor:
@@ -171,13 +171,13 @@ def compare_attentions(rounds: int, device: torch.device, dtype: torch.dtype) ->
         torch.testing.assert_close(
             token_attention(q, k, heads, COLUMNS).cpu().float(), expected.float(), rtol=tolerance, atol=1e-5
         )
-        attention = partial(
+        layer = partial(
             torch.nn.functional.scaled_dot_product_attention,
             *(x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, k)),
         )
         calls = {
             "columns": partial(token_attention, q, k, heads, COLUMNS),
-            "whole map": partial(whole_map, q, k, heads, COLUMNS), "attention": attention,
+            "whole map": partial(whole_map, q, k, heads, COLUMNS), "attention": layer,
         }
         with torch.inference_mode():
             times = interleaved(calls, rounds, 10, device)
@@ -203,7 +203,7 @@ def main() -> None:
         step.check()
         calls = {"plain": step.plain, "columns": step.watched, "whole maps": step.by_whole_maps}
         times = interleaved(calls, arguments.rounds, 4 if family == "theatre" else 1, device)
-        layers = len(capture.chosen_layers(step.layers, MaskConfig(), max(step.x.shape[-2:])))
+        layers = len(attention.chosen_layers(step.layers, MaskConfig(), max(step.x.shape[-2:])))
         report(f"step of {family}", times, "plain", f"; R7, {layers} of {len(step.layers)} layers watched")
 
 

@@ -14,7 +14,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_train import TrainLoraNode
-from pack.nodes.identity_prior import capture
+from pack.nodes.identity_prior import attention
 from pack.nodes.patching import models
 from pack.nodes.video_identity import method, reference_pass, sampling
 from support import published_wan, tiny_model
@@ -372,8 +372,8 @@ def test_an_identity_prior_sees_the_cross_attention_beside_it(settings):
             seen.append((index, k.shape[1]))
 
     one = identity(**settings)
-    for model in (capture.with_recorder(shown(MODEL, one)), shown(capture.with_recorder(MODEL), one)):
-        result = call(model, X, options={capture.KEY: Recorder()})
+    for model in (attention.with_recorder(shown(MODEL, one)), shown(attention.with_recorder(MODEL), one)):
+        result = call(model, X, options={attention.KEY: Recorder()})
         assert seen == [(0, 4), (1, 4), (2, 4)] and torch.equal(result, call(shown(MODEL, one), X))
         seen.clear()
 

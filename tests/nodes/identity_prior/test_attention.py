@@ -1,6 +1,7 @@
 """The masks that a model's own attention gives the blend: where the subject is, in UNets and in Wan."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.ldm.modules.attention
 import folder_paths
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from pack.nodes.identity_prior import capture, sampling
+from pack.nodes.identity_prior import attention, sampling
 from pack.nodes.identity_prior.config import BlendConfig, MaskConfig
 from pack.nodes.identity_prior.nodes import UnderstudyEditMasks
 from PIL import Image
@@ -25,6 +26,7 @@ from support.identity_edits import (
     recorded_inputs,
     sample,
 )
+from support.real_configurations import build
 
 
 def attention_by_hand(model, x, sigma, context):
@@ -52,19 +54,19 @@ def attention_by_hand(model, x, sigma, context):
 def heats_of(model, patched, monkeypatch, **options):
     """The map of every call in a run."""
     heats = []
-    original = capture.AttentionRecorder.heat
+    original = attention.AttentionRecorder.heat
 
     def heat(recorder, *earlier):
         heats.append(original(recorder, *earlier))
         return heats[-1]
 
-    monkeypatch.setattr(capture.AttentionRecorder, "heat", heat)
+    monkeypatch.setattr(attention.AttentionRecorder, "heat", heat)
     sample(patched, base=model, **options)
     return heats
 
 
 def test_found_masks_of_everything_are_plain_sampling_too():
-    """Threshold 0: the whole capture runs, and changes no bit, wherever the source's subject was."""
+    """Threshold 0: the whole recording runs, and changes no bit, wherever the source's subject was."""
     assert FOUND[id(MODEL)].source_mask.mean() < 1
     assert torch.equal(sample(blended(threshold=0.0, grow=0)), sample(MODEL))
 
@@ -77,7 +79,7 @@ def test_the_map_is_the_subject_s_share_of_the_positive_half_alone(monkeypatch):
     for heat, (sigma, x) in zip(heats, calls, strict=False):
         expected, count = attention_by_hand(MODEL, x, torch.tensor([sigma]), EDIT[0][0])
         torch.testing.assert_close(heat[:, 0].double(), expected, rtol=1e-3, atol=1e-5)
-    assert count == len(capture.layers_of(MODEL)) == 4
+    assert count == len(attention.layers_of(MODEL)) == 4
 
 
 def test_prompts_of_unlike_lengths_are_repeated_by_the_host(monkeypatch):
@@ -138,7 +140,7 @@ def test_patches_leave_the_model_and_each_other_alone():
     assert torch.equal(sample(again), first) and torch.equal(sample(patched.clone()), first)
     places = again.model_options["transformer_options"]["patches_replace"]["attn2"].values()
     assert len(places) == 4 and all(patch.earlier is None for patch in places)
-    assert torch.equal(sample(MODEL), sample(capture.with_recorder(MODEL)))
+    assert torch.equal(sample(MODEL), sample(attention.with_recorder(MODEL)))
 
 
 @pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
@@ -197,16 +199,16 @@ def test_what_cannot_show_the_subject_is_refused():
 
 
 def test_context_windows_and_models_without_cross_attention_need_a_mask(monkeypatch):
-    recorder = capture.AttentionRecorder({}, capture.layers_of(MODEL), MaskConfig(), torch.Size(SHAPE))
+    recorder = attention.AttentionRecorder({}, attention.layers_of(MODEL), MaskConfig(), torch.Size(SHAPE))
     q = torch.zeros(1, 64, 32)
     with pytest.raises(ValueError, match="context windows.*your own `mask`"):
         recorder.record(0, q, q, 2, {"context_window": object(), "uuids": []})
-    with pytest.raises(ValueError, match="has 63 places where the latent has"):
+    with pytest.raises(ValueError, match="has 63 positions where the latent has"):
         recorder.entries = {"a": (COLUMNS, 4)}
         recorder.record(0, q[:, :63], q[:, :4], 2, {"uuids": ["a"]})
     with pytest.raises(ValueError, match="looks at 6 tokens and the prompt has 4"):
         recorder.record(0, q, q[:, :6], 2, {"uuids": ["a"]})
-    monkeypatch.setattr(capture, "layers_of", lambda model: ())
+    monkeypatch.setattr(attention, "layers_of", lambda model: ())
     found = inverted(MODEL, positive=tiny_model.conditioning(1))
     assert found.source_mask.all()
     with pytest.raises(ValueError, match="no cross-attention.*your own `mask`"):
@@ -219,7 +221,7 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     """Text comes second in a block's attentions, and third where a picture's features are before it."""
     for kind, use in (("t2v", 1), ("i2v", 2)):
         wan = tiny_model.wan(kind)
-        patches = capture.with_recorder(wan).model_options["transformer_options"]["patches_replace"]["dit"]
+        patches = attention.with_recorder(wan).model_options["transformer_options"]["patches_replace"]["dit"]
         assert {patch.use for patch in patches.values()} == {use}
     wan = tiny_model.wan()
     shape = (1, 16, 3, 8, 6)
@@ -227,10 +229,10 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     found = inverted(wan, given=clip, steps=3, iterations=2)
     network = wan.model.diffusion_model
     seen = []
-    attention = network.blocks[1].cross_attn
+    cross = network.blocks[1].cross_attn
     handles = [
         module.register_forward_hook(lambda _m, _i, out: seen.append(out))
-        for module in (attention.norm_q, attention.norm_k)
+        for module in (cross.norm_q, cross.norm_k)
     ]
     # The middle third of three blocks is the second alone.
     patched = blended(wan, found=found, threshold=0.0)
@@ -253,3 +255,42 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     assert not torch.allclose(edit[:, :, 0], clip["samples"][:, :, 0], atol=0.01)
     with pytest.raises(ValueError, match="mask has 4 frames"):
         blended(wan, masks[:4], found=found)
+
+
+# The layers of real models: their shapes alone, on the meta device
+
+# Latent cells of each layer's cells, written down from the published models: three levels down and up again.
+FOUR_LEVELS = [1, 1, 2, 2, 4, 4, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1]
+FACTORS = {
+    "SD 1.5": FOUR_LEVELS, "SD 2.1": FOUR_LEVELS, "SDXL": [2] * 4 + [4] * 60 + [2] * 6,
+    "Wan 2.1 1.3B": [2] * 30, "Wan 2.1 14B": [2] * 40,
+}
+# The longer side of latents of 512, 768, 1024, 256 and 832 pixels.
+AUTO = [
+    ("SD 1.5", 64, {4, 5, 7, 8, 9}), ("SD 2.1", 96, {4, 5, 7, 8, 9}), ("SD 1.5", 128, {4, 5, 7, 8, 9}),
+    ("SDXL", 128, {4, 19, 34, 48, 63}), ("SD 1.5", 32, {4, 5, 7, 8, 9}),
+    ("Wan 2.1 1.3B", 104, {10, 12, 14, 17, 19}), ("Wan 2.1 14B", 104, {13, 16, 19, 23, 26}),
+]
+
+
+def layers_of_real(name):
+    network = build(name).diffusion_model
+    return attention.layers_of(SimpleNamespace(get_model_object=lambda _key: network))
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_every_cross_attention_is_known_with_its_cells(name):
+    found = layers_of_real(name)
+    assert [layer.factor for layer in found] == FACTORS[name]
+    assert len({layer.place for layer in found}) == len(found)
+    if name.startswith("SD"):
+        assert found[0].place == ("input", 4 if name == "SDXL" else 1, 0)
+        assert found[-1].place == ("output", 5 if name == "SDXL" else 11, 1 if name == "SDXL" else 0)
+
+
+@pytest.mark.parametrize(("name", "side", "expected"), AUTO)
+def test_auto_takes_five_layers_of_the_coarsest_or_in_the_middle(name, side, expected):
+    found = layers_of_real(name)
+    assert attention.chosen_layers(found, MaskConfig(), side) == expected
+    assert len(attention.chosen_layers(found, MaskConfig(layers="all"), side)) == len(found)
+    assert attention.chosen_layers(found, MaskConfig(layers="0-2"), side) == {0, 1, 2}

@@ -1,7 +1,8 @@
-"""Where a model looks for the subject: its cross-attention to the subject's tokens, recorded while it runs.
+"""Where a model looks for the subject; apart from inversion.py and sampling.py, since the runs of both record it.
 
-A model with a recorder carries patches that hold nothing. What a call is to record travels in `transformer_options`
-under KEY, and what it recorded leaves with it, so such a model may be cached, cloned and run by several threads.
+It is the model's cross-attention to the subject's tokens. A model with a recorder carries patches that hold nothing:
+what a call is to record travels in `transformer_options` under KEY, and what it recorded leaves with it, so such a
+model may be cached, cloned and run by several threads.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MOST_LAYERS = 5
 
 
 def layers_of(model: Any) -> tuple[CrossAttention, ...]:
-    """The cross-attentions to text of a MODEL, in the order in which they run; none where there is no such thing."""
+    """The cross-attention layers of a MODEL, in the order in which they run; none where it has none to text."""
     network = model.get_model_object("diffusion_model")
     return wan_blocks.cross_attentions(network) or unet_layers.cross_attentions(network)
 
@@ -57,7 +58,7 @@ def chosen_layers(layers: Sequence[CrossAttention], config: MaskConfig, longer_s
 
 
 def _spread(candidates: Sequence[int]) -> frozenset[int]:
-    """At most _MOST_LAYERS of them, the first, the last and some evenly between."""
+    """At most _MOST_LAYERS of them: the first, the last and some evenly between."""
     count = min(len(candidates), _MOST_LAYERS)
     return frozenset(candidates[round(i * (len(candidates) - 1) / max(1, count - 1))] for i in range(count))
 
@@ -79,10 +80,15 @@ def _text_use(block: Any) -> int:
 
 
 class AttentionRecorder:
-    """What one call of the model is to record, and its maps: of each entry and layer [b, T, h, w], fp32."""
+    """What one call of the model is to record, and its maps: of each entry and layer [b, T, h, w], fp32.
 
-    def __init__(self, entries: Mapping[Any, tuple[tuple[int, ...], int]], layers: Sequence[CrossAttention],
-                 config: MaskConfig, shape: torch.Size):
+    `entries` are subject_tokens.positions_by_entry's, and `shape` the latent's, [B, C, (T,) H, W].
+    """
+
+    def __init__(
+        self, entries: Mapping[Any, tuple[tuple[int, ...], int]], layers: Sequence[CrossAttention],
+        config: MaskConfig, shape: torch.Size,
+    ):
         self.entries = entries
         self.layers = layers
         self.config = config
@@ -99,24 +105,25 @@ class AttentionRecorder:
         if options.get("context_window") is not None:
             raise ValueError("context windows hide parts of the video: connect your own `mask`, or no windows")
         ids = options["uuids"]
-        for part, entry in enumerate(ids):
+        size = q.shape[0] // len(ids)  # samples per entry
+        for i, entry in enumerate(ids):
             if entry not in self.entries:
                 continue
-            asked, tokens = self.entries[entry]
-            rows = slice(part * q.shape[0] // len(ids), (part + 1) * q.shape[0] // len(ids))
+            positions, tokens = self.entries[entry]
             if k.shape[1] % tokens:
                 raise ValueError(
                     f"the model looks at {k.shape[1]} tokens and the prompt has {tokens}: remove the node or "
                     "extension that adds tokens to this model's cross-attention, or connect your own `mask`"
                 )
-            # The host repeats prompts of unlike lengths until they match.
-            repeated = [column + start for start in range(0, k.shape[1], tokens) for column in asked]
-            heat = token_attention(q[rows], k[rows], heads, repeated).unflatten(1, self._grid(index, q.shape[1]))
+            # ComfyUI repeats prompts of different lengths until they match.
+            repeated = [start + position for start in range(0, k.shape[1], tokens) for position in positions]
+            part = slice(i * size, (i + 1) * size)
+            heat = token_attention(q[part], k[part], heads, repeated).unflatten(1, self._grid(index, q.shape[1]))
             with self._lock:
                 self.maps.setdefault(entry, []).append(heat)
 
     def added_to(self, model_options: Mapping[str, Any]) -> dict[str, Any]:
-        """These options of a call of the model, so that the call is recorded."""
+        """The options of a model call that this recorder records."""
         options = {**model_options["transformer_options"], KEY: self}
         return {**model_options, "transformer_options": options}
 
@@ -124,12 +131,12 @@ class AttentionRecorder:
         """The mean map of the call, [B, T, h, w]; `earlier`, an earlier call's, where a cache such as EasyCache
         skipped the model. Raises RuntimeError where nothing was recorded before either.
         """
-        if not self.maps and earlier is not None:
-            return earlier
         if not self.maps:
+            if earlier is not None:
+                return earlier
             raise RuntimeError(
-                "the model's cross-attention to the subject was not seen: give the sampler's positive the output of "
-                "Encode Identity, and remove nodes that replace the attention, or connect your own `mask`"
+                "the model's cross-attention to the subject was not seen: connect Encode Identity to the sampler's "
+                "positive, and remove nodes that replace the attention, or connect your own `mask`"
             )
         heats = [mean_map(maps, self.config.resolution) for maps in self.maps.values()]
         # Several devices may have run parts of one call.
@@ -141,8 +148,8 @@ class AttentionRecorder:
         grid = (frames, *(-(-side // factor) for side in self.shape[-2:]))
         if grid[0] * grid[1] * grid[2] != count:
             raise ValueError(
-                f"layer {index} has {count} places where the latent has {grid}: this model adds tokens or crops its "
-                "latent, and cannot show where the subject is. Connect your own `mask`"
+                f"layer {index} has {count} positions where the latent has {grid}: this model adds tokens or crops "
+                "its latent, and cannot show where the subject is. Connect your own `mask`"
             )
         return grid
 
