@@ -1,7 +1,7 @@
-"""Prompts with identifiers, through the host's own tokenizers and text encoders.
+"""Prompts with identifiers, apart because nodes and training both encode them through ComfyUI's text encoders.
 
-A placeholder is tokenized as copies of one word that the prompt does not have, and these tokens then become the
-identifier's vectors, as embeddings are for the host: its weights, lengths and padding stay its own.
+A placeholder is tokenized as copies of one word that the prompt does not have. These tokens then become the
+identifier's vectors, as embeddings do in ComfyUI: weights, lengths and padding stay as its tokenizers make them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from ..subject_tokens import SUBJECT, Subject, tag_subject_tokens
 from .method import ActionError, ActionIdentifier
 
-# What the host's tokenizers give: encoder -> sections of (token id or embedding, weight).
+# What ComfyUI's tokenizers return: encoder -> sections of (token id or embedding, weight).
 Tokens = dict[str, list[list[tuple[Any, float]]]]
 
-# Single tokens of the tokenizers in use; the first that is one here and not in the prompt serves.
+# Single tokens of the tokenizers in use; the first that is one here and is not in the prompt is used.
 _STAND_INS = ("sks", "zwx", "vkt", "xjq", "zebra", "violin", "copper", "garden")
-# Where this is one token, it is the one of every unknown word.
+# Where this is one token, it is that of every unknown word.
 _NONSENSE = "xqzvkjwq"
-# Prompts that go through the text encoder at once.
-_AT_ONCE = 16
+# Prompts that go through the text encoder in one batch.
+_BATCH_SIZE = 16
 
 
 def expand_subject(text: str, subject: Subject | None) -> str:
@@ -37,12 +37,12 @@ def expand_subject(text: str, subject: Subject | None) -> str:
 
 
 def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
-    """Raises ValueError where a placeholder is missing in the text, or two identifiers share one."""
-    seen = set()
+    """Raises ValueError where a placeholder is missing from the text, or two identifiers share one."""
+    seen: set[str] = set()
     for action in actions:
         if action.placeholder in seen:
             raise ValueError(
-                f"two actions have the placeholder {action.placeholder}: give one of them another, by `placeholder` "
+                f"two actions have the placeholder {action.placeholder}: give one of them another with `placeholder` "
                 "of Load Action Identifier"
             )
         seen.add(action.placeholder)
@@ -89,7 +89,7 @@ def word_ids(tokenize: Callable[[str], Tokens], word: str) -> dict[str, list[int
 
 
 def unknown_words(tokenize: Callable[[str], Tokens], text: str) -> list[str]:
-    """Those words of the text that an encoder has in pieces only, or as the one token of all that it lacks."""
+    """The words of the text that an encoder splits into pieces, or reads as its one token for unknown words."""
     nonsense = word_ids(tokenize, _NONSENSE)
 
     def known(word: str) -> bool:
@@ -99,9 +99,9 @@ def unknown_words(tokenize: Callable[[str], Tokens], text: str) -> list[str]:
 
 
 class Prompt:
-    """A text whose placeholders stand as marks, ready for vectors of any value.
+    """A tokenized text with marks where its placeholders are, ready for vectors of any value.
 
-    counts[placeholder][encoder]: how many tokens it takes.
+    counts[placeholder][encoder]: how many tokens it takes. Raises ValueError where no word is free to mark them.
     """
 
     def __init__(self, tokenize: Callable[[str], Tokens], text: str, counts: Mapping[str, Mapping[str, int]]):
@@ -118,7 +118,7 @@ class Prompt:
             self.places[encoder] = [(name, j) for name in order for j in range(counts[name][encoder])]
 
     def filled(self, vectors: Mapping[str, Mapping[str, torch.Tensor]]) -> Tokens:
-        """The host's tokens with vectors[placeholder][encoder], [n, D], in their places."""
+        """ComfyUI's tokens with vectors[placeholder][encoder], [n, D], in their places."""
         filled: Tokens = {}
         for encoder, sections in self.tokens.items():
             places = iter(self.places[encoder])
@@ -134,7 +134,7 @@ _MARK = object()
 
 
 def _is(token: Any, mark: int) -> bool:
-    # Embeddings of the user's own stand among the ids as tensors.
+    # The user's embeddings are among the ids as tensors.
     return isinstance(token, numbers.Integral) and token == mark
 
 
@@ -144,7 +144,7 @@ def _vector(vectors, encoder: str, place: tuple[str, int]) -> torch.Tensor:
 
 
 def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int]:
-    """The text with a word for each of an identifier's tokens, this text tokenized, and the id of the word."""
+    """The text with one word in place of each of an identifier's tokens, that text tokenized, and the word's id."""
     pattern = _pattern(counts)
     in_text = {token for section in tokenize(pattern.sub(" ", text))[encoder] for token, _ in section}
     for word in _STAND_INS:
@@ -153,10 +153,13 @@ def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int
             continue
         written = pattern.sub(lambda match: f" {' '.join([word] * counts[match[0]][encoder])} ", text)
         marked = tokenize(written)
-        found = sum(_is(token, ids[0]) for section in marked[encoder] for token, _ in section)
-        if found == sum(counts[match[0]][encoder] for match in pattern.finditer(text)):
+        occurrences = sum(_is(token, ids[0]) for section in marked[encoder] for token, _ in section)
+        if occurrences == sum(counts[match[0]][encoder] for match in pattern.finditer(text)):
             return written, marked, ids[0]
-    raise ValueError(f"no word is free to stand for the action in text: leave out one of {', '.join(_STAND_INS)}")
+    raise ValueError(
+        "no word is free to mark the action in text while it is tokenized: leave out one of "
+        f"{', '.join(_STAND_INS)}"
+    )
 
 
 def tag_subject(
@@ -164,7 +167,7 @@ def tag_subject(
 ) -> list:
     """The CONDITIONING of `encode`, tagged with the positions of the subject's tokens as its layers read them.
 
-    Where an action takes more or fewer tokens than its initial word, they differ from those of the plain prompt.
+    They differ from those of the plain prompt where an action takes more or fewer tokens than its initial word.
     Raises ValueError as Encode Identity does.
     """
     widths = encoder_widths(clip)
@@ -179,13 +182,13 @@ def encode_each(encode: Callable[[Tokens], Sequence[torch.Tensor]], prompts: Seq
     encode(tokens) gives tensors [1, T, C], their sections joined along T.
     """
     sizes = {len(sections) for tokens in prompts for sections in tokens.values()}
-    # As further sections of one prompt, so that they are one batch; only where all encoders have as many of them.
-    at_once = _AT_ONCE if len(sizes) == 1 else 1
+    # One batch as further sections of one prompt; only where all encoders have equally many of them.
+    size = _BATCH_SIZE if len(sizes) == 1 else 1
     parts = []
-    for first in range(0, len(prompts), at_once):
-        some = prompts[first : first + at_once]
-        joined = {name: [section for tokens in some for section in tokens[name]] for name in some[0]}
-        parts.append([torch.cat(encoded.chunk(len(some), dim=1)) for encoded in encode(joined)])
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        joined = {name: [section for tokens in batch for section in tokens[name]] for name in batch[0]}
+        parts.append([torch.cat(encoded.chunk(len(batch), dim=1)) for encoded in encode(joined)])
     return [torch.cat(encoded) for encoded in zip(*parts, strict=True)]
 
 
@@ -197,7 +200,7 @@ def encode(clip: Any, text: str, actions: Sequence[ActionIdentifier]) -> tuple[l
     check_prompt(text, actions)
     widths = encoder_widths(clip)
     tokens = {action.placeholder: action.for_encoders(widths) for action in actions}
-    # Several entries come of a clip with scheduled LoRAs.
+    # A clip with scheduled LoRAs gives several entries.
     plain = clip.encode_from_tokens_scheduled(clip.tokenize(plain_text(text, actions)), show_pbar=False)
     prompt = Prompt(clip.tokenize, text, token_counts(tokens))
     filled = [prompt.filled(at_layer(tokens, layer)) for layer in range(common_layers(actions))]
@@ -210,12 +213,18 @@ def encode(clip: Any, text: str, actions: Sequence[ActionIdentifier]) -> tuple[l
 
 def token_counts(tokens: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, int]]:
     """How many tokens each placeholder takes in each encoder, of tokens[placeholder][encoder], [L, n, D]."""
-    return {name: {encoder: v.shape[1] for encoder, v in found.items()} for name, found in tokens.items()}
+    return {
+        name: {encoder: vectors.shape[1] for encoder, vectors in by_encoder.items()}
+        for name, by_encoder in tokens.items()
+    }
 
 
 def at_layer(tokens: Mapping[str, Mapping[str, torch.Tensor]], layer: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The tokens [n, D] of one layer; those that are equal for all layers have one."""
-    return {name: {e: v[min(layer, len(v) - 1)] for e, v in found.items()} for name, found in tokens.items()}
+    """The tokens [n, D] of one layer; those that are equal for all layers are stored once."""
+    return {
+        name: {encoder: vectors[min(layer, len(vectors) - 1)] for encoder, vectors in by_encoder.items()}
+        for name, by_encoder in tokens.items()
+    }
 
 
 def common_layers(actions: Sequence[ActionIdentifier]) -> int:
@@ -223,33 +232,35 @@ def common_layers(actions: Sequence[ActionIdentifier]) -> int:
     places = {action.places for action in actions if action.places}
     if len(places) > 1:
         names = ", ".join(action.placeholder for action in actions if action.places)
-        raise ActionError(f"{names} were learnt for different models: use identifiers of one kind of model")
+        raise ActionError(f"{names} were trained for different models: use identifiers of one kind of model")
     return max(len(next(iter(places), ())), 1)
 
 
 def word_vectors(clip: Any, word: str) -> dict[str, torch.Tensor]:
-    """The text encoders' own embeddings of a word, [n, D] each, fp32 on the CPU. Raises ValueError for no word."""
+    """The text encoders' own embeddings of a word, [n, D] each, fp32 on the CPU. Raises ValueError where an encoder
+    has no token for it.
+    """
     vectors = {}
     for name, ids in word_ids(clip.tokenize, word).items():
         if not ids:
-            raise ValueError(f"the text encoder knows no word of {word!r}: give another initial_word, say dancing")
+            raise ValueError(f"the text encoder has no token for {word!r}: give another initial_word, say dancing")
         embedding = encoder_of(clip, name).transformer.get_input_embeddings()
-        found = embedding(torch.tensor(ids, device=embedding.weight.device), out_dtype=torch.float32)
-        vectors[name] = found.detach().cpu().clone()
+        values = embedding(torch.tensor(ids, device=embedding.weight.device), out_dtype=torch.float32)
+        vectors[name] = values.detach().cpu().clone()
     return vectors
 
 
 def encoder_widths(clip: Any) -> dict[str, int]:
-    """The width of each text encoder's token embeddings, by the name under which the host tokenizes for it."""
+    """The width of each text encoder's token embeddings, by the name under which ComfyUI tokenizes for it."""
     return {
         name: encoder_of(clip, name).transformer.get_input_embeddings().weight.shape[1] for name in clip.tokenize("")
     }
 
 
 def encoder_of(clip: Any, name: str) -> Any:
-    """The host's text encoder module for tokens under `name`."""
+    """ComfyUI's text encoder module for tokens under `name`. Raises ValueError for an unknown one."""
     stage = clip.cond_stage_model
-    found = getattr(stage, f"clip_{name}", None) or getattr(stage, name, None)
-    if found is None:
+    encoder = getattr(stage, f"clip_{name}", None) or getattr(stage, name, None)
+    if encoder is None:
         raise ValueError(f"clip has an unknown text encoder, {name}: connect that of an SD, SDXL or Wan model")
-    return found
+    return encoder

@@ -126,7 +126,7 @@ def _imported(tensors: dict[str, torch.Tensor], stem: str) -> ActionIdentifier:
         tensor.ndim not in (1, 2) or not tensor.numel() for tensor in by_encoder.values()
     ):
         shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in sorted(tensors.items())[:3])
-        raise ActionError(f"it holds {shapes}, which is no embedding either")
+        raise ActionError(f"it holds {shapes}, which is not an embedding either")
     placeholder = "<" + "_".join("".join(c if c.isalnum() else " " for c in stem).split()) + ">"
     tokens = {encoder: tensor.float().reshape(1, -1, tensor.shape[-1]) for encoder, tensor in by_encoder.items()}
     return ActionIdentifier(placeholder, "", tokens)

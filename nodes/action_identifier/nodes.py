@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import encoding, files, running
+from . import encoding, files, sampling
 from .config import HIGHEST_STRENGTH
 
 CATEGORY = "Understudy/Action identifier"
 ACTION = io.Custom("UNDERSTUDY_ACTION")
 IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
-_MOST_ACTIONS = 100  # as many as the host allows
+_MOST_ACTIONS = 100  # as many as ComfyUI allows
 
 
 class UnderstudyLoadActionIdentifier(io.ComfyNode):
@@ -22,8 +22,8 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
             node_id="UnderstudyLoadActionIdentifier",
             display_name="Load Action Identifier (ADI)",
             category=CATEGORY,
-            description="Reads a learnt action. An ordinary textual-inversion embedding is read as one that is equal "
-            "in all layers; its placeholder is its file's name in angle brackets.",
+            description="Loads a trained action. An ordinary textual-inversion embedding is loaded as one that is "
+            "equal in all layers; its placeholder is its file's name in angle brackets.",
             search_aliases=["ADI", "load action", "load embedding", "textual inversion", "import"],
             inputs=[
                 io.Combo.Input(
@@ -32,8 +32,8 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
                 ),
                 io.String.Input(
                     "placeholder", default="", optional=True, advanced=True,
-                    tooltip="Another word for the action in prompts, say where two actions share one. Empty keeps "
-                    "its own.",
+                    tooltip="Another word for the action in prompts, for example where two actions share one. Empty "
+                    "leaves it as it is.",
                 ),
             ],
             outputs=[ACTION.Output(display_name="action", tooltip="Connect it to Encode Action.")],
@@ -41,7 +41,7 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, action_name, placeholder="") -> int:
-        """A file written anew under its name is read anew."""
+        """A file that has changed under its name is read again."""
         return files.FOLDER.fingerprint(action_name)
 
     @classmethod
@@ -50,7 +50,7 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
 
 
 class UnderstudyEncodeAction(io.ComfyNode):
-    """A prompt in which placeholders stand for learnt actions."""
+    """A prompt in which placeholders stand for trained actions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -58,20 +58,20 @@ class UnderstudyEncodeAction(io.ComfyNode):
             node_id="UnderstudyEncodeAction",
             display_name="Encode Action (ADI)",
             category=CATEGORY,
-            description="Encodes a prompt with learnt actions, as CLIP Text Encode does without them. The model that "
-            "samples needs Apply Action Identifier.",
+            description="Encodes a prompt with trained actions, as CLIP Text Encode does without them. The model "
+            "that samples needs Apply Action Identifier.",
             search_aliases=["ADI", "prompt", "text encode", "action", "textual inversion", "P+"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder that the actions were learnt with."),
+                io.Clip.Input("clip", tooltip="The text encoder that the actions were trained with."),
                 io.String.Input(
                     "text", multiline=True,
                     tooltip="The prompt, with each placeholder where its action belongs. Weights and embeddings "
                     "work. '{subject}' becomes the identity's words.",
                 ),
                 io.Autogrow.Input(
-                    "actions", tooltip="The learnt actions, from Load or Train Action Identifier; any number.",
+                    "actions", tooltip="The actions, from Load or Train Action Identifier; any number.",
                     template=io.Autogrow.TemplatePrefix(
-                        ACTION.Input("action", tooltip="A learnt action whose placeholder is in the text."),
+                        ACTION.Input("action", tooltip="An action whose placeholder is in the text."),
                         prefix="action", min=1, max=_MOST_ACTIONS,
                     ),
                 ),
@@ -90,11 +90,11 @@ class UnderstudyEncodeAction(io.ComfyNode):
         conditioning, contexts = encoding.encode(clip, expanded, connected)
         if expanded != text:
             conditioning = encoding.tag_subject(conditioning, clip, expanded, connected, identity)
-        return io.NodeOutput(running.seal(conditioning, contexts, connected))
+        return io.NodeOutput(sampling.attach_contexts(conditioning, contexts, connected))
 
 
 class UnderstudyApplyActionIdentifier(io.ComfyNode):
-    """A model whose layers read learnt actions."""
+    """A model whose layers read trained actions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -102,15 +102,15 @@ class UnderstudyApplyActionIdentifier(io.ComfyNode):
             node_id="UnderstudyApplyActionIdentifier",
             display_name="Apply Action Identifier (ADI)",
             category=CATEGORY,
-            description="Lets a model read the actions in prompts from Encode Action: each of its layers its own "
-            "tokens. Plain prompts are read as ever.",
+            description="Lets a model read the actions in prompts from Encode Action, each of its layers with its "
+            "own tokens. Plain prompts are read as before.",
             search_aliases=["ADI", "action", "apply embedding", "layer-wise", "P+"],
             inputs=[
-                io.Model.Input("model", tooltip="An SD, SDXL or Wan model. It is not changed."),
+                io.Model.Input("model", tooltip="An SD, SDXL or Wan model; it is not modified."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=HIGHEST_STRENGTH, step=0.01, round=False,
-                    tooltip="How far from the initial word to the learnt action: 0 is the word, 1 the action, 2 as "
-                    "far again. For all actions in the prompts.",
+                    tooltip="How far to go from the initial word to the action: 0 is the word, 1 the action, 2 twice "
+                    "as far. Applies to all actions in the prompts.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a sampler or a guider.")],
@@ -118,7 +118,7 @@ class UnderstudyApplyActionIdentifier(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength) -> io.NodeOutput:
-        return io.NodeOutput(running.apply(model, strength))
+        return io.NodeOutput(sampling.apply(model, strength))
 
 
 NODES = [UnderstudyLoadActionIdentifier, UnderstudyEncodeAction, UnderstudyApplyActionIdentifier]

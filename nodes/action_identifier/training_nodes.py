@@ -13,7 +13,7 @@ from ..messages import tell
 from ..training import drawing, inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
-from . import encoding, files, running, training
+from . import encoding, files, sampling, training
 from .config import MINIMUM_EXEMPLARS, ActionTrainingConfig
 from .nodes import ACTION, CATEGORY
 
@@ -21,7 +21,7 @@ _DEFAULT = ActionTrainingConfig()
 
 
 class UnderstudyTrainActionIdentifier(io.ComfyNode):
-    """Learns what a few pictures have in common: their action."""
+    """Trains what a few pictures have in common: their action."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -102,7 +102,7 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
         action = _action(values)
         config = widgets.config(values)
         exemplars = _exemplars(values["vae"], images, subjects, contrast_images)
-        tell("Train Action Identifier", _doubts(values["clip"], action, exemplars), logging.WARNING)
+        tell("Train Action Identifier", _warnings(values["clip"], action, exemplars), logging.WARNING)
         settings = widgets.settings(values, config, _settings(action, exemplars))
         identifier, loss_map = training.train(
             values["model"], values["clip"], exemplars, action, config,
@@ -140,20 +140,20 @@ def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:
     return training.Exemplars(picture_training.encode_pictures(vae, pictures), texts, encoded)
 
 
-def _doubts(clip, action: ActionTrainingConfig, exemplars: training.Exemplars) -> list[str]:
-    """What probably spoils the action, though it can be learned."""
-    doubts = []
+def _warnings(clip, action: ActionTrainingConfig, exemplars: training.Exemplars) -> list[str]:
+    """What will probably weaken the action, though training can go on."""
+    warnings = []
     if unknown := encoding.unknown_words(clip.tokenize, action.initial_word):
-        doubts.append(
+        warnings.append(
             f"initial_word: the text encoder does not know {', '.join(unknown)} as a whole word: use a verb that it "
             "knows, say dancing"
         )
     if not all(subject.strip() for subject in exemplars.subjects):
-        doubts.append(
+        warnings.append(
             "subjects are empty, so who is in the pictures and where will be learned with the action: describe each "
             "picture without it"
         )
-    return doubts
+    return warnings
 
 
 def _check_sizes(pictures: Sequence[torch.Tensor]) -> None:
@@ -182,7 +182,7 @@ def _preview(vae, exemplars: training.Exemplars, action: ActionTrainingConfig, c
     text = exemplars.prompt(0, action.placeholder, action.placeholder)
 
     def preview(denoiser, clip, actions):
-        positive = running.seal(*encoding.encode(clip, text, actions), actions)
+        positive = sampling.attach_contexts(*encoding.encode(clip, text, actions), actions)
         (negative,) = picture_training.encode_texts(clip, [""])
         return drawing.preview_of(vae, positive, negative, exemplars.latents[0].shape, config.seed)(denoiser)
 
@@ -198,7 +198,8 @@ class UnderstudySaveActionIdentifier(io.ComfyNode):
             node_id="UnderstudySaveActionIdentifier",
             display_name="Save Action Identifier (ADI)",
             category=CATEGORY,
-            description="Writes a learnt action to output/action_identifiers, where it can be loaded.",
+            description="Saves a trained action in output/action_identifiers, where Load Action Identifier lists "
+            "it.",
             search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export"],
             is_output_node=True,
             inputs=[
@@ -206,8 +207,8 @@ class UnderstudySaveActionIdentifier(io.ComfyNode):
                 widgets.filename_prefix("action", files.FOLDER),
                 io.Boolean.Input(
                     "textual_inversion", default=False, optional=True, advanced=True,
-                    tooltip="Also writes the mean of all layers to output/embeddings, an ordinary embedding for "
-                    "programs without this pack. It keeps less of the action.",
+                    tooltip="Also saves the mean of all layers in output/embeddings, an ordinary embedding for "
+                    "programs without this pack. It preserves less of the action.",
                 ),
             ],
             outputs=[],

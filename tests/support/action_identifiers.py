@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pack.nodes.action_identifier import encoding, layers, running
+from pack.nodes.action_identifier import encoding, sampling
 from pack.nodes.action_identifier.method import ActionIdentifier, Place
 from support import tiny_clip
 
@@ -21,7 +21,7 @@ def reading(model):
 
 
 def places(model) -> tuple[Place, ...]:
-    return layers.places(model.model.diffusion_model)
+    return sampling.places(model.model.diffusion_model)
 
 
 def identifier(
@@ -39,7 +39,7 @@ def identifier(
 def prompt(clip, actions, text: str = TEXT) -> list:
     """What Encode Action gives."""
     with torch.inference_mode():
-        return running.seal(*encoding.encode(clip, text, actions), actions)
+        return sampling.attach_contexts(*encoding.encode(clip, text, actions), actions)
 
 
 def plain(clip, text: str) -> list:

@@ -4,7 +4,7 @@ import contextlib
 
 import comfy.samplers
 import torch
-from pack.nodes.action_identifier import running
+from pack.nodes.action_identifier import sampling
 from support import action_identifiers, tiny_clip, tiny_model
 
 CLIP = tiny_clip.clip()
@@ -33,7 +33,7 @@ def denoised(model, positive):
 
 
 def estimate(positive):
-    return denoised(running.apply(MODEL, 1.0), positive)
+    return denoised(sampling.apply(MODEL, 1.0), positive)
 
 
 def close(found, expected):
@@ -47,12 +47,12 @@ def far(found, other):
 
 
 def contexts_of(conditioning):
-    return conditioning[0][1]["model_conds"][running.KEY].contexts
+    return conditioning[0][1]["model_conds"][sampling.KEY].contexts
 
 
 @contextlib.contextmanager
 def forced(model, contexts, rows=slice(None)):
-    """Each cross-attention of the network reads what is given for it, in the order of the network's modules."""
+    """Each cross-attention of the network reads the contexts that belong to it, in the order of the network's modules."""
     layer = -1
     handles = []
 

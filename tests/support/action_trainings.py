@@ -45,10 +45,10 @@ def config(**settings):
     return TrainingConfig(**{"steps": 3, "learning_rate": 1e-2, "checkpoint_every": 0, **settings})
 
 
-def train(model=MODEL, clip=CLIP, given=None, settings=None, checkpoints=None, preview=None, **run):
+def train(model=MODEL, clip=CLIP, pictures=None, settings=None, checkpoints=None, preview=None, **run):
     with torch.inference_mode():
         return training.train(
-            model, clip, given or exemplars(), settings or action(), config(**run),
+            model, clip, pictures or exemplars(), settings or action(), config(**run),
             checkpoints=checkpoints or Kept(), resume_from="none", preview=preview,
         )
 

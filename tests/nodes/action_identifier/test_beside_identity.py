@@ -4,7 +4,7 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from pack.nodes.action_identifier import encoding, layers
+from pack.nodes.action_identifier import encoding, sampling
 from pack.nodes.action_identifier.method import ANY_ENCODER, ActionIdentifier
 from pack.nodes.action_identifier.nodes import UnderstudyApplyActionIdentifier, UnderstudyEncodeAction
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler
@@ -91,7 +91,7 @@ def blended(loaded, positive, sampler=EULER):
 def test_the_blend_finds_the_subject_of_a_prompt_with_an_action(loaded):
     """Tokens that are a word's own in every layer make the edit, and the masks, of the prompt with that word."""
     model, clip = loaded
-    places = layers.places(model.get_model_object("diffusion_model"))
+    places = sampling.places(model.get_model_object("diffusion_model"))
     with torch.inference_mode():
         word = {e: v.repeat(len(places), 1, 1) for e, v in encoding.word_vectors(clip, "jumping").items()}
     action = ActionIdentifier("<action>", "dancing", word, places)
@@ -104,7 +104,7 @@ def test_the_blend_finds_the_subject_of_a_prompt_with_an_action(loaded):
 
 def test_a_prior_s_subject_an_action_and_frequency_guidance_act_together_on_the_theatre(loaded):
     model, clip = loaded
-    places = layers.places(model.get_model_object("diffusion_model"))
+    places = sampling.places(model.get_model_object("diffusion_model"))
     generator = torch.Generator().manual_seed(5)
     tokens = {"l": torch.randn(len(places), 1, theatre.TEXT_WIDTH, generator=generator)}
     action = ActionIdentifier("<action>", "dancing", tokens, places)

@@ -1,4 +1,4 @@
-"""Prompts with identifiers, against the host's own embeddings in its own prompts."""
+"""Prompts with identifiers, against ComfyUI's embeddings in its own prompts."""
 
 import comfy.hooks
 import pytest
@@ -26,7 +26,7 @@ def clips(folder):
 
 
 def write(folder, name, vectors):
-    """An ordinary embedding that the host reads as embedding:NAME."""
+    """An ordinary embedding that ComfyUI reads as embedding:NAME."""
     keys = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
     safetensors.torch.save_file({keys[e]: v.clone() for e, v in vectors.items()}, folder / f"{name}.safetensors")
 
@@ -49,7 +49,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_tokens_equal_in_all_layers_are_the_host_s_embeddings(kind, text, clips, folder):
+def test_tokens_equal_in_all_layers_are_comfyui_s_embeddings(kind, text, clips, folder):
     clip = clips[kind]
     actions = [same_everywhere(kind, "<one>", 2, 1), same_everywhere(kind, "<two>", 1, 2)]
     for action in actions:

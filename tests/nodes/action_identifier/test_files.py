@@ -50,8 +50,8 @@ def test_a_saved_identifier_is_read_back_bit_for_bit(kind, folders):
 def test_an_action_is_loaded_under_another_word(folders):
     action = action_identifiers.identifier(MODEL)
     listed = files.save(action, "wave").name
-    for given, expected in (("", "<action>"), (" <wave> ", "<wave>")):
-        (found,) = UnderstudyLoadActionIdentifier.execute(listed, given).result
+    for placeholder, expected in (("", "<action>"), (" <wave> ", "<wave>")):
+        (found,) = UnderstudyLoadActionIdentifier.execute(listed, placeholder).result
         equal(found, dataclasses.replace(action, placeholder=expected))
     with pytest.raises(ValueError, match="placeholder is 'two words': use one word"):
         files.load(listed, "two words")
@@ -90,7 +90,7 @@ def test_ordinary_embeddings_are_equal_in_all_layers(name, tensors, folders):
 
 
 @pytest.mark.parametrize("kind", tiny_clip.WIDTHS)
-def test_an_exported_embedding_is_the_mean_that_the_host_reads(kind, folders):
+def test_an_exported_embedding_is_the_mean_that_comfyui_reads(kind, folders):
     action = action_identifiers.identifier(MODEL, kind, count=2)
     path = files.export(action, "wave")
     clip = tiny_clip.clip(kind, embeddings=str(path.parent))
@@ -118,8 +118,8 @@ SOUND = {"kind": "understudy action identifier", "placeholder": "<a>", "layers":
 @pytest.mark.parametrize(("tensors", "metadata", "message"), [
     ({"identifier.l": torch.ones(2, 1, 16)}, SOUND, r"shape \(2, 1, 16\), expected \[1, tokens, width\]"),
     ({"identifier.l": torch.ones(1, 16)}, SOUND, "expected .1, tokens, width."),
-    ({"identifier.l": torch.full((1, 1, 16), float("nan"))}, SOUND, "no finite numbers"),
-    ({"identifier.l": torch.ones(1, 1, 16, dtype=torch.int64)}, SOUND, "no finite numbers"),
+    ({"identifier.l": torch.full((1, 1, 16), float("nan"))}, SOUND, "not finite numbers"),
+    ({"identifier.l": torch.ones(1, 1, 16, dtype=torch.int64)}, SOUND, "not finite numbers"),
     ({"identifier.l": torch.ones(1, 1, 16), "x": torch.ones(1)}, SOUND, "has 'x' beside its tokens"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "placeholder": "a b"}, "placeholder is 'a b'"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "placeholder": ""}, "placeholder is ''"),
@@ -129,8 +129,8 @@ SOUND = {"kind": "understudy action identifier", "placeholder": "<a>", "layers":
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["input", -1, 1]]'}, "has the entry"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["input", true, 1]]'}, "has the entry"),
     ({"identifier.l": torch.ones(1, 1, 16)}, {**SOUND, "layers": '[["elsewhere", 1, 1]]'}, "has the entry"),
-    ({"lora_up": torch.ones(4, 4), "lora_down": torch.ones(4, 4)}, None, "no embedding either"),
-    ({"weight": torch.ones(4, 4, 3, 3)}, None, "no embedding either"),
+    ({"lora_up": torch.ones(4, 4), "lora_down": torch.ones(4, 4)}, None, "not an embedding either"),
+    ({"weight": torch.ones(4, 4, 3, 3)}, None, "not an embedding either"),
 ])
 def test_other_files_are_refused_by_name(tensors, metadata, message, folders):
     listed = write(folders, "file.safetensors", tensors, metadata)
@@ -139,7 +139,7 @@ def test_other_files_are_refused_by_name(tensors, metadata, message, folders):
 
 
 def test_values_that_are_no_numbers_are_neither_made_nor_saved():
-    with pytest.raises(ActionError, match="no finite numbers"):
+    with pytest.raises(ActionError, match="not finite numbers"):
         ActionIdentifier("<a>", "dancing", {"l": torch.full((1, 1, 4), float("inf"))})
     with pytest.raises(ActionError, match="no tokens"):
         ActionIdentifier("<a>", "dancing", {})

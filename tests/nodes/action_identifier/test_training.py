@@ -1,12 +1,11 @@
-"""Learning an identifier through real tiny models of the host: surroundings, contrasts, phases, resuming."""
+"""Training an identifier through tiny models of ComfyUI's own classes: surroundings, contrasts, phases, resuming."""
 
 import logging
 
 import comfy.model_management
 import pytest
 import torch
-from pack.nodes.action_identifier import encoding, running, training
-from pack.nodes.action_identifier.text_encoder import TextEncoder
+from pack.nodes.action_identifier import encoding, sampling, training
 from pack.nodes.training import loop
 from pack.nodes.training.session import session
 from support import action_identifiers, tiny_clip, tiny_model
@@ -18,27 +17,27 @@ def quickly_drawn(monkeypatch):
     monkeypatch.setattr(training, "_CONTRAST_STEPS", 2)
 
 
-def test_surroundings_that_cannot_be_learnt_say_what_to_change():
-    given = exemplars(contrasts=False)
-    given.latents[0][..., 0, 0] = float("inf")
+def test_surroundings_that_cannot_be_learned_say_what_to_change():
+    pictures = exemplars(contrasts=False)
+    pictures.latents[0][..., 0, 0] = float("inf")
     with pytest.raises(loop.TrainingDiverged, match="surroundings .* connect contrast_images"):
-        train(given=given)
+        train(pictures=pictures)
 
 
 def test_contrasts_of_a_checkpoint_lie_where_the_pictures_do():
     run = config()
-    encoder = TextEncoder(CLIP)
-    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
-        learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
+    encoder = training.TextEncoder(CLIP)
+    with session(sampling.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
+        trainer = training._ActionTrainer(denoiser, encoder, exemplars(contrasts=False), action(), run)
         kept = {f"contrast.{i}": latent.double() for i, latent in enumerate(latents())}
-        found = learner.contrasts(loop.State(3, [0.0] * 3, kept))
+        found = trainer.contrasts(loop.State(3, [0.0] * 3, kept))
     assert all(latent.dtype == torch.float32 for latent in found)
 
 
 def test_an_action_s_prompt_is_refused_by_a_training_that_reads_plain_ones():
-    sealed = action_identifiers.prompt(CLIP, [action_identifiers.identifier(MODEL)])
+    attached = action_identifiers.prompt(CLIP, [action_identifiers.identifier(MODEL)])
     with session(MODEL, (1, 4, 8, 8), config()) as denoiser:
-        conditions = denoiser.prepare(sealed, latents(1)[0])
+        conditions = denoiser.prepare(attached, latents(1)[0])
         with pytest.raises(ValueError, match="use CLIP Text Encode for a plain prompt"):
             denoiser.denoise(latents(1)[0], denoiser.sigmas[:1], [conditions])
 
@@ -60,10 +59,10 @@ def test_every_kind_of_model_learns(kind):
     for name, width in tiny_clip.WIDTHS[encoders].items():
         tokens = found.tokens[name]
         assert tokens.shape == (len(places), len(first[name]), width) and tokens.dtype == torch.float32
-        assert (tokens != first[name]).flatten(1).any(1).all(), "a layer learnt nothing"
+        assert (tokens != first[name]).flatten(1).any(1).all(), "a layer learned nothing"
     assert same(before, dict(model.model.named_parameters()))
-    sealed = action_identifiers.prompt(clip, [found])
-    assert torch.isfinite(sealed[0][1]["model_conds"][running.KEY].contexts).all()
+    attached = action_identifiers.prompt(clip, [found])
+    assert torch.isfinite(attached[0][1]["model_conds"][sampling.KEY].contexts).all()
 
 
 def test_it_learns_with_and_without_triples():
@@ -101,17 +100,17 @@ def test_gradient_checkpointing_learns_the_same():
 
 
 def test_the_same_seed_learns_the_same_and_another_does_not():
-    one, other, third = (train(given=exemplars(contrasts=False), seed=seed)[0].tokens for seed in (1, 1, 2))
+    one, other, third = (train(pictures=exemplars(contrasts=False), seed=seed)[0].tokens for seed in (1, 1, 2))
     assert same(one, other) and not same(one, third)
 
 
-def test_contexts_are_learnt_and_contrasts_drawn_with_another_action():
+def test_contexts_are_trained_and_contrasts_drawn_with_another_action():
     run = config()
-    encoder = TextEncoder(CLIP)
-    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
-        learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
-        contexts = learner._learn_contexts()
-        drawn = learner.contrasts(None)
+    encoder = training.TextEncoder(CLIP)
+    with session(sampling.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
+        trainer = training._ActionTrainer(denoiser, encoder, exemplars(contrasts=False), action(), run)
+        contexts = trainer._train_contexts()
+        drawn = trainer.contrasts(None)
     means = [encoding.word_vectors(CLIP, text)["l"].mean(0) for text in (
         "a cat on a beach dancing", "a (red:1.2) robot dancing", "a dog dancing at night"
     )]
@@ -125,7 +124,7 @@ def test_contexts_are_learnt_and_contrasts_drawn_with_another_action():
 
 def test_the_log_says_which_phase_it_is(caplog):
     with caplog.at_level(logging.INFO):
-        train(given=exemplars(contrasts=False))
+        train(pictures=exemplars(contrasts=False))
     ours = [record.getMessage() for record in caplog.records if "[Understudy]" in record.getMessage()]
     phases = [line.removeprefix("[Understudy] ").split(" step")[0] for line in ours]
     drawn = [f"drawing contrast {i} of 3" for i in (1, 2, 3)]
@@ -135,19 +134,19 @@ def test_the_log_says_which_phase_it_is(caplog):
 
 
 def test_a_resumed_run_equals_the_whole_one_and_draws_no_contrast_again(monkeypatch):
-    given = exemplars(contrasts=False)
-    whole, losses = train(given=given, steps=5)
+    pictures = exemplars(contrasts=False)
+    whole, losses = train(pictures=pictures, steps=5)
     kept = Kept()
-    train(given=given, steps=4, checkpoints=kept, checkpoint_every=3)
+    train(pictures=pictures, steps=4, checkpoints=kept, checkpoint_every=3)
     assert {f"contrast.{i}" for i in range(3)} <= kept.states[0].tensors.keys()
-    monkeypatch.setattr(training._Learner, "_learn_contexts", lambda self: pytest.fail("drawn again"))
-    resumed, again = train(given=given, steps=5, checkpoints=Kept(kept.states[0]))
+    monkeypatch.setattr(training._ActionTrainer, "_train_contexts", lambda self: pytest.fail("drawn again"))
+    resumed, again = train(pictures=pictures, steps=5, checkpoints=Kept(kept.states[0]))
     assert same(resumed.tokens, whole.tokens) and losses == again
 
 
 @pytest.mark.parametrize("stop", range(1, 40, 6))
-def test_a_cancelled_run_leaves_the_host_as_it_was_in_every_phase(stop, monkeypatch):
-    """The button is pressed at the host's nth look at it: in contexts, contrasts or tokens."""
+def test_a_cancelled_run_leaves_comfyui_as_it_was_in_every_phase(stop, monkeypatch):
+    """The button is pressed at ComfyUI's nth look at it: in contexts, contrasts or tokens."""
     looks = 0
 
     def look():
@@ -160,7 +159,7 @@ def test_a_cancelled_run_leaves_the_host_as_it_was_in_every_phase(stop, monkeypa
     monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", look)
     kept = Kept()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train(given=exemplars(contrasts=False), steps=60, checkpoints=kept)
+        train(pictures=exemplars(contrasts=False), steps=60, checkpoints=kept)
     assert comfy.model_management.in_training is False and looks == stop
     assert all(a is b for a, b in zip(before, CLIP.cond_stage_model.parameters(), strict=True))
     assert not any(module._forward_pre_hooks for module in CLIP.cond_stage_model.modules())
@@ -171,7 +170,7 @@ def test_previews_read_the_tokens_and_change_nothing():
     seen = []
 
     def preview(denoiser, clip, actions):
-        positive = running.seal(*encoding.encode(clip, "a <action> cat", actions), actions)
+        positive = sampling.attach_contexts(*encoding.encode(clip, "a <action> cat", actions), actions)
         seen.append(training.drawing.sample_in_training(
             denoiser, positive, clip.encode_from_tokens_scheduled(clip.tokenize("")), (1, 4, 8, 8), 0, 2
         ))
@@ -184,5 +183,5 @@ def test_previews_read_the_tokens_and_change_nothing():
 
 def test_the_base_is_the_fingerprint_that_apply_compares():
     found, _ = train(steps=1)
-    assert found.base == running.apply(MODEL, 1.0).get_attachment(running.KEY).base
+    assert found.base == sampling.apply(MODEL, 1.0).get_attachment(sampling.KEY).base
     assert (found.placeholder, found.initial_word) == ("<action>", "dancing")

@@ -1,11 +1,11 @@
-"""Contexts in real sampling runs, against models whose own layers are given other prompts."""
+"""Contexts in real sampling runs, against models whose layers are handed other prompts directly."""
 
 import logging
 
 import pytest
 import torch
-from pack.nodes.action_identifier import layers, running
-from pack.nodes.action_identifier.method import ActionError, ActionIdentifier, BatchContexts, Rows, blended
+from pack.nodes.action_identifier import sampling
+from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from support import action_identifiers, tiny_clip, tiny_model
 from support.action_runs import (
     MODEL,
@@ -28,22 +28,22 @@ def test_the_map_of_layers_comes_from_the_network():
     counts = {"SD 1.5": (16, 16), "SD 2.1": (16, 16), "SDXL": (11, 70), "Wan 2.1 1.3B": (30, 30),
               "Wan 2.1 14B": (40, 40)}
     for name, expected in counts.items():
-        found = layers.places(build(name).diffusion_model)
+        found = sampling.places(build(name).diffusion_model)
         assert (len(found), sum(place.layers for place in found)) == expected, name
-    sd = layers.places(build("SD 1.5").diffusion_model)
+    sd = sampling.places(build("SD 1.5").diffusion_model)
     assert [place.index for place in sd] == [1, 2, 4, 5, 7, 8, 0, *range(3, 12)]
     assert [place.kind for place in sd] == ["input"] * 6 + ["middle"] + ["output"] * 9
     with pytest.raises(ValueError, match="is a Linear, and action identifiers need"):
-        layers.places(torch.nn.Linear(1, 1))
+        sampling.places(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="is a CausalWanModel, and action identifiers need"):
-        layers.places(tiny_model.wan("causal").model.diffusion_model)
+        sampling.places(tiny_model.wan("causal").model.diffusion_model)
 
 
 def test_each_layer_reads_its_own_context():
     """At CFG 1 the positive runs alone, and hooks on the layers give the same picture without a patch."""
-    sealed = prompt()
-    found = sample(running.apply(MODEL, 1.0), sealed, cfg=1.0)
-    with forced(MODEL, contexts_of(sealed)):
+    attached = prompt()
+    found = sample(sampling.apply(MODEL, 1.0), attached, cfg=1.0)
+    with forced(MODEL, contexts_of(attached)):
         expected = sample(MODEL, plain(), cfg=1.0)
     close(found, expected)
     far(found, sample(MODEL, plain(), cfg=1.0))
@@ -53,32 +53,32 @@ def test_sdxl_s_groups_of_layers_and_both_encoders():
     model, clip = action_identifiers.reading(tiny_model.xl()), tiny_clip.clip("SDXL")
     assert [place.layers for place in action_identifiers.places(model)] == [2, 2, 2, 2]
     action = action_identifiers.identifier(model, "SDXL")
-    sealed = prompt(actions=[action], clip=clip)
+    attached = prompt(actions=[action], clip=clip)
     negative = action_identifiers.plain(clip, "")
 
     def run(model, positive):
         return sample(model, positive, negative=negative, cfg=1.0)
 
-    found = run(running.apply(model, 1.0), sealed)
-    with forced(model, contexts_of(sealed)):
+    found = run(sampling.apply(model, 1.0), attached)
+    with forced(model, contexts_of(attached)):
         expected = run(model, plain(clip=clip))
     close(found, expected)
-    assert torch.equal(run(running.apply(model, 0.0), sealed), run(model, plain(clip=clip)))
+    assert torch.equal(run(sampling.apply(model, 0.0), attached), run(model, plain(clip=clip)))
     for encoder in ("l", "g"):
         other = {**action.tokens, encoder: action.tokens[encoder].roll(1, 0)}
         changed = prompt(actions=[ActionIdentifier("<action>", "dancing", other, action.places)], clip=clip)
-        far(run(running.apply(model, 1.0), changed), found)
+        far(run(sampling.apply(model, 1.0), changed), found)
 
 
 def test_a_plain_negative_runs_in_the_same_pass_and_is_read_plainly():
-    sealed = prompt()
+    attached = prompt()
     with passes(MODEL) as sizes:
-        found = sample(running.apply(MODEL, 1.0), sealed, cfg=3.0)
+        found = sample(sampling.apply(MODEL, 1.0), attached, cfg=3.0)
     assert sizes == [2, 2]
     alone = {}
-    for name, positive in (("action", sealed), ("plain", NEGATIVE)):
-        alone[name] = denoised(running.apply(MODEL, 1.0), positive)
-    one = sample(running.apply(MODEL, 1.0), sealed, cfg=3.0, sigmas=torch.tensor([5.0, 0.0]))
+    for name, positive in (("action", attached), ("plain", NEGATIVE)):
+        alone[name] = denoised(sampling.apply(MODEL, 1.0), positive)
+    one = sample(sampling.apply(MODEL, 1.0), attached, cfg=3.0, sigmas=torch.tensor([5.0, 0.0]))
     expected = alone["plain"] + 3.0 * (alone["action"] - alone["plain"])
     close(one, expected)
     assert torch.isfinite(found).all()
@@ -86,43 +86,43 @@ def test_a_plain_negative_runs_in_the_same_pass_and_is_read_plainly():
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_strength_0_is_the_prompt_with_the_initial_word_bit_for_bit(cfg):
-    assert torch.equal(sample(running.apply(MODEL, 0.0), prompt(), cfg=cfg), sample(MODEL, plain(), cfg=cfg))
+    assert torch.equal(sample(sampling.apply(MODEL, 0.0), prompt(), cfg=cfg), sample(MODEL, plain(), cfg=cfg))
 
 
 def test_an_action_that_makes_the_prompt_longer_has_nothing_between_word_and_action():
     """With its three tokens the prompt needs a second part of 75, with the word it does not."""
     action = action_identifiers.identifier(MODEL, count=3)
     text = "cat " * 74 + "<action>"
-    sealed = prompt(text, [action])
-    assert (sealed[0][0].shape[1], contexts_of(sealed).shape[1]) == (77, 154)
+    attached = prompt(text, [action])
+    assert (attached[0][0].shape[1], contexts_of(attached).shape[1]) == (77, 154)
     word = plain(text.replace("<action>", "dancing"))
-    assert torch.equal(sample(running.apply(MODEL, 0.0), sealed), sample(MODEL, word))
-    found = sample(running.apply(MODEL, 1.0), sealed, cfg=1.0)
-    with forced(MODEL, contexts_of(sealed)):
+    assert torch.equal(sample(sampling.apply(MODEL, 0.0), attached), sample(MODEL, word))
+    found = sample(sampling.apply(MODEL, 1.0), attached, cfg=1.0)
+    with forced(MODEL, contexts_of(attached)):
         expected = sample(MODEL, [[torch.cat([word[0][0]] * 2, 1), word[0][1]]], cfg=1.0)
     close(found, expected)
     with passes(MODEL) as sizes:
-        assert torch.isfinite(sample(running.apply(MODEL, 1.0), sealed, cfg=2.0)).all()
+        assert torch.isfinite(sample(sampling.apply(MODEL, 1.0), attached, cfg=2.0)).all()
     assert sizes == [2, 2]
     with pytest.raises(ActionError, match="set strength to 0 or 1"):
-        sample(running.apply(MODEL, 0.5), sealed)
+        sample(sampling.apply(MODEL, 0.5), attached)
 
 
 def test_a_patched_model_reads_plain_prompts_bit_for_bit_as_before():
-    assert torch.equal(sample(running.apply(MODEL, 1.0), plain()), sample(MODEL, plain()))
+    assert torch.equal(sample(sampling.apply(MODEL, 1.0), plain()), sample(MODEL, plain()))
 
 
 def test_strength_is_the_way_from_the_word_to_the_action():
-    sealed = prompt()
-    word, learnt = sealed[0][0], contexts_of(sealed)
+    attached = prompt()
+    word, contexts = attached[0][0], contexts_of(attached)
     for strength in (0.3, 2.0):
-        with forced(MODEL, word + strength * (learnt - word)):
+        with forced(MODEL, word + strength * (contexts - word)):
             expected = sample(MODEL, plain(), cfg=1.0)
         close(
-            sample(running.apply(MODEL, strength), sealed, cfg=1.0), expected
+            sample(sampling.apply(MODEL, strength), attached, cfg=1.0), expected
         )
-    twice = running.apply(running.apply(MODEL, 0.2), 1.0)
-    assert torch.equal(sample(twice, sealed), sample(running.apply(MODEL, 1.0), sealed)), "the last one counts"
+    twice = sampling.apply(sampling.apply(MODEL, 0.2), 1.0)
+    assert torch.equal(sample(twice, attached), sample(sampling.apply(MODEL, 1.0), attached)), "the last one counts"
 
 
 def test_without_apply_the_run_stops_and_says_what_to_connect():
@@ -134,53 +134,53 @@ def test_without_apply_the_run_stops_and_says_what_to_connect():
 
 
 def test_the_callers_model_and_prompt_stay_as_they_are():
-    sealed = prompt()
-    before = dict(sealed[0][1]["model_conds"])
+    attached = prompt()
+    before = dict(attached[0][1]["model_conds"])
     options = {key: dict(value) if isinstance(value, dict) else value for key, value in MODEL.model_options.items()}
-    patched = running.apply(running.apply(MODEL, 1.0), 0.5)
-    sample(patched, sealed)
+    patched = sampling.apply(sampling.apply(MODEL, 1.0), 0.5)
+    sample(patched, attached)
     assert MODEL.model_options == options and not MODEL.wrappers
-    assert sealed[0][1]["model_conds"] == before
+    assert attached[0][1]["model_conds"] == before
     assert len(patched.model_options["transformer_options"]["patches"]["attn2_patch"]) == 1
     assert [len(found) for kind in patched.wrappers.values() for found in kind.values()] == [1, 1]
     clone = patched.clone()
-    assert torch.equal(sample(clone, sealed), sample(patched, sealed))
+    assert torch.equal(sample(clone, attached), sample(patched, attached))
 
 
 def test_batches_of_latents_and_16_bit_models():
-    sealed = prompt()
+    attached = prompt()
     shape = (3, 4, 8, 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    together = sample(running.apply(MODEL, 1.0), sealed, shape=shape)
+    together = sample(sampling.apply(MODEL, 1.0), attached, shape=shape)
     assert noise.shape == together.shape and not torch.equal(together[0], together[1])
     low = action_identifiers.reading(tiny_model.picture(dtype=torch.bfloat16))
-    found = denoised(running.apply(low, 1.0), sealed)
-    torch.testing.assert_close(found, estimate(sealed), rtol=0.1, atol=0.1 * float(found.std()))
+    found = denoised(sampling.apply(low, 1.0), attached)
+    torch.testing.assert_close(found, estimate(attached), rtol=0.1, atol=0.1 * float(found.std()))
 
 
 def test_an_identifier_of_another_model_is_refused_before_a_pass():
     larger = action_identifiers.identifier(tiny_model.xl())
-    sealed = prompt(actions=[larger])
+    attached = prompt(actions=[larger])
     with passes(MODEL) as sizes, pytest.raises(
         ActionError,
         match="another kind of model, with 8 cross-attention layers .* this one has 4 .* is input 3, here input 1",
     ):
-        sample(running.apply(MODEL, 1.0), sealed)
+        sample(sampling.apply(MODEL, 1.0), attached)
     assert sizes == []
 
 
 def test_other_weights_warn_once_and_never_stop(caplog):
-    base = running.apply(MODEL, 1.0).get_attachment(running.KEY).base
+    base = sampling.apply(MODEL, 1.0).get_attachment(sampling.KEY).base
     own, other = (action_identifiers.identifier(MODEL, base=name) for name in (base, "0123456789abcdef"))
     with caplog.at_level(logging.WARNING):
-        sample(running.apply(MODEL, 1.0), prompt(actions=[own]))
-        assert "learnt beside other weights" not in caplog.text
-        sample(running.apply(MODEL, 1.0), prompt(actions=[other]), steps=3)
-        patched = running.apply(MODEL, 1.0)
+        sample(sampling.apply(MODEL, 1.0), prompt(actions=[own]))
+        assert "trained with other weights" not in caplog.text
+        sample(sampling.apply(MODEL, 1.0), prompt(actions=[other]), steps=3)
+        patched = sampling.apply(MODEL, 1.0)
         for name in ("0123456789abcdef", "0123456789abcdef", "fedcba9876543210"):
             sample(patched, prompt(actions=[action_identifiers.identifier(MODEL, base=name)]), steps=1)
-    assert caplog.text.count("learnt beside other weights") == 1 + 2, "once for each file under one placeholder"
-    assert running.fingerprint(tiny_model.picture()) != base
+    assert caplog.text.count("trained with other weights") == 1 + 2, "once for each file under one placeholder"
+    assert sampling.fingerprint(tiny_model.picture()) != base
 
 
 def test_a_lora_on_the_model_is_still_the_same_model():
@@ -188,37 +188,37 @@ def test_a_lora_on_the_model_is_still_the_same_model():
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     weight = MODEL.model.state_dict()[key]
     patched.add_patches({key: ("diff", (torch.ones_like(weight),))})
-    before = running.fingerprint(patched)
+    before = sampling.fingerprint(patched)
     sample(patched, plain(), steps=1)
-    assert running.fingerprint(patched) == before == running.fingerprint(MODEL)
+    assert sampling.fingerprint(patched) == before == sampling.fingerprint(MODEL)
     patched.unpatch_model()
 
 
 class Doubling:
-    """As a hypernetwork is for the host: a patch that changes keys and values, each otherwise."""
+    """As a hypernetwork is for ComfyUI: a patch that changes keys and values, each in another way."""
 
     def __call__(self, n, context, value, _extra_options):
         return n, 2 * context, 3 * value
 
 
 def test_a_patch_of_keys_and_values_acts_on_the_action_before_apply_and_after():
-    sealed, earlier = prompt(), MODEL.clone()
+    attached, earlier = prompt(), MODEL.clone()
     earlier.set_model_attn2_patch(Doubling())
-    later = running.apply(MODEL, 1.0)
+    later = sampling.apply(MODEL, 1.0)
     later.set_model_attn2_patch(Doubling())
-    for positive in (sealed, plain()):
-        found = sample(running.apply(earlier, 1.0), positive)
+    for positive in (attached, plain()):
+        found = sample(sampling.apply(earlier, 1.0), positive)
         assert torch.equal(found, sample(later, positive))
-        far(found, sample(running.apply(MODEL, 1.0), positive))
-    assert torch.equal(sample(running.apply(earlier, 1.0), plain()), sample(earlier, plain()))
+        far(found, sample(sampling.apply(MODEL, 1.0), positive))
+    assert torch.equal(sample(sampling.apply(earlier, 1.0), plain()), sample(earlier, plain()))
 
 
 def test_wan_blocks_read_their_own_context():
     model = tiny_model.wan()
     action = action_identifiers.identifier(model)
-    sealed = prompt(actions=[action])
+    attached = prompt(actions=[action])
     shape = (1, 16, 1, 4, 4)
-    contexts = contexts_of(sealed)
+    contexts = contexts_of(attached)
     network = model.model.diffusion_model
     handles = [
         block.cross_attn.register_forward_pre_hook(
@@ -229,24 +229,18 @@ def test_wan_blocks_read_their_own_context():
     expected = sample(model, plain(), cfg=1.0, shape=shape)
     for handle in handles:
         handle.remove()
-    found = sample(running.apply(model, 1.0), sealed, cfg=1.0, shape=shape)
+    found = sample(sampling.apply(model, 1.0), attached, cfg=1.0, shape=shape)
     close(found, expected)
     far(found, sample(model, plain(), cfg=1.0, shape=shape))
     assert torch.equal(
-        sample(running.apply(model, 0.0), sealed, shape=shape), sample(model, plain(), shape=shape)
+        sample(sampling.apply(model, 0.0), attached, shape=shape), sample(model, plain(), shape=shape)
     )
 
 
-def test_rows_of_unequal_lengths_are_repeated_and_what_is_before_the_prompt_stays():
-    contexts = BatchContexts((Rows(2, None), Rows(1, torch.randn(1, 4, 6, 8))), length=4)
+def test_prompts_of_unequal_lengths_are_repeated_and_what_is_before_them_stays():
+    contexts = sampling.BatchContexts((None, torch.randn(4, 6, 8)), (2, 1), length=4)
     context = torch.randn(3, 3 + 4, 8)
     read = contexts.at(2, context)
     assert read.shape == (3, 3 + 12, 8) and torch.equal(read[:, :3], context[:, :3])
     assert torch.equal(read[:2, 3:], context[:2, 3:].repeat(1, 3, 1))
-    assert torch.equal(read[2, 3:], contexts.rows[1].contexts[0, 2].repeat(2, 1))
-
-
-def test_lengths_that_differ_leave_nothing_between():
-    with pytest.raises(ActionError, match="set strength to 0 or 1"):
-        blended(torch.zeros(1, 77, 8), torch.zeros(4, 154, 8), 0.5)
-    assert blended(torch.zeros(1, 77, 8), torch.ones(4, 154, 8), 1.0).shape == (4, 154, 8)
+    assert torch.equal(read[2, 3:], contexts.contexts[1][2].repeat(2, 1))
