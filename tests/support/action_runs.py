@@ -52,7 +52,7 @@ def contexts_of(conditioning):
 
 @contextlib.contextmanager
 def forced(model, contexts, rows=slice(None)):
-    """Each cross-attention of the network reads the contexts that belong to it, in the order of the network's modules."""
+    """Each cross-attention of the network reads its own of `contexts`, in the order of the network's modules."""
     layer = -1
     handles = []
 
