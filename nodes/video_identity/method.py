@@ -147,7 +147,7 @@ def adapter_from(tensors: Mapping[str, torch.Tensor]) -> VideoAdapter:
             raise AdapterError(f"{name} is in it twice, with and without a prefix")
         matrices[block, projection, part] = tensor
     if not matrices:
-        raise AdapterError("there are no weights in it")
+        raise AdapterError("it holds no weights")
     count = 1 + max(block for block, _, _ in matrices)
     (_, _, part), matrix = next(iter(matrices.items()))
     width = matrix.shape[1 if part == "down" else 0]

@@ -51,8 +51,8 @@ class UnderstudyPrepareReference(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture of the person. VAE Encode treats a batch as one video: send several pictures "
-                    "one at a time.",
+                    tooltip="The picture of the person. VAE Encode treats a batch as one video: send several one "
+                    "at a time.",
                 ),
                 io.Int.Input(
                     "size", default=_REFERENCE.size, min=64, max=2048, step=16,
@@ -99,7 +99,7 @@ class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "adapter_name", options=files.FOLDER.choices(),
-                    tooltip="A file in models/loras or output/loras. Plain LoRAs are refused: take Load LoRA for them.",
+                    tooltip="A file in models/loras or output/loras. Plain LoRAs are refused: use Load LoRA.",
                 ),
             ],
             outputs=[ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply Video Identity.")],
@@ -140,8 +140,8 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
                     "Weight of the reference in the video's attention: 0 is off, 1 as published. Values in between "
                     "are exact and somewhat slower.",
                 ),
-                _fraction("start_percent", 0.001, "Where the reference begins to act, as a fraction of the schedule."),
-                _fraction("end_percent", 0.001, "Where the reference stops acting, as a fraction of the schedule."),
+                _fraction("start_percent", 0.001, "Fraction of the schedule at which the reference starts acting."),
+                _fraction("end_percent", 0.001, "Fraction of the schedule at which the reference stops acting."),
                 io.String.Input(
                     "blocks", default=_DEFAULT.blocks, advanced=True,
                     tooltip="Transformer blocks that see the reference: 'all' as published, or numbers and ranges "

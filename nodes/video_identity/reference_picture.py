@@ -96,7 +96,7 @@ def _box(boxes: Sequence[Mapping[str, float]], mask: torch.Tensor | None, asked:
     if asked:
         return None, "no face was found, so the whole picture is used, padded to a square"
     if mask is None:
-        return None, "there is neither a face nor a mask, so the whole picture is used, padded to a square"
+        return None, "neither a face nor a mask is connected, so the whole picture is used, padded to a square"
     rows, columns = ((mask > 0.5).any(axis).nonzero().flatten() for axis in (1, 0))
     if len(rows) == 0:
         return None, "the whole picture is used, padded to a square"

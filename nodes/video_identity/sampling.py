@@ -185,13 +185,20 @@ class SamplingReferences:
         return self.cache.get(base, key, compute, _weights_version(base))
 
     def _weight(self, base, reference, x, options, conditions) -> torch.Tensor | None:
-        """The weight of each token of this call, [N], or None for the published 1 everywhere."""
+        """The weight of each token of this call, [N], of all of them alike, [1], or None for the published 1."""
         strength = reference.config.strength
         if reference.mask is None:
-            if strength == 1:
-                return None
-            # One number serves however many tokens the call has.
-            return torch.full((1,), strength)
+            return None if strength == 1 else torch.full((1,), strength)
+        video = self._mask_weights(base, reference, x, options)
+        if strength == 1 and bool((video == 1).all()):
+            return None
+        leading, trailing = _other_tokens(base.diffusion_model, x, conditions)
+        # Tokens that are no part of the video have its mean weight, so that all 0 and all 1 stay exact.
+        mean = video.mean().reshape(1)
+        return strength * torch.cat([mean.expand(leading), video.flatten(), mean.expand(trailing)])
+
+    def _mask_weights(self, base, reference, x, options) -> torch.Tensor:
+        """The mask's weight of each token of the video in this call, [frames, rows, columns], on the CPU."""
         window = options.get("context_window")
         if window is not None and window.dim != 2:
             raise ValueError(
@@ -218,16 +225,10 @@ class SamplingReferences:
             weights = window.get_tensor(weights, weights.device, dim=0, retain_index_list=self._retained)
         if weights.shape[0] != x.shape[2]:
             raise ValueError(
-                f"mask covers {weights.shape[0]} latent frames and the model was given {x.shape[2]}: connect a mask "
+                f"mask covers {weights.shape[0]} latent frames and the model received {x.shape[2]}: connect a mask "
                 "of one frame, or sample without inserted guide frames"
             )
-        if strength == 1 and bool((weights == 1).all()):
-            return None
-        leading, trailing = _other_tokens(base.diffusion_model, x, conditions)
-        video = weights.flatten()
-        # Tokens that are no part of the video have its mean weight, so that all 0 and all 1 stay exact.
-        mean = weights.mean().reshape(1)
-        return strength * torch.cat([mean.expand(leading), video, mean.expand(trailing)])
+        return weights
 
 
 def _most_entries(conds: Mapping[str, Sequence[Mapping]], size: tuple[int, int]) -> int:

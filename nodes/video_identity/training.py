@@ -91,7 +91,7 @@ class WithReferences:
         self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
 
     def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[dict]) -> torch.Tensor:
-        """The denoised estimate, as Denoiser.denoise; each item of `conditions` also holds its sample's reference."""
+        """The denoised estimate, as ModelDenoiser.denoise; `conditions` also hold each sample's reference."""
         latent = torch.cat([c[_REFERENCE] for c in conditions]).to(noisy.device)
         conditions = [{key: value for key, value in c.items() if key != _REFERENCE} for c in conditions]
         network = self.denoiser.network

@@ -79,7 +79,8 @@ class Stage:
         self.cases = cases
         self.theatre = sampling.VideoTheatre(TRANSFORMER, AUTOENCODER, STATE, theatre_wan.FRAMES)
         # After the host is on the path.
-        from pack.nodes.video_identity import method, reference_picture, sampling as applying
+        from pack.nodes.video_identity import method, reference_picture
+        from pack.nodes.video_identity import sampling as applying
         from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
 
         self._method, self._applying, self._config = method, applying, VideoIdentityConfig()

@@ -1,4 +1,4 @@
-"""The published video identity method in plain PyTorch, from the paper's formulas: no cache, no host, no pack.
+"""The published video identity method in plain PyTorch, from the paper's formulas: no cache, no ComfyUI, no pack.
 
 Every token, of the video and of the reference, passes every block in every call; attention is one softmax over
 [video; image] rows under the mask that forbids the image to see the video, a query and a head at a time where

@@ -24,17 +24,20 @@ def draw(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def reference(seed=1, height=6, width=4, channels=16):
+def picture_latent(seed=1, height=6, width=4, channels=16):
+    """The latent of a reference picture."""
     return draw(seed, 1, channels, 1, height, width)
 
 
-def identity(seed=1, adapter=ADAPTER, mask=None, latent=None, **settings):
-    latent = reference(seed) if latent is None else latent
+def person(seed=1, adapter=ADAPTER, mask=None, latent=None, **settings):
+    """A VideoReference as Apply Video Identity makes it."""
+    latent = picture_latent(seed) if latent is None else latent
     return method.video_reference(adapter, latent, VideoIdentityConfig(**settings), mask)
 
 
-def shown(model=MODEL, *identities, **settings):
-    for one in identities or (identity(**settings),):
+def shown(model=MODEL, *people, **settings):
+    """`model` with these references, or with one of these settings."""
+    for one in people or (person(**settings),):
         model = sampling.apply(model, one)
     return model
 
@@ -110,11 +113,11 @@ def cached_kv(cache):
     return kv
 
 
-def weighed(x, weights, identities, model=MODEL, **conditions):
+def weighed(x, weights, people, model=MODEL, **conditions):
     """The model's answer with references and weights [N], in its own blocks, each softmax by the definition."""
     defined = model.clone()
     kvs = []
-    for one in identities:
+    for one in people:
         model_with = shown(model, one)
         call(model_with, x, cleanup=False, **conditions)
         cache = models.attachment(model_with, sampling.KEY).cache

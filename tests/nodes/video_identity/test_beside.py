@@ -26,10 +26,10 @@ from support.video_identities import (
     call,
     call_loaded,
     draw,
-    identity,
     lora,
+    person,
+    picture_latent,
     published,
-    reference,
     relative,
     sample,
     shown,
@@ -41,7 +41,7 @@ X = draw(2, *SHAPE)
 RELATIVES = {
     "t2v": ("t2v", {}, 0, 0),
     "i2v": ("i2v", {"c_concat": draw(5, 1, 20, 3, 8, 6), "clip_fea": draw(6, 1, 257, 1280)}, 0, 0),
-    "fun control": ("fun", {"reference_latent": draw(5, 1, 16, 8, 6)}, 12, 0),
+    "fun control": ("fun", {"picture_latent": draw(5, 1, 16, 8, 6)}, 12, 0),
     "camera": ("camera", {"c_concat": draw(5, 1, 16, 3, 8, 6)}, 0, 0),
     "vace": ("vace", {"vace_context": draw(5, 1, 1, 96, 3, 8, 6), "vace_strength": [0.8]}, 0, 0),
     "phantom": ("t2v", {"time_dim_concat": draw(5, 1, 16, 2, 8, 6)}, 0, 24),
@@ -57,8 +57,8 @@ def test_every_relative_sees_the_published_keys_and_values(name):
     model = tiny_model.wan(kind, num_layers=2)
     adapter = method.adapter_from(tiny_model.video_adapter(model))
     channels = model.model.latent_format.latent_channels
-    x, latent = draw(2, 1, channels, 3, 8, 6), reference(1, channels=channels)
-    one = identity(adapter=adapter, latent=latent)
+    x, latent = draw(2, 1, channels, 3, 8, 6), picture_latent(1, channels=channels)
+    one = person(adapter=adapter, latent=latent)
     patched = shown(model, one)
     result = call(patched, x, cleanup=False, **conditions)
     cache = models.attachment(patched, sampling.KEY).cache
@@ -80,7 +80,7 @@ def test_every_relative_sees_the_published_keys_and_values(name):
     assert relative(result, call(model, x, **conditions)) > 1e-3
     mask = torch.zeros(3, 16, 12)
     mask[0] = 1
-    masked = identity(adapter=adapter, latent=latent, mask=mask, strength=0.9)
+    masked = person(adapter=adapter, latent=latent, mask=mask, strength=0.9)
     third = [torch.full((count,), 1 / 3) for count in (leading, trailing)]
     weights = 0.9 * torch.cat([third[0], torch.ones(12), torch.zeros(24), third[1]])
     masked_result = call(shown(model, masked), x, **conditions)
@@ -93,7 +93,7 @@ def test_relatives_sample(kind):
     channels = model.model.latent_format.latent_channels
     adapter = method.adapter_from(tiny_model.video_adapter(model))
     shape = (1, channels, 2, 4, 6)
-    patched = shown(model, identity(adapter=adapter, latent=reference(1, channels=channels)))
+    patched = shown(model, person(adapter=adapter, latent=picture_latent(1, channels=channels)))
     result = sample(patched, shape=shape)
     assert torch.isfinite(result).all() and not torch.equal(result, sample(model, shape=shape))
     assert torch.equal(sample(patched, shape=shape), result)
@@ -103,10 +103,10 @@ def test_a_relative_that_was_not_verified_runs_with_a_note_and_without_masks(cap
     model = tiny_model.wan("humo", num_layers=1)
     adapter = method.adapter_from(tiny_model.video_adapter(model))
     with caplog.at_level(logging.WARNING):
-        assert shown(model, identity(adapter=adapter)) is not model
+        assert shown(model, person(adapter=adapter)) is not model
     assert "not verified with HumoWanModel" in caplog.text
     with pytest.raises(ValueError, match="masks are not verified with a HumoWanModel"):
-        shown(model, identity(adapter=adapter, mask=torch.ones(1, 4, 4)))
+        shown(model, person(adapter=adapter, mask=torch.ones(1, 4, 4)))
 
 
 def rounded(dtype):
@@ -123,12 +123,12 @@ def test_weights_stored_in_fewer_bits(dtype):
     stored, plain = rounded(dtype)
     result = call(shown(stored), X)
     assert relative(result, call(shown(plain), X)) < 1e-5
-    assert relative(result, published(X, reference(), model=plain)) < 1e-5
+    assert relative(result, published(X, picture_latent(), model=plain)) < 1e-5
 
 
 def test_bf16_throughout():
     model = tiny_model.wan(dtype=torch.bfloat16)
-    for one in (identity(), identity(strength=0.5), identity(mask=torch.ones(1, 4, 4) * 0.5)):
+    for one in (person(), person(strength=0.5), person(mask=torch.ones(1, 4, 4) * 0.5)):
         result, exact = call(shown(model, one), X), call(shown(MODEL, one), X)
         assert torch.nn.functional.cosine_similarity(result.flatten(), exact.flatten(), dim=0) > 0.999
 
@@ -147,7 +147,7 @@ def test_custom_operations_are_used_and_no_weight_is_read():
         if isinstance(module, torch.nn.Linear):
             module.weight.data.neg_()
     assert torch.equal(call(shown(packed), X), call(shown(plain), X))
-    assert relative(call(shown(packed), X), published(X, reference(), model=plain)) < 1e-5
+    assert relative(call(shown(packed), X), published(X, picture_latent(), model=plain)) < 1e-5
 
 
 def test_a_lora_changes_both_branches_in_either_order():
@@ -156,7 +156,7 @@ def test_a_lora_changes_both_branches_in_either_order():
     for i, name in enumerate(("blocks.0.self_attn.q", "blocks.1.ffn.0")):
         weight = network.get_submodule(name).weight
         weight += 0.7 * draw(20 + i, weight.shape[0], 2) @ draw(30 + i, 2, weight.shape[1])
-    wanted = published(X, reference(), model=expected)
+    wanted = published(X, picture_latent(), model=expected)
     for patched in (lora(shown()), shown(lora(MODEL))):
         assert relative(call_loaded(patched, X), wanted) < 1e-5
 
@@ -194,9 +194,9 @@ def test_weights_that_go_away_in_mid_run():
 def test_attention_backends(backend, monkeypatch):
     for module in (comfy.ldm.wan.model, reference_pass):
         monkeypatch.setattr(module, "optimized_attention", backend)
-    assert relative(call(shown(), X), published(X, reference())) < 1e-5
+    assert relative(call(shown(), X), published(X, picture_latent())) < 1e-5
     weights = [torch.full((36,), 0.4)]
-    assert relative(call(shown(strength=0.4), X), weighed(X, weights, [identity()])) < 1e-5
+    assert relative(call(shown(strength=0.4), X), weighed(X, weights, [person()])) < 1e-5
 
 
 def test_the_user_s_own_attention_is_asked_once_a_block_on_one_buffer():
@@ -244,7 +244,7 @@ def test_earlier_and_later_block_patches_are_kept():
 
     assert torch.equal(call(chaining(shown()), X), first)
     # A second reference goes around it, and the references are still added once.
-    pair = identity(), identity(seed=5)
+    pair = person(), person(seed=5)
     around = shown(chaining(shown(MODEL, pair[0])), pair[1])
     assert torch.equal(call(around, X), call(chaining(shown(MODEL, *pair)), X))
 
@@ -259,7 +259,7 @@ def test_blocks_that_a_later_patch_takes_over_are_named_after_the_run(caplog):
         sample(shown(with_patch(MODEL, plain)))
         sample(SkipLayerGuidanceDiT.execute(shown(), 3.0, 0.0, 1.0, "1").result[0])
         sample(EasyCacheNode.execute(shown(), 0.5, 0.1, 0.9, False).result[0], steps=6)
-        sample(shown(MODEL, identity(blocks="0")))
+        sample(shown(MODEL, person(blocks="0")))
         copying = shown()
         copying.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda run, x, t, context, clip, concat, options, **more: run(
             x, t, context, clip, concat, comfy.model_patcher.create_model_options_clone(options), **more
@@ -285,7 +285,7 @@ def test_comfyui_trains_a_lora_through_a_model_that_shows_a_reference(monkeypatc
             model = tiny_model.as_loaded(tiny_model.wan())
             model.cached_patcher_init = (lambda **_k: tiny_model.as_loaded(tiny_model.wan()), ())
             if shows:
-                model = shown(model, identity(adapter=loaded), identity(5, loaded, torch.full((1, 8, 6), 0.5)))
+                model = shown(model, person(adapter=loaded), person(5, loaded, torch.full((1, 8, 6), 0.5)))
             found = TrainLoraNode.execute(
                 model=[model], latents=[{"samples": X}, {"samples": draw(3, 1, 16, 3, 6, 8)}],
                 positive=[tiny_model.conditioning(1)], batch_size=[1],
@@ -342,13 +342,13 @@ def test_compiled_models_give_the_same_and_never_compile_again(keys, settings, f
     plain = MODEL.clone()
     if first:
         set_torch_compile_wrapper(plain, backend="eager", keys=keys)
-    model = shown(plain, identity(**settings))
+    model = shown(plain, person(**settings))
     if not first:
         set_torch_compile_wrapper(model, backend="eager", keys=keys)
-    expected = sample(shown(MODEL, identity(**settings)))
+    expected = sample(shown(MODEL, person(**settings)))
     assert relative(sample(model), expected) < 1e-5
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert relative(sample(model, seed=8), sample(shown(MODEL, identity(**settings)), seed=8)) < 1e-5
+        assert relative(sample(model, seed=8), sample(shown(MODEL, person(**settings)), seed=8)) < 1e-5
     torch._dynamo.reset()
 
 
@@ -371,7 +371,7 @@ def test_an_identity_prior_sees_the_cross_attention_beside_it(settings):
         def record(self, index, q, k, heads, options):
             seen.append((index, k.shape[1]))
 
-    one = identity(**settings)
+    one = person(**settings)
     for model in (attention.with_recorder(shown(MODEL, one)), shown(attention.with_recorder(MODEL), one)):
         result = call(model, X, options={attention.KEY: Recorder()})
         assert seen == [(0, 4), (1, 4), (2, 4)] and torch.equal(result, call(shown(MODEL, one), X))

@@ -19,10 +19,10 @@ from support.video_identities import (
     call,
     call_loaded,
     draw,
-    identity,
     lora,
+    person,
+    picture_latent,
     published,
-    reference,
     relative,
     sample,
     shown,
@@ -39,8 +39,8 @@ def test_the_model_with_a_reference_is_the_published_model(shape, size):
     """5e-6 of fp32 rounding separate ComfyUI's plain model from the same formulas in fp64."""
     x = draw(2, *shape)
     assert relative(call(MODEL, x), published(x, None)) < 1e-5
-    with_reference = call(shown(latent=reference(1, *size)), x)
-    assert relative(with_reference, published(x, reference(1, *size))) < 1e-5
+    with_reference = call(shown(latent=picture_latent(1, *size)), x)
+    assert relative(with_reference, published(x, picture_latent(1, *size))) < 1e-5
     assert relative(with_reference, call(MODEL, x)) > 0.02
 
 
@@ -49,7 +49,7 @@ def test_a_sampling_run_is_the_published_one():
     base = MODEL.model
     grid = comfy.samplers.calculate_sigmas(base.model_sampling, "simple", 3).double()
     wan = published_wan.Wan(base.diffusion_model.state_dict(), 2, 32, ADAPTER.tensors())
-    latent = base.process_latent_in(reference())
+    latent = base.process_latent_in(picture_latent())
     x = draw(3, *SHAPE).double()
     context = tiny_model.conditioning(9)[0][0]
     for sigma, after in zip(grid[:-1], grid[1:], strict=True):
@@ -124,7 +124,7 @@ def test_another_reference_size_or_weight_is_never_stale(passes):
     x, model = draw(2, *SHAPE), shown()
     first = call(model, x, cleanup=False)
     assert torch.equal(call(model, x, cleanup=False), first) and len(passes) == 1
-    other = call(shown(MODEL, identity(seed=5)), x, cleanup=False)
+    other = call(shown(MODEL, person(seed=5)), x, cleanup=False)
     assert not torch.equal(other, first)
     wide = draw(2, 1, 16, 3, 8, 10)
     assert torch.equal(call(model, wide, cleanup=False), call(shown(), wide))
@@ -150,7 +150,7 @@ def test_scheduled_weights_are_never_stale(passes):
 def test_odd_sizes_are_padded_as_comfyui_pads():
     """7 x 5 cells are 4 x 3 tokens; so is the reference's 5 x 3 padded to 3 x 2."""
     for shape in ((1, 16, 2, 7, 5), (2, 16, 1, 1, 1)):
-        x, one = draw(2, *shape), identity(latent=reference(1, 5, 3))
+        x, one = draw(2, *shape), person(latent=picture_latent(1, 5, 3))
         tokens = shape[2] * -(-shape[3] // 2) * -(-shape[4] // 2)
         result = call(shown(MODEL, one), x)
         assert result.shape == shape and relative(result, weighed(x, [torch.ones(tokens)], [one])) < 1e-5
@@ -160,7 +160,7 @@ def test_two_experts_each_with_their_own_adapter(passes):
     """Wan 2.2: one run on the model for high noise, then one on that for low noise."""
     low = tiny_model.wan(seed=7)
     low_adapter = method.adapter_from(tiny_model.video_adapter(low, seed=7))
-    models = shown(), shown(low, identity(adapter=low_adapter))
+    models = shown(), shown(low, person(adapter=low_adapter))
     grid = comfy.samplers.calculate_sigmas(MODEL.model.model_sampling, "simple", 4)
     first = sample(models[0], sigmas=grid[:3])
     result = sample(models[1], sigmas=grid[2:], latent=first)
@@ -170,7 +170,7 @@ def test_two_experts_each_with_their_own_adapter(passes):
 
 def test_two_hundred_runs_by_turns_differ_in_no_bit():
     """A short form of it: three models, in turns, each the same every time."""
-    models = [MODEL, shown(), shown(MODEL, identity(seed=5), identity(seed=6, strength=0.5))]
+    models = [MODEL, shown(), shown(MODEL, person(seed=5), person(seed=6, strength=0.5))]
     first = [sample(model) for model in models]
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
     for turn in (2, 0, 1, 2, 1, 0):
@@ -223,7 +223,8 @@ def test_threads_of_several_devices_keep_to_their_own_model(passes):
 def test_the_cache_is_in_the_memory_estimate(batch):
     """Once, however many videos share it."""
     asked = []
-    model = shown(MODEL, identity(latent=reference(1, 64, 64)), identity(latent=reference(2, 64, 64), blocks="0-1"))
+    latents = picture_latent(1, 64, 64), picture_latent(2, 64, 64)
+    model = shown(MODEL, person(latent=latents[0]), person(latent=latents[1], blocks="0-1"))
 
     def estimate(run, patcher, shape, *args, **kwargs):
         asked.append((patcher.model.memory_required(shape), patcher.model.memory_required([*shape[:-1], 1])))
@@ -258,7 +259,7 @@ def test_areas_and_scheduled_loras_are_in_the_memory_estimate():
         [whole], [whole, left, right], [whole, left, right, top], [entry(hooks=loras)], [whole, edge],
         [whole, half, entry((3, 8, 3, 0, 0, 3))],
     ):
-        patched = shown(MODEL, identity(latent=reference(1, 64, 64)))
+        patched = shown(MODEL, person(latent=picture_latent(1, 64, 64)))
         for patcher in (MODEL.clone(), patched):
             patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, estimate)
             sample(patcher, positive=positive)

@@ -14,7 +14,7 @@ from pack.nodes.video_identity import method, training
 from pack.nodes.video_identity.config import AdapterTrainingConfig
 from pack.nodes.video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
 from support import published_wan, tiny_model
-from support.video_identities import draw, identity, relative, sample, shown
+from support.video_identities import draw, person, relative, sample, shown
 
 SHAPE = (1, 16, 2, 4, 4)
 
@@ -53,7 +53,7 @@ def test_it_learns_in_the_published_names_and_leaves_the_model_as_it_was():
         assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
     assert model.model_options["transformer_options"] == options
     assert comfy.model_management.in_training is False
-    result = sample(shown(model, identity(adapter=adapter)), shape=SHAPE)
+    result = sample(shown(model, person(adapter=adapter)), shape=SHAPE)
     assert not torch.equal(result, sample(model, shape=SHAPE))
 
 
@@ -193,7 +193,7 @@ def test_what_it_learns_from_unasked_is_said(caplog):
     model = wan()
     adapter = method.adapter_from(tiny_model.video_adapter(model))
     with caplog.at_level(logging.INFO):
-        node(shown(model, identity(adapter=adapter)), videos, [one], [text], checkpoint_every=0)
+        node(shown(model, person(adapter=adapter)), videos, [one], [text], checkpoint_every=0)
     assert "one reference is trained with all 2 videos" in caplog.text and "ignores the references" in caplog.text
 
 

@@ -5,9 +5,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from experiments import video_identity_variants as variants
 from support import published_wan, tiny_model
-from support.video_identities import ADAPTER, MODEL, identity, reference, relative, sample, shown
+from support.video_identities import ADAPTER, MODEL, person, picture_latent, relative, sample, shown
 
-LATENT = reference()
+LATENT = picture_latent()
 
 
 def through(kind, **options):
@@ -15,7 +15,7 @@ def through(kind, **options):
 
 
 def test_the_unchanged_network_samples_what_our_nodes_sample():
-    ours = sample(shown(MODEL, identity(latent=LATENT)))
+    ours = sample(shown(MODEL, person(latent=LATENT)))
     assert relative(ours, through(published_wan.Wan)) < 1e-4
     assert relative(ours, sample(MODEL)) > 1e-2
 
@@ -27,7 +27,7 @@ def test_a_variant_is_neither_ours_nor_the_plain_model(kind):
 
 
 def test_a_first_frame_is_clean_at_timestep_0_and_leaves_the_video_its_length():
-    latent, seen = reference(height=8, width=6), []
+    latent, seen = picture_latent(height=8, width=6), []
     patched = variants.as_first_frame(MODEL, latent)
 
     def look(execute, x, timesteps, *rest, **named):

@@ -16,7 +16,7 @@ from support.video_identities import (
     SHAPE,
     call,
     draw,
-    identity,
+    person,
     relative,
     sample,
     shown,
@@ -30,7 +30,7 @@ def test_applying_changes_no_input_and_twice_is_two_references():
     options = comfy.model_patcher.create_model_options_clone(MODEL.model_options)
     first = shown()
     held = [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()]
-    second = sampling.apply(first, identity(seed=2))
+    second = sampling.apply(first, person(seed=2))
     assert (dict(MODEL.wrappers), dict(MODEL.callbacks), dict(MODEL.attachments)) == before
     assert MODEL.model_options == options
     assert [len(group) for kind in (first.wrappers, first.callbacks) for group in kind.values()] == held
@@ -43,38 +43,38 @@ def test_applying_changes_no_input_and_twice_is_two_references():
 def test_zero_is_bit_identical_to_the_plain_model():
     plain = sample(MODEL)
     for settings in ({"strength": 0.0}, {"mask": torch.zeros(1, 16, 12)}, {"mask": torch.zeros(9, 4, 4)}):
-        assert shown(MODEL, identity(**settings)) is MODEL
+        assert shown(MODEL, person(**settings)) is MODEL
     # Patched all the same: no step of this schedule lies in the range.
-    idle = shown(MODEL, identity(start_percent=0.0001, end_percent=0.0002))
+    idle = shown(MODEL, person(start_percent=0.0001, end_percent=0.0002))
     assert idle is not MODEL and torch.equal(sample(idle), plain)
     # Zero in every latent frame of a window, though not in the mask.
     mask = torch.zeros(9, 16, 12)
     mask[8] = 1
     part = window([0, 1], 3)
     x = draw(2, 1, 16, 2, 8, 6)
-    masked = shown(MODEL, identity(mask=mask))
+    masked = shown(MODEL, person(mask=mask))
     assert torch.equal(call(masked, x, options={"context_window": part}), call(MODEL, x))
 
 
 def test_an_empty_mask_is_said_and_strength_zero_is_not(caplog):
     with caplog.at_level(logging.WARNING):
-        shown(MODEL, identity(strength=0.0, mask=torch.zeros(1, 64, 64)))
+        shown(MODEL, person(strength=0.0, mask=torch.zeros(1, 64, 64)))
         assert not caplog.text
-        shown(MODEL, identity(mask=torch.zeros(1, 64, 64)))
+        shown(MODEL, person(mask=torch.zeros(1, 64, 64)))
     assert "the mask is 0 everywhere" in caplog.text
 
 
 def test_an_all_one_mask_is_the_unmasked_model():
     expected = sample(shown())
     for mask in (torch.ones(1, 3, 5), torch.ones(9, 16, 12), torch.ones(3, 2, 2)):
-        assert torch.equal(sample(shown(MODEL, identity(mask=mask))), expected)
+        assert torch.equal(sample(shown(MODEL, person(mask=mask))), expected)
 
 
 def test_strength_is_an_exact_weight():
     x = draw(2, *SHAPE)
-    one = identity(strength=0.3)
+    one = person(strength=0.3)
     weights = [torch.full((36,), 0.3)]
-    assert relative(call(shown(MODEL, one), x), weighed(x, weights, [identity()])) < 1e-5
+    assert relative(call(shown(MODEL, one), x), weighed(x, weights, [person()])) < 1e-5
     distances = [relative(call(shown(strength=s), x), call(MODEL, x)) for s in (1e-9, 0.1, 0.5, 1.0)]
     assert distances[0] < 1e-5 and distances == sorted(distances)
     near = call(shown(strength=1 - 1e-6), x)
@@ -83,7 +83,7 @@ def test_strength_is_an_exact_weight():
 
 def test_two_references_without_regions_share_one_softmax():
     x = draw(2, *SHAPE)
-    pair = [identity(), identity(seed=5)]
+    pair = [person(), person(seed=5)]
     whole = [torch.ones(36)] * 2
     assert relative(call(shown(MODEL, *pair), x), weighed(x, whole, pair)) < 1e-5
     assert relative(call(shown(MODEL, *pair[::-1]), x), call(shown(MODEL, *pair), x)) < 1e-5
@@ -94,9 +94,9 @@ def test_two_references_with_regions_keep_to_them():
     x = draw(2, *SHAPE)
     left = torch.zeros(1, 32, 36)
     left[..., :18] = 1
-    pair = [identity(mask=left), identity(seed=5, mask=1 - left, strength=0.6)]
+    pair = [person(mask=left), person(seed=5, mask=1 - left, strength=0.6)]
     weight = torch.tensor([1.0, 0.5, 0.0]).repeat(12)
-    expected = weighed(x, [weight, 0.6 * (1 - weight)], [identity(), identity(seed=5)])
+    expected = weighed(x, [weight, 0.6 * (1 - weight)], [person(), person(seed=5)])
     assert relative(call(shown(MODEL, *pair), x), expected) < 1e-5
 
 
@@ -104,12 +104,12 @@ def test_a_mask_a_frame_follows_the_4n_plus_1_rule_and_context_windows():
     mask = torch.zeros(9, 32, 24)
     mask[1:3] = 1  # half of the second latent frame, which is the frames 1 to 4
     mask[5:] = 0.25
-    masked, x = shown(MODEL, identity(mask=mask)), draw(2, *SHAPE)
+    masked, x = shown(MODEL, person(mask=mask)), draw(2, *SHAPE)
     weights = torch.tensor([0.0, 0.5, 0.25]).repeat_interleave(12)
-    assert relative(call(masked, x), weighed(x, [weights], [identity()])) < 1e-5
+    assert relative(call(masked, x), weighed(x, [weights], [person()])) < 1e-5
     options = {"context_window": window([1, 2], 3)}
     part = draw(2, 1, 16, 2, 8, 6)
-    expected = weighed(part, [weights[12:]], [identity()])
+    expected = weighed(part, [weights[12:]], [person()])
     assert relative(call(masked, part, options=options), expected) < 1e-5
     across = IndexListContextWindow([0, 1], dim=3, total_frames=8)
     with pytest.raises(ValueError, match="cannot follow context windows over height"):
@@ -160,7 +160,7 @@ def test_comfyui_s_context_windows_see_their_own_frames_of_the_mask():
         return run(x, t, a, b, c, options, **k)
 
     results = []
-    for model in (windowed(shown(MODEL, identity(mask=mask))), shown(windowed(MODEL), identity(mask=mask))):
+    for model in (windowed(shown(MODEL, person(mask=mask))), shown(windowed(MODEL), person(mask=mask))):
         model.add_wrapper(WrappersMP.APPLY_MODEL, look)
         results.append(sample(model, shape=(1, 16, 5, 8, 6)))
     assert torch.equal(*results) and {tuple(f) for f, _ in seen} == {(0, 1, 2), (1, 2, 3, 4)}
@@ -174,7 +174,7 @@ def test_a_frame_that_windows_retain_keeps_its_weight():
     mask = torch.zeros(17, 16, 12)
     mask[0] = 1
     settings = (3, 1, "standard_static", 1, False, "pyramid", 2, False, "", False, "0", False)
-    model = ContextWindowsManualNode.execute(shown(MODEL, identity(mask=mask)), *settings).result[0]
+    model = ContextWindowsManualNode.execute(shown(MODEL, person(mask=mask)), *settings).result[0]
     seen = []
 
     def look(run, x, t, a, b, c, options, **k):
@@ -191,7 +191,7 @@ def test_a_frame_that_windows_retain_keeps_its_weight():
 def test_start_and_end_percent():
     """Steps of this schedule at sigma 1, ~0.94 and ~0.80."""
     seen = []
-    model = shown(MODEL, identity(start_percent=0.0, end_percent=0.5))
+    model = shown(MODEL, person(start_percent=0.0, end_percent=0.5))
     inner = model.clone()
     inner.add_wrapper(
         WrappersMP.APPLY_MODEL,
@@ -202,24 +202,24 @@ def test_start_and_end_percent():
     limit = MODEL.model.model_sampling.percent_to_sigma(0.5)
     assert len(seen) == 3 and [acted for _, acted in seen] == [sigma > limit for sigma, _ in seen]
     assert {acted for _, acted in seen} == {True, False}
-    late = sample(shown(MODEL, identity(start_percent=0.5)))
+    late = sample(shown(MODEL, person(start_percent=0.5)))
     assert not torch.equal(late, sample(MODEL)) and not torch.equal(late, sample(model))
 
 
 def test_blocks_choose_where_the_reference_is_seen():
     x = draw(2, *SHAPE)
     seen = []
-    model = shown(MODEL, identity(blocks="1"))
+    model = shown(MODEL, person(blocks="1"))
     for i in range(3):
         model.set_model_patch_replace(
             _recording(model, i, seen), "dit", "double_block", i
         )
     call(model, x)
     assert seen == [(0, False), (1, True), (2, False)]
-    all_named = call(shown(MODEL, identity(blocks="0-2")), x)
+    all_named = call(shown(MODEL, person(blocks="0-2")), x)
     assert torch.equal(all_named, call(shown(), x))
     with pytest.raises(ValueError, match="has 0 to 2"):
-        shown(MODEL, identity(blocks="0-3"))
+        shown(MODEL, person(blocks="0-3"))
 
 
 def _recording(model, i, seen):
