@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels.spectral_guidance import DISTANCES, RULES
+from ..inputs.ranges import check_range
 
 APPLY_TO = ("denoised", "latent")
 # The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
@@ -47,15 +48,12 @@ class FrequencyGuidanceConfig:
         for name, value in (("amplitude_scale", self.amplitude_scale), ("phase_scale", self.phase_scale)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is {value}: use 0 (off) to 1 (all the way)")
-        for low, high, unit in (
+        for low, high, what in (
             ("start_percent", "end_percent", "the range of steps"),
             ("phase_low", "phase_high", "the phase band"),
             ("amplitude_low", "amplitude_high", "the amplitude band"),
         ):
-            if not getattr(self, low) < getattr(self, high):
-                raise ValueError(
-                    f"{unit} is empty: set {low} ({getattr(self, low)}) below {high} ({getattr(self, high)})"
-                )
+            check_range(what, **{low: getattr(self, low), high: getattr(self, high)})
 
     @property
     def off(self) -> bool:

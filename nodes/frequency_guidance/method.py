@@ -11,11 +11,9 @@ from typing import Any
 import torch
 
 from ...kernels import spectral_guidance
+from ..inputs import ranges
 from ..training.loop import step_seed
 from .config import FrequencyGuidanceConfig
-
-# Sigma grids and percents round one schedule differently; a step that lies on a limit counts as on it.
-_SIGMA_TOLERANCE = 1e-5
 
 # Schedulers land on multiples of 1/steps and 1/1000; beside them, rounding decides nothing.
 _SWITCH_OFFSET = 0.00037
@@ -41,19 +39,18 @@ class FrequencyGuidance:
         """What one sampling run applies to latents of `shape`: guide(latent, sigma) -> latent, of like dtype.
 
         `model` gives `process_latent_in`, which takes the latents to the model's space, and `model_sampling`.
-        Guidance acts where start >= sigma > end, and returns the same tensor elsewhere.
+        Guidance acts in its part of the schedule, and returns the same tensor elsewhere.
         Raises ValueError where source or driving do not fit `shape`.
         """
         config = self.config
-        start = model.model_sampling.percent_to_sigma(config.start_percent) * (1 + _SIGMA_TOLERANCE)
-        end = model.model_sampling.percent_to_sigma(config.end_percent) * (1 + _SIGMA_TOLERANCE)
+        guided = ranges.sigma_range(model.model_sampling, config.start_percent, config.end_percent)
         source = _fit("source", self._source, shape, model)
         driving = _fit("driving", self._driving, shape, model)
         target: spectral_guidance.Target | None = None
 
         def guide(latent: torch.Tensor, sigma: float) -> torch.Tensor:
             nonlocal target
-            if not start >= sigma > end:
+            if sigma not in guided:
                 return latent
             if latent.shape != shape:
                 raise ValueError(

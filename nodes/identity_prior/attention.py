@@ -18,10 +18,11 @@ from comfy.ldm.wan.model import WanI2VCrossAttention
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels.token_attention import token_attention
+from ..inputs.ranges import select_numbers
 from ..patching import models, unet_layers, wan_blocks
 from ..patching.unet_layers import CrossAttention
 from ..patching.wan_blocks import OVERRIDE, AttentionOverride, WanBlockPatch
-from .config import ALL_LAYERS, AUTO_LAYERS, MaskConfig, parse_layers
+from .config import AUTO, MaskConfig
 from .method import mean_map
 
 KEY = "understudy_token_attention"
@@ -40,21 +41,15 @@ def layers_of(model: Any) -> tuple[CrossAttention, ...]:
 
 def chosen_layers(layers: Sequence[CrossAttention], config: MaskConfig, longer_side: int) -> frozenset[int]:
     """Which of `layers` count for latents of `longer_side` cells. Raises ValueError where the model lacks one."""
-    text = config.layers.strip().lower()
-    if text == ALL_LAYERS:
-        return frozenset(range(len(layers)))
-    if text == AUTO_LAYERS:
-        if layers[0].part == wan_blocks.PART:
-            third = len(layers) // 3
-            return _spread(range(third, len(layers) - third))
-        # The middle block alone is one layer: too little to go by.
-        factors = {layer.factor for layer in layers if layer.part != "middle"}
-        best = max((f for f in factors if longer_side / f >= _BEST_CELLS), default=min(factors))
-        return _spread([i for i, layer in enumerate(layers) if layer.factor == best])
-    chosen = parse_layers(text) or frozenset()
-    if max(chosen) >= len(layers):
-        raise ValueError(f"layers is {config.layers!r} and this model has 0 to {len(layers) - 1}: choose among those")
-    return chosen
+    if config.layers.strip().lower() != AUTO:
+        return select_numbers("layers", config.layers, len(layers))
+    if layers[0].part == wan_blocks.PART:
+        third = len(layers) // 3
+        return _spread(range(third, len(layers) - third))
+    # The middle block alone is one layer: too little to go by.
+    factors = {layer.factor for layer in layers if layer.part != "middle"}
+    best = max((f for f in factors if longer_side / f >= _BEST_CELLS), default=min(factors))
+    return _spread([i for i, layer in enumerate(layers) if layer.factor == best])
 
 
 def _spread(candidates: Sequence[int]) -> frozenset[int]:

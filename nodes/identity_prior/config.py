@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+
+from ..inputs.ranges import ALL, check_range, parse_numbers
 
 AUGMENTS = ("none", "crop", "crop_and_flip")
 METHODS = ("ddim", "fixed_point", "renoise")
-AUTO_LAYERS, ALL_LAYERS = "auto", "all"
-_LAYER_RANGE = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MaskConfig:
     # Ours, in latent cells: the model needs room around the subject.
     grow: int = 1
     # Ours: "auto" is five layers, of a UNet's coarsest that have 8 cells, of the middle third of a transformer's.
-    layers: str = AUTO_LAYERS
+    layers: str = AUTO
     # Cells of the longer side at which layers are averaged; 0 is the finest of them.
     resolution: int = 0
     # Ours, in cells of that resolution: the deviation of a Gaussian. As the threshold.
@@ -57,7 +57,7 @@ class MaskConfig:
             raise ValueError(f"threshold is {self.threshold}: use 0 (everything) to 1 (the strongest place alone)")
         if self.grow < 0 or self.resolution < 0 or self.smoothing < 0:
             raise ValueError("grow, resolution and smoothing are 0 or more: 0 is off")
-        parse_layers(self.layers)
+        parse_numbers("layers", self.layers, (AUTO, ALL))
 
 
 @dataclass(frozen=True)
@@ -83,24 +83,4 @@ class BlendConfig:
     end_percent: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.start_percent < self.end_percent:
-            raise ValueError(
-                f"the range of steps is empty: set start_percent ({self.start_percent}) below end_percent "
-                f"({self.end_percent})"
-            )
-
-
-def parse_layers(text: str) -> frozenset[int] | None:
-    """The layers named by text such as `4-6, 9`; None for `auto` and `all`. Raises ValueError for other text."""
-    if text.strip().lower() in (AUTO_LAYERS, ALL_LAYERS):
-        return None
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = _LAYER_RANGE.fullmatch(part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise ValueError(
-                f"layers is {text!r}: use {AUTO_LAYERS!r}, {ALL_LAYERS!r}, or numbers and ranges such as '4-6, 9'"
-            )
-        chosen.update(range(first, last + 1))
-    return frozenset(chosen)
+        check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..inputs.ranges import SIGMA_TOLERANCE
 from ..training.objective import same_bucket
 from .config import MaskConfig
-
-# Percents, grids and samplers round one sigma differently; this close counts as equal.
-SIGMA_TOLERANCE = 1e-4
 
 # denoise(x, sigma) -> the denoised estimate of x [B, C, ...] at sigma
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]

@@ -20,6 +20,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .. import subject_tokens
+from ..inputs import ranges
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
@@ -148,10 +149,9 @@ class _BlendRun:
         self.shape = noise.shape
         # It stays on its device: a step needs two of its latents, not all.
         self.path = blend.inversion.trajectory
-        percent_to_sigma = base.model_sampling.percent_to_sigma
-        self.start = percent_to_sigma(blend.config.start_percent) * (1 + method.SIGMA_TOLERANCE)
-        self.end = percent_to_sigma(blend.config.end_percent) * (1 + method.SIGMA_TOLERANCE)
-        self.to_the_end = blend.config.end_percent >= 1.0
+        config = blend.config
+        self.steps = ranges.sigma_range(base.model_sampling, config.start_percent, config.end_percent)
+        self.to_the_end = config.end_percent >= 1.0
         self.check(noise)
         if self.connected_mask is not None:
             method.check_masks(len(self.connected_mask), len(noise))
@@ -168,12 +168,13 @@ class _BlendRun:
         self.mask = first.to(noise.device)
 
     def is_active(self, sigma: float) -> bool:
-        return self.start >= sigma and (sigma > self.end or self.to_the_end)
+        """Whether the blend acts at sigma; at sigma 0 is the finished latent."""
+        return sigma in self.steps or (sigma == 0 and self.to_the_end)
 
     def starts_off_path(self, guider, sigmas, noise, latent_image) -> bool:
         """Whether the sampler makes another latent of the noise than the path's first one; a later stretch may."""
         first = self.path.sigmas[0]
-        if not noise.any() or not math.isclose(float(sigmas[0]), first, rel_tol=method.SIGMA_TOLERANCE):
+        if not noise.any() or not math.isclose(float(sigmas[0]), first, rel_tol=ranges.SIGMA_TOLERANCE):
             return False
         max_denoise = comfy.samplers.Sampler().max_denoise(guider, sigmas)
         x = guider.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, max_denoise)

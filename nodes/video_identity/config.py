@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-ALL_BLOCKS = "all"
-_BLOCK_RANGE = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
+from ..inputs.ranges import ALL, check_range, parse_numbers
 
 
 @dataclass(frozen=True)
@@ -22,36 +20,18 @@ class VideoIdentityConfig:
     start_percent: float = 0.0
     end_percent: float = 1.0
     # Published: every block.
-    blocks: str = ALL_BLOCKS
+    blocks: str = ALL
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.strength <= 1.0:
             raise ValueError(f"strength is {self.strength}: use 0 (off) to 1 (as published)")
-        if not self.start_percent < self.end_percent:
-            raise ValueError(
-                f"the range of steps is empty: set start_percent ({self.start_percent}) below end_percent "
-                f"({self.end_percent})"
-            )
-        parse_blocks(self.blocks)
+        check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)
+        parse_numbers("blocks", self.blocks)
 
     @property
     def every_step(self) -> bool:
         """True where the percents leave out no step."""
         return self.start_percent <= 0.0 and self.end_percent >= 1.0
-
-
-def parse_blocks(text: str) -> frozenset[int] | None:
-    """The blocks named by text such as `0-19, 25`; None for `all`. Raises ValueError for other text."""
-    if text.strip().lower() == ALL_BLOCKS:
-        return None
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = _BLOCK_RANGE.fullmatch(part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise ValueError(f"blocks is {text!r}: use {ALL_BLOCKS!r}, or numbers and ranges such as '0-19, 25'")
-        chosen.update(range(first, last + 1))
-    return frozenset(chosen)
 
 
 @dataclass(frozen=True)

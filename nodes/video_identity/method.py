@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ..errors import shown_by_name
-from .config import VideoIdentityConfig, parse_blocks
+from ..inputs.ranges import select_numbers
+from .config import VideoIdentityConfig
 
 PROJECTIONS = ("q", "k", "v")
 _PREFIX = r"(?:model\.)?(?:diffusion_model\.)?"
@@ -234,12 +235,7 @@ def reference_positions(height: int, width: int, video_height: float, video_widt
 
 def selected_blocks(config: VideoIdentityConfig, count: int) -> frozenset[int]:
     """The blocks in which the reference is seen. Raises ValueError if a model of `count` blocks lacks one."""
-    selected = parse_blocks(config.blocks)
-    if selected is None:
-        return frozenset(range(count))
-    if max(selected) >= count:
-        raise ValueError(f"blocks is {config.blocks!r} and this model has 0 to {count - 1}: choose among those")
-    return selected
+    return select_numbers("blocks", config.blocks, count)
 
 
 def token_weights(mask: torch.Tensor, frames: int, height: int, width: int, patch: tuple[int, int]) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.restricted_attention import Reference
+from ..inputs import ranges
 from ..patching import models, wan_blocks
 from . import blocks, method, reference_pass
 from .blocks import KEY
@@ -24,9 +25,6 @@ from .reference_pass import ReferenceKV, token_grid
 
 # Tested with tiny weights; other relatives of WanModel run with a warning, if they run patches of their blocks.
 VERIFIED = ("WanModel", "VaceWanModel", "CameraWanModel")
-
-# Schedules and percents round differently; a step that lies on a limit counts as on it.
-_SIGMA_TOLERANCE = 1e-5
 
 
 def apply(model: Any, reference: VideoReference) -> Any:
@@ -252,12 +250,9 @@ def _area_size(area: Sequence | None, size: tuple[int, int]) -> tuple[int, ...]:
 
 
 def _is_active(reference: VideoReference, base: Any, t: torch.Tensor) -> bool:
-    if reference.config.every_step:
-        return True
-    sampling = base.model_sampling
-    start = sampling.percent_to_sigma(reference.config.start_percent) * (1 + _SIGMA_TOLERANCE)
-    end = sampling.percent_to_sigma(reference.config.end_percent) * (1 + _SIGMA_TOLERANCE)
-    return start >= float(t.max()) > end
+    config = reference.config
+    steps = ranges.sigma_range(base.model_sampling, config.start_percent, config.end_percent)
+    return config.every_step or float(t.max()) in steps
 
 
 def _weights_version(base: Any) -> tuple:

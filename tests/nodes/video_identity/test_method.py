@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.nodes.video_identity import method
-from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig, parse_blocks
+from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
 
 ADAPTER = method.VideoAdapter(())
 
@@ -72,7 +72,6 @@ def test_a_mask_of_another_length_names_both():
     ("all", None), (" All ", None), ("0", {0}), ("0-2", {0, 1, 2}), ("0, 3-4,7", {0, 3, 4, 7}), ("2 - 3", {2, 3}),
 ])
 def test_blocks(text, expected):
-    assert parse_blocks(text) == expected
     assert VideoIdentityConfig(blocks=text).blocks == text
     if expected:
         with pytest.raises(ValueError, match="has 0 to"):
