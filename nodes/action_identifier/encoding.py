@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,8 @@ from .method import ActionError, ActionIdentifier
 
 # What ComfyUI's tokenizers return: encoder -> sections of (token id or embedding, weight).
 Tokens = dict[str, list[list[tuple[Any, float]]]]
+# tokens[placeholder][encoder]: [L, n, D]
+ByPlaceholder = Mapping[str, Mapping[str, torch.Tensor]]
 
 # Single tokens of the tokenizers in use; the first that is one here and is not in the prompt is used.
 _STAND_INS = ("sks", "zwx", "vkt", "xjq", "zebra", "violin", "copper", "garden")
@@ -98,49 +100,50 @@ def unknown_words(tokenize: Callable[[str], Tokens], text: str) -> list[str]:
     return [word for word in text.split() if not known(word)]
 
 
-class Prompt:
-    """A tokenized text with marks where its placeholders are, ready for vectors of any value.
+class _Mark(NamedTuple):
+    """Stands among the tokens of a prompt for one of a placeholder's."""
 
-    counts[placeholder][encoder]: how many tokens it takes. Raises ValueError where no word is free to mark them.
+    placeholder: str
+    index: int
+
+
+class Prompt:
+    """A tokenized text whose placeholders take vectors of any value, as many as the tokens that it is made with.
+
+    tokens[placeholder][encoder]: [L, n, D]. Raises ValueError where no word is free to mark them.
     """
 
-    def __init__(self, tokenize: Callable[[str], Tokens], text: str, counts: Mapping[str, Mapping[str, int]]):
-        pattern = _pattern(counts)
-        order = [match[0] for match in pattern.finditer(text)]
-        self.places: dict[str, list[tuple[str, int]]] = {}
-        self.tokens: Tokens = {}
+    def __init__(self, tokenize: Callable[[str], Tokens], text: str, tokens: ByPlaceholder):
+        counts = token_counts(tokens)
+        order = [match[0] for match in _pattern(counts).finditer(text)]
+        self.marked: Tokens = {}
         for encoder in next(iter(counts.values())):
-            _, marked, mark = _marked(tokenize, text, encoder, counts)
-            self.tokens[encoder] = [
-                [(_MARK if _is(token, mark) else token, weight) for token, weight in section]
+            marks = iter([_Mark(name, i) for name in order for i in range(counts[name][encoder])])
+            _, marked, word_id = _marked(tokenize, text, encoder, counts)
+            self.marked[encoder] = [
+                [(next(marks) if _is(token, word_id) else token, weight) for token, weight in section]
                 for section in marked[encoder]
             ]
-            self.places[encoder] = [(name, j) for name in order for j in range(counts[name][encoder])]
 
-    def filled(self, vectors: Mapping[str, Mapping[str, torch.Tensor]]) -> Tokens:
-        """ComfyUI's tokens with vectors[placeholder][encoder], [n, D], in their places."""
-        filled: Tokens = {}
-        for encoder, sections in self.tokens.items():
-            places = iter(self.places[encoder])
-            filled[encoder] = [
-                [(_vector(vectors, encoder, next(places)) if token is _MARK else token, weight)
-                 for token, weight in section]
+    def at_layer(self, tokens: ByPlaceholder, layer: int) -> Tokens:
+        """ComfyUI's tokens with those of one layer in their places; where L is 1, all layers have the same."""
+
+        def vector(encoder: str, mark: _Mark) -> torch.Tensor:
+            layers = tokens[mark.placeholder][encoder]
+            return layers[min(layer, len(layers) - 1), mark.index]
+
+        return {
+            encoder: [
+                [(vector(encoder, token) if isinstance(token, _Mark) else token, weight) for token, weight in section]
                 for section in sections
             ]
-        return filled
-
-
-_MARK = object()
+            for encoder, sections in self.marked.items()
+        }
 
 
 def _is(token: Any, mark: int) -> bool:
     # The user's embeddings are among the ids as tensors.
     return isinstance(token, numbers.Integral) and token == mark
-
-
-def _vector(vectors, encoder: str, place: tuple[str, int]) -> torch.Tensor:
-    placeholder, index = place
-    return vectors[placeholder][encoder][index]
 
 
 def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int]:
@@ -202,27 +205,19 @@ def encode(clip: Any, text: str, actions: Sequence[ActionIdentifier]) -> tuple[l
     tokens = {action.placeholder: action.for_encoders(widths) for action in actions}
     # A clip with scheduled LoRAs gives several entries.
     plain = clip.encode_from_tokens_scheduled(clip.tokenize(plain_text(text, actions)), show_pbar=False)
-    prompt = Prompt(clip.tokenize, text, token_counts(tokens))
-    filled = [prompt.filled(at_layer(tokens, layer)) for layer in range(common_layers(actions))]
+    prompt = Prompt(clip.tokenize, text, tokens)
+    prompts = [prompt.at_layer(tokens, layer) for layer in range(common_layers(actions))]
 
     def entries(joined: Tokens) -> list[torch.Tensor]:
         return [entry[0] for entry in clip.encode_from_tokens_scheduled(joined, show_pbar=False)]
 
-    return plain, encode_each(entries, filled)
+    return plain, encode_each(entries, prompts)
 
 
-def token_counts(tokens: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, int]]:
-    """How many tokens each placeholder takes in each encoder, of tokens[placeholder][encoder], [L, n, D]."""
+def token_counts(tokens: ByPlaceholder) -> dict[str, dict[str, int]]:
+    """How many tokens each placeholder takes in each encoder."""
     return {
         name: {encoder: vectors.shape[1] for encoder, vectors in by_encoder.items()}
-        for name, by_encoder in tokens.items()
-    }
-
-
-def at_layer(tokens: Mapping[str, Mapping[str, torch.Tensor]], layer: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The tokens [n, D] of one layer; those that are equal for all layers are stored once."""
-    return {
-        name: {encoder: vectors[min(layer, len(vectors) - 1)] for encoder, vectors in by_encoder.items()}
         for name, by_encoder in tokens.items()
     }
 

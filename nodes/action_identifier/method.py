@@ -127,16 +127,10 @@ def mean_token(tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class Triple(NamedTuple):
-    """Indices of the exemplars of a step: the anchor, whose contrast belongs to it, and another of the action."""
+    """Indices of two exemplars: the anchor, with which goes its contrast, and another of the same action."""
 
     anchor: int
     other: int
-
-
-def draw_triple(count: int, generator: torch.Generator) -> Triple:
-    """Two different exemplars of `count`."""
-    anchor, other = torch.randperm(count, generator=generator)[:2].tolist()
-    return Triple(anchor, other)
 
 
 class TripleObjective:
@@ -163,7 +157,7 @@ class TripleObjective:
         self.masks: dict[str, torch.Tensor] = {}
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
-        triple = draw_triple(self.exemplars, generator)
+        triple = Triple(*torch.randperm(self.exemplars, generator=generator)[:2].tolist())
         copies = {
             name: token.detach().expand(3, *token.shape).clone().requires_grad_()
             for name, token in self.tokens.items()

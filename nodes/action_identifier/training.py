@@ -138,14 +138,13 @@ class _ActionTrainer:
             return clip.encode_from_tokens_scheduled(clip.tokenize(text), show_pbar=False)
 
     def _prompt(self, text: str, tokens: dict[str, torch.Tensor], placeholder: str) -> encoding.Prompt:
-        counts = encoding.token_counts({placeholder: tokens})
-        return encoding.Prompt(self.encoder.clip.tokenize, text, counts)
+        return encoding.Prompt(self.encoder.clip.tokenize, text, {placeholder: tokens})
 
     def contexts(self, prompt: encoding.Prompt, placeholder: str, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the layers read of a prompt with tokens [L, n, D], [L, T, C]."""
         count = len(next(iter(tokens.values())))
-        filled = [prompt.filled(encoding.at_layer({placeholder: tokens}, layer)) for layer in range(count)]
-        return encoding.encode_each(self.encoder.encode, filled)[0]
+        prompts = [prompt.at_layer({placeholder: tokens}, layer) for layer in range(count)]
+        return encoding.encode_each(self.encoder.encode, prompts)[0]
 
     def _with_contexts(self, exemplar_ids: Sequence[int], contexts: Sequence[torch.Tensor]) -> list[dict]:
         """The conditions of these exemplars, with contexts [L, T, C] for each."""
@@ -213,7 +212,7 @@ class _ActionTrainer:
             logging.info("[Understudy] drawing contrast %d of %d", i + 1, len(contexts))
             seed = loop.step_seed(self.config.seed, _CONTRAST_SEED + i)
             text = f"{self.exemplars.prompt(i, words[seed % len(words)], name)} {_CONTEXT}"
-            prompt = self._prompt(text, context, _CONTEXT).filled(encoding.at_layer({_CONTEXT: context}, 0))
+            prompt = self._prompt(text, context, _CONTEXT).at_layer({_CONTEXT: context}, 0)
             with torch.no_grad():
                 positive = self.encoder.clip.encode_from_tokens_scheduled(prompt, show_pbar=False)
             shape = self.exemplars.latents[i].shape

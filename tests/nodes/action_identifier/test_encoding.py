@@ -135,12 +135,12 @@ def test_stand_ins_give_way_to_the_text_s_own_words(clips):
     clip = clips["SD 1.5"]
     words = " ".join(encoding._STAND_INS[:-1])
     action = same_everywhere("SD 1.5", "<one>", 1, 3)
-    prompt = encoding.Prompt(clip.tokenize, f"{words} <one>", {"<one>": {"l": 1}})
-    filled = prompt.filled(encoding.at_layer({"<one>": action.tokens}, 0))
+    prompt = encoding.Prompt(clip.tokenize, f"{words} <one>", {"<one>": action.tokens})
+    filled = prompt.at_layer({"<one>": action.tokens}, 0)
     items = [token for section in filled["l"] for token, _ in section]
     assert sum(isinstance(token, torch.Tensor) for token in items) == 1
     with pytest.raises(ValueError, match="no word is free"):
-        encoding.Prompt(clip.tokenize, f"{words} {encoding._STAND_INS[-1]} <one>", {"<one>": {"l": 1}})
+        encoding.Prompt(clip.tokenize, f"{words} {encoding._STAND_INS[-1]} <one>", {"<one>": action.tokens})
 
 
 def test_the_subject_of_an_identity():

@@ -44,8 +44,8 @@ def test_gradients_to_the_tokens_are_those_of_the_formulas():
         encoder = training.TextEncoder(clip)
         tokens = vectors.clone().requires_grad_()
         with session(MODEL, (1, 4, 8, 8), config(), other_models=[encoder.patcher]):
-            prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": 2}})
-            filled = [prompt.filled({"<a>": {"l": tokens[layer]}}) for layer in range(2)]
+            prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": tokens}})
+            filled = [prompt.at_layer({"<a>": {"l": tokens}}, layer) for layer in range(2)]
             joined = {"l": filled[0]["l"] + filled[1]["l"]}
             encoded = encoder.encode(joined)[0] if encode is None else encode(joined)
             (encoded * weight).sum().backward()
@@ -96,8 +96,9 @@ def test_a_t5_has_gradients_too_as_finite_differences_say():
     vector = torch.randn(1, 16, generator=generator)
 
     def value(moved):
-        prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": 1}})
-        return (encoder.encode(prompt.filled({"<a>": {"l": moved}}))[0] * weight).sum()
+        tokens = {"<a>": {"l": moved[None]}}
+        prompt = encoding.Prompt(clip.tokenize, "a <a> cat", tokens)
+        return (encoder.encode(prompt.at_layer(tokens, 0))[0] * weight).sum()
 
     with session(MODEL, (1, 4, 8, 8), config(), other_models=[encoder.patcher]):
         token = vector.clone().requires_grad_()
@@ -140,15 +141,16 @@ def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
         anchor, other = order[:2]
         state = generator.get_state()
         found = []
-        for who, picture in (
+        for exemplar_id, picture in (
             (anchor, trainer.latents[anchor]), (other, trainer.latents[other]), (anchor, contrasts[anchor])
         ):
             generator.set_state(state)
-            text = SUBJECTS[who] if "<action>" in SUBJECTS[who] else f"{SUBJECTS[who]} <action>"
-            prompt = encoding.Prompt(CLIP.tokenize, text, {"<action>": {"l": 1}})
+            subject = SUBJECTS[exemplar_id]
+            text = subject if "<action>" in subject else f"{subject} <action>"
+            prompt = encoding.Prompt(CLIP.tokenize, text, {"<action>": tokens})
             copy = {"l": tokens["l"].detach().clone().requires_grad_()}
             contexts = trainer.contexts(prompt, "<action>", copy)
-            error = trainer.errors([picture], [who], [contexts], generator)
+            error = trainer.errors([picture], [exemplar_id], [contexts], generator)
             assert len(found) or float(error.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
             found.append(torch.autograd.grad(error.sum(), copy["l"])[0])
     g, same_action, same_context = found
