@@ -1,6 +1,6 @@
 """Inversion: a picture's path from noise, and where its subject is; apart from sampling.py, which runs on its result.
 
-The path is walked by the model's own calls, in a run of its own that ComfyUI loads and frees as every other.
+The path comes from the model's own calls, in a sampling run for which ComfyUI loads and frees as for any other.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ import comfy.model_base
 import comfy.samplers
 import comfy.supported_models
 import torch
-from pack.nodes.identity_prior import inversion, sampling
+from pack.nodes.identity_prior import sampling
 from pack.nodes.identity_prior.config import BlendConfig, InversionConfig, MaskConfig
+from pack.nodes.identity_prior.inversion import invert
 from pack.nodes.subject_tokens import SUBJECT_TOKENS
 from support import tiny_model
 
@@ -42,34 +43,34 @@ def grid(model, steps: int = 6, scheduler: str = "normal") -> torch.Tensor:
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
 
 
-def inverted(model, *, given=None, sigmas=None, positive=None, method="fixed_point", iterations=4, steps=6, **masks):
-    """What Invert Image finds, in the host's mode."""
+def inverted(model, *, source=None, sigmas=None, positive=None, method="fixed_point", iterations=4, steps=6, **masks):
+    """What Invert Image outputs, in ComfyUI's inference mode."""
     sigmas = grid(model, steps) if sigmas is None else sigmas
     with torch.inference_mode():
-        return inversion.invert(
-            model, prompt() if positive is None else positive, latent() if given is None else given, sigmas,
+        return invert(
+            model, prompt() if positive is None else positive, latent() if source is None else source, sigmas,
             InversionConfig(method, iterations), MaskConfig(grow=0, **masks),
         )
 
 
 MODEL = tiny_model.picture()
 FLOW = tiny_model.picture(flow=True)
-FOUND = {id(MODEL): inverted(MODEL), id(FLOW): inverted(FLOW)}
+INVERSIONS = {id(MODEL): inverted(MODEL), id(FLOW): inverted(FLOW)}
 EDIT = prompt(5)
 
 
-def blended(model=MODEL, mask=None, found=None, positive=EDIT, start=0.0, end=1.0, **masks):
-    """A clone of `model` that blends along its path in FOUND, or along `found`."""
-    found = FOUND[id(model)] if found is None else found
-    return sampling.apply(model, found, positive, MaskConfig(**masks), BlendConfig(start, end), mask)
+def blended(model=MODEL, mask=None, inversion=None, positive=EDIT, start=0.0, end=1.0, **masks):
+    """A clone of `model` that blends along its path in INVERSIONS, or along `inversion`."""
+    inversion = INVERSIONS[id(model)] if inversion is None else inversion
+    return sampling.apply(model, inversion, positive, MaskConfig(**masks), BlendConfig(start, end), mask)
 
 
-def sample(model, sampler="euler", base=MODEL, found=None, **options):
-    """A run over the sigmas of the path of `base`, or of `found`, by a sampler or its name."""
+def sample(model, sampler="euler", base=MODEL, inversion=None, **options):
+    """A run over the sigmas of the path of `base`, or of `inversion`, by a sampler or its name."""
     if isinstance(sampler, str):
         sampler = comfy.samplers.sampler_object(sampler)
-    found = FOUND[id(base)] if found is None else found
-    options = {"sigmas": torch.tensor(found.trajectory.sigmas), "positive": EDIT, **options}
+    inversion = INVERSIONS[id(base)] if inversion is None else inversion
+    options = {"sigmas": torch.tensor(inversion.trajectory.sigmas), "positive": EDIT, **options}
     return tiny_model.sample(model, sampler, **options)
 
 

@@ -17,7 +17,7 @@ from support import tiny_model
 from support.identity_edits import (
     COLUMNS,
     EDIT,
-    FOUND,
+    INVERSIONS,
     MODEL,
     SHAPE,
     blended,
@@ -67,7 +67,7 @@ def heats_of(model, patched, monkeypatch, **options):
 
 def test_found_masks_of_everything_are_plain_sampling_too():
     """Threshold 0: the whole recording runs, and changes no bit, wherever the source's subject was."""
-    assert FOUND[id(MODEL)].source_mask.mean() < 1
+    assert INVERSIONS[id(MODEL)].source_mask.mean() < 1
     assert torch.equal(sample(blended(threshold=0.0, grow=0)), sample(MODEL))
 
 
@@ -82,7 +82,7 @@ def test_the_map_is_the_subject_s_share_of_the_positive_half_alone(monkeypatch):
     assert count == len(attention.layers_of(MODEL)) == 4
 
 
-def test_prompts_of_unlike_lengths_are_repeated_by_the_host(monkeypatch):
+def test_prompts_of_different_lengths_are_repeated_by_comfyui(monkeypatch):
     """CFG with 4 and 8 tokens: the positive's tokens stand there twice."""
     heats = heats_of(MODEL, blended(threshold=0.0), monkeypatch)
     original = tiny_model.conditioning
@@ -134,7 +134,7 @@ def test_patches_leave_the_model_and_each_other_alone():
     options = MODEL.model_options["transformer_options"]
     before = dict(options)
     patched = blended()
-    again = blended(patched, found=FOUND[id(MODEL)], mask=None)
+    again = blended(patched, inversion=INVERSIONS[id(MODEL)], mask=None)
     assert MODEL.model_options["transformer_options"] == before
     first = sample(patched)
     assert torch.equal(sample(again), first) and torch.equal(sample(patched.clone()), first)
@@ -147,15 +147,15 @@ def test_patches_leave_the_model_and_each_other_alone():
 def test_steps_in_which_a_cache_skips_the_model_keep_the_mask(node):
     cached = node.execute(MODEL, 100.0, 0.0, 1.0, False).result[0]
     assert torch.isfinite(inverted(cached).trajectory.latents).all()
-    found = FOUND[id(MODEL)]
-    plain = sample(cached, found=found)
+    inversion = INVERSIONS[id(MODEL)]
+    plain = sample(cached, inversion=inversion)
     assert not torch.equal(plain, sample(MODEL))
-    patched = blended(cached, found=found, grow=0, threshold=0.8)
-    result = sample(patched, found=found)
+    patched = blended(cached, inversion=inversion, grow=0, threshold=0.8)
+    result = sample(patched, inversion=inversion)
     joined = torch.maximum(*sampling.masks_of(patched, result)).expand_as(result)
     assert 0 < joined.mean() < 1
     torch.testing.assert_close(result[joined == 0], latent()["samples"][joined == 0], rtol=1e-4, atol=1e-5)
-    assert torch.equal(sample(blended(cached, found=found, threshold=0.0), found=found), plain)
+    assert torch.equal(sample(blended(cached, inversion=inversion, threshold=0.0), inversion=inversion), plain)
 
 
 def test_a_blended_model_is_not_inverted_with():
@@ -172,11 +172,11 @@ def test_an_earlier_cross_attention_patch_keeps_working():
 
     model = MODEL.clone()
     model.set_model_attn2_replace(earlier, "middle", 0)
-    found = inverted(model)
+    inversion = inverted(model)
     seen.clear()
-    plain = sample(model, found=found)
+    plain = sample(model, inversion=inversion)
     count = len(seen)
-    assert torch.equal(sample(blended(model, found=found, threshold=0.0), found=found), plain)
+    assert torch.equal(sample(blended(model, inversion=inversion, threshold=0.0), inversion=inversion), plain)
     assert count and len(seen) == 2 * count
 
 
@@ -195,7 +195,7 @@ def test_what_cannot_show_the_subject_is_refused():
         sample(blended(), positive=tiny_model.conditioning(1))
     wan = tiny_model.wan()
     with pytest.raises(ValueError, match="invert with this model"):
-        sampling.apply(wan, FOUND[id(MODEL)], EDIT, MaskConfig(), BlendConfig(), None)
+        sampling.apply(wan, INVERSIONS[id(MODEL)], EDIT, MaskConfig(), BlendConfig(), None)
 
 
 def test_context_windows_and_models_without_cross_attention_need_a_mask(monkeypatch):
@@ -209,11 +209,11 @@ def test_context_windows_and_models_without_cross_attention_need_a_mask(monkeypa
     with pytest.raises(ValueError, match="looks at 6 tokens and the prompt has 4"):
         recorder.record(0, q, q[:, :6], 2, {"uuids": ["a"]})
     monkeypatch.setattr(attention, "layers_of", lambda model: ())
-    found = inverted(MODEL, positive=tiny_model.conditioning(1))
-    assert found.source_mask.all()
+    inversion = inverted(MODEL, positive=tiny_model.conditioning(1))
+    assert inversion.source_mask.all()
     with pytest.raises(ValueError, match="no cross-attention.*your own `mask`"):
-        blended(found=found)
-    result = sample(blended(mask=torch.zeros(1, 8, 8), found=found), found=found)
+        blended(inversion=inversion)
+    result = sample(blended(mask=torch.zeros(1, 8, 8), inversion=inversion), inversion=inversion)
     torch.testing.assert_close(result, latent()["samples"], rtol=1e-4, atol=1e-5)
 
 
@@ -226,7 +226,7 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     wan = tiny_model.wan()
     shape = (1, 16, 3, 8, 6)
     clip = {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(1))}
-    found = inverted(wan, given=clip, steps=3, iterations=2)
+    inversion = inverted(wan, source=clip, steps=3, iterations=2)
     network = wan.model.diffusion_model
     seen = []
     cross = network.blocks[1].cross_attn
@@ -235,8 +235,8 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
         for module in (cross.norm_q, cross.norm_k)
     ]
     # The middle third of three blocks is the second alone.
-    patched = blended(wan, found=found, threshold=0.0)
-    options = {"shape": shape, "cfg": 1.0, "found": found}
+    patched = blended(wan, inversion=inversion, threshold=0.0)
+    options = {"shape": shape, "cfg": 1.0, "inversion": inversion}
     heats = heats_of(wan, patched, monkeypatch, **options)
     for handle in handles:
         handle.remove()
@@ -250,11 +250,11 @@ def test_wan_shows_the_subject_in_its_cross_attention(monkeypatch):
     assert [mask.shape for mask in shown] == [(6, 64, 48)] * 2, "one source for a batch of clips"
     masks = torch.zeros(9, 16, 16)
     masks[:5] = 1
-    edit = sample(blended(wan, masks, found=found), **options)
+    edit = sample(blended(wan, masks, inversion=inversion), **options)
     torch.testing.assert_close(edit[:, :, 2], clip["samples"][:, :, 2], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(edit[:, :, 0], clip["samples"][:, :, 0], atol=0.01)
     with pytest.raises(ValueError, match="mask has 4 frames"):
-        blended(wan, masks[:4], found=found)
+        blended(wan, masks[:4], inversion=inversion)
 
 
 # The layers of real models: their shapes alone, on the meta device
@@ -280,17 +280,17 @@ def layers_of_real(name):
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_every_cross_attention_is_known_with_its_cells(name):
-    found = layers_of_real(name)
-    assert [layer.factor for layer in found] == FACTORS[name]
-    assert len({layer.place for layer in found}) == len(found)
+    layers = layers_of_real(name)
+    assert [layer.factor for layer in layers] == FACTORS[name]
+    assert len({layer.place for layer in layers}) == len(layers)
     if name.startswith("SD"):
-        assert found[0].place == ("input", 4 if name == "SDXL" else 1, 0)
-        assert found[-1].place == ("output", 5 if name == "SDXL" else 11, 1 if name == "SDXL" else 0)
+        assert layers[0].place == ("input", 4 if name == "SDXL" else 1, 0)
+        assert layers[-1].place == ("output", 5 if name == "SDXL" else 11, 1 if name == "SDXL" else 0)
 
 
 @pytest.mark.parametrize(("name", "side", "expected"), AUTO)
 def test_auto_takes_five_layers_of_the_coarsest_or_in_the_middle(name, side, expected):
-    found = layers_of_real(name)
-    assert attention.chosen_layers(found, MaskConfig(), side) == expected
-    assert len(attention.chosen_layers(found, MaskConfig(layers="all"), side)) == len(found)
-    assert attention.chosen_layers(found, MaskConfig(layers="0-2"), side) == {0, 1, 2}
+    layers = layers_of_real(name)
+    assert attention.chosen_layers(layers, MaskConfig(), side) == expected
+    assert len(attention.chosen_layers(layers, MaskConfig(layers="all"), side)) == len(layers)
+    assert attention.chosen_layers(layers, MaskConfig(layers="0-2"), side) == {0, 1, 2}

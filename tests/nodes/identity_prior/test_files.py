@@ -37,13 +37,13 @@ def test_the_file_is_an_ordinary_lora_with_its_story(output):
         assert weights[f"{stem}.alpha"].ndim == 0 and weights[f"{stem}.lora_down.weight"].shape[0] == 3
     known = comfy.lora.model_lora_keys_unet(model.model, {})
     assert len(comfy.lora.load_lora(weights, known)) == len(weights) // 3
-    found, alphas = _convert_non_diffusers_lora_to_diffusers(dict(weights))
+    converted, alphas = _convert_non_diffusers_lora_to_diffusers(dict(weights))
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",), mid_block_type="UNetMidBlock2DCrossAttn",
         cross_attention_dim=tiny_model.CONTEXT, attention_head_dim=2,
     )
-    unet.load_lora_adapter(found, prefix="unet", network_alphas=alphas)
+    unet.load_lora_adapter(converted, prefix="unet", network_alphas=alphas)
     assert len([name for name, _ in unet.named_parameters() if "lora_" in name]) == 2 * len(weights) // 3
 
 

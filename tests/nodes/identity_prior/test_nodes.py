@@ -31,12 +31,12 @@ def test_the_nodes_hand_on_what_belongs_together(caplog):
     with torch.inference_mode():
         with caplog.at_level("INFO"):
             made = UnderstudyInvertImage.execute(MODEL, prompt(), latent(), sigmas, "ddim", 1, 0.5, smoothing=0.0)
-        found, noise, mask = made.result
-        patched = UnderstudyIdentityMaskBlend.execute(MODEL, found, EDIT, 0.3, 1, 0.0, 1.0).result[0]
+        inversion, noise, mask = made.result
+        patched = UnderstudyIdentityMaskBlend.execute(MODEL, inversion, EDIT, 0.3, 1, 0.0, 1.0).result[0]
     assert mask.shape == (1, 64, 64) and set(mask.unique().tolist()) == {0.0, 1.0}
     assert noise.generate_noise(latent()).shape == SHAPE
-    assert torch.isfinite(sample(patched, found=found)).all()
-    assert found.method == "ddim"
-    (said,) = made.ui["text"]
-    assert said == "inverted over 4 steps by ddim; the path takes 0.0 MB on cpu"
-    assert f"[Understudy] Invert Image: {said}" in caplog.messages
+    assert torch.isfinite(sample(patched, inversion=inversion)).all()
+    assert inversion.method == "ddim"
+    (summary,) = made.ui["text"]
+    assert summary == "inverted over 4 steps by ddim; the path takes 0.0 MB on cpu"
+    assert f"[Understudy] Invert Image: {summary}" in caplog.messages

@@ -49,20 +49,20 @@ class Shrinking:
 def test_models_of_v_prediction_and_of_two_encoders_learn_and_edit(puppets, kind, make):
     """With class pictures of their own; then the prior edits: it is inverted with and blended."""
     model = tiny_model.as_loaded(make())
-    given = model, tiny_clip.as_loaded(tiny_clip.clip(kind)), Shrinking()
+    loaded = model, tiny_clip.as_loaded(tiny_clip.clip(kind)), Shrinking()
     images, captions = puppets
-    lora, identity, losses = train(given, images, captions, steps=3, learning_rate=1e-2, class_count=1)
+    lora, identity, losses = train(loaded, images, captions, steps=3, learning_rate=1e-2, class_count=1)
     assert torch.isfinite(torch.tensor(losses["loss"])).all()
-    assert all(weight.any() for key, weight in lora.items() if "lora_up" in key), "zero until learnt"
-    learnt = files.apply(model, lora, identity, 1.0, "prior")
-    assert len(learnt.patches) == len(lora) // 3 and identity.base == fingerprint(model)
-    positive = UnderstudyEncodeIdentity.execute(given[1], identity, "a {subject} waving").result[0]
+    assert all(weight.any() for key, weight in lora.items() if "lora_up" in key), "zero until trained"
+    with_prior = files.apply(model, lora, identity, 1.0, "prior")
+    assert len(with_prior.patches) == len(lora) // 3 and identity.base == fingerprint(model)
+    positive = UnderstudyEncodeIdentity.execute(loaded[1], identity, "a {subject} waving").result[0]
     with torch.inference_mode():
-        latent = {"samples": given[2].encode(images[0])}
-    found = inverted(learnt, given=latent, positive=positive, steps=4)
-    patched = blended(learnt, found=found, positive=positive, threshold=0.9, grow=0)
+        latent = {"samples": loaded[2].encode(images[0])}
+    inversion = inverted(with_prior, source=latent, positive=positive, steps=4)
+    patched = blended(with_prior, inversion=inversion, positive=positive, threshold=0.9, grow=0)
     edited = sample(
-        patched, found=found, positive=positive, negative=positive, latent=latent["samples"],
+        patched, inversion=inversion, positive=positive, negative=positive, latent=latent["samples"],
         shape=latent["samples"].shape,
     )
     joined = torch.maximum(*sampling.masks_of(patched, edited)).expand_as(edited)
@@ -152,9 +152,9 @@ def test_nothing_is_mirrored_unless_asked():
 
 def test_captions_of_mirror_images_say_the_other_side():
     picture = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(0))
-    told = "Left of it, seen from the right, RIGHT, bright, leftover"
-    _, texts = training.variants([picture], [told], "crop_and_flip", 3)
-    assert texts == [told] * 4 + ["Right of it, seen from the left, LEFT, bright, leftover"] * 4
+    caption = "Left of it, seen from the right, RIGHT, bright, leftover"
+    _, texts = training.variants([picture], [caption], "crop_and_flip", 3)
+    assert texts == [caption] * 4 + ["Right of it, seen from the left, LEFT, bright, leftover"] * 4
 
 
 def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, monkeypatch):
@@ -184,13 +184,13 @@ def test_words_and_pictures_that_teach_little_are_told_of(loaded, puppets, monke
     assert "'red'" not in caplog.text and "1 picture: the prior learns its pose" in caplog.text
     real = tiny_clip.clip()
     assert subject_tokens.warnings(real, ROBOT) == []
-    (said,) = subject_tokens.warnings(real, Subject("starfishing", "german shepherd"))
-    assert "'starfishing' is 2 tokens" in said
+    (warning,) = subject_tokens.warnings(real, Subject("starfishing", "german shepherd"))
+    assert "'starfishing' is 2 tokens" in warning
 
 
 def test_class_pictures_come_from_the_model_and_the_seed(monkeypatch, caplog):
     shown = []
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *told, **_more: shown.append(told[:2]))
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *values, **_more: shown.append(values[:2]))
     model = tiny_model.as_loaded(tiny_model.picture())
     texts = [tiny_model.conditioning(1), tiny_model.conditioning(2)]
     with torch.inference_mode(), caplog.at_level(logging.INFO):
