@@ -168,12 +168,10 @@ class ContextResolver:
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """ComfyUI's CALC_COND_BATCH: resolve what is attached, give the others a neutral condition."""
         if any(KEY in cond["model_conds"] for group in conds for cond in group or ()):
-            groups = [None if group is None else [self._resolved(cond) for cond in group] for group in conds]
+            conds = [group and [self._resolved(cond) for cond in group] for group in conds]
             # With plain prompts alone the call is as it would be without this patch, bit for bit.
-            if any(cond["model_conds"][KEY].contexts[0] is not None for group in groups for cond in group or ()):
-                conds = groups
-            else:
-                conds = [None if group is None else [_without(cond) for cond in group] for group in conds]
+            if all(cond["model_conds"][KEY].contexts[0] is None for group in conds for cond in group or ()):
+                conds = [group and [_without(cond) for cond in group] for group in conds]
         return executor(model, conds, x_in, timestep, model_options)
 
     def _resolved(self, cond: dict) -> dict:
