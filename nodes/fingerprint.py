@@ -1,4 +1,4 @@
-"""A short name for the weights of a model, to tell whether a file was learnt beside them."""
+"""A short name for the weights of a model, to tell whether a file was trained with them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..subject_tokens import SUBJECT, Subject, tag_subject_tokens
-from .method import ActionError, ActionIdentifier
+from .method import ActionError, ActionIdentifier, placeholders
 
 # What ComfyUI's tokenizers return: encoder -> sections of (token id or embedding, weight).
 Tokens = dict[str, list[list[tuple[Any, float]]]]
@@ -70,9 +70,9 @@ def plain_text(text: str, actions: Sequence[ActionIdentifier]) -> str:
     return in_words(text, {action.placeholder: action.initial_word for action in actions})
 
 
-def _pattern(placeholders: Iterable[str]) -> re.Pattern:
-    """Matches the placeholders, longer ones first; one that begins or ends with a letter, as a whole word."""
-    names = sorted(placeholders, key=len, reverse=True)
+def _pattern(names: Iterable[str]) -> re.Pattern:
+    """Matches these placeholders, longer ones first; one that begins or ends with a letter, as a whole word."""
+    names = sorted(names, key=len, reverse=True)
     word = re.compile(r"\w")
     return re.compile("|".join(
         r"(?<!\w)" * bool(word.match(name)) + re.escape(name) + r"(?!\w)" * bool(word.match(name[-1]))
@@ -226,7 +226,7 @@ def common_layers(actions: Sequence[ActionIdentifier]) -> int:
     """How many contexts these identifiers need. Raises ActionError for identifiers of different models."""
     places = {action.places for action in actions if action.places}
     if len(places) > 1:
-        names = ", ".join(action.placeholder for action in actions if action.places)
+        names = placeholders([action for action in actions if action.places])
         raise ActionError(f"{names} were trained for different models: use identifiers of one kind of model")
     return max(len(next(iter(places), ())), 1)
 
