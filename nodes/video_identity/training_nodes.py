@@ -113,7 +113,7 @@ def _check_references(pictures: Sequence[torch.Tensor]) -> None:
             "Encode treats a batch of pictures as one video"
         )
     if any(not picture.any() for picture in pictures):
-        raise ValueError("references hold a latent of zeros, as empty latents are: connect VAE Encode of a picture")
+        raise ValueError("references hold a latent of zeros, which shows no one: connect VAE Encode of a picture")
 
 
 class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
