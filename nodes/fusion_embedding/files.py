@@ -1,4 +1,4 @@
-"""Fusions on disk: safetensors files of the pack, and the published Lightning checkpoints as far as they fit."""
+"""The weight file of a fusion: safetensors of this pack, or a published Lightning checkpoint as far as it fits."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from ..files import weights
 from ..files.folders import WeightFolder
 from ..files.names import EXTENSION, refused
 from ..files.pickles import read_any
-from . import encoding, method, published
-from .method import LORA, WHOLE, Fusion, FusionError
+from . import encoding, published
+from .layout import FusionError, Weights, combiner_width, generator_sizes
+from .method import LORA, WHOLE, Fusion
 
-FOLDER = WeightFolder("fusion_embeddings", (EXTENSION, ".ckpt"))  # published as Lightning's checkpoints
+FOLDER = WeightFolder("fusion_embeddings", (EXTENSION, ".ckpt"))  # the published ones are Lightning's
 _KIND = "understudy fusion"
 _PARTS = ("combiner", "encoder", "generator", "unet")
-_OTHER = "Choose a fusion of this pack, or a published checkpoint"
+_FIX = "Choose a fusion of this pack, or a published checkpoint"
 
 
 def save(fusion: Fusion, filename_prefix: str) -> Path:
     """Write `output/fusion_embeddings/<prefix>_00001_.safetensors`; returns its path. Raises as weights.save does.
 
-    Weights under `combiner.`, `encoder.`, `generator.` and `unet.`, and `probe.embedding`; the metadata says whether
-    the UNet's are a LoRA or a whole UNet.
+    Keys begin with `combiner.`, `encoder.`, `generator.` or `unet.`, and one is `probe.embedding`; the metadata says
+    whether `unet.` is a LoRA or a whole UNet.
     """
     return weights.save(*packed(fusion), FOLDER.name, filename_prefix)
 
 
-def packed(fusion: Fusion) -> tuple[method.Weights, dict[str, str]]:
+def packed(fusion: Fusion) -> tuple[Weights, dict[str, str]]:
     """A file's tensors and metadata."""
     tensors = {}
     for part in _PARTS:
@@ -49,9 +50,9 @@ def packed(fusion: Fusion) -> tuple[method.Weights, dict[str, str]]:
 
 
 def load(name: str) -> tuple[Fusion, list[str]]:
-    """The fusion in a listed file, its weights on the CPU, and lines that say what is in it and what did not fit.
+    """The fusion in a listed file, its weights on the CPU, and lines that say what it holds and what did not fit.
 
-    Raises WeightFileError, naming the file and what is wrong, for any other kind of file.
+    Raises WeightFileError, naming the file and the problem, for any other kind of file.
     """
     path = FOLDER.find(name)
     tensors, metadata = read_any(path, lightning_settings=True)
@@ -62,26 +63,26 @@ def load(name: str) -> tuple[Fusion, list[str]]:
         if published.is_published(tensors):
             return published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
     except FusionError as error:
-        raise refused(path, f"is not a usable fusion: {error}", _OTHER) from error
-    raise refused(path, f"holds {sorted(tensors)[0]!r}, which is no part of a fusion", _OTHER)
+        raise refused(path, f"is not a usable fusion: {error}", _FIX) from error
+    raise refused(path, f"holds {sorted(tensors)[0]!r}, which is no part of a fusion", _FIX)
 
 
-def unpacked(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
-    """The Fusion of a file's tensors and metadata. Raises FusionError, naming the first thing that does not fit."""
-    parts: dict[str, method.Weights] = {}
+def unpacked(tensors: Weights, metadata: dict[str, str]) -> Fusion:
+    """The Fusion of a file's tensors and metadata. Raises FusionError, naming the first key that does not fit."""
+    parts: dict[str, Weights] = {}
     for key, weight in tensors.items():
         part, _, rest = key.partition(".")
         if part not in (*_PARTS, "probe") or not rest:
-            raise FusionError(f"it has {key!r} beside its parts")
-        # Combiner and generator compute in fp32, however small the file is.
+            raise FusionError(f"its {key!r} belongs to no part")
+        # Combiner and generator compute in fp32; a file may store them in fp16.
         parts.setdefault(part, {})[rest] = weight.float() if part in ("combiner", "generator") else weight
     kind = metadata.get("unet", "none")
     if ("unet" in parts) != (kind in (LORA, WHOLE)):
         raise FusionError(f"its metadata says that its UNet is {kind[:40]!r}, and its weights say otherwise")
     if "combiner" in parts:
-        method.combiner_width(parts["combiner"])
+        combiner_width(parts["combiner"])
     if "generator" in parts:
-        method.generator_sizes(parts["generator"])
+        generator_sizes(parts["generator"])
     encoder = None
     if "encoder" in parts:
         try:
@@ -90,7 +91,7 @@ def unpacked(tensors: method.Weights, metadata: dict[str, str]) -> Fusion:
             raise FusionError("its metadata does not describe its image encoder") from error
         if not isinstance(description, dict):
             raise FusionError("its metadata does not describe its image encoder")
-        encoder = encoding.rebuilt(description, parts["encoder"])
+        encoder = encoding.rebuild(description, parts["encoder"])
     probe = parts.get("probe", {}).get("embedding")
     if "probe" in parts and (probe is None or probe.ndim != 1 or not probe.isfinite().all() or not probe.any()):
         raise FusionError("'probe.embedding' is not an embedding")

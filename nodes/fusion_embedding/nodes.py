@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..messages import tell
-from . import encoding, files, method, retargeting, running
+from . import encoding, files, method, retargeting, sampling
 from .config import ApplyConfig, RetargetConfig
+from .layout import FusionError
 
 CATEGORY = "Understudy/Fusion embedding"
 FUSION = io.Custom("UNDERSTUDY_FUSION")
@@ -84,14 +85,14 @@ class UnderstudyCombineFusion(io.ComfyNode):
     @classmethod
     def execute(cls, fusion, source, pose, clip_vision=None) -> io.NodeOutput:
         if fusion.combiner is None:
-            raise method.FusionError("this fusion holds no combiner: train one with Train Fusion Combiner")
-        encoder = encoding.chosen(fusion, clip_vision)
+            raise FusionError("this fusion has no combiner: train one with Train Fusion Combiner")
+        encoder = encoding.encoder_for(fusion, clip_vision)
         method.check_poses(pose)
-        count = method.rows({"source": len(source), "pose": len(pose)})
+        count = method.common_batch_size({"source": len(source), "pose": len(pose)})
         vectors = encoding.fused(
-            fusion.combiner, encoder, method.expanded(source, count), method.expanded(pose, count)
+            fusion.combiner, encoder, method.to_batch(source, count), method.to_batch(pose, count)
         )
-        return io.NodeOutput(method.embedding(fusion, vectors))
+        return io.NodeOutput(method.embedding_from(fusion, vectors))
 
 
 class UnderstudyApplyFusion(io.ComfyNode):
@@ -139,8 +140,8 @@ class UnderstudyApplyFusion(io.ComfyNode):
     @classmethod
     def execute(cls, model, fusion, appearance, pose, strength, fusion_embed=None) -> io.NodeOutput:
         fused = method.vectors_for(fusion, fusion_embed)
-        states = encoding.hidden(appearance)
-        return io.NodeOutput(*running.apply(model, fusion, states, fused, pose, ApplyConfig(strength)))
+        states = encoding.hidden_states(appearance)
+        return io.NodeOutput(*sampling.apply(model, fusion, states, fused, pose, ApplyConfig(strength)))
 
 
 class UnderstudyRetargetPose(io.ComfyNode):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from .config import RetargetConfig
-from .method import FusionError
+from .layout import FusionError
 
 BODY = "pose_keypoints_2d"
 POINTS = 18

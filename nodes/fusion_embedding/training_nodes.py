@@ -205,7 +205,7 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
             "combiner": weights_fingerprint(fusion.combiner or {}),
         }
         if fusion.combiner is not None:
-            encoder = encoding.chosen(fusion, values.get("clip_vision"))
+            encoder = encoding.encoder_for(fusion, values.get("clip_vision"))
             settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
         checkpoints = Checkpoints("fusion_generator", widgets.settings(values, config, settings))
         trained, loss_map = training.train_generator(
@@ -219,7 +219,7 @@ def _values_and_pairs(lists: dict) -> tuple[dict, pairs.Pairs]:
     """The settings of a node whose every input is a list, and the pairs."""
     pictures = {name: lists.pop(name, None) for name in pairs.ROLES}
     values = inputs.single_values(lists)
-    return values, pairs.chosen(pictures, values.get("dataset_folder", pairs.NONE))
+    return values, pairs.open_pairs(pictures, values.get("dataset_folder", pairs.NONE))
 
 
 class UnderstudySaveFusion(io.ComfyNode):

@@ -94,7 +94,8 @@ class Stage:
         self.theatre = sampling.Theatre(sampling.CHECKPOINT, STATE)
         # After the host is on the path.
         from pack.nodes.files.weights import read
-        from pack.nodes.fusion_embedding import encoding, files, running
+        from pack.nodes.fusion_embedding import encoding, files
+        from pack.nodes.fusion_embedding import sampling as running
         from pack.nodes.fusion_embedding.config import ApplyConfig
         from pack.nodes.puppets import vision
 

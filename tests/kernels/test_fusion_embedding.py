@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.kernels import fusion_embedding
-from pack.nodes.fusion_embedding import method
+from pack.nodes.fusion_embedding import layout
 
 
 def random(seed, *shape):
@@ -16,7 +16,7 @@ def random(seed, *shape):
 
 
 def weights(width=6, projection=5, hidden=4, seed=0):
-    made = method.new_combiner(width, projection, hidden, torch.Generator().manual_seed(seed))
+    made = layout.new_combiner(width, projection, hidden, torch.Generator().manual_seed(seed))
     return {key: value.double() for key, value in made.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import comfy.clip_vision
 import torch
-from pack.nodes.fusion_embedding import method, running
+from pack.nodes.fusion_embedding import layout, sampling
 from pack.nodes.fusion_embedding.method import LORA, Fusion
 from pack.nodes.puppets.vision import VISION_CONFIG
 from support import tiny_model
@@ -48,21 +48,21 @@ def vision(seed: int = 0, width: int = WIDTH, hidden: int = HIDDEN, **config):
     return made
 
 
-def combiner(seed: int = 0, width: int = WIDTH) -> method.Weights:
-    return method.new_combiner(width, 7, 5, generator(seed))
+def combiner(seed: int = 0, width: int = WIDTH) -> layout.Weights:
+    return layout.new_combiner(width, 7, 5, generator(seed))
 
 
-def weights(model, embedding: int | None = WIDTH, seed: int = 0, hidden: int = HIDDEN) -> method.Weights:
+def weights(model, embedding: int | None = WIDTH, seed: int = 0, hidden: int = HIDDEN) -> layout.Weights:
     """A generator for `model` whose every path acts."""
-    sizes = running.model_sizes(model, hidden, embedding)
-    made = method.new_generator(sizes, 9, (4, 6, 8, 10), generator(seed))
+    sizes = sampling.model_sizes(model, hidden, embedding)
+    made = layout.new_generator(sizes, 9, (4, 6, 8, 10), generator(seed))
     for key in ("embedding.second.weight", "embedding.second.bias", "pose.conv_out.weight", "pose.conv_out.bias"):
         if key in made:
             made[key] = 0.3 * torch.randn(made[key].shape, generator=generator(seed + len(key)))
     return made
 
 
-def lora(seed: int = 0, rank: int = 2) -> method.Weights:
+def lora(seed: int = 0, rank: int = 2) -> layout.Weights:
     """A LoRA of one layer of the model's UNet."""
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q"
     return {

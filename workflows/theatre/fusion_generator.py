@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fusion_pairs import Config
-from pack.nodes.fusion_embedding import encoding, files, method, running, training
+from pack.nodes.fusion_embedding import encoding, files, layout, method, sampling, training
 from pack.nodes.fusion_embedding.config import GeneratorConfig
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
 from pack.nodes.training.config import TrainingConfig
@@ -33,12 +33,12 @@ class EncodedPairs:
     def __init__(self, found: dict[str, np.ndarray], poses: np.ndarray, config: Config):
         self.found, self.poses, self.count = found, poses, config.pairs - config.kept_back
 
-    def __getitem__(self, index: int) -> training.Encoded:
+    def __getitem__(self, index: int) -> method.EncodedPair:
         latent, states, fused = (
             torch.from_numpy(self.found[name][index : index + 1]).float() for name in ("latent", "states", "fused")
         )
         pose = torch.from_numpy(np.array(self.poses[index : index + 1])).movedim(-1, 1).float() / 255
-        return training.Encoded(latent, states, fused, pose)
+        return method.EncodedPair(latent, states, fused, pose)
 
     def sizes(self) -> list[tuple[int, int]]:
         return [self.found["latent"].shape[2:]] * self.count
@@ -79,11 +79,11 @@ def train(
         min_snr_gamma=config.generator_min_snr,
     )
     pairs = encoded(state, pictures, vae, vision, fusion.combiner, config)
-    sizes = running.model_sizes(model, pairs[0].states.shape[-1], method.combiner_width(fusion.combiner))
+    sizes = sampling.model_sizes(model, pairs[0].states.shape[-1], layout.combiner_width(fusion.combiner))
     seeded = torch.Generator().manual_seed(config.seed)
-    weights = method.new_generator(sizes, settings.hidden, settings.pose_channels, seeded)
+    weights = layout.new_generator(sizes, settings.hidden, settings.pose_channels, seeded)
     shape = [config.generator_batch, *pairs[0].latent.shape[1:]]
-    with session(running.extended(model), shape, run, whole=True) as denoiser:
+    with session(sampling.with_fusion_patches(model), shape, run, whole=True) as denoiser:
         network = WholeNetwork(denoiser.network)
         if begin is not None:
             _start_from(begin, weights, network)
@@ -94,7 +94,7 @@ def train(
         )
         average = learnt.frozen()
         denoising = DenoisingObjective(training.FusionDenoiser(denoiser, live), [], run)
-        objective = training.PairObjective(denoising, pairs, config.generator_batch, settings)
+        objective = method.PoseTransferObjective(denoising, pairs, config.generator_batch, settings)
         optimiser = Optimiser(learnt, config.generator_matrix_lr, config.generator_lr)
         modules = {"live": learnt, "average": average}
         stage = Stage(state / "generator.pt", optimiser, config.generator_steps, modules, deadline)

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from fusion_pairs import Config
 from half_files import save_half, sha256
+from pack.kernels import fusion_embedding as kernel
 from pack.nodes import extension
 from pack.nodes.fusion_embedding import files, training
 from pack.nodes.fusion_embedding.config import CombinerConfig
-from pack.nodes.fusion_embedding.method import Fusion, kernel
+from pack.nodes.fusion_embedding.method import Fusion
 from pack.nodes.fusion_embedding.pairs import Pair
 from pack.nodes.puppets import theatre
 from pack.nodes.puppets.vision import vision

@@ -3,8 +3,8 @@
 import comfy.model_management
 import pytest
 import torch
-from pack.nodes.fusion_embedding import encoding, method, training
-from pack.nodes.fusion_embedding.config import CombinerConfig
+from pack.kernels.fusion_embedding import retrieval_ranks
+from pack.nodes.fusion_embedding import encoding
 from pack.nodes.fusion_embedding.method import FusionError
 from pack.nodes.training.checkpoints import Checkpoints
 from support import fusions
@@ -22,11 +22,11 @@ def test_the_combiner_learns_to_find_targets_and_leaves_the_encoder_alone(train_
     assert all(a is b for a, b in zip(objects, VISION.model.parameters(), strict=True))
     assert comfy.model_management.in_training is False
     assert (fusion.encoder is not None) == train_encoder and fusion.generator is None
-    encoder = encoding.chosen(fusion, VISION)
+    encoder = encoding.encoder_for(fusion, VISION)
     given = data()
     with torch.no_grad():
         vectors, target = found(fusion.combiner, encoder, given)
-    assert (method.kernel.retrieval_ranks(vectors, target) == 0).float().mean() >= 0.75
+    assert (retrieval_ranks(vectors, target) == 0).float().mean() >= 0.75
 
 
 def found(combiner, encoder, given):
@@ -61,26 +61,6 @@ def test_retrieval_is_told_while_training(caplog):
         combined(steps=2)
     told = [record.getMessage() for record in caplog.records if "step 2 of 2" in record.getMessage()]
     assert len(told) == 1 and "top-1" in told[0] and "top-5 100% of 4" in told[0]
-
-
-def test_the_objective_is_the_published_loss_with_the_step_s_dropout():
-    source, pose, target = (torch.randn(6, 12, generator=fusions.generator(i)) for i in range(3))
-    w, config = fusions.combiner(), CombinerConfig(temperature=0.1)
-    asked = []
-
-    def encode(indices):
-        asked.append(indices)
-        return source[indices], pose[indices], target[indices]
-
-    objective = training.RetrievalObjective(encode, 6, w, 4, config)
-    loss = objective(0, fusions.generator(9))
-    generator = fusions.generator(9)
-    order = torch.randperm(6, generator=generator)[:4]
-    fused = method.kernel.combine(source[order], pose[order], w, method.kernel.dropout(0.5, generator))
-    expected = method.kernel.source_enhanced_info_nce(source[order], target[order], fused, 0.1, 1e-4)
-    assert asked == [order.tolist()] and len(set(asked[0])) == 4
-    assert torch.equal(loss, expected)
-    assert objective.accuracy().startswith("top-1 ")
 
 
 def test_an_encoder_that_cannot_be_trained_names_its_own_switch():

@@ -4,7 +4,8 @@ import comfy.model_patcher
 import pytest
 import torch
 import transformers
-from pack.nodes.fusion_embedding import encoding, method
+from pack.kernels.fusion_embedding import combine
+from pack.nodes.fusion_embedding import encoding
 from pack.nodes.fusion_embedding.method import Fusion, FusionError
 from pack.nodes.puppets.vision import VISION_CONFIG, vision
 from pack.nodes.training.session import encoder_session
@@ -79,22 +80,22 @@ def test_an_encoder_of_another_width_is_refused_with_both_widths():
 
 def test_the_fusion_s_own_encoder_goes_first():
     own, other = fusions.vision(), fusions.vision(seed=1)
-    assert encoding.chosen(Fusion(encoder=own), other) is own
-    assert encoding.chosen(Fusion(), other) is other
+    assert encoding.encoder_for(Fusion(encoder=own), other) is own
+    assert encoding.encoder_for(Fusion(), other) is other
     with pytest.raises(FusionError, match="clip_vision"):
-        encoding.chosen(Fusion(), None)
+        encoding.encoder_for(Fusion(), None)
 
 
 def test_another_encoder_of_the_combiner_s_width_is_known_by_its_probe():
     own = fusions.vision()
     beside_frozen = Fusion(probe=encoding.probe(own))
-    assert encoding.chosen(beside_frozen, own) is own
+    assert encoding.encoder_for(beside_frozen, own) is own
     in_bf16 = fusions.vision()
     in_bf16.model.load_state_dict({k: v.bfloat16().to(v.dtype) for k, v in in_bf16.model.state_dict().items()})
-    assert encoding.chosen(beside_frozen, in_bf16) is in_bf16
+    assert encoding.encoder_for(beside_frozen, in_bf16) is in_bf16
     with pytest.raises(FusionError, match="another encoder than the one"):
-        encoding.chosen(beside_frozen, fusions.vision(seed=1))
-    assert encoding.chosen(Fusion(encoder=own, probe=encoding.probe(own)), fusions.vision(seed=1)) is own
+        encoding.encoder_for(beside_frozen, fusions.vision(seed=1))
+    assert encoding.encoder_for(Fusion(encoder=own, probe=encoding.probe(own)), fusions.vision(seed=1)) is own
 
 
 def test_fused_is_the_combiner_without_dropout():
@@ -103,7 +104,7 @@ def test_fused_is_the_combiner_without_dropout():
     found = encoding.fused(combiner, clip_vision, source, pose)
     assert torch.equal(found, encoding.fused(combiner, clip_vision, source, pose))
     by_source, by_pose = (encoding.embeddings(clip_vision, x) for x in (source, pose))
-    assert torch.equal(found, method.kernel.combine(by_source, by_pose, combiner))
+    assert torch.equal(found, combine(by_source, by_pose, combiner))
 
 
 def test_other_kinds_of_encoder_cannot_be_trained():
@@ -115,7 +116,7 @@ def test_other_kinds_of_encoder_cannot_be_trained():
 
 def test_an_encoder_is_built_again_from_its_description():
     made = fusions.vision()
-    again = encoding.rebuilt(made.config, made.get_sd())
+    again = encoding.rebuild(made.config, made.get_sd())
     pictures = fusions.pictures(2)
     assert torch.equal(encoding.embeddings(made, pictures), encoding.embeddings(again, pictures))
 
@@ -124,7 +125,7 @@ def test_an_encoder_has_the_host_s_precision_where_weights_stream(monkeypatch):
     """There the host takes the given tensors themselves."""
     made = fusions.vision()
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "is_dynamic", lambda _patcher: True)
-    again = encoding.rebuilt(made.config, {key: weight.double() for key, weight in made.get_sd().items()})
+    again = encoding.rebuild(made.config, {key: weight.double() for key, weight in made.get_sd().items()})
     assert {key: w.dtype for key, w in again.get_sd().items()} == {key: w.dtype for key, w in made.get_sd().items()}
 
 
@@ -138,13 +139,13 @@ def test_an_encoder_has_the_host_s_precision_where_weights_stream(monkeypatch):
 def test_descriptions_that_do_not_fit_are_refused(changed):
     made = fusions.vision()
     with pytest.raises(FusionError, match="its image encoder"):
-        encoding.rebuilt({**made.config, **changed}, made.get_sd())
+        encoding.rebuild({**made.config, **changed}, made.get_sd())
 
 
 def test_many_narrow_layers_are_refused_before_they_are_built():
     made = fusions.vision()
     with pytest.raises(FusionError, match="1000 layers of width 16, more than any"):
-        encoding.rebuilt({**made.config, "num_hidden_layers": 1000}, made.get_sd())
+        encoding.rebuild({**made.config, "num_hidden_layers": 1000}, made.get_sd())
 
 
 def test_the_theatre_s_encoder_is_the_host_s_class_at_a_size_for_a_cpu():
@@ -166,4 +167,4 @@ def test_numbers_that_are_none_are_refused_before_they_blacken_a_picture():
     with pytest.raises(FusionError, match="NaN or infinite values: load or render"):
         encoding.fused(fusions.combiner(), fusions.vision(), broken, fusions.poses())
     with pytest.raises(FusionError, match="NaN or infinite values"):
-        encoding.hidden(fusions.vision().encode_image(broken, crop=False))
+        encoding.hidden_states(fusions.vision().encode_image(broken, crop=False))

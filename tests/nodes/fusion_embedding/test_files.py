@@ -78,7 +78,7 @@ BROKEN = {
     "unet unsaid": (changed(unet="none"), "its UNet is 'none'"),
     "unet of no known kind": (changed(unet="quarter"), "quarter"),
     "no unet": (changed(lambda t: {k: v for k, v in t.items() if not k.startswith("unet.")}), "lora"),
-    "a key beside": (changed(lambda t: t | {"more": torch.zeros(1)}), "'more' beside"),
+    "a key beside": (changed(lambda t: t | {"more": torch.zeros(1)}), "'more' belongs to no part"),
     "a key in no part": (changed(lambda t: t | {"combiner.more": torch.zeros(1)}), "combiner"),
     "another shape": (changed(lambda t: t | {"combiner.gate.bias": torch.zeros(3)}), r"gate.bias.*\(3,\)"),
     "no description": (changed(encoder=None), "describe its image encoder"),
@@ -140,7 +140,7 @@ def checkpoint(stage=2):
 
 
 def tiny_encoder(weights):
-    return encoding.rebuilt(fusions.vision().config, weights)
+    return encoding.rebuild(fusions.vision().config, weights)
 
 
 def test_both_published_stages_convert_whole():
@@ -153,7 +153,7 @@ def test_both_published_stages_convert_whole():
     assert fusion.unet_kind == WHOLE and same(fusion.unet, diffusers_unet())
     text = "\n".join(report)
     assert "autoencoder" in text and "DINOv2" in text and "second copy of the UNet" in text
-    assert "not understood" not in text
+    assert "unknown weights" not in text
 
 
 def test_what_did_not_fit_is_reported():
@@ -164,8 +164,8 @@ def test_what_did_not_fit_is_reported():
     text = "\n".join(report)
     assert fusion.generator is None and fusion.encoder is None and fusion.combiner is not None
     assert "left out, since its 'pose.blocks." in text and "connect clip_vision" in text
-    assert "1 weights not understood, something.else first" in text
-    with pytest.raises(FusionError, match="nothing of it fits"):
+    assert "1 unknown weights, something.else first" in text
+    with pytest.raises(FusionError, match="no part of it fits"):
         published.convert({"combiner.output_layer.weight": torch.zeros(2, 2)}, tiny_encoder)
 
 

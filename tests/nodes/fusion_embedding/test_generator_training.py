@@ -4,8 +4,8 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from pack.nodes.fusion_embedding import encoding, method, pairs, running, training
-from pack.nodes.fusion_embedding.config import ApplyConfig, GeneratorConfig
+from pack.nodes.fusion_embedding import encoding, layout, method, pairs, sampling, training
+from pack.nodes.fusion_embedding.config import ApplyConfig
 from pack.nodes.fusion_embedding.method import LORA, WHOLE, Fusion, FusionError
 from pack.nodes.training import loop
 from pack.nodes.training.checkpoints import Checkpoints
@@ -30,7 +30,7 @@ def test_the_generator_learns_and_leaves_the_model_alone(whole):
     for key in ("pose.conv_out.weight", "embedding.second.weight"):
         assert fusion.generator[key].abs().max() > 0, "a path that starts at nothing learnt nothing"
     with torch.inference_mode():
-        patched, positive, negative = running.apply(
+        patched, positive, negative = sampling.apply(
             model, fusion, fusions.states(), fusions.fused(), fusions.poses(), ApplyConfig()
         )
         euler = comfy.samplers.sampler_object("euler")
@@ -56,19 +56,19 @@ def denoised(kept, weights, pair):
     config = run_config(batch_size=1)
     noisy, sigma = torch.randn(1, 4, 8, 8, generator=fusions.generator(3)), torch.tensor([2.0])
     shares = {name: torch.tensor([float(name in kept)]) for name in ("source", "fusion", "pose")}
-    with session(running.extended(MODEL), (1, 4, 8, 8), config) as denoiser, torch.no_grad():
+    with session(sampling.with_fusion_patches(MODEL), (1, 4, 8, 8), config) as denoiser, torch.no_grad():
         return training.FusionDenoiser(denoiser, weights).denoise(
-            noisy, sigma, training._Batch(pair.states, pair.fused, pair.pose, shares)
+            noisy, sigma, method.PairBatch(pair.states, pair.fused, pair.pose, shares)
         )
 
 
 def test_a_training_forward_is_what_sampling_computes():
     weights = fusions.weights(MODEL)
     pose = fusions.poses()
-    pair = training.Encoded(torch.zeros(1, 4, 8, 8), fusions.states(), fusions.fused(), pose.movedim(-1, 1))
+    pair = method.EncodedPair(torch.zeros(1, 4, 8, 8), fusions.states(), fusions.fused(), pose.movedim(-1, 1))
     with torch.inference_mode():
         made = Fusion(generator=weights)
-        patched, positive, negative = running.apply(MODEL, made, pair.states, pair.fused, pose, ApplyConfig())
+        patched, positive, negative = sampling.apply(MODEL, made, pair.states, pair.fused, pose, ApplyConfig())
     noisy = torch.randn(1, 4, 8, 8, generator=fusions.generator(3))
     for kept, conditioning in ((("source", "fusion", "pose"), positive), ((), negative)):
         guider = comfy.samplers.CFGGuider(patched)
@@ -85,74 +85,6 @@ def test_a_training_forward_is_what_sampling_computes():
     parts = [denoised(kept, weights, pair) for kept in ((), ("source",), ("fusion",), ("pose",))]
     changes = [float((parts[0] - part).abs().max()) for part in parts[1:]]
     assert min(changes) > 0.01, "a drop drops nothing"
-
-
-class Recorder:
-    """Stands for the denoising error and keeps what it was asked."""
-
-    def __init__(self):
-        self.asked = []
-        self.denoiser = self
-        self.sigmas = torch.arange(10.0)
-        self.model = self
-
-    def process_latent_in(self, latent):
-        return latent
-
-    def loss_at(self, clean, batch, noise, level):
-        self.asked.append((clean, batch, noise, level))
-        return torch.zeros(len(clean))
-
-
-class Ready:
-    """Pairs that are encoded already, of two sizes."""
-
-    def sizes(self):
-        return [(4, 4)] * 6 + [(4, 8)] * 2
-
-    def __getitem__(self, index):
-        shape = (1, 2, *self.sizes()[index])
-        return training.Encoded(torch.full(shape, float(index)), torch.zeros(1, 3, 5), torch.ones(1, 2),
-                                torch.zeros(1, 3, 8, 8))
-
-
-def recorded(draws=400, batch=4, **settings):
-    recorder = Recorder()
-    objective = training.PairObjective(recorder, Ready(), batch, GeneratorConfig(**settings))
-    for i in range(draws):
-        objective(i, fusions.generator(i))
-    return recorder.asked
-
-
-def test_drops_are_independent_and_as_often_as_asked():
-    asked = recorded(source_drop=0.2, fusion_drop=0.5, pose_drop=0.0)
-    kept = {name: torch.cat([batch.kept[name] for _, batch, _, _ in asked]) for name in ("source", "fusion", "pose")}
-    assert kept["source"].mean() == pytest.approx(0.8, abs=0.04)
-    assert kept["fusion"].mean() == pytest.approx(0.5, abs=0.05) and kept["pose"].all()
-    both = (kept["source"] * kept["fusion"]).mean()
-    assert both == pytest.approx(0.4, abs=0.05)
-    within = [len(set(batch.kept["fusion"].tolist())) for _, batch, _, _ in asked if len(batch.pose) == 4]
-    assert max(within) == 2, "pictures of a batch drop together"
-
-
-def test_noise_has_an_offset_that_is_equal_over_a_picture():
-    for offset in (0.0, 0.5):
-        noise = torch.cat([noise for _, _, noise, _ in recorded(noise_offset=offset) if noise.shape[-1] == 4])
-        means = noise.mean((2, 3))
-        assert means.var() == pytest.approx(1 / 16 + offset**2, rel=0.15)
-        assert noise.var((2, 3)).mean() == pytest.approx(1.0, abs=0.05)
-
-
-def test_batches_are_of_one_size_without_repetition_and_the_noise_levels_are_even():
-    asked = recorded()
-    for clean, batch, _, _ in asked:
-        indices = clean[:, 0, 0, 0].tolist()
-        assert len(set(indices)) == len(indices) == (4 if clean.shape[-1] == 4 else 2)
-        assert all((index >= 6) == (clean.shape[-1] == 8) for index in indices)
-    wide = sum(clean.shape[-1] == 8 for clean, *_ in asked) / len(asked)
-    assert wide == pytest.approx(0.25, abs=0.07)
-    levels = torch.cat([level for *_, level in asked])
-    assert levels.min() == 0 and levels.max() == 9 and levels.float().mean() == pytest.approx(4.5, abs=0.25)
 
 
 class Counted(pairs.ListedPairs):
@@ -172,7 +104,7 @@ def test_what_does_not_fit_into_memory_is_read_when_its_turn_comes(monkeypatch):
     small = counted(6)
     kept, _ = generated(small, seed=4)
     assert sorted(set(small.read)) == list(range(6)) and len(small.read) == 6, "read once each"
-    monkeypatch.setattr(training, "_KEPT_BYTES", 1000)
+    monkeypatch.setattr(training, "_CACHE_BYTES", 1000)
     large = counted(6)
     streamed, _ = generated(large, seed=4)
     assert len(large.read) == 1 + 1 + 3 * 2, "a look at the first, and two in each step"
@@ -199,10 +131,10 @@ def test_pairs_are_encoded_at_the_latent_s_size():
 
 def test_stage_2_alone_and_sdxl():
     alone, _ = generated(fusion=Fusion())
-    assert method.generator_sizes(alone.generator).embedding is None and alone.combiner is None
+    assert layout.generator_sizes(alone.generator).embedding is None and alone.combiner is None
     model = tiny_model.as_loaded(tiny_model.xl())
     found, loss_map = generated(model=model, steps=2)
-    assert method.generator_sizes(found.generator).context == 40
+    assert layout.generator_sizes(found.generator).context == 40
     assert torch.isfinite(torch.tensor(loss_map["loss"])).all()
 
 
@@ -249,7 +181,7 @@ def test_an_encoder_of_another_width_is_refused_before_training():
 def test_a_vae_of_another_model_is_refused_before_training(other, monkeypatch):
     encode = VAE.encode
     monkeypatch.setattr(VAE, "encode", lambda picture: other(encode(picture)))
-    with pytest.raises(FusionError, match=r"vae makes .* takes \(4, 8, 8\): connect the VAE of the model"):
+    with pytest.raises(FusionError, match=r"vae encodes .* takes \(4, 8, 8\): connect the VAE of the model"):
         generated()
 
 

@@ -137,7 +137,7 @@ def test_an_embedding_is_for_the_fusion_whose_combiner_made_it():
             assert len(apply(MODEL, fits, appearance, fusions.poses(), 1.0, embed).result) == 3
         with pytest.raises(FusionError, match="connect one fusion to both Combine Fusion and Apply Fusion"):
             apply(MODEL, other, appearance, fusions.poses(), 1.0, embed)
-        with pytest.raises(FusionError, match="leave fusion_embed free"):
+        with pytest.raises(FusionError, match="disconnect fusion_embed"):
             apply(MODEL, alone, appearance, fusions.poses(), 1.0, embed)
 
 

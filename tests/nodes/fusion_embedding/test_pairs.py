@@ -112,7 +112,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     with pytest.raises(FusionError, match=r"'b' in \S+: not in all of source, pose, target"):
         FolderPairs(path)
     (path / "pose" / "b.png").write_bytes(b"no picture")
-    with pytest.raises(FusionError, match="b.png is no picture"):
+    with pytest.raises(FusionError, match="b.png is not a readable picture"):
         FolderPairs(path)[1]
     whole = (path / "target" / "c.png").read_bytes()
     (path / "target" / "c.png").write_bytes(whole[: len(whole) // 2])
@@ -191,8 +191,8 @@ def test_the_folder_is_one_of_the_input_folder(tmp_path, monkeypatch):
     folder(tmp_path / "people" / "set one")
     (tmp_path / "other" / "source").mkdir(parents=True)
     assert pairs.choices() == ["none", "people/set one"]
-    assert len(pairs.chosen({}, "people/set one")) == 3
+    assert len(pairs.open_pairs({}, "people/set one")) == 3
     with pytest.raises(FusionError, match="leaves the input folder"):
-        pairs.chosen({}, "../elsewhere")
+        pairs.open_pairs({}, "../elsewhere")
     with pytest.raises(FusionError, match="source, pose, target: nothing is connected"):
-        pairs.chosen({"source": None}, "none")
+        pairs.open_pairs({"source": None}, "none")

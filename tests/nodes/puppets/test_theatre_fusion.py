@@ -13,7 +13,7 @@ import pytest
 import torch
 from launcher.scripts import ROOT
 from pack.nodes.files import weights
-from pack.nodes.fusion_embedding import encoding, files, running
+from pack.nodes.fusion_embedding import encoding, files, sampling
 from pack.nodes.fusion_embedding.config import ApplyConfig
 from pack.nodes.fusion_embedding.method import WHOLE
 from pack.nodes.puppets import theatre, vision, world
@@ -82,7 +82,7 @@ def test_every_stage_goes_on_where_it_stopped_and_the_files_load(state):
     model = comfy.sd.load_checkpoint_guess_config(str(fusion_stages.CHECKPOINT))[0]
     source, pose, _ = (torch.from_numpy(np.array(part))[None].float() / 255 for part in data["pictures"][-1])
     fused = encoding.fused(fusion.combiner, fusion.encoder, source, pose)
-    _, positive, _ = running.apply(model, fusion, encoding.states(seen, source), fused, pose, ApplyConfig())
+    _, positive, _ = sampling.apply(model, fusion, encoding.states(seen, source), fused, pose, ApplyConfig())
     assert positive[0][0].shape == (1, 65, 128) and positive[0][0].isfinite().all()
 
 

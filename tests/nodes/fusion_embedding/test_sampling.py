@@ -6,7 +6,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from pack.nodes.fusion_embedding import method, running
+from pack.nodes.fusion_embedding import method, sampling
 from pack.nodes.fusion_embedding.config import ApplyConfig
 from pack.nodes.fusion_embedding.method import WHOLE, FusionError
 from support import fusions, real_configurations, tiny_model
@@ -19,7 +19,7 @@ NOISE = torch.randn(1, 4, 8, 8, generator=fusions.generator(3))
 def applied(model=MODEL, fusion=None, states=None, fused=None, pose=None, strength=1.0):
     fusion = fusion or fusions.fusion(model, unet=None, unet_kind="")
     with torch.inference_mode():
-        return running.apply(
+        return sampling.apply(
             model, fusion, fusions.states() if states is None else states,
             fusions.fused() if fused is None else fused, fusions.poses() if pose is None else pose,
             ApplyConfig(strength),
@@ -119,7 +119,7 @@ def test_a_zeroed_pose_leaves_the_first_convolution_unchanged():
     plain = first_features(MODEL, tiny_model.conditioning(1))
     assert torch.equal(first_features(patched, negative), plain)
     assert torch.equal(first_features(patched, tiny_model.conditioning(1)), plain)
-    residual = positive[0][1]["model_conds"][running.POSE].cond
+    residual = positive[0][1]["model_conds"][sampling.POSE].cond
     close(first_features(patched, positive), plain + residual)
     assert residual.abs().max() > 0.1
 
@@ -129,9 +129,9 @@ def test_the_negative_carries_zero_tokens_the_embedding_of_nothing_and_no_pose()
     _, positive, negative = applied(fusion=fusion)
     (tokens, more), = negative
     assert tokens.shape == positive[0][0].shape and not tokens.any()
-    assert not more["model_conds"][running.POSE].cond.any()
+    assert not more["model_conds"][sampling.POSE].cond.any()
     expected = method.class_embedding(fusion.generator, torch.zeros(1, fusions.WIDTH))
-    close(more["model_conds"][running.EMBEDDING].cond, expected)
+    close(more["model_conds"][sampling.EMBEDDING].cond, expected)
 
 
 def test_the_callers_model_is_not_changed_and_applying_twice_adds_once():
@@ -142,8 +142,8 @@ def test_the_callers_model_is_not_changed_and_applying_twice_adds_once():
     for fusion in (fusions.fusion(MODEL), fusions.fusion(MODEL, unet=whole(), unet_kind=WHOLE)):
         patched, *_ = applied(once, fusion)
         denoised(patched, positive, negative, cfg=2.0)
-    twice = running.extended(running.extended(MODEL))
-    close(denoised(twice, positive), denoised(running.extended(MODEL), positive), 1e-7)
+    twice = sampling.with_fusion_patches(sampling.with_fusion_patches(MODEL))
+    close(denoised(twice, positive), denoised(sampling.with_fusion_patches(MODEL), positive), 1e-7)
     assert all(torch.equal(value, weights[key]) for key, value in MODEL.model.state_dict().items())
     assert repr(MODEL.model_options) == options and not MODEL.patches and not MODEL.wrappers.get("apply_model")
     assert torch.equal(tiny_model.sample(MODEL, comfy.samplers.sampler_object("euler")), before)
@@ -152,12 +152,12 @@ def test_the_callers_model_is_not_changed_and_applying_twice_adds_once():
 def test_strength_is_off_at_nothing_and_goes_evenly():
     fusion = fusions.fusion(MODEL)
     model, positive, negative = applied(fusion=fusion, strength=0.0)
-    assert model is MODEL and not positive[0][1]["model_conds"][running.POSE].cond.any()
+    assert model is MODEL and not positive[0][1]["model_conds"][sampling.POSE].cond.any()
     plain = denoised(MODEL, [[positive[0][0], {}]])
     assert torch.equal(denoised(model, positive), plain)
-    assert torch.equal(denoised(running.extended(MODEL), positive), plain)
+    assert torch.equal(denoised(sampling.with_fusion_patches(MODEL), positive), plain)
     half, full = (applied(fusion=fusion, strength=s)[1][0][1]["model_conds"] for s in (0.5, 1.0))
-    for key in (running.POSE, running.EMBEDDING):
+    for key in (sampling.POSE, sampling.EMBEDDING):
         close(2 * half[key].cond, full[key].cond)
 
 
@@ -192,9 +192,9 @@ def test_a_whole_unet_stands_in_and_part_of_the_way_between(rename):
                 k: strength * v + (1 - strength) * MODEL.model.state_dict()[k] for k, v in whole().items()
             }
             other.model.load_state_dict(mixed, strict=False)
-        expected = denoised(running.extended(other), positive)
+        expected = denoised(sampling.with_fusion_patches(other), positive)
         close(denoised(patched, positive), expected)
-        assert (expected - denoised(running.extended(MODEL), positive)).abs().max() > 0.01
+        assert (expected - denoised(sampling.with_fusion_patches(MODEL), positive)).abs().max() > 0.01
 
 
 def test_a_lora_counts_after_a_whole_unet_only():
@@ -214,10 +214,10 @@ def test_a_lora_is_as_load_lora_gives_it():
     import comfy.sd
 
     patched, positive, _ = applied(fusion=fusions.fusion(MODEL), strength=0.5)
-    native, _ = comfy.sd.load_lora_for_models(running.extended(MODEL), None, fusions.lora(), 0.5, 0)
+    native, _ = comfy.sd.load_lora_for_models(sampling.with_fusion_patches(MODEL), None, fusions.lora(), 0.5, 0)
     found = denoised(patched, positive)
     assert torch.equal(found, denoised(native, positive))
-    assert not torch.equal(found, denoised(running.extended(MODEL), positive))
+    assert not torch.equal(found, denoised(sampling.with_fusion_patches(MODEL), positive))
 
 
 def test_a_batch_of_poses_makes_the_pictures_that_each_makes_alone():
@@ -230,7 +230,7 @@ def test_a_batch_of_poses_makes_the_pictures_that_each_makes_alone():
         close(together[i : i + 1], alone)
     assert (together[0] - together[1]).abs().max() > 1e-3
     sources = applied(states=fusions.states(3), fused=fusions.fused(3))[1][0]
-    assert sources[0].shape[0] == sources[1]["model_conds"][running.EMBEDDING].cond.shape[0] == 3
+    assert sources[0].shape[0] == sources[1]["model_conds"][sampling.EMBEDDING].cond.shape[0] == 3
 
 
 def test_an_area_takes_its_part_of_the_pose():
@@ -255,7 +255,7 @@ def test_nothing_of_many_pictures_takes_the_memory_of_one():
     _, positive, negative = applied(pose=fusions.poses(3), states=fusions.states(3), fused=fusions.fused(3))
     for tensor, filled in (
         (negative[0][0], positive[0][0]),
-        *((conditioning[0][1]["model_conds"][running.POSE].cond for conditioning in (negative, positive)),),
+        *((conditioning[0][1]["model_conds"][sampling.POSE].cond for conditioning in (negative, positive)),),
     ):
         assert tensor.shape == filled.shape
         assert tensor.untyped_storage().nbytes() * 3 == filled.untyped_storage().nbytes()
@@ -285,7 +285,7 @@ def test_a_pose_of_another_size_and_a_batch_of_another_length_name_the_fix():
 def test_a_pose_may_have_alpha():
     rgb = fusions.poses()
     alpha = torch.cat([rgb, torch.ones(1, 64, 64, 1)], dim=-1)
-    found = [applied(pose=pose)[1][0][1]["model_conds"][running.POSE].cond for pose in (rgb, alpha)]
+    found = [applied(pose=pose)[1][0][1]["model_conds"][sampling.POSE].cond for pose in (rgb, alpha)]
     assert torch.equal(*found)
 
 
@@ -298,7 +298,7 @@ WRONG = {
     "time": (lambda w: w | layer("embedding.second", 60, 12), "embedding.second.weight gives 60"),
     "channels": (lambda w: w | layer("pose.conv_out", 30, 10, 3, 3), "pose.conv_out.weight gives 30"),
     "reduction": (lambda w: {k: v for k, v in w.items() if "blocks.4" not in k and "blocks.5" not in k}
-                  | layer("pose.conv_out", 64, 8, 3, 3), "one place of 4 pixels"),
+                  | layer("pose.conv_out", 64, 8, 3, 3), "one cell of 4 pixels"),
 }
 
 
@@ -327,16 +327,16 @@ def test_missing_parts_name_the_node_that_makes_them():
     with pytest.raises(FusionError, match="Train Fusion Generator"):
         applied(fusion=method.Fusion(fusions.combiner()))
     with pytest.raises(FusionError, match="Combine Fusion"), torch.inference_mode():
-        running.apply(MODEL, fusions.fusion(MODEL), fusions.states(), None, fusions.poses(), ApplyConfig())
+        sampling.apply(MODEL, fusions.fusion(MODEL), fusions.states(), None, fusions.poses(), ApplyConfig())
     with pytest.raises(FusionError, match="is a WanModel"):
-        running.extended(tiny_model.video())
+        sampling.with_fusion_patches(tiny_model.video())
 
 
 def test_stage_2_alone_works_without_an_embedding():
     fusion = fusions.fusion(MODEL, combiner=None, generator=fusions.weights(MODEL, embedding=None), unet=None,
                             unet_kind="")
     with torch.inference_mode():
-        patched, positive, negative = running.apply(
+        patched, positive, negative = sampling.apply(
             MODEL, fusion, fusions.states(), None, fusions.poses(), ApplyConfig()
         )
     tokens = method.appearance_tokens(fusion.generator, fusions.states())
@@ -383,7 +383,7 @@ def test_widths_of_the_real_models(name, context):
         def get_model_object(self, _name):
             return self.model.diffusion_model
 
-    sizes = running.model_sizes(Model(), 1024, 768)
+    sizes = sampling.model_sizes(Model(), 1024, 768)
     assert (sizes.context, sizes.time, sizes.channels) == (context, 1280, 320)
-    pooled = running._pooled(Model())
+    pooled = sampling._pooled(Model())
     assert (pooled["pooled_output"].shape[1] if pooled else None) == (1280 if name == "SDXL" else None)
