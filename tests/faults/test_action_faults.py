@@ -1,4 +1,4 @@
-"""The action identifier in a real server: learn, save, load, apply, cancel in each phase, resume, wrong wiring."""
+"""The action identifier in a real server: train, save, load, apply, cancel in each phase, resume, wrong wiring."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ TEXT = "a blue cat <action> on a beach"
 
 
 def training(server, steps=3, pictures=2, **widgets) -> dict:
-    """Two puppets of one action; what is learnt is saved under a name of this prompt alone."""
+    """Two puppets of one action; what is trained is saved under a name of this prompt alone."""
     puppets = prompts.defaults(server, "UnderstudyPuppetSet") | {
         "count": pictures, "actions": "saluting", "identities": "random", "scenes": "", "seed": 4,
     }
@@ -79,19 +79,19 @@ def no_files_left(fault_server):
             path.unlink()
 
 
-def test_an_action_is_learnt_saved_loaded_and_applied(fault_server):
+def test_an_action_is_trained_saved_loaded_and_applied(fault_server):
     plain = prompts.run(fault_server, prompts.plain(seed=8))
     path = trained(fault_server, training(fault_server))
     (tokens,) = safetensors.torch.load_file(path).values()
     assert tokens.shape[1:] == (1, 128) and not torch.equal(tokens[0], tokens[1])
     exported = list((fault_server.base / "output" / "embeddings").glob("*.safetensors"))
     assert [list(safetensors.torch.load_file(found)) for found in exported] == [["emb_params"]]
-    learnt = prompts.run(fault_server, applied(fault_server, path.name))
+    sampled = prompts.run(fault_server, applied(fault_server, path.name))
     word = prompts.plain()
     word["positive"]["inputs"]["text"] = TEXT.replace("<action>", "waving")
     expected = prompts.run(fault_server, word)
     assert torch.equal(prompts.run(fault_server, applied(fault_server, path.name, 0.0)), expected)
-    assert torch.isfinite(learnt).all() and not torch.equal(learnt, expected)
+    assert torch.isfinite(sampled).all() and not torch.equal(sampled, expected)
     assert "connect Apply Action Identifier" in error(fault_server, applied(fault_server, path.name, apply=False))
     assert "text does not contain <action>" in error(fault_server, applied(fault_server, path.name, text="a cat"))
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=8)), plain), "the model was left changed"

@@ -22,7 +22,7 @@ def exemplars(contrasts=True, shape=(1, 4, 8, 8)):
     )
 
 
-class Kept(Checkpoints):
+class MemoryCheckpoints(Checkpoints):
     """Checkpoints in memory."""
 
     def __init__(self, state=None):
@@ -49,7 +49,7 @@ def train(model=MODEL, clip=CLIP, pictures=None, settings=None, checkpoints=None
     with torch.inference_mode():
         return training.train(
             model, clip, pictures or exemplars(), settings or action(), config(**run),
-            checkpoints=checkpoints or Kept(), resume_from="none", preview=preview,
+            checkpoints=checkpoints or MemoryCheckpoints(), resume_from="none", preview=preview,
         )
 
 

@@ -13,7 +13,7 @@ from pack.nodes.puppets import theatre
 from pack.nodes.training import loop
 from pack.nodes.training.session import session
 from support import action_identifiers, tiny_clip
-from support.action_trainings import CLIP, MODEL, SUBJECTS, Kept, action, config, exemplars, train
+from support.action_trainings import CLIP, MODEL, SUBJECTS, MemoryCheckpoints, action, config, exemplars, train
 
 # Through ComfyUI's text encoders
 
@@ -166,9 +166,9 @@ def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
 
 
 def test_a_step_leaves_masked_channels_and_their_moments_bit_identical():
-    kept = Kept()
-    train(checkpoints=kept, steps=4, checkpoint_every=1)
-    for before, after in zip(kept.states, kept.states[1:], strict=False):
+    saved = MemoryCheckpoints()
+    train(checkpoints=saved, steps=4, checkpoint_every=1)
+    for before, after in zip(saved.states, saved.states[1:], strict=False):
         held, mean, square = (
             before.tensors[f"{key}.l"] == after.tensors[f"{key}.l"] for key in ("parameter", "exp_avg", "exp_avg_sq")
         )
@@ -179,7 +179,7 @@ def test_a_step_leaves_masked_channels_and_their_moments_bit_identical():
 def test_what_is_not_finite_anywhere_in_a_triple_stops_the_run():
     pictures = exemplars()
     pictures.contrasts[1][..., 0, 0] = float("nan")
-    kept = Kept()
+    saved = MemoryCheckpoints()
     with pytest.raises(loop.TrainingDiverged, match="at step"):
-        train(pictures=pictures, checkpoints=kept, steps=40)
-    assert kept.states == []
+        train(pictures=pictures, checkpoints=saved, steps=40)
+    assert saved.states == []

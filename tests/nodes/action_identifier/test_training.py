@@ -9,7 +9,18 @@ from pack.nodes.action_identifier import encoding, sampling, training
 from pack.nodes.training import loop
 from pack.nodes.training.session import session
 from support import action_identifiers, tiny_clip, tiny_model
-from support.action_trainings import CLIP, MODEL, SUBJECTS, Kept, action, config, exemplars, latents, same, train
+from support.action_trainings import (
+    CLIP,
+    MODEL,
+    SUBJECTS,
+    MemoryCheckpoints,
+    action,
+    config,
+    exemplars,
+    latents,
+    same,
+    train,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +40,8 @@ def test_contrasts_of_a_checkpoint_lie_where_the_pictures_do():
     encoder = training.TextEncoder(CLIP)
     with session(sampling.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
         trainer = training._ActionTrainer(denoiser, encoder, exemplars(contrasts=False), action(), run)
-        kept = {f"contrast.{i}": latent.double() for i, latent in enumerate(latents())}
-        found = trainer.contrasts(loop.State(3, [0.0] * 3, kept))
+        saved = {f"contrast.{i}": latent.double() for i, latent in enumerate(latents())}
+        found = trainer.contrasts(loop.State(3, [0.0] * 3, saved))
     assert all(latent.dtype == torch.float32 for latent in found)
 
 
@@ -136,11 +147,11 @@ def test_the_log_says_which_phase_it_is(caplog):
 def test_a_resumed_run_equals_the_whole_one_and_draws_no_contrast_again(monkeypatch):
     pictures = exemplars(contrasts=False)
     whole, losses = train(pictures=pictures, steps=5)
-    kept = Kept()
-    train(pictures=pictures, steps=4, checkpoints=kept, checkpoint_every=3)
-    assert {f"contrast.{i}" for i in range(3)} <= kept.states[0].tensors.keys()
+    saved = MemoryCheckpoints()
+    train(pictures=pictures, steps=4, checkpoints=saved, checkpoint_every=3)
+    assert {f"contrast.{i}" for i in range(3)} <= saved.states[0].tensors.keys()
     monkeypatch.setattr(training._ActionTrainer, "_train_contexts", lambda self: pytest.fail("drawn again"))
-    resumed, again = train(pictures=pictures, steps=5, checkpoints=Kept(kept.states[0]))
+    resumed, again = train(pictures=pictures, steps=5, checkpoints=MemoryCheckpoints(saved.states[0]))
     assert same(resumed.tokens, whole.tokens) and losses == again
 
 
@@ -157,13 +168,13 @@ def test_a_cancelled_run_leaves_comfyui_as_it_was_in_every_phase(stop, monkeypat
 
     before = list(CLIP.cond_stage_model.parameters())
     monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", look)
-    kept = Kept()
+    saved = MemoryCheckpoints()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train(pictures=exemplars(contrasts=False), steps=60, checkpoints=kept)
+        train(pictures=exemplars(contrasts=False), steps=60, checkpoints=saved)
     assert comfy.model_management.in_training is False and looks == stop
     assert all(a is b for a, b in zip(before, CLIP.cond_stage_model.parameters(), strict=True))
     assert not any(module._forward_pre_hooks for module in CLIP.cond_stage_model.modules())
-    assert len(kept.states) <= 1
+    assert len(saved.states) <= 1
 
 
 def test_previews_read_the_tokens_and_change_nothing():
