@@ -58,7 +58,7 @@ def parse_numbers(name: str, text: str, words: Sequence[str] = (ALL,)) -> frozen
 
 
 def select_numbers(name: str, text: str, count: int) -> frozenset[int]:
-    """Those of 0 to `count` - 1 that the text names; `all` is all. Raises ValueError, naming the input, for others."""
+    """Those from 0 to `count` - 1 that the text names, or `all`. Raises ValueError, naming the input, for others."""
     numbers = parse_numbers(name, text)
     if numbers is None:
         return frozenset(range(count))
