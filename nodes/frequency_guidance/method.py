@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...kernels import spectral_guidance
-from ..inputs import ranges
+from ..inputs import latents, ranges
 from ..training.loop import step_seed
 from .config import FrequencyGuidanceConfig
 
@@ -73,14 +73,8 @@ class FrequencyGuidance:
 
 
 def _valid(name: str, latent: torch.Tensor) -> torch.Tensor:
-    if latent.is_nested or latent.ndim not in (4, 5):
-        raise ValueError(f"{name} is no image or video latent: connect the output of VAE Encode to `{name}`")
-    if latent.numel() == 0:
-        raise ValueError(f"{name} is an empty batch: connect at least one VAE-encoded picture to `{name}`")
-    if not torch.isfinite(latent).all():
-        raise ValueError(f"{name} holds NaN or infinite values: encode it again, with the VAE in fp32")
-    if not latent.any():
-        raise ValueError(f"{name} is all zero, as Empty Latent Image makes it: connect a VAE-encoded picture")
+    latents.check_latent(latent, name)
+    latents.check_not_zero(latent, name)
     return latent
 
 
@@ -97,11 +91,7 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
         latent = latent.unsqueeze(2)  # a picture, for a video model
     if latent.ndim != len(shape):
         raise ValueError(f"{name} is a video latent and the model makes pictures: encode one frame of it")
-    if latent.shape[1] != shape[1]:
-        raise ValueError(
-            f"{name} has {latent.shape[1]} channels and the sampled latent has {shape[1]}: "
-            f"encode {name} with the VAE of this model"
-        )
+    latents.check_channels(latent, name, shape[1])
     if latent.shape[-2:] != shape[-2:]:
         ratio = model.latent_format.spacial_downscale_ratio
         height, width = shape[-2] * ratio, shape[-1] * ratio
@@ -109,11 +99,7 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
             f"{name} is a latent of {latent.shape[-1]} x {latent.shape[-2]} (width x height) and the sampled "
             f"one is {shape[-1]} x {shape[-2]}: resize {name} to {width} x {height} pixels before VAE Encode"
         )
-    if latent.shape[0] not in (1, shape[0]):
-        raise ValueError(
-            f"{name} holds {latent.shape[0]} latents and the batch is {shape[0]}: connect one latent"
-            + (f", or {shape[0]} of them" if shape[0] > 1 else "")
-        )
+    latents.check_batch(len(latent), shape[0], name, "latent")
     if len(shape) == 5 and latent.shape[2] not in (1, shape[2]):
         raise ValueError(
             f"{name} has {latent.shape[2]} latent frames and the sampled video has {shape[2]}: "

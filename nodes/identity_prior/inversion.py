@@ -17,6 +17,7 @@ import latent_preview
 import torch
 
 from .. import subject_tokens
+from ..inputs import latents
 from ..patching import samplers
 from ..patching.unet_layers import CrossAttention
 from ..training.objective import prediction_kind
@@ -59,19 +60,16 @@ def invert(
 
 
 def _checked(samples: torch.Tensor, latent_format: Any) -> torch.Tensor:
-    if samples.is_nested or samples.ndim not in (4, 5) or samples.numel() == 0:
-        raise ValueError("latent is no image or video latent: connect VAE Encode to `latent`")
+    latents.check_latent(samples, "latent")
     channels, dimensions = latent_format.latent_channels, latent_format.latent_dimensions
-    if samples.shape[1] != channels or samples.ndim != 2 + dimensions:
-        wanted = f"[B, {channels}, {'T, ' if dimensions == 3 else ''}H, W]"
+    latents.check_channels(samples, "latent", channels)
+    if samples.ndim != 2 + dimensions:
+        expected = f"[B, {channels}, {'T, ' if dimensions == 3 else ''}H, W]"
         raise ValueError(
-            f"latent has shape {tuple(samples.shape)} and the model's latents are {wanted}: encode the picture with "
-            "this model's own VAE"
+            f"latent has shape {tuple(samples.shape)} and the model's latents are {expected}: encode it with the VAE "
+            "of this model"
         )
-    if not torch.isfinite(samples).all():
-        raise ValueError("latent holds NaN or infinite values: encode it again, with the VAE in fp32")
-    if not samples.any():
-        raise ValueError("latent is all zero, as Empty Latent Image makes it: connect VAE Encode to `latent`")
+    latents.check_not_zero(samples, "latent")
     return samples
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..inputs import frame_masks, latents
 from ..inputs.ranges import SIGMA_TOLERANCE
 from ..training.objective import same_bucket
 from .config import MaskConfig
@@ -164,36 +165,19 @@ def union(source: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
 
 
 def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """An outside MASK [F, H, W] for latents of `shape` [B, C, (T,) H, W]: [1 or B, 1 or T, H, W], 0 and 1 stay exact.
+    """A user's MASK [F, H, W] for latents of `shape` [B, C, (T,) H, W]: [1 or B, 1 or T, H, W], 0 and 1 stay exact.
 
     For pictures F is 1 or B, and any number where B is 1; for videos 1, T, or the 4 (T - 1) + 1 frames of the video,
     of which each latent frame takes the mean. Raises ValueError, naming the input, for another F.
     """
     mask = mask.float().reshape(-1, *mask.shape[-2:])
-    if not torch.isfinite(mask).all():
-        raise ValueError("mask holds NaN or infinite values: connect another MASK")
+    latents.check_finite(mask, "mask", "connect another MASK")
     cells = F.adaptive_avg_pool2d(mask.unsqueeze(1), shape[-2:]).squeeze(1).clamp(0, 1)
-    count = len(cells)
-    if len(shape) == 4:
-        if shape[0] > 1:
-            check_masks(count, shape[0])
-        return cells.unsqueeze(1)
-    frames = shape[2]
-    if count == 4 * (frames - 1) + 1 and count != frames:
-        cells = torch.cat([cells[:1], cells[1:].unflatten(0, (frames - 1, 4)).mean(1)])
-    elif count not in (1, frames):
-        raise ValueError(
-            f"mask has {count} frames and the video has {4 * (frames - 1) + 1} ({frames} in the latent): connect one "
-            "mask for all, or one a frame"
-        )
-    return cells.unsqueeze(0)
-
-
-def check_masks(count: int, batch: int) -> None:
-    """Raises ValueError for a number of masks that does not fit the batch."""
-    if count not in (1, batch):
-        more = f", or {batch}" if batch > 1 else ""
-        raise ValueError(f"mask holds {count} masks and the batch is {batch}: connect one{more}")
+    if len(shape) == 5:
+        return frame_masks.by_latent_frame(cells, shape[2]).unsqueeze(0)
+    if shape[0] > 1:
+        latents.check_batch(len(cells), shape[0], "mask", "mask")
+    return cells.unsqueeze(1)
 
 
 def blend(x: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

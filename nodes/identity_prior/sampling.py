@@ -20,7 +20,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .. import subject_tokens
-from ..inputs import ranges
+from ..inputs import latents, ranges
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
@@ -40,12 +40,8 @@ def apply(
 
     Raises ValueError, naming the input and the fix, where it cannot.
     """
-    channels = model.model.latent_format.latent_channels
     clean = inversion.trajectory.clean
-    if clean.shape[1] != channels:
-        raise ValueError(
-            f"inversion has {clean.shape[1]} channels and the model's latents have {channels}: invert with this model"
-        )
+    latents.check_channels(clean, "inversion", model.model.latent_format.latent_channels, "invert with this model")
     layers = attention.layers_of(model)
     if mask is not None:
         mask = method.latent_mask(mask, clean.shape)
@@ -154,7 +150,7 @@ class _BlendRun:
         self.to_the_end = config.end_percent >= 1.0
         self.check(noise)
         if self.connected_mask is not None:
-            method.check_masks(len(self.connected_mask), len(noise))
+            latents.check_batch(len(self.connected_mask), len(noise), "mask", "mask")
         elif not subject:
             raise ValueError(
                 "the sampler's positive does not say where the subject is named: connect the same Encode Identity to "

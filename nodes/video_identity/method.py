@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import shown_by_name
+from ..inputs import frame_masks, latents
 from ..inputs.ranges import select_numbers
 from .config import VideoIdentityConfig
 
@@ -196,25 +197,20 @@ def video_reference(
 
     latent: [1, C, h, w] or [1, C, 1, h, w]; mask: [H, W] or [F, H, W]. Raises ValueError, naming the input.
     """
-    if latent.is_nested or latent.ndim not in (4, 5):
-        raise ValueError("reference is not an image latent: connect VAE Encode of one picture to `reference`")
+    latents.check_latent(latent, "reference")
+    latents.check_not_zero(latent, "reference")
     if latent.ndim == 4:
         latent = latent.unsqueeze(2)
-    if latent.shape[0] != 1 or latent.shape[2] != 1 or latent.numel() == 0:
+    if latent.shape[0] != 1 or latent.shape[2] != 1:
         raise ValueError(
             f"reference holds {latent.shape[0]} latents of {latent.shape[2]} frames: connect VAE Encode of one "
             "picture to `reference`, and chain another Apply Video Identity for another person"
         )
-    if not torch.isfinite(latent).all():
-        raise ValueError("reference holds NaN or infinite values: encode it again, with the VAE in fp32")
-    if not latent.any():
-        raise ValueError("reference is all zero, as empty latents are: connect VAE Encode of one picture")
     if mask is not None:
         mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
         if mask.ndim != 3 or mask.numel() == 0:
             raise ValueError(f"mask has shape {tuple(mask.shape)}: connect one MASK, or one per frame")
-        if not torch.isfinite(mask).all():
-            raise ValueError("mask holds NaN or infinite values: make it again")
+        latents.check_finite(mask, "mask", "connect another MASK")
         mask = mask.detach().float().clamp(0, 1).cpu()
     latent = latent.detach().cpu().float().clone(memory_format=torch.contiguous_format)
     digest = hashlib.sha256(str(tuple(latent.shape)).encode() + latent.numpy().tobytes()).hexdigest()
@@ -241,26 +237,15 @@ def selected_blocks(config: VideoIdentityConfig, count: int) -> frozenset[int]:
 def token_weights(mask: torch.Tensor, frames: int, height: int, width: int, patch: tuple[int, int]) -> torch.Tensor:
     """The mask's mean over each token's part of the video: [frames, rows, columns]; 0 and 1 stay exact.
 
-    mask: [F, H, W] in 0..1; frames, height and width: of the whole video latent. F is 1 (for all frames), `frames`
-    (one per latent frame) or 4 (frames - 1) + 1 (one per video frame: the first latent frame is the first frame, and
-    each later one is the mean of the next four). Raises ValueError for another F.
+    mask: [F, H, W] in 0..1, F as `frame_masks.by_latent_frame` takes it; frames, height and width: of the whole video
+    latent. Raises ValueError for another F.
     """
-    count = mask.shape[0]
     cells = torch.nn.functional.adaptive_avg_pool2d(mask.float().unsqueeze(1), (height, width))
     # The model pads beyond the edge; the cells there repeat its value.
     padding = (0, -width % patch[1], 0, -height % patch[0])
     cells = torch.nn.functional.pad(cells, padding, mode="replicate")
     tokens = torch.nn.functional.avg_pool2d(cells, patch).squeeze(1)
-    if count == 1:
-        return tokens.expand(frames, -1, -1)
-    if count == frames:
-        return tokens
-    if count == 4 * (frames - 1) + 1:
-        return torch.cat([tokens[:1], tokens[1:].unflatten(0, (frames - 1, 4)).mean(1)])
-    raise ValueError(
-        f"mask has {count} frames and the video has {4 * (frames - 1) + 1} ({frames} in the latent): give one mask "
-        "for all, or one per frame"
-    )
+    return frame_masks.by_latent_frame(tokens, frames).expand(frames, -1, -1)
 
 
 class ReferenceCache:

@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.restricted_attention import Reference
-from ..inputs import ranges
+from ..inputs import latents, ranges
 from ..patching import models, wan_blocks
 from . import blocks, method, reference_pass
 from .blocks import KEY
@@ -35,7 +35,7 @@ def apply(model: Any, reference: VideoReference) -> Any:
     network = wan_network(model)
     reference.adapter.check(network.dim, len(network.blocks))
     method.selected_blocks(reference.config, len(network.blocks))
-    check_channels(model, reference.latent, "reference")
+    latents.check_channels(reference.latent, "reference", model.model.latent_format.latent_channels)
     if reference.mask is not None and type(network).__name__ not in VERIFIED:
         raise ValueError(f"masks are not verified with a {type(network).__name__}: disconnect `mask`")
     if reference.off:
@@ -69,16 +69,6 @@ def wan_network(model: Any) -> Any:
     if name not in VERIFIED:
         logging.warning("[Understudy] the video identity adapter is not verified with %s", name)
     return network
-
-
-def check_channels(model: Any, latent: torch.Tensor, name: str) -> None:
-    """Raises ValueError, naming the input, if a latent [1, C, ...] is of another VAE than the model's."""
-    channels = model.model.latent_format.latent_channels
-    if latent.shape[1] != channels:
-        raise ValueError(
-            f"{name} has {latent.shape[1]} channels and the model's latents have {channels}: encode it with the VAE "
-            "of this model"
-        )
 
 
 class SamplingReferences:

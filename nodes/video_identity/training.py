@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...kernels.restricted_attention import Reference
+from ..inputs.latents import check_channels
 from ..patching import models
 from ..training import loop
 from ..training.checkpoints import Checkpoints
@@ -61,7 +62,7 @@ def prepared(
         logging.warning("[Understudy] training ignores the references on this model: connect the model without them")
     for name, inputs in (("latents", latents), ("references", references)):
         for latent in inputs:
-            sampling.check_channels(model, latent, name)
+            check_channels(latent, name, model.model.latent_format.latent_channels)
     weights = len(network.blocks) * len(method.PROJECTIONS) * 2 * rank * network.dim
     # To the model's memory a reference is further frames of the video.
     video, picture = (max(inputs, key=torch.Tensor.numel) for inputs in (latents, references))

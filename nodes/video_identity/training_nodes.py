@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from comfy_api.latest import io
 
+from ..inputs.latents import check_latent, check_not_zero
 from ..training import inputs, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
@@ -94,14 +95,11 @@ def _singles(latents: Sequence[dict], name: str) -> list[torch.Tensor]:
     singles = []
     for latent in latents:
         samples = latent["samples"]
-        if samples.is_nested or samples.ndim not in (4, 5):
-            raise ValueError(f"{name} hold something other than image and video latents: connect VAE Encode")
+        check_latent(samples, name)
         samples = samples.unsqueeze(2) if samples.ndim == 4 else samples
-        if not torch.isfinite(samples).all():
-            raise ValueError(f"{name} hold NaN or infinite values: encode them again, with the VAE in fp32")
         singles += [samples[i : i + 1].clone() for i in range(len(samples))]
     if not singles:
-        raise ValueError(f"{name} hold no latent: connect at least one")
+        raise ValueError(f"{name} holds no latent: connect at least one")
     return singles
 
 
@@ -112,8 +110,8 @@ def _check_references(pictures: Sequence[torch.Tensor]) -> None:
             f"references have the shapes {sorted(shapes)}: connect single pictures of one size, as a list, since VAE "
             "Encode treats a batch of pictures as one video"
         )
-    if any(not picture.any() for picture in pictures):
-        raise ValueError("references hold a latent of zeros, which shows no one: connect VAE Encode of a picture")
+    for picture in pictures:
+        check_not_zero(picture, "references")
 
 
 class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):

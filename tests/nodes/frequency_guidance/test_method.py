@@ -116,7 +116,7 @@ def test_keeps_the_dtype_of_the_estimate(dtype):
         (torch.zeros(1, 4, 8, 8), "all zero"),
         (torch.full((1, 4, 8, 8), float("nan")), "NaN"),
         (torch.full((1, 4, 8, 8), float("inf")), "infinite"),
-        (torch.ones(1, 64, 100), "no image or video latent"),
+        (torch.ones(1, 64, 100), "not an image or video latent"),
     ],
 )
 def test_refuses_latents_that_cannot_guide(latent, message):
@@ -133,7 +133,7 @@ def test_refuses_latents_that_cannot_guide(latent, message):
     ("shape", "target", "message"),
     [
         ((1, 4, 8, 8), (1, 4, 16, 24), "resize driving to 192 x 128 pixels"),
-        ((1, 16, 8, 8), (1, 4, 8, 8), "16 channels .* has 4: encode driving with the VAE of this model"),
+        ((1, 16, 8, 8), (1, 4, 8, 8), "driving has 16 channels .* have 4: encode it with the VAE of this model"),
         ((3, 4, 8, 8), (2, 4, 8, 8), "holds 3 latents and the batch is 2: connect one latent, or 2"),
         ((3, 4, 8, 8), (1, 4, 8, 8), "holds 3 latents and the batch is 1: connect one latent$"),
         ((1, 4, 5, 8, 8), (1, 4, 9, 8, 8), "5 latent frames and the sampled video has 9"),

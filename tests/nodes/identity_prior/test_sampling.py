@@ -187,7 +187,7 @@ def test_batches_of_one_source_and_of_many():
     torch.testing.assert_close(result[1], plain[1], rtol=1e-4, atol=1e-5)
     edit = sample(blended(inversion=inversion), inversion=inversion, shape=(2, 4, 8, 8))
     assert torch.isfinite(edit).all()
-    with pytest.raises(ValueError, match="the batch is 1: connect one$"):
+    with pytest.raises(ValueError, match="the batch is 1: connect one mask$"):
         sample(blended(mask=masks))
     with pytest.raises(ValueError, match="one for each of the batch"):
         sample(blended(mask=zero, inversion=inversion), inversion=inversion, shape=(3, 4, 8, 8))

@@ -98,10 +98,10 @@ def test_settings_that_hold_nothing_are_refused(make, message):
 @pytest.mark.parametrize(("reference", "mask", "message"), [
     (latent(0, 2, 16, 1, 4, 4), None, "holds 2 latents of 1 frames.*one picture"),
     (latent(0, 1, 16, 3, 4, 4), None, "1 latents of 3 frames"),
-    (torch.ones(0, 16, 1, 4, 4), None, "holds 0 latents"),
+    (torch.ones(0, 16, 1, 4, 4), None, "reference is an empty batch"),
     (torch.zeros(1, 16, 1, 4, 4), None, "all zero"),
     (torch.full((1, 16, 1, 4, 4), float("nan")), None, "NaN"),
-    (torch.ones(1, 16, 100), None, "not an image latent"),
+    (torch.ones(1, 16, 100), None, "not an image or video latent"),
     (latent(), torch.ones(1, 1, 4, 4), "mask has shape"),
     (latent(), torch.ones(0, 4, 4), "mask has shape"),
     (latent(), torch.full((1, 4, 4), float("inf")), "mask holds NaN or infinite"),

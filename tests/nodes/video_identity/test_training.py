@@ -221,12 +221,12 @@ def test_the_node_takes_batches_and_lists_and_one_for_all():
         (listed, [one], [text] * 3, "positive has 3 items for 2 videos"),
         (listed, [listed[0]], [text], "single pictures of one size"),
         (listed, [one, {"samples": draw(1, 1, 16, 1, 6, 6)}], [text], "single pictures of one size"),
-        ([{"samples": torch.full(SHAPE, float("nan"))}], [one], [text], "latents hold NaN"),
+        ([{"samples": torch.full(SHAPE, float("nan"))}], [one], [text], "latents holds NaN"),
         ([{"samples": draw(1, 1, 48, 2, 4, 4)}], [one], [text], "latents has 48 channels .* VAE of this model"),
         (listed, [{"samples": draw(1, 1, 4, 4, 4)}], [text], "references has 4 channels and the model"),
-        ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents hold something other"),
-        ([{"samples": torch.ones(0, *SHAPE[1:])}], [one], [text], "latents hold no latent"),
-        (listed, [{"samples": torch.zeros(1, 16, 1, 4, 4)}], [text], "references hold a latent of zeros"),
+        ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents is not an image or video latent"),
+        ([{"samples": torch.ones(0, *SHAPE[1:])}], [one], [text], "latents is an empty batch"),
+        (listed, [{"samples": torch.zeros(1, 16, 1, 4, 4)}], [text], "references is all zero"),
         (listed, [one], [[]], "positive holds an empty conditioning"),
     ):
         with pytest.raises(ValueError, match=message):
