@@ -1,4 +1,4 @@
-"""Nodes of the fusion embedding (FPDM): load, combine, apply, and other body proportions for a pose."""
+"""Nodes of the fusion embedding (FPDM): load, combine, apply, and retarget a pose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RETARGET = RetargetConfig()
 
 
 class UnderstudyLoadFusion(io.ComfyNode):
-    """A fusion from a file, or from a published checkpoint as far as it fits."""
+    """A fusion from a file of this pack, or from a published checkpoint as far as it fits."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,8 +26,8 @@ class UnderstudyLoadFusion(io.ComfyNode):
             node_id="UnderstudyLoadFusion",
             display_name="Load Fusion (FPDM)",
             category=CATEGORY,
-            description="Reads a fusion of this pack, or a published checkpoint of either stage, and says below the "
-            "node what is in it and what did not fit.",
+            description="Reads a fusion of this pack, or a published checkpoint of either stage, and shows on the "
+            "node what it holds and what did not fit.",
             search_aliases=["FPDM", "load fusion embedding", "pose transfer", "person image synthesis"],
             inputs=[
                 io.Combo.Input(
@@ -42,7 +42,7 @@ class UnderstudyLoadFusion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, fusion_name) -> int:
-        """A file written anew under its name is read anew."""
+        """A file that was overwritten is read again."""
         return files.FOLDER.fingerprint(fusion_name)
 
     @classmethod
@@ -53,7 +53,7 @@ class UnderstudyLoadFusion(io.ComfyNode):
 
 
 class UnderstudyCombineFusion(io.ComfyNode):
-    """The embedding of a source picture in a pose."""
+    """The embedding of a person in a pose."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -61,18 +61,18 @@ class UnderstudyCombineFusion(io.ComfyNode):
             node_id="UnderstudyCombineFusion",
             display_name="Combine Fusion (FPDM)",
             category=CATEGORY,
-            description="Makes one embedding of who it is and how they stand, near that of the picture that is to "
-            "be made.",
+            description="Combines a source picture and a pose into one embedding, close to that of the picture to "
+            "generate.",
             search_aliases=["FPDM", "fusion embedding", "combiner", "pose transfer", "image embedding"],
             inputs=[
                 FUSION.Input("fusion", tooltip="A fusion with a combiner, from Train Fusion Combiner or a file."),
-                io.Image.Input("source", tooltip="Who it is. One picture for all poses, or one for each."),
+                io.Image.Input("source", tooltip="The person: one picture per pose, or one for all."),
                 io.Image.Input(
                     "pose", tooltip="OpenPose drawings, 18 points on black, from SDPose Draw Keypoints or Puppet.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
-                    tooltip="The encoder that the combiner was trained beside. Only for a fusion that holds none.",
+                    tooltip="The encoder that the combiner was trained with. Only for a fusion that holds none.",
                 ),
             ],
             outputs=[
@@ -104,27 +104,27 @@ class UnderstudyApplyFusion(io.ComfyNode):
             node_id="UnderstudyApplyFusion",
             display_name="Apply Fusion (FPDM)",
             category=CATEGORY,
-            description="Conditions the model that the fusion was trained for: the source's appearance in place of a "
-            "text, the fusion embedding, and the pose. Connect all three outputs to the sampler.",
+            description="Conditions the model that the fusion was trained for on the source's appearance instead of "
+            "a text, the fusion embedding, and the pose. Connect all three outputs to the sampler.",
             search_aliases=["FPDM", "pose transfer", "pose guided", "person image synthesis", "reposing"],
             inputs=[
-                io.Model.Input("model", tooltip="The SD 1.5, 2.1 or SDXL model of the training. It is not changed."),
+                io.Model.Input("model", tooltip="The SD 1.5, 2.1 or SDXL model of the training; it is not modified."),
                 FUSION.Input("fusion", tooltip="A fusion with a generator, from Train Fusion Generator or a file."),
                 FUSION_EMBED.Input(
                     "fusion_embed", optional=True,
-                    tooltip="From Combine Fusion. Leave it free for a generator that was trained without a combiner.",
+                    tooltip="From Combine Fusion. Disconnect it for a generator that was trained without a combiner.",
                 ),
                 io.ClipVisionOutput.Input(
                     "appearance",
                     tooltip="CLIP Vision Encode of the source, with crop none and the encoder of the training.",
                 ),
                 io.Image.Input(
-                    "pose", tooltip="OpenPose drawing at the size of the result in pixels; a batch makes a batch.",
+                    "pose", tooltip="OpenPose drawing at the size of the result in pixels; a batch gives a batch.",
                 ),
                 io.Float.Input(
                     "strength", default=_APPLY.strength, min=0.0, max=2.0, step=0.01, round=False,
-                    tooltip="Weight of the pose, the embedding and what the UNet learnt: 1 as published, 0 is the "
-                    "model as it was.",
+                    tooltip="Weight of the pose, the embedding and the UNet's training: 1 as published, 0 gives the "
+                    "base model.",
                 ),
             ],
             outputs=[
@@ -153,22 +153,22 @@ class UnderstudyRetargetPose(io.ComfyNode):
             node_id="UnderstudyRetargetPose",
             display_name="Retarget Pose (FPDM)",
             category=CATEGORY,
-            description="Gives the person of a pose the limb lengths of another one, so that a child's pose fits a "
-            "grown-up. Limbs keep their directions, feet stay on the ground.",
+            description="Gives the person in a pose the limb lengths of another person, so that a child's pose fits "
+            "an adult. Limbs keep their directions, and feet stay on the ground.",
             search_aliases=["pose retargeting", "body proportions", "OpenPose", "keypoints", "skeleton"],
             inputs=[
-                KEYPOINTS.Input("keypoints", tooltip="The pose to change, from SDPose Keypoint Extractor, or many."),
+                KEYPOINTS.Input("keypoints", tooltip="The poses to change, from SDPose Keypoint Extractor."),
                 KEYPOINTS.Input(
-                    "source_keypoints", tooltip="The same of the source picture: whose proportions are taken.",
+                    "source_keypoints", tooltip="Keypoints of the source picture, whose proportions are used.",
                 ),
                 io.Float.Input(
                     "amount", default=_RETARGET.amount, min=0.0, max=1.0, step=0.01, round=False,
-                    tooltip="How far the way from the pose's own proportions: 0 is off, 1 are the source's.",
+                    tooltip="How much of the source's proportions the pose takes: 0 is off, 1 is all.",
                 ),
                 io.Float.Input(
                     "score_threshold", default=_RETARGET.score_threshold, min=0.0, max=1.0, step=0.01, round=False,
                     optional=True, advanced=True,
-                    tooltip="Points below this score count as not found. As in SDPose Draw Keypoints.",
+                    tooltip="Points below this score count as not detected, as in SDPose Draw Keypoints.",
                 ),
             ],
             outputs=[

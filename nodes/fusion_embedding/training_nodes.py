@@ -1,4 +1,4 @@
-"""Nodes that train a fusion (FPDM), stage 1, the combiner, and stage 2, the generator, and save it."""
+"""Nodes that train both stages of a fusion (FPDM), the combiner and the generator, and save it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _TrainedOnPairs(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, dataset_folder=(pairs.NONE,), **_lists) -> str:
-        """A folder whose pictures changed is trained on again."""
+        """Trains again if the pictures of the folder changed."""
         return pairs.folder_digest(dataset_folder[0] or pairs.NONE)  # None where it is a link
 
 
@@ -189,30 +189,36 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
         values, data = _values_and_pairs(lists)
-        chosen = {
-            name: values[name] for name in ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset")
-            if name in values
-        }
-        generator = GeneratorConfig(batch_size=values["batch_size"], whole_unet=values["whole_unet"], **chosen)
+        options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset")
+        generator = GeneratorConfig(
+            batch_size=values["batch_size"], whole_unet=values["whole_unet"],
+            **{name: values[name] for name in options if name in values},
+        )
         config = widgets.config(values)
         fusion = values.get("fusion") or Fusion()
-        settings = {
-            "pairs": data.digest(), "rank": "whole UNet" if generator.whole_unet else generator.rank,
-            "source_drop": generator.source_drop, "fusion_drop": generator.fusion_drop,
-            "pose_drop": generator.pose_drop, "noise_offset": generator.noise_offset,
-            "vae": weights_fingerprint(values["vae"].get_sd()),
-            "appearance_encoder": weights_fingerprint(values["appearance_encoder"].get_sd()),
-            "combiner": weights_fingerprint(fusion.combiner or {}),
-        }
-        if fusion.combiner is not None:
-            encoder = encoding.encoder_for(fusion, values.get("clip_vision"))
-            settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
-        checkpoints = Checkpoints("fusion_generator", widgets.settings(values, config, settings))
+        settings = widgets.settings(values, config, _generator_settings(values, data, generator, fusion))
         trained, loss_map = training.train_generator(
             values["model"], values["vae"], values["appearance_encoder"], data, fusion, values.get("clip_vision"),
-            config, generator, checkpoints=checkpoints, resume_from=values["resume_from"],
+            config, generator, checkpoints=Checkpoints("fusion_generator", settings),
+            resume_from=values["resume_from"],
         )
         return io.NodeOutput(trained, loss_map)
+
+
+def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorConfig, fusion: Fusion) -> dict:
+    """The method's part of what a resumed run must share with the one that it continues."""
+    settings = {
+        "pairs": data.digest(), "rank": "whole UNet" if generator.whole_unet else generator.rank,
+        "source_drop": generator.source_drop, "fusion_drop": generator.fusion_drop,
+        "pose_drop": generator.pose_drop, "noise_offset": generator.noise_offset,
+        "vae": weights_fingerprint(values["vae"].get_sd()),
+        "appearance_encoder": weights_fingerprint(values["appearance_encoder"].get_sd()),
+        "combiner": weights_fingerprint(fusion.combiner or {}),
+    }
+    if fusion.combiner is not None:
+        encoder = encoding.encoder_for(fusion, values.get("clip_vision"))
+        settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
+    return settings
 
 
 def _values_and_pairs(lists: dict) -> tuple[dict, pairs.Pairs]:
@@ -231,8 +237,7 @@ class UnderstudySaveFusion(io.ComfyNode):
             node_id="UnderstudySaveFusion",
             display_name="Save Fusion (FPDM)",
             category=CATEGORY,
-            description="Writes a fusion to output/fusion_embeddings: the parts that it has, with a LoRA or a whole "
-            "UNet, and says which.",
+            description="Writes a fusion to output/fusion_embeddings, with all its parts. The log names them.",
             search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export"],
             is_output_node=True,
             inputs=[
