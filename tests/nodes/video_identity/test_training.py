@@ -60,12 +60,12 @@ def test_it_learns_in_the_published_names_and_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpointing):
     """One step from a random adapter: loss and every gradient, against autograd through the formulas in fp64."""
-    def users_own(function, q, k, v, heads, **kwargs):
+    def user_attention(function, q, k, v, heads, **kwargs):
         """Without a backward pass, as SageAttention is; training must not use it."""
         return function(q.detach(), k.detach(), v.detach(), heads, **kwargs)
 
     model = wan()
-    model.model_options["transformer_options"]["optimized_attention_override"] = users_own
+    model.model_options["transformer_options"]["optimized_attention_override"] = user_attention
     start = tiny_model.video_adapter(model, seed=4)
     monkeypatch.setattr(method, "new_adapter", lambda *_a: method.adapter_from(start))
     seen = {}
@@ -175,7 +175,7 @@ def test_the_memory_asked_for_grows_with_rank_and_reference(monkeypatch):
     assert asked[2] > 4 * asked[0]
 
 
-def test_texts_that_no_call_can_hold_together_are_learnt_in_batches_of_their_own():
+def test_texts_that_no_call_can_hold_together_are_trained_in_separate_batches():
     long = [[draw(1, 1, 12, tiny_model.CONTEXT), {}]]
     adapter, loss_map = node(
         wan(), [{"samples": draw(i, *SHAPE)} for i in range(4)], [{"samples": draw(50, 1, 16, 1, 4, 4)}],
@@ -184,7 +184,7 @@ def test_texts_that_no_call_can_hold_together_are_learnt_in_batches_of_their_own
     assert len(loss_map["loss"]) == 6
 
 
-def test_what_it_learns_from_unasked_is_said(caplog):
+def test_what_training_ignores_or_repeats_is_logged(caplog):
     one, text = {"samples": draw(50, 1, 16, 1, 4, 4)}, tiny_model.conditioning(0)
     videos = [{"samples": draw(i, *SHAPE)} for i in range(2)]
     with caplog.at_level(logging.INFO):

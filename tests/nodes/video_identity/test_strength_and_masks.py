@@ -1,4 +1,4 @@
-"""What is exactly off, and where and how strongly a reference acts: strength, masks, windows, steps and blocks."""
+"""Where and how strongly a reference acts, and when it is exactly off: strength, masks, windows, steps, blocks."""
 
 import logging
 
@@ -56,7 +56,7 @@ def test_zero_is_bit_identical_to_the_plain_model():
     assert torch.equal(call(masked, x, options={"context_window": part}), call(MODEL, x))
 
 
-def test_an_empty_mask_is_said_and_strength_zero_is_not(caplog):
+def test_an_empty_mask_is_logged_and_strength_zero_is_not(caplog):
     with caplog.at_level(logging.WARNING):
         shown(MODEL, person(strength=0.0, mask=torch.zeros(1, 64, 64)))
         assert not caplog.text
@@ -89,7 +89,7 @@ def test_two_references_without_regions_share_one_softmax():
     assert relative(call(shown(MODEL, *pair[::-1]), x), call(shown(MODEL, *pair), x)) < 1e-5
 
 
-def test_two_references_with_regions_keep_to_them():
+def test_two_references_with_regions_act_in_them_alone():
     """Left and right halves, token for token; 12 pixels a token column, so the middle column is half and half."""
     x = draw(2, *SHAPE)
     left = torch.zeros(1, 32, 36)
@@ -100,7 +100,7 @@ def test_two_references_with_regions_keep_to_them():
     assert relative(call(shown(MODEL, *pair), x), expected) < 1e-5
 
 
-def test_a_mask_a_frame_follows_the_4n_plus_1_rule_and_context_windows():
+def test_a_mask_per_frame_follows_the_4n_plus_1_rule_and_context_windows():
     mask = torch.zeros(9, 32, 24)
     mask[1:3] = 1  # half of the second latent frame, which is the frames 1 to 4
     mask[5:] = 0.25
@@ -119,7 +119,7 @@ def test_a_mask_a_frame_follows_the_4n_plus_1_rule_and_context_windows():
 
 
 def test_a_mask_beside_an_area_is_refused_and_everything_else_beside_it_is_not():
-    """The model is shown the area alone, and nobody says which part of the mask that is."""
+    """The model is shown the area alone, and nothing says which part of the mask that is."""
 
     def part(*area):
         return [[draw(9, 1, 4, tiny_model.CONTEXT), {"area": area, "set_area_to_bounds": False, "strength": 1.0}]]
@@ -138,7 +138,7 @@ def test_a_mask_beside_an_area_is_refused_and_everything_else_beside_it_is_not()
     assert not torch.equal(sample(shown(), positive=half), sample(MODEL, positive=half))
 
 
-def test_comfyui_s_context_windows_see_their_own_frames_of_the_mask():
+def test_comfyui_s_context_windows_see_their_frames_of_the_mask():
     """Two windows of three of the five latent frames, patched before or after the reference."""
     mask = torch.zeros(17, 16, 12)
     mask[9:] = 1

@@ -41,7 +41,7 @@ X = draw(2, *SHAPE)
 RELATIVES = {
     "t2v": ("t2v", {}, 0, 0),
     "i2v": ("i2v", {"c_concat": draw(5, 1, 20, 3, 8, 6), "clip_fea": draw(6, 1, 257, 1280)}, 0, 0),
-    "fun control": ("fun", {"picture_latent": draw(5, 1, 16, 8, 6)}, 12, 0),
+    "fun control": ("fun", {"reference_latent": draw(5, 1, 16, 8, 6)}, 12, 0),
     "camera": ("camera", {"c_concat": draw(5, 1, 16, 3, 8, 6)}, 0, 0),
     "vace": ("vace", {"vace_context": draw(5, 1, 1, 96, 3, 8, 6), "vace_strength": [0.8]}, 0, 0),
     "phantom": ("t2v", {"time_dim_concat": draw(5, 1, 16, 2, 8, 6)}, 0, 24),
@@ -99,7 +99,7 @@ def test_relatives_sample(kind):
     assert torch.equal(sample(patched, shape=shape), result)
 
 
-def test_a_relative_that_was_not_verified_runs_with_a_note_and_without_masks(caplog):
+def test_a_relative_that_is_not_verified_runs_with_a_warning_and_without_masks(caplog):
     model = tiny_model.wan("humo", num_layers=1)
     adapter = method.adapter_from(tiny_model.video_adapter(model))
     with caplog.at_level(logging.WARNING):
@@ -161,7 +161,7 @@ def test_a_lora_changes_both_branches_in_either_order():
         assert relative(call_loaded(patched, X), wanted) < 1e-5
 
 
-def test_weights_that_stay_away_until_needed():
+def test_weights_that_stay_off_the_device_until_needed():
     """Low memory: every layer keeps its weight elsewhere and casts it in its forward."""
     model = tiny_model.wan(operations=comfy.ops.manual_cast)
     patched = lora(shown(model))
@@ -175,7 +175,7 @@ def test_weights_that_stay_away_until_needed():
         patched.detach()
 
 
-def test_weights_that_go_away_in_mid_run():
+def test_weights_that_are_unloaded_in_mid_run():
     """As when another model needs the room; the LoRA then acts in the cast of every layer."""
     patched, freed = lora(shown(tiny_model.wan(operations=comfy.ops.manual_cast))), []
 
@@ -199,16 +199,16 @@ def test_attention_backends(backend, monkeypatch):
     assert relative(call(shown(strength=0.4), X), weighed(X, weights, [person()])) < 1e-5
 
 
-def test_the_user_s_own_attention_is_asked_once_a_block_on_one_buffer():
+def test_the_user_s_attention_is_called_once_per_block_on_one_buffer():
     seen = []
 
-    def own(function, q, k, v, heads, **kwargs):
+    def user_attention(function, q, k, v, heads, **kwargs):
         seen.append((q.shape[1], k.shape[1]))
         return function(q, k, v, heads, **kwargs)
 
     for order in (0, 1):
         model = MODEL.clone() if order else shown()
-        model.model_options["transformer_options"]["optimized_attention_override"] = own
+        model.model_options["transformer_options"]["optimized_attention_override"] = user_attention
         model = shown(model) if order else model
         seen.clear()
         assert torch.equal(call(model, X), call(shown(), X))
@@ -249,7 +249,7 @@ def test_earlier_and_later_block_patches_are_kept():
     assert torch.equal(call(around, X), call(chaining(shown(MODEL, *pair)), X))
 
 
-def test_blocks_that_a_later_patch_takes_over_are_named_after_the_run(caplog):
+def test_blocks_that_a_later_patch_replaces_are_named_after_the_run(caplog):
     def plain(_args, extra):
         return extra["original_block"](_args)
 
@@ -364,7 +364,7 @@ def test_easycache_skips_steps_beside_it(node):
 
 @pytest.mark.parametrize("settings", [{}, {"strength": 0.5}])
 def test_an_identity_prior_sees_the_cross_attention_beside_it(settings):
-    """With a strength no attention of the user's is asked about the video, only about the text."""
+    """With a strength the user's attention is not called for the video, only for the text."""
     seen = []
 
     class Recorder:
