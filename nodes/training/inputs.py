@@ -10,6 +10,8 @@ import comfy.clip_vision
 import comfy.nested_tensor
 import torch
 
+from ..inputs.latents import check_finite, check_latent
+
 
 def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[torch.Tensor]:
     """Each picture as [1, H, W, 3] in 0..1, without alpha and with grey repeated, in the same order.
@@ -21,8 +23,7 @@ def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[t
     for batch in batches:
         if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
             raise ValueError(f"{name} has shape {tuple(batch.shape)}: connect pictures, [B, H, W, 3]")
-        if not torch.isfinite(batch).all():
-            raise ValueError(f"{name} holds NaN or infinite values: load or render the picture again")
+        check_finite(batch, name, "load or render the picture again")
         colour = batch.expand(-1, -1, -1, 3) if batch.shape[-1] == 1 else batch[..., :3]
         singles.extend(colour[i : i + 1].clone() for i in range(len(colour)))
     if not singles:
@@ -36,6 +37,22 @@ def one_picture(images: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     if len(singles) > 1:
         raise ValueError(f"{name} holds {len(singles)} pictures: connect one; Image From Batch picks it")
     return singles[0]
+
+
+def single_latents(latents: Sequence[Mapping[str, torch.Tensor]], name: str) -> list[torch.Tensor]:
+    """Each latent of some LATENTs, a picture as a video of one frame: [1, C, T, H, W].
+
+    Raises ValueError, naming the input, if there is none, and what check_latent raises.
+    """
+    singles = []
+    for latent in latents:
+        samples = latent["samples"]
+        check_latent(samples, name)
+        samples = samples.unsqueeze(2) if samples.ndim == 4 else samples
+        singles.extend(samples[i : i + 1].clone() for i in range(len(samples)))
+    if not singles:
+        raise ValueError(f"{name} holds no latent: connect at least one")
+    return singles
 
 
 def one_text(texts: Sequence[str], name: str) -> str:

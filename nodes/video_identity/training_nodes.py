@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from comfy_api.latest import io
 
-from ..inputs.latents import check_latent, check_not_zero
+from ..inputs.latents import check_not_zero
 from ..training import inputs, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
@@ -67,10 +67,9 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, latents, references, positive, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
-        videos = _singles(latents, "latents")
-        pictures = inputs.one_each(
-            _singles(references, "references"), len(videos), "references", kind="items", each="video"
-        )
+        videos = inputs.single_latents(latents, "latents")
+        pictures = inputs.single_latents(references, "references")
+        pictures = inputs.one_each(pictures, len(videos), "references", kind="items", each="video")
         _check_references(pictures)
         if len(pictures) > len({id(picture) for picture in pictures}):
             logging.info("[Understudy] one reference is trained with all %d videos", len(videos))
@@ -88,19 +87,6 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
             checkpoints=checkpoints, resume_from=values["resume_from"],
         )
         return io.NodeOutput(adapter, loss_map)
-
-
-def _singles(latents: Sequence[dict], name: str) -> list[torch.Tensor]:
-    """Each latent of a list of LATENTs as [1, C, T, H, W]. Raises ValueError, naming the input."""
-    singles = []
-    for latent in latents:
-        samples = latent["samples"]
-        check_latent(samples, name)
-        samples = samples.unsqueeze(2) if samples.ndim == 4 else samples
-        singles += [samples[i : i + 1].clone() for i in range(len(samples))]
-    if not singles:
-        raise ValueError(f"{name} holds no latent: connect at least one")
-    return singles
 
 
 def _check_references(pictures: Sequence[torch.Tensor]) -> None:
