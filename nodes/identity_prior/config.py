@@ -23,9 +23,9 @@ class IdentityPriorConfig:
     rank: int = 8
     # Published: a loss on the class beside that on the subject. The weight 1 is DreamBooth's (arXiv 2208.12242).
     prior_weight: float = 1.0
-    # Ours: a mirrored text or emblem is another identity, so nothing is changed unless asked.
+    # Ours: mirroring a text or an emblem changes the identity, so it has to be asked for.
     augment: str = "none"
-    # Ours: how many pictures of the class the base model makes where none are given.
+    # Ours: how many pictures of the class the base model draws where none are connected.
     class_count: int = 8
 
     def __post_init__(self) -> None:
@@ -39,22 +39,22 @@ class IdentityPriorConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """From the subject's columns of cross-attention to a mask. Raises ValueError, naming the field."""
+    """From the cross-attention to the subject's tokens to a mask. Raises ValueError, naming the field."""
 
-    # Ours, of the map's range from its least to its greatest value; by the overlap with true masks on the theatre.
+    # Ours, as a fraction of the map's range; chosen by the overlap with true masks on the theatre.
     threshold: float = 0.5
     # Ours, in latent cells: the model needs room around the subject.
     grow: int = 1
     # Ours: "auto" is five layers, of a UNet's coarsest that have 8 cells, of the middle third of a transformer's.
     layers: str = AUTO
-    # Cells of the longer side at which layers are averaged; 0 is the finest of them.
+    # Cells on the longer side at which layers are averaged; 0 is the finest layer's.
     resolution: int = 0
-    # Ours, in cells of that resolution: the deviation of a Gaussian. As the threshold.
+    # Ours, in cells of that resolution: the standard deviation of a Gaussian. Chosen as the threshold was.
     smoothing: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"threshold is {self.threshold}: use 0 (everything) to 1 (the strongest place alone)")
+            raise ValueError(f"threshold is {self.threshold}: use 0 (everything) to 1 (only the strongest cell)")
         if self.grow < 0 or self.resolution < 0 or self.smoothing < 0:
             raise ValueError("grow, resolution and smoothing are 0 or more: 0 is off")
         parse_numbers("layers", self.layers, (AUTO, ALL))
@@ -64,7 +64,7 @@ class MaskConfig:
 class InversionConfig:
     """From a picture to its path over the sigmas."""
 
-    # Ours: exact for Euler and DDIM once it has converged.
+    # Ours: exact for Euler and DDIM, once converged.
     method: str = "fixed_point"
     iterations: int = 4
 

@@ -50,7 +50,7 @@ def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
         captions = tuple(str(caption) for caption in content["captions"])
         subject = Subject(str(content["token"]), str(content["class_noun"]), captions, str(content["base"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise refused(path, f"describes its identity badly ({error})", "Save the prior again") from error
+        raise refused(path, f"has no valid description of its identity ({error})", "Save the prior again") from error
     return tensors, subject
 
 

@@ -149,7 +149,7 @@ def subject_mask(heat: torch.Tensor, size: Sequence[int], config: MaskConfig) ->
     """
     heat = _resized(_blurred(heat.float(), config.smoothing), size)
     low, high = (edge(heat.flatten(1), 1)[..., None, None, None] for edge in (torch.amin, torch.amax))
-    # A constant map shows nothing: the subject may be anywhere.
+    # A constant map does not show the subject, which may be anywhere.
     level = torch.where(high > low, (heat - low) / (high - low).clamp(min=1e-12), torch.ones_like(heat))
     return (level >= config.threshold).float()
 

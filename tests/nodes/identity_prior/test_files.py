@@ -113,6 +113,6 @@ def test_files_that_are_no_prior_are_refused(output):
     weights.save(lora, {}, "loras", "plain")
     weights.save(lora, {"understudy_identity": "{}"}, "loras", "broken")
     folder_paths.filename_list_cache.clear()
-    for name, words in (("plain_00001_.safetensors", "Load LoRA"), ("broken_00001_.safetensors", "badly")):
+    for name, words in (("plain_00001_.safetensors", "Load LoRA"), ("broken_00001_.safetensors", "no valid desc")):
         with pytest.raises(WeightFileError, match=words):
             files.load(name)
