@@ -101,6 +101,8 @@ def test_masks_join_the_source_and_the_edit_and_are_shown():
     outside = (joined[:, 0] == 0).unsqueeze(1).expand_as(result)
     torch.testing.assert_close(result[outside], latent()["samples"][outside], rtol=1e-4, atol=1e-5)
     assert (result - latent()["samples"])[~outside].abs().mean() > 0.01
+    left = ((source == 1) & (edited == 0)).expand_as(result)
+    assert left.any() and (result - latent()["samples"])[left].abs().mean() > 0.01, "where only the source had it"
     masks = UnderstudyEditMasks.execute(patched, {"samples": result})
     shown_source, shown_edited = masks.result
     assert shown_source.shape == (1, 64, 64) and torch.equal(shown_source[:, ::8, ::8], source[:, 0])

@@ -3,10 +3,12 @@
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
+import latent_preview
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
 from pack.nodes.identity_prior import method
+from pack.nodes.identity_prior.attention import AttentionRecorder
 from pack.nodes.identity_prior.config import InversionConfig, MaskConfig
 from pack.nodes.identity_prior.inversion import InvertedNoise
 from support import tiny_model
@@ -122,6 +124,26 @@ def test_euler_and_ddim_walk_back_on_the_path(sampler):
         )
     for x, stored in zip(seen, inversion.trajectory.latents, strict=False):
         torch.testing.assert_close(x, stored, rtol=1e-3, atol=2e-3)
+
+
+def test_the_source_mask_is_of_the_mean_map_of_the_steps_and_each_step_is_shown(monkeypatch):
+    model = KINDS["eps"]()
+    heats, shown = [], []
+    original = AttentionRecorder.heat
+
+    def heat(recorder, *earlier):
+        heats.append(original(recorder, *earlier))
+        return heats[-1]
+
+    monkeypatch.setattr(AttentionRecorder, "heat", heat)
+    monkeypatch.setattr(latent_preview, "prepare_callback", lambda _model, steps: lambda *call: shown.append(call))
+    inversion = inverted(model, iterations=2)
+    assert len(heats) == 12
+    expected = method.subject_mask(torch.stack(heats[1::2]).mean(0), SHAPE[-2:], MaskConfig(grow=0))
+    assert torch.equal(inversion.source_mask, expected)
+    assert [(step, count) for step, _, _, count in shown] == [(i, 6) for i in range(6)]
+    for (_, _, x, _), stored in zip(shown, inversion.trajectory.latents[:-1].flip(0), strict=True):
+        assert torch.equal(x, stored)
 
 
 def test_video_models_and_batches():
