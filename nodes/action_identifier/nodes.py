@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..inputs import widgets
 from . import encoding, files, sampling
 from .config import HIGHEST_STRENGTH
 
 CATEGORY = "Understudy/Action identifier"
 ACTION = io.Custom("UNDERSTUDY_ACTION")
-IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
 _MOST_ACTIONS = 100  # as many as ComfyUI allows
 
 
@@ -75,7 +75,7 @@ class UnderstudyEncodeAction(io.ComfyNode):
                         prefix="action", min=1, max=_MOST_ACTIONS,
                     ),
                 ),
-                IDENTITY.Input(
+                widgets.IDENTITY.Input(
                     "identity", optional=True,
                     tooltip="An identity prior. '{subject}' in the text stands for its token and class noun.",
                 ),
@@ -107,10 +107,9 @@ class UnderstudyApplyActionIdentifier(io.ComfyNode):
             search_aliases=["ADI", "action", "apply embedding", "layer-wise", "P+"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD, SDXL or Wan model; it is not modified."),
-                io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=HIGHEST_STRENGTH, step=0.01, round=False,
-                    tooltip="How far to go from the initial word to the action: 0 is the word, 1 the action, 2 twice "
-                    "as far. Applies to all actions in the prompts.",
+                widgets.strength(
+                    "How far to go from the initial word to the action: 0 is the word, 1 the action, 2 twice "
+                    "as far. Applies to all actions in the prompts.", highest=HIGHEST_STRENGTH,
                 ),
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a sampler or a guider.")],

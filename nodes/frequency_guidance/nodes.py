@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import DISTANCES, RULES
+from ..inputs import widgets
 from ..patching import samplers
 from . import method
 from .config import APPLY_TO, HIGHEST_CUTOFF, FrequencyGuidanceConfig
@@ -15,37 +16,21 @@ _DEFAULT = FrequencyGuidanceConfig()
 _SWITCH_PERCENT = 0.12
 
 
-def _percent(id: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=0.001, round=0.001, tooltip=tooltip)
-
-
 def _scale(id: str, tooltip: str) -> io.Float.Input:
-    default = getattr(_DEFAULT, id)
-    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=0.01, round=False, tooltip=tooltip)
+    return widgets.fraction(id, getattr(_DEFAULT, id), tooltip)
 
 
 def _choice(id: str, options: tuple[str, ...], tooltip: str, advanced: bool = False) -> io.Combo.Input:
     return io.Combo.Input(
-        id,
-        options=list(options),
-        default=getattr(_DEFAULT, id),
-        tooltip=tooltip,
-        optional=advanced,
+        id, options=list(options), default=getattr(_DEFAULT, id), tooltip=tooltip, optional=advanced,
         advanced=advanced or None,
     )
 
 
 def _cutoff(id: str, tooltip: str) -> io.Float.Input:
     return io.Float.Input(
-        id,
-        default=getattr(_DEFAULT, id),
-        min=0.0,
-        max=HIGHEST_CUTOFF,
-        step=0.01,
-        round=0.001,
-        tooltip=f"{tooltip}, in cycles per latent pixel. 0 to {HIGHEST_CUTOFF} is everything.",
-        optional=True,
-        advanced=True,
+        id, default=getattr(_DEFAULT, id), min=0.0, max=HIGHEST_CUTOFF, step=0.01, round=0.001, optional=True,
+        advanced=True, tooltip=f"{tooltip}, in cycles per latent pixel. 0 to {HIGHEST_CUTOFF} is everything.",
     )
 
 
@@ -71,9 +56,8 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
                     "target", tooltip="Prompt of the wanted picture, used from the switch on."
                 ),
                 io.Conditioning.Input("driving", tooltip="Prompt of the driving picture, used first."),
-                _percent(
-                    "switch_percent",
-                    _SWITCH_PERCENT,
+                widgets.percent(
+                    "switch_percent", _SWITCH_PERCENT,
                     "Where the target prompt takes over, as a fraction of the schedule: 0 uses the target "
                     "only, 1 the driving prompt only. A step right on it takes the target.",
                 ),
@@ -138,16 +122,8 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
                     "latent guides the noisy latent between steps, as published, and works with "
                     f"ddim, {', '.join(samplers.STEPWISE_SAMPLERS)}.",
                 ),
-                _percent(
-                    "start_percent",
-                    _DEFAULT.start_percent,
-                    "Where guidance begins, as a fraction of the schedule.",
-                ),
-                _percent(
-                    "end_percent",
-                    _DEFAULT.end_percent,
-                    "Where guidance ends, as a fraction of the schedule. Ending early leaves the details to "
-                    "the model.",
+                *widgets.percent_range(
+                    _DEFAULT, "guidance", "An early end leaves the details to the model."
                 ),
                 _choice(
                     "update",

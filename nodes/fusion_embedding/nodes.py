@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..inputs import widgets
 from ..messages import tell
 from . import encoding, files, method, retargeting, sampling
 from .config import ApplyConfig, RetargetConfig
@@ -121,10 +122,9 @@ class UnderstudyApplyFusion(io.ComfyNode):
                 io.Image.Input(
                     "pose", tooltip="OpenPose drawing at the size of the result in pixels; a batch gives a batch.",
                 ),
-                io.Float.Input(
-                    "strength", default=_APPLY.strength, min=0.0, max=2.0, step=0.01, round=False,
-                    tooltip="Weight of the pose, the embedding and the UNet's training: 1 as published, 0 gives the "
-                    "base model.",
+                widgets.strength(
+                    "Weight of the pose, the embedding and the UNet's training: 1 as published, 0 gives the base "
+                    "model.", _APPLY.strength, highest=2.0,
                 ),
             ],
             outputs=[
@@ -161,14 +161,14 @@ class UnderstudyRetargetPose(io.ComfyNode):
                 KEYPOINTS.Input(
                     "source_keypoints", tooltip="Keypoints of the source picture, whose proportions are used.",
                 ),
-                io.Float.Input(
-                    "amount", default=_RETARGET.amount, min=0.0, max=1.0, step=0.01, round=False,
-                    tooltip="How much of the source's proportions the pose takes: 0 is off, 1 is all.",
+                widgets.fraction(
+                    "amount", _RETARGET.amount,
+                    "How much of the source's proportions the pose takes: 0 is off, 1 is all.",
                 ),
-                io.Float.Input(
-                    "score_threshold", default=_RETARGET.score_threshold, min=0.0, max=1.0, step=0.01, round=False,
-                    optional=True, advanced=True,
-                    tooltip="Points below this score count as not detected, as in SDPose Draw Keypoints.",
+                widgets.fraction(
+                    "score_threshold", _RETARGET.score_threshold,
+                    "Points below this score count as not detected, as in SDPose Draw Keypoints.", optional=True,
+                    advanced=True,
                 ),
             ],
             outputs=[

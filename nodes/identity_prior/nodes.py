@@ -6,12 +6,12 @@ import torch
 from comfy_api.latest import io, ui
 
 from .. import subject_tokens
+from ..inputs import widgets
 from ..messages import tell
 from . import files, inversion, sampling
 from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
 
 CATEGORY = "Understudy/Identity prior"
-IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
 INVERSION = io.Custom("UNDERSTUDY_INVERSION")
 _INVERSION = InversionConfig()
 _MASK = MaskConfig()
@@ -19,24 +19,12 @@ _BLEND = BlendConfig()
 _GAP = 8  # pixels between the two masks that Show Edit Masks shows
 
 
-def _threshold(id: str, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(
-        id, default=_MASK.threshold, min=0.0, max=1.0, step=0.01, round=False, tooltip=tooltip
-    )
-
-
-def _percent(id: str, tooltip: str) -> io.Float.Input:
-    default = getattr(_BLEND, id)
-    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=0.001, round=False, tooltip=tooltip)
-
-
 def _map_inputs() -> list:
     """How the subject's map is read, for experts; the same for the source mask and the edited one."""
     return [
-        io.String.Input(
-            "layers", default=_MASK.layers, optional=True, advanced=True,
-            tooltip="Cross-attention layers that count: 'auto' chooses by size, 'all', or numbers and ranges from 0 "
-            "on, in the order in which they run, such as 4-6, 9.",
+        widgets.numbers(
+            "layers", _MASK.layers, "Cross-attention layers that count, in the order in which they run: 'auto' "
+            "chooses by size, 'all'", optional=True,
         ),
         io.Int.Input(
             "resolution", default=_MASK.resolution, min=0, max=1024, optional=True, advanced=True,
@@ -70,14 +58,14 @@ class UnderstudyLoadIdentityPrior(io.ComfyNode):
                     tooltip="A file in models/loras or output/loras from Save Identity Prior. Other LoRAs are "
                     "refused: use Load LoRA for them.",
                 ),
-                io.Float.Input(
-                    "strength", default=1.0, min=-10.0, max=10.0, step=0.01, round=False,
-                    tooltip="Weight of the prior: 0 is off, 1 as it was trained. Lower values follow prompts more.",
+                widgets.strength(
+                    "Weight of the prior: 0 is off, 1 as it was trained. Lower values follow prompts more.",
+                    lowest=-10.0, highest=10.0,
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="Connect it to a sampler, to Invert Image, or to Load Identity Prior."),
-                IDENTITY.Output(display_name="identity", tooltip="Connect it to Encode Identity."),
+                widgets.IDENTITY.Output(display_name="identity", tooltip="Connect it to Encode Identity."),
                 io.String.Output(display_name="trigger", tooltip="The words that stand for the subject in prompts."),
             ],
         )
@@ -108,7 +96,9 @@ class UnderstudyEncodeIdentity(io.ComfyNode):
             search_aliases=["LIPE", "prompt", "text encode", "subject", "identity", "CLIP"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
-                IDENTITY.Input("identity", tooltip="The subject of the text, from Load or Train Identity Prior."),
+                widgets.IDENTITY.Input(
+                    "identity", tooltip="The subject of the text, from Load or Train Identity Prior.",
+                ),
                 io.String.Input(
                     "text", multiline=True, default="a photo of {subject}",
                     tooltip="What the picture shows. {subject} becomes the token and class of the identity.",
@@ -158,8 +148,8 @@ class UnderstudyInvertImage(io.ComfyNode):
                     tooltip="Model calls per step of fixed_point and renoise. More reconstruct the picture better "
                     "and take longer.",
                 ),
-                _threshold(
-                    "mask_threshold",
+                widgets.fraction(
+                    "mask_threshold", _MASK.threshold,
                     "Where the source mask cuts the subject's attention map, as a fraction of its range: lower "
                     "values include more around the subject.",
                 ),
@@ -202,19 +192,16 @@ class UnderstudyIdentityMaskBlend(io.ComfyNode):
                     "positive",
                     tooltip="The edit's prompt, from Encode Identity; connect the same one to the sampler.",
                 ),
-                _threshold(
-                    "threshold", "Where the edited mask cuts the subject's attention map, as a fraction of its "
-                    "range: lower values change more around the subject, 0 everything.",
+                widgets.fraction(
+                    "threshold", _MASK.threshold,
+                    "Where the edited mask cuts the subject's attention map, as a fraction of its range: lower "
+                    "values change more around the subject, 0 everything.",
                 ),
                 io.Int.Input(
                     "grow", default=_MASK.grow, min=0, max=64,
                     tooltip="Latent cells, of 8 pixels for most models, by which the joint mask is widened.",
                 ),
-                _percent("start_percent", "Where the blend begins, as a fraction of the schedule."),
-                _percent(
-                    "end_percent",
-                    "Where the blend ends, as a fraction of the schedule. Below 1, the last steps change everything.",
-                ),
+                *widgets.percent_range(_BLEND, "the blend", "Below 1, the last steps change everything."),
                 io.Mask.Input(
                     "mask", optional=True,
                     tooltip="Where to change the picture, 0 to 1, in place of both detected masks; of any size. One "

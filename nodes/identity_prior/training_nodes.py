@@ -9,13 +9,14 @@ from comfy_api.latest import io
 
 from .. import subject_tokens
 from ..fingerprint import fingerprint
+from ..inputs.widgets import IDENTITY
 from ..messages import tell
 from ..subject_tokens import Subject
 from ..training import inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
 from .config import AUGMENTS, IdentityPriorConfig
-from .nodes import CATEGORY, IDENTITY
+from .nodes import CATEGORY
 
 _DEFAULT = IdentityPriorConfig()
 

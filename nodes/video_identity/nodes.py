@@ -6,6 +6,7 @@ import logging
 
 from comfy_api.latest import io, ui
 
+from ..inputs import widgets
 from ..messages import tell
 from . import files, method, reference_picture, sampling
 from .config import ReferenceConfig, VideoIdentityConfig
@@ -18,11 +19,6 @@ _ONE_AT_A_TIME = (
     "{} pictures: VAE Encode of a video model treats them as one video and only the first counts; send them one at a "
     "time, with Rebatch Images and batch_size 1"
 )
-
-
-def _fraction(id: str, step: float, tooltip: str) -> io.Float.Input:
-    default = getattr(_DEFAULT, id)
-    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=step, round=False, tooltip=tooltip)
 
 
 def _boxes_input() -> io.BoundingBox.Input:
@@ -135,17 +131,13 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
                 io.Latent.Input(
                     "reference", tooltip="One picture from Prepare Reference, encoded with this model's VAE.",
                 ),
-                _fraction(
-                    "strength", 0.01,
+                widgets.strength(
                     "Weight of the reference in the video's attention: 0 is off, 1 as published. Values in between "
-                    "are exact and somewhat slower.",
+                    "are exact and somewhat slower.", _DEFAULT.strength,
                 ),
-                _fraction("start_percent", 0.001, "Fraction of the schedule at which the reference starts acting."),
-                _fraction("end_percent", 0.001, "Fraction of the schedule at which the reference stops acting."),
-                io.String.Input(
-                    "blocks", default=_DEFAULT.blocks, advanced=True,
-                    tooltip="Transformer blocks that see the reference: 'all' as published, or numbers and ranges "
-                    "from 0 on, such as 0-19, 25.",
+                *widgets.percent_range(_DEFAULT, "the reference"),
+                widgets.numbers(
+                    "blocks", _DEFAULT.blocks, "Transformer blocks that see the reference: 'all' as published"
                 ),
                 io.Mask.Input(
                     "mask", optional=True,
