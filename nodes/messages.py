@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from comfy_execution.utils import get_executing_context
 
-# What the node that spoke last has said in its run: the host shows one text a node, the latest.
+# The lines of the node that spoke last, in its run: ComfyUI shows one text per node, the latest.
 _said: dict[tuple[str, str], list[str]] = {}
 
 
@@ -17,7 +17,7 @@ def tell(node: str, lines: Sequence[str], level: int = logging.INFO) -> None:
         logging.log(level, "[Understudy] %s: %s", node, line)
     running = get_executing_context()
     if lines and running is not None:
-        from server import PromptServer  # only a host that runs a graph has one
+        from server import PromptServer  # only a server that runs a graph has one
 
         run = running.prompt_id, running.node_id
         all_of_it = list(dict.fromkeys([*_said.get(run, ()), *lines]))  # a list of pictures says the same of each

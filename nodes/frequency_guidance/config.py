@@ -20,7 +20,7 @@ class FrequencyGuidanceConfig:
 
     # Ours: a small pull; on the puppet theatre the amplitude term adds little to the phase term.
     amplitude_scale: float = 0.1
-    # Ours: all the way, in low bands and early steps; all bands in every step bring the driving subject too.
+    # Ours: all the way, in low bands and early steps; all bands in every step bring the driving subject as well.
     phase_scale: float = 1.0
     # Ours: the published |angle| ("paper") cannot tell a picture from its 180 degree rotation.
     phase_distance: str = "circular"

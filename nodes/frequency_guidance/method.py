@@ -24,9 +24,9 @@ Guide = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 class FrequencyGuidance:
-    """Guidance toward one source and one driving latent; holds no state of any sampling run.
+    """Guidance toward one source and one driving latent; it holds no state of a sampling run.
 
-    source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one with scale 0 is not looked at.
+    source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one whose scale is 0 is ignored.
     Raises ValueError, naming the input, for latents that are empty, all zero, not finite, or nested.
     """
 
@@ -36,10 +36,10 @@ class FrequencyGuidance:
         self._driving = _valid("driving", driving) if config.phase_scale > 0 else None
 
     def begin(self, model: Any, shape: torch.Size) -> Guide:
-        """What one sampling run applies to latents of `shape`: guide(latent, sigma) -> latent, of like dtype.
+        """The guide of one sampling run for latents of `shape`: guide(latent, sigma) -> latent of the same dtype.
 
-        `model` gives `process_latent_in`, which takes the latents to the model's space, and `model_sampling`.
-        Guidance acts in its part of the schedule, and returns the same tensor elsewhere.
+        `model` is a BaseModel: its `process_latent_in` takes latents to the model's space.
+        It acts in its part of the schedule, and returns the same tensor elsewhere.
         Raises ValueError where source or driving do not fit `shape`.
         """
         config = self.config
@@ -111,10 +111,10 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
 def switch_prompt(driving: list, target: list, switch_percent: float) -> list:
     """A CONDITIONING that is `driving` before `switch_percent` (0..1 of the schedule), then `target`.
 
-    Exactly one of them acts at any sigma, and a step that lies on `switch_percent` takes `target`. The host's
-    ranges include both their ends, so the two leave a gap as wide as a few fp32 sigmas; `target` fills it
-    as a default conditioning, which the host uses only where no other one is active. Ranges that the
-    conditionings already have are kept within their part. The given lists and their entries stay as they are.
+    Exactly one of them acts at any sigma, and a step on `switch_percent` takes `target`. ComfyUI's ranges include
+    both ends, so the two leave a gap as wide as a few fp32 sigmas; `target` fills it as a default conditioning,
+    which ComfyUI uses only where no other is active. Ranges that the conditionings already have are cut to their
+    part. The input lists and their entries are not modified.
     """
     switch = switch_percent - _SWITCH_OFFSET
     if switch <= 0.0:
@@ -130,14 +130,14 @@ def switch_prompt(driving: list, target: list, switch_percent: float) -> list:
 
 
 def _within(conditioning: list, start: float, end: float) -> list:
-    """Copies of the entries, their ranges cut to start..end; entries without any of it are left out."""
-    kept = []
+    """Copies of the entries with their ranges cut to start..end; entries outside it are left out."""
+    cut = []
     for tensor, options in conditioning:
         first = max(start, options.get("start_percent", 0.0))
         last = min(end, options.get("end_percent", 1.0))
         if first < last:
-            kept.append([tensor, {**options, "start_percent": first, "end_percent": last}])
-    return kept
+            cut.append([tensor, {**options, "start_percent": first, "end_percent": last}])
+    return cut
 
 
 class SourceDrivingObjective:

@@ -52,7 +52,7 @@ def guide_latent(sampler: comfy.samplers.Sampler, begin: Begin) -> comfy.sampler
     return _GuidedLatent(sampler, begin)
 
 
-class _Wrapper(comfy.samplers.Sampler):
+class _GuidedSampler(comfy.samplers.Sampler):
     def __init__(self, sampler: comfy.samplers.Sampler, begin: Begin):
         self.sampler = sampler
         self.begin = begin
@@ -61,21 +61,21 @@ class _Wrapper(comfy.samplers.Sampler):
         return self.sampler.max_denoise(model_wrap, sigmas)
 
 
-class _GuidedDenoised(_Wrapper):
+class _GuidedDenoised(_GuidedSampler):
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
         disable_pbar=False,
     ):
-        guided = _Guided(model_wrap, self.begin(model_wrap.inner_model, noise.shape))
+        guided = _GuidedModel(model_wrap, self.begin(model_wrap.inner_model, noise.shape))
         return self.sampler.sample(
             guided, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
         )
 
 
-class _Guided:
+class _GuidedModel:
     """A guider whose every answer is guided; everything else is the guider's.
 
-    Post-CFG functions would miss some: DualModel skips them at CFG 1, DualCFG goes on calculating after them.
+    Post-CFG functions would miss some: DualModel skips them at CFG 1, and DualCFG calculates on after them.
     """
 
     def __init__(self, guider: Any, guide: Guide):
@@ -89,7 +89,7 @@ class _Guided:
         return getattr(self._guider, name)
 
 
-class _GuidedLatent(_Wrapper):
+class _GuidedLatent(_GuidedSampler):
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
         disable_pbar=False,

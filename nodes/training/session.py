@@ -15,6 +15,7 @@ import comfy.samplers
 import torch
 
 from ..patching import models
+from ..patching.wan_blocks import OVERRIDE
 from .config import TrainingConfig
 from .differentiable import (
     checkpointed_blocks,
@@ -47,7 +48,7 @@ class ModelDenoiser:
     def transformer_options(self) -> dict[str, Any]:
         """A copy of the patcher's, with an attention that has a backward pass."""
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)["transformer_options"]
-        return {**options, "optimized_attention_override": _attention_with_gradient}
+        return {**options, OVERRIDE: _attention_with_gradient}
 
     def prepare(self, conditioning: list, latent: torch.Tensor) -> dict[str, Any]:
         """The model's conditions of one CONDITIONING for latents of this shape [1, C, ...], as ComfyUI makes them
