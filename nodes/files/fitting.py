@@ -7,10 +7,13 @@ import comfy.lora
 import comfy.utils
 import torch
 
+from ..errors import shown_by_name
+
 # The side of a layer's matrix [out, in] that each part of a LoRA must match.
 _SIDES = {"up": 0, "down": 1}
 
 
+@shown_by_name
 class MisfitError(ValueError):
     """The weights belong to another model; the message names the first key, its shape and what the model has."""
 
