@@ -1,4 +1,4 @@
-"""Where a spectrum is computed: on the tensor's own device, or on the CPU where that has no complex FFT."""
+"""Where a spectrum is computed: on the device of the tensor, or on the CPU if that has no complex FFT."""
 
 from __future__ import annotations
 

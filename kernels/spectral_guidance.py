@@ -15,10 +15,10 @@ x. `paper` cannot tell an angle from its negative, hence a picture from its 180 
 the bins that are real in every real plane (angle 0 or pi), where it is constant and cannot be descended.
 
 Scales. 1.0 always means "all the way", and it is free of units, resolution and model:
-- `per_bin` moves every bin the fraction s of its own way: |X| linearly to |S|, and the angle along the arc to
-  the driving angle (for `paper`, |angle| to |angle| with the bin's own sign). For |X| that is the plain
+- `per_bin` moves every bin by the fraction s of its distance: |X| linearly to |S|, and the angle along the arc to
+  the driving angle (for `paper`, |angle| to |angle| with the sign of the bin). For |X| that is the plain
   gradient step. For `circular` it is the gradient step preconditioned by |X| per bin, taken along the arc
-  instead of its chord so that amplitudes are kept; s = 1 is a minimiser of either.
+  instead of its chord so that amplitudes stay; s = 1 is a minimiser of either.
 - `gradient` is plain descent, x - s_a t_a grad G_a - s_p t_p grad G_p, with t = 2 G / |grad G|^2 per plane:
   the step at which a quadratic loss with minimum 0 reaches its minimum. For G_a, t is exactly 1.
 
@@ -55,7 +55,7 @@ ALL_BANDS = Band()
 
 @dataclass(frozen=True)
 class Target:
-    """What an estimate is moved to; made by `prepare` once per sampling. Spectra are [..., H, W//2 + 1].
+    """What an estimate is moved towards; `prepare` makes it once per sampling run. Spectra are [..., H, W//2 + 1].
 
     `amplitude` is |S|; `phasor` is D/|D|, and 0 where the driving phase is undefined or outside its band.
     """
@@ -85,7 +85,7 @@ def prepare(
     """Spectra of the source and the driving latent, [..., H, W]; None switches a term off.
 
     Both stay on their device, or on the CPU where that device lacks the complex FFT.
-    Raises ValueError for two sizes, for no latent, for an unknown distance, or for a band without a bin.
+    Raises ValueError for different sizes, no latent, an unknown distance, or a band without a bin.
     """
     if distance not in DISTANCES:
         raise ValueError(f"phase distance {distance!r} is unknown: use one of {', '.join(DISTANCES)}")
@@ -244,8 +244,8 @@ def _symmetric(spectrum: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Inverse transforms differ by backend in what they do with the rest, hence the explicit projection.
     """
     width = size[1]
-    own = spectrum[..., :: width // 2] if width % 2 == 0 else spectrum[..., :1]
-    own.copy_(0.5 * (own + own.flip(-2).roll(1, -2).conj()))
+    mirrored = spectrum[..., :: width // 2] if width % 2 == 0 else spectrum[..., :1]
+    mirrored.copy_(0.5 * (mirrored + mirrored.flip(-2).roll(1, -2).conj()))
     return spectrum
 
 

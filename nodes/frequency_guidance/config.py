@@ -29,7 +29,7 @@ class FrequencyGuidanceConfig:
     start_percent: float = 0.0
     # Ours, with the low band. Published: every step (the last one of 50 excepted).
     end_percent: float = 0.4
-    # Ours: every frequency its own way, so that 1 is all the way. Published: the plain gradient.
+    # Ours: each frequency by a share of its distance, so that 1 is all the way. Published: the plain gradient.
     update: str = "per_bin"
     # Ours: low frequencies carry the pose. Published: all bands.
     phase_low: float = 0.0
@@ -75,5 +75,5 @@ class SourceDrivingPairConfig:
     rank: int = 4
 
 
-# Ours: a higher rate is taken for a LoRA's that was left standing.
+# Ours: a higher rate is taken for that of a LoRA, left from an earlier run.
 HIGHEST_WHOLE_UNET_LEARNING_RATE = 5e-4

@@ -5,6 +5,7 @@ Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidan
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from ...kernels import spectral_guidance
 from ..inputs import latents, ranges
 from ..training.loop import step_seed
+from ..training.objective import Sample
 from .config import FrequencyGuidanceConfig
 
-# Schedulers land on multiples of 1/steps and 1/1000; beside them, rounding decides nothing.
+# Schedulers land on multiples of 1/steps and 1/1000; away from them, rounding decides nothing.
 _SWITCH_OFFSET = 0.00037
 # The narrowest step in percent that every model's percent-to-sigma map resolves in fp32.
 _SWITCH_GAP = 1e-6
@@ -46,10 +48,18 @@ class FrequencyGuidance:
         guided = ranges.sigma_range(model.model_sampling, config.start_percent, config.end_percent)
         source = _fit("source", self._source, shape, model)
         driving = _fit("driving", self._driving, shape, model)
-        target: spectral_guidance.Target | None = None
+
+        @functools.cache
+        def target_on(device: torch.device) -> spectral_guidance.Target:
+            return spectral_guidance.prepare(
+                None if source is None else source.to(device),
+                None if driving is None else driving.to(device),
+                distance=config.phase_distance,
+                amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
+                phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),
+            )
 
         def guide(latent: torch.Tensor, sigma: float) -> torch.Tensor:
-            nonlocal target
             if sigma not in guided:
                 return latent
             if latent.shape != shape:
@@ -57,16 +67,8 @@ class FrequencyGuidance:
                     f"the sampler changed the latent from {tuple(shape)} to {tuple(latent.shape)}: "
                     "frequency guidance needs a sampler that keeps the size"
                 )
-            if target is None:
-                target = spectral_guidance.prepare(
-                    None if source is None else source.to(latent.device),
-                    None if driving is None else driving.to(latent.device),
-                    distance=config.phase_distance,
-                    amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
-                    phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),
-                )
             return spectral_guidance.update(
-                latent, target, config.amplitude_scale, config.phase_scale, config.update
+                latent, target_on(latent.device), config.amplitude_scale, config.phase_scale, config.update
             )
 
         return guide
@@ -85,7 +87,7 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
     if len(shape) not in (4, 5):
         raise ValueError(
             f"frequency guidance works on [B, C, H, W] and [B, C, T, H, W] latents, and this model's is "
-            f"{tuple(shape)}: it cannot steer audio or packed latents"
+            f"{tuple(shape)}: cannot steer audio or packed latents, so use another model"
         )
     if len(shape) == 5 and latent.ndim == 4:
         latent = latent.unsqueeze(2)  # a picture, for a video model
@@ -141,20 +143,20 @@ def _within(conditioning: list, start: float, end: float) -> list:
 
 
 class SourceDrivingObjective:
-    """ImPoster's fine-tuning: steps take the source and the driving picture in turn, two with one noise and level.
+    """ImPoster's fine-tuning: steps take the source and the driving picture in turn, both with one noise and level.
 
-    loss(latent, conditions, generator) -> [B] is the denoising error; `samples` are the source and the driving
-    one, each with `latent` and `conditions`.
+    loss(latent, conditions, generator) -> [B] is the denoising loss; `samples` are those of the source and the
+    driving picture.
     """
 
-    def __init__(self, loss: Callable[..., torch.Tensor], samples: Sequence[Any], seed: int):
+    def __init__(self, loss: Callable[..., torch.Tensor], samples: Sequence[Sample], seed: int):
         self.loss = loss
         self.samples = samples
         self.seed = seed
 
     def __call__(self, step: int, _generator: torch.Generator) -> torch.Tensor:
-        iteration, turn = divmod(step, len(self.samples))
-        sample = self.samples[turn]
-        # The iteration's generator, not the step's: both pictures meet the same noise and noise level.
+        iteration, index = divmod(step, len(self.samples))
+        sample = self.samples[index]
+        # The iteration's generator, not the step's: both pictures get the same noise and noise level.
         generator = torch.Generator().manual_seed(step_seed(self.seed, iteration))
         return self.loss(sample.latent, [sample.conditions], generator).mean()

@@ -83,7 +83,7 @@ class ApplyConfig:
 class RetargetConfig:
     """Body proportions of one skeleton on the pose of another; all of it is ours."""
 
-    # 0 keeps the pose's own proportions, 1 takes the source's.
+    # 0 keeps the proportions of the pose, 1 takes those of the source.
     amount: float = 1.0
     # Points below this score count as not detected; the default of SDPose Draw Keypoints.
     score_threshold: float = 0.3

@@ -24,7 +24,7 @@ _COMBINER = {
 _STAGE_1 = ("fusion_model.", "")
 _APPEARANCE, _POSE, _UNET = "sd_model.srcimage_proj_model.", "sd_model.pose_t_proj.", "sd_model.unet."
 _CLASS = f"{_UNET}class_embedding."
-# Other models in these files, which have files of their own, or are second copies.
+# Other models in these files: separate downloads, or second copies.
 _LEFT_OUT = {
     "vae.": "the autoencoder: load the base model's", "src_image_encoder.": "the appearance encoder: load DINOv2",
     "unet.": "a second copy of the UNet", "fusion_model.pose_encoder.": "a second copy of the image encoder",

@@ -123,7 +123,7 @@ def unet(model: Any) -> UNetModel:
             f"model is a {type(network).__name__}, and a fusion needs a UNet: load SD 1.5, SD 2.1 or SDXL"
         )
     if network.num_classes is not None and type(model.model).__name__ not in _SDXL_SIZES:
-        raise FusionError(f"a {type(model.model).__name__} with class labels is not known: load SD 1.5, 2.1 or SDXL")
+        raise FusionError(f"a {type(model.model).__name__} with class labels is unknown: load SD 1.5, 2.1 or SDXL")
     return network
 
 

@@ -19,7 +19,7 @@ _GENERATOR = GeneratorConfig()
 
 
 def _pictures() -> list[io.Image.Input]:
-    """What a pair is made of."""
+    """The three inputs of a pair."""
     return [
         io.Image.Input(
             "source", optional=True,
@@ -92,7 +92,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
                     "0.07.",
                 ),
                 widgets.batch_size(
-                    _COMBINER.batch_size, "Pairs per step, among which each target is to be found. Published: 48.",
+                    _COMBINER.batch_size, "Pairs per step, among which each target is retrieved. Published: 48.",
                     least=2, most=4096,
                 ),
                 io.Boolean.Input(
