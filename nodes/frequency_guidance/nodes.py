@@ -43,15 +43,16 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
             node_id="UnderstudyStepwisePrompt",
             display_name="Switch Prompt During Sampling (ImPoster)",
             category=CATEGORY,
-            description="The driving prompt lays out the action in the first steps; the target follows.",
+            description="Uses the driving prompt in the first steps, which lay out the action, and the target after "
+            "them.",
             search_aliases=["prompt switch", "prompt schedule", "timestep range", "ImPoster", "action transfer"],
             inputs=[
-                io.Conditioning.Input("target", tooltip="Prompt of the wanted picture, used from the switch on."),
+                io.Conditioning.Input("target", tooltip="Prompt of the picture to generate, used after the switch."),
                 io.Conditioning.Input("driving", tooltip="Prompt of the driving picture, used first."),
                 widgets.percent(
                     "switch_percent", _SWITCH_PERCENT,
                     "Where the target prompt takes over, as a fraction of the schedule: 0 uses the target "
-                    "only, 1 the driving prompt only. A step exactly on it takes the target.",
+                    "only, 1 the driving prompt only. A step exactly at it uses the target.",
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="Connect it to positive.")],
@@ -67,27 +68,27 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        latent_help = "at the size of the result. One latent, or one for each of the batch. Its mask is not used."
+        latent_help = "at the size of the result. One latent, or one per latent of the batch. Its mask is ignored."
         return io.Schema(
             node_id="UnderstudyFrequencyGuidanceSampler",
             display_name="Frequency Guidance Sampler (ImPoster)",
             category=CATEGORY,
-            description="Pulls each step toward the layout of a driving picture (its phases) and the look of "
-            "a source picture (its amplitudes). Wraps any sampler, for SamplerCustom and SamplerCustomAdvanced.",
+            description="Moves each step towards the layout of a driving picture (its phases) and the look of a "
+            "source picture (its amplitudes). Wraps any sampler, for SamplerCustom and similar nodes.",
             search_aliases=["ImPoster", "action transfer", "pose transfer", "FFT", "Fourier", "phase", "amplitude"],
             inputs=[
-                io.Sampler.Input("sampler", tooltip="The sampler to guide, from KSamplerSelect for instance."),
+                io.Sampler.Input("sampler", tooltip="The sampler to guide, for example from KSamplerSelect."),
                 io.Latent.Input("source", tooltip=f"VAE-encoded picture of the subject, {latent_help}"),
                 io.Latent.Input("driving", tooltip=f"VAE-encoded picture of the action, {latent_help}"),
                 _scale(
                     "amplitude_scale",
-                    "How far the amplitudes go to the source's in each step: 0 is off, 1 all the way. Higher "
+                    "How far each step moves the amplitudes to the source's: 0 is off, 1 all the way. Higher "
                     "values keep more of the source's overall look.",
                 ),
                 _scale(
                     "phase_scale",
-                    "How far the phases go to the driving picture's in each step: 0 is off, 1 all the way. "
-                    "Higher values follow the action more and, beyond that, the driving subject as well.",
+                    "How far each step moves the phases to the driving picture's: 0 is off, 1 all the way. "
+                    "Higher values follow the action more, and then also the driving subject.",
                 ),
                 _choice(
                     "phase_distance", DISTANCES,
@@ -96,14 +97,14 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
                 ),
                 _choice(
                     "apply_to", APPLY_TO,
-                    "denoised guides each step's estimate of the picture and works with every sampler. "
+                    "denoised guides the estimate of the picture in each step and works with every sampler. "
                     "latent guides the noisy latent between steps, as published, and works with "
                     f"ddim, {', '.join(samplers.STEPWISE_SAMPLERS)}.",
                 ),
                 *widgets.percent_range(_DEFAULT, "guidance", "An early end leaves the details to the model."),
                 _choice(
                     "update", RULES,
-                    "per_bin moves each frequency its own way, 1 all the way. gradient is plain descent on the "
+                    "per_bin moves each frequency by a share of its distance. gradient is plain descent on the "
                     "losses, as published; its phase steps are far rougher: use 0.03 or less.",
                     advanced=True,
                 ),

@@ -1,4 +1,4 @@
-"""Node of frequency guidance's fine-tuning (ImPoster): a LoRA or a UNet that knows the source and driving picture."""
+"""Node of frequency guidance's fine-tuning (ImPoster): trains on one source and one driving picture."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import logging
 from comfy_api.latest import io
 
 from ..messages import tell
-from ..training import drawing, inputs, picture_training, widgets
+from ..training import inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
-from . import method
+from . import training
 from .config import HIGHEST_WHOLE_UNET_LEARNING_RATE, SourceDrivingPairConfig
 from .nodes import CATEGORY
 
 _DEFAULT = SourceDrivingPairConfig()
-_STEPS_PER_ITERATION = 2  # source, driving
+_PICTURES = ("source", "driving")
 
 
 class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
@@ -28,7 +28,7 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
             display_name="Train Source and Driving Pair (ImPoster)",
             category=CATEGORY,
             description="Trains on one source and one driving picture, so that their texts mean just these two. "
-            "Then frequency guidance and the prompt switch put the action on the source.",
+            "Frequency guidance and the prompt switch then put the action on the source.",
             search_aliases=["ImPoster", "train LoRA", "fine-tune", "action transfer", "DreamBooth"],
             is_input_list=True,
             inputs=[
@@ -71,33 +71,25 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
-        source, driving = (inputs.one_picture(lists.pop(name), name) for name in ("source", "driving"))
-        texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in ("source", "driving")]
-        empty = [name for name, text in zip(("source", "driving"), texts, strict=True) if not text]
-        said = [f"{name}_text is empty, so no prompt will mean the {name} picture" for name in empty]
-        tell("Train Source and Driving Pair", said, logging.WARNING)
+        pictures = [inputs.one_picture(lists.pop(name), name) for name in _PICTURES]
+        texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in _PICTURES]
+        tell("Train Source and Driving Pair", _warnings(texts), logging.WARNING)
         values = inputs.single_values(lists)
         config, lora = _configs(values)
-        latents = picture_training.encode_pictures(values["vae"], [source, driving])
-        conditionings = picture_training.encode_texts(values["clip"], [*texts, ""])
-        lora_weights, loss_map = picture_training.train_on_pictures(
-            values["model"],
-            latents,
-            conditionings[:2],
-            config,
-            lora,
-            checkpoints=Checkpoints(
-                "source_driving_pair", widgets.settings(values, config, _settings(lora, texts, latents))
-            ),
-            resume_from=values["resume_from"],
-            make_objective=lambda denoising, samples: method.SourceDrivingObjective(
-                denoising.loss, samples, config.seed
-            ),
-            preview=drawing.preview_of(
-                values["vae"], conditionings[0], conditionings[2], latents[0].shape, config.seed
-            ),
+        latents = picture_training.encode_pictures(values["vae"], pictures)
+        settings = widgets.settings(values, config, _settings(lora, texts, latents))
+        lora_weights, loss_map = training.train(
+            values["model"], values["clip"], values["vae"], latents, texts, config, lora,
+            checkpoints=Checkpoints("source_driving_pair", settings), resume_from=values["resume_from"],
         )
         return io.NodeOutput(lora_weights, loss_map)
+
+
+def _warnings(texts: list[str]) -> list[str]:
+    return [
+        f"{name}_text is empty, so no prompt will mean the {name} picture"
+        for name, text in zip(_PICTURES, texts, strict=True) if not text
+    ]
 
 
 def _configs(values: dict) -> tuple[TrainingConfig, LoraConfig | None]:
@@ -109,7 +101,7 @@ def _configs(values: dict) -> tuple[TrainingConfig, LoraConfig | None]:
             "switch whole_unet off"
         )
     published = {"weight_decay": 0.0} if whole_unet else {}  # Adam
-    config = widgets.config(values, _STEPS_PER_ITERATION, **published)
+    config = widgets.config(values, steps_per_iteration=len(_PICTURES), **published)
     return config, None if whole_unet else LoraConfig(rank=values["rank"])
 
 
