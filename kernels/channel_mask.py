@@ -16,8 +16,8 @@ def channel_mask(
 ) -> torch.Tensor:
     """True where a channel may be updated. Gradients [..., D] of one shape, percentile in 0..1.
 
-    Each vector of D channels has its own thresholds. `merge` says how `context_invariant` and `action_sensitive`
-    are joined, one of MERGES.
+    Each vector of D channels has its own thresholds. `merge`, one of MERGES, says how `context_invariant` and
+    `action_sensitive` are combined.
     """
     invariant = context_invariant(anchor, same_action, percentile)
     sensitive = action_sensitive(anchor, same_context, percentile)
@@ -37,7 +37,7 @@ def action_sensitive(anchor: torch.Tensor, same_context: torch.Tensor, percentil
 
 
 def _threshold(difference: torch.Tensor, percentile: float) -> torch.Tensor:
-    # In fp32: quantile knows no half precision. `lower` is a value that occurs, so that equal channels stay equal.
+    # fp32, since torch.quantile lacks half precision. "lower" returns a value that occurs: equal channels stay equal.
     return torch.quantile(difference.float(), percentile, dim=-1, keepdim=True, interpolation="lower")
 
 

@@ -22,8 +22,8 @@ def fft_device(device: torch.device | str) -> torch.device:
 def _has_complex_fft(device: torch.device) -> bool:
     try:
         spectrum = torch.fft.rfft2(torch.ones(1, 2, 3, device=device), norm="ortho")
-        turned = spectrum * torch.polar(spectrum.abs(), spectrum.angle()).conj()
-        torch.fft.irfft2(turned, s=(2, 3), norm="ortho").cpu()
+        rotated = spectrum * torch.polar(spectrum.abs(), spectrum.angle()).conj()
+        torch.fft.irfft2(rotated, s=(2, 3), norm="ortho").cpu()
     except (RuntimeError, TypeError):  # what backends raise for a missing operation
         return False
     return True

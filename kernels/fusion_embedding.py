@@ -60,19 +60,19 @@ def source_enhanced_info_nce(
 
 
 def retrieval_ranks(fused: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How many of N targets [N, D] are nearer to each e_f than the one of its pair, [N]; below 1 ranks first.
+    """For each e_f, how many of the N targets [N, D] are nearer than its pair's own, [N]; below 1, that one is first.
 
-    Ours: among the targets alone. Ties count half, so duplicate pairs still match, and embeddings that have all
+    Ours: only targets are ranked. Ties count half, so duplicate pairs still match, and embeddings that have all
     collapsed into one do not.
     """
     similarity = functional.normalize(fused, dim=-1) @ functional.normalize(target, dim=-1).T
     difference = similarity - similarity.diagonal().unsqueeze(1)
-    ties = (difference.abs() <= 1e-6).sum(dim=1) - 1  # without itself
+    ties = (difference.abs() <= 1e-6).sum(dim=1) - 1  # not counting the pair's own target
     return (difference > 1e-6).sum(dim=1) + ties / 2
 
 
 def dropout(rate: float, generator: torch.Generator) -> Drop:
-    """Inverted dropout whose every call draws from `generator`, which lives on the CPU."""
+    """Inverted dropout that draws from `generator`, on the CPU, at every call."""
 
     def drop(x: torch.Tensor) -> torch.Tensor:
         keep = torch.rand(x.shape, generator=generator) >= rate

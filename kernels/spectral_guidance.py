@@ -4,7 +4,7 @@ Source: ImPoster (arXiv 2409.15650), whose sampling step is z <- z - s_a grad G_
 
 Notation. Latents x, s (source) and d (driving) are real, [..., H, W]; the transform runs over the last two
 axes, so [B, C, H, W] is taken per channel and [B, C, T, H, W] per channel and frame. X, S, D are orthonormal
-spectra: by Parseval a step in the spectrum has the length of the step in the latent, at every resolution.
+spectra: by Parseval, a step in the spectrum is as long as the step in the latent, at every resolution.
 
     G_a          = 1/2 sum_k (|X_k| - |S_k|)^2
     G_p circular = sum_k |X_k| (1 - cos(arg X_k - arg D_k))            ours: amplitude-weighted and smooth
@@ -14,7 +14,7 @@ Sums run over the whole plane, so a loss has one value per plane, shape x.shape[
 x. `paper` cannot tell an angle from its negative, hence a picture from its 180 degree rotation; it leaves out
 the bins that are real in every real plane (angle 0 or pi), where it is constant and cannot be descended.
 
-Scales. 1.0 always means "all the way", and it is free of units, resolution and model:
+Scales. They have no unit; 1.0 means "all the way" at every resolution and for every model:
 - `per_bin` moves every bin by the fraction s of its distance: |X| linearly to |S|, and the angle along the arc to
   the driving angle (for `paper`, |angle| to |angle| with the sign of the bin). For |X| that is the plain
   gradient step. For `circular` it is the gradient step preconditioned by |X| per bin, taken along the arc
@@ -91,7 +91,7 @@ def prepare(
         raise ValueError(f"phase distance {distance!r} is unknown: use one of {', '.join(DISTANCES)}")
     sizes = {tuple(latent.shape[-2:]) for latent in (source, driving) if latent is not None}
     if len(sizes) != 1:
-        raise ValueError(f"source and driving latent need one common size, not {sorted(sizes)}")
+        raise ValueError(f"source and driving latent need one common size, not {sorted(sizes)}: encode both at it")
     (size,) = sizes
     amplitude = mask = phasor = None
     if source is not None:
@@ -113,7 +113,7 @@ def band_mask(size: tuple[int, int], band: Band, device: torch.device | str = "c
     rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
     columns = torch.fft.rfftfreq(width, dtype=torch.float64)[None, :]
     frequency = torch.sqrt(rows**2 + columns**2)
-    # A cutoff like 0.3 names the bin 3/10, whatever the rounding of either.
+    # A cutoff such as 0.3 includes the bin 3/10, however either is rounded.
     mask = (frequency >= band.low - _CUTOFF_ROUNDING) & (frequency <= band.high + _CUTOFF_ROUNDING)
     if not mask.any():
         raise ValueError(
@@ -161,7 +161,7 @@ def update(
     phase_scale: float,
     rule: str = "per_bin",
 ) -> torch.Tensor:
-    """x [..., H, W] moved toward the target by scales in 0..1 (see the module's text); x's shape and dtype.
+    """x [..., H, W] moved towards the target by scales in 0..1 (see the module's text); x's shape and dtype.
 
     Scales of 0 return x itself, bit for bit.
     """
@@ -263,12 +263,12 @@ def _plane_sum(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _floor(length: torch.Tensor) -> torch.Tensor:
-    """Amplitudes up to here are rounding of the transform, and their phase is noise; [..., 1, 1]."""
+    """Amplitudes up to this are rounding errors of the transform, and their phase is noise; [..., 1, 1]."""
     return 4 * torch.finfo(length.dtype).eps * length.amax((-2, -1), keepdim=True)
 
 
 def _checked(x: torch.Tensor, target: Target) -> torch.Tensor:
     if tuple(x.shape[-2:]) != target.size:
         size = tuple(x.shape[-2:])
-        raise ValueError(f"the target was prepared for latents of {target.size}, and this one is {size}")
+        raise ValueError(f"the target was prepared for latents of {target.size}, not {size}: prepare one for those")
     return x

@@ -1,4 +1,4 @@
-"""Gathers what the rooms declare: nodes, in the order of the menus, and the weight folders for ComfyUI to list."""
+"""Gathers what the rooms declare: the nodes, in menu order, and the weight folders that ComfyUI lists."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -29,7 +29,7 @@ FOLDERS = [ACTION_IDENTIFIERS, FUSION_EMBEDDINGS, TRAINING_CHECKPOINTS]
 
 
 def register_folders() -> None:
-    """Have ComfyUI list the rooms' weight folders and, where the theatre is shown, its models."""
+    """Make ComfyUI list the rooms' weight folders and, if the theatre is shown, its models."""
     for folder in FOLDERS:
         folder.register()
     menus.register_models()

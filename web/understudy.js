@@ -9,8 +9,8 @@ app.registerExtension({
       category: ["Understudy", "Theatre", "Show"],
       name: "Show the puppet theatre",
       tooltip:
-        "The nodes and checkpoints of the puppet theatre stand in the menus. Takes effect after a restart of " +
-        "ComfyUI. The environment variable UNDERSTUDY_THEATRE goes before this setting.",
+        "Lists the nodes and checkpoints of the puppet theatre in the menus. Takes effect after a restart of " +
+        "ComfyUI. The environment variable UNDERSTUDY_THEATRE overrides this setting.",
       type: "boolean",
       defaultValue: true,
     },

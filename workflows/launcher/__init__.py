@@ -1,1 +1,1 @@
-"""How the commands and the tests get ComfyUI, prepare an environment for it, start it and run workflows in it."""
+"""Gets ComfyUI, prepares an environment for it, starts it and runs workflows in it, for commands and tests."""

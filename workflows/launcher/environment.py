@@ -1,4 +1,4 @@
-"""The git-ignored Python environment of the two commands, made with venv and pip on the first start.
+"""The git-ignored Python environment of the two commands, created with venv and pip at the first start.
 
 This file and what it imports also parse on Python 3.8, so that an old Python is told what to do.
 """
@@ -23,10 +23,10 @@ STAMP = "understudy-installed"
 
 
 def enter(root: Path) -> None:
-    """Return only inside the environment of the pack at `root`, making it first if need be.
+    """Return only inside the environment of the pack at `root`, which is created if it is missing.
 
-    From any other Python the script is started anew with the environment's. Ends the program with a message
-    if the environment cannot be made.
+    In any other Python the script is restarted with the environment's. Ends the program with a message if the
+    environment cannot be created.
     """
     try:
         check_python(sys.version_info[:2])
@@ -34,7 +34,7 @@ def enter(root: Path) -> None:
     except source.SetupError as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:
-        say("\nStopped; the next start goes on from here.")
+        say("\nStopped; the next start continues from here.")
         sys.exit(130)
     if Path(sys.prefix).resolve() != (root / ".cache" / "env").resolve():
         become([str(python), *sys.argv])
@@ -44,7 +44,7 @@ def become(command: list[str]) -> NoReturn:
     """Run `command` in place of this program, so that it gets Ctrl-C and its exit code is ours."""
     sys.stdout.flush()
     if sys.platform == "win32":
-        # execv there returns to the shell at once.
+        # On Windows, execv returns to the shell at once.
         sys.exit(subprocess.call(command))
     os.execv(command[0], command)
 
@@ -54,12 +54,12 @@ def check_python(version: tuple[int, int]) -> None:
     if version < MIN_PYTHON:
         raise source.SetupError(
             f"Python {version[0]}.{version[1]} is too old: install Python 3.12 (3.10 or newer will do) and "
-            "start this with it, for example `python3.12 workflows/run.py`."
+            "use it to start this, for example `python3.12 workflows/run.py`."
         )
 
 
 def ensure(root: Path) -> Path:
-    """Make or complete the environment of the pack at `root`; returns its Python."""
+    """Create or complete the environment of the pack at `root`; returns its Python."""
     cache = root / ".cache"
     cache.mkdir(exist_ok=True)
     folder = cache / "env"
@@ -70,10 +70,10 @@ def ensure(root: Path) -> Path:
             return python
         check_disk(cache, folder)
         if not works(python):
-            say("Making a Python environment in .cache/env")
+            say("Creating a Python environment in .cache/env")
             make(folder)
         if not comfyui:
-            say(f"Getting ComfyUI {source.VERSION}")
+            say(f"Downloading ComfyUI {source.VERSION}")
             comfyui = source.obtain(root, str(python))
         say("Installing PyTorch, ComfyUI's requirements and the tools (about 6 GB, once)")
         install(python, requirement_files(comfyui, root), cache / "setup.log")
@@ -97,7 +97,7 @@ def fingerprint(comfyui: Path, root: Path) -> str:
 
 
 def is_current(folder: Path, python: Path, comfyui: Path, root: Path) -> bool:
-    """True if the environment was installed to its end with the requirements of today."""
+    """True if the environment was completely installed, with the present requirements."""
     stamp = folder / STAMP
     return (
         stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint(comfyui, root) and works(python)
@@ -113,12 +113,12 @@ def works(python: Path) -> bool:
 
 
 def make(folder: Path) -> None:
-    """Make an empty environment with pip in `folder`, replacing what is there."""
+    """Create an empty environment with pip in `folder`, replacing its content."""
     command = [sys.executable, "-m", "venv", "--clear", str(folder)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise source.SetupError(
-            f"{result.stdout.strip()}\nPython could not make an environment in {folder}. On Debian and "
+            f"{result.stdout.strip()}\nPython could not create an environment in {folder}. On Debian and "
             "Ubuntu run `sudo apt install python3-venv`; elsewhere install Python from its own installer."
         )
 
@@ -129,7 +129,7 @@ def check_disk(cache: Path, folder: Path) -> None:
     if free < MIN_FREE_BYTES and not (folder / STAMP).exists():
         raise source.SetupError(
             f"{cache} has {free / 1e9:.1f} GB free and {MIN_FREE_BYTES / 1e9:.0f} GB are needed for PyTorch "
-            "and ComfyUI's requirements. Make room, or clone the pack to a larger disk."
+            "and ComfyUI's requirements. Free some space, or clone the pack to a larger disk."
         )
 
 
@@ -151,7 +151,7 @@ def install(python: Path, files: list[Path], log: Path) -> None:
     if process.returncode:
         last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
         raise source.SetupError(
-            f"{last}\npip could not install the requirements (all of its output: {log}). Check the network, "
+            f"{last}\npip could not install the requirements (its full output: {log}). Check the network, "
             "pip's settings and the free disk space, then start this again: it goes on where it stopped."
         )
 
@@ -186,5 +186,5 @@ def _try_lock(file) -> bool:
 
 
 def say(text: str) -> None:
-    """A line about the set-up, on standard error: standard output belongs to the command."""
+    """Print a line about the set-up to standard error, since standard output belongs to the command."""
     print(text, file=sys.stderr, flush=True)

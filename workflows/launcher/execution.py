@@ -1,4 +1,4 @@
-"""Runs a UI-format workflow on a server through comfy-cli, which converts, queues and follows it."""
+"""Runs a UI-format workflow on a server through comfy-cli, which converts it, queues it and reports progress."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from .server import Server
 
-# Loading and training may be silent for long; comfy-cli gives up after this many seconds without a message.
+# comfy-cli gives up after this many seconds without a message, and loading or training may be silent for long.
 SILENCE_SECONDS = 24 * 3600
 
 
 @dataclasses.dataclass
 class Result:
-    """What came of one workflow: `error` is None, or names the node (id, title, type) that failed and why."""
+    """How one workflow ended: `error` is None, or names the node (id, title, type) that failed and why."""
 
     files: list[dict] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -39,7 +39,7 @@ def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambd
     titles: dict[str, str] = {}
     envelope: dict = {}
     started = time.monotonic()
-    problems = tempfile.TemporaryFile()  # a pipe nobody reads meanwhile would fill up
+    problems = tempfile.TemporaryFile()  # a pipe would fill up, since nobody reads it meanwhile
     process = subprocess.Popen(
         _command(server, workflow),
         env=_environment(server),
@@ -68,10 +68,10 @@ def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambd
         problems.seek(0)
         complaint = problems.read().decode(errors="replace").strip()
         problems.close()
-    # The time of the run itself, without comfy-cli's start, where it says it.
+    # The time of the run without comfy-cli's start, if comfy-cli reports it.
     result.seconds = (envelope.get("data") or {}).get("elapsed_seconds", time.monotonic() - started)
     if not server.alive():
-        result.error = f"ComfyUI itself ended; its last lines:\n{server.tail()}"
+        result.error = f"ComfyUI itself ended. The last lines of its log:\n{server.tail()}"
     elif process.returncode:
         error = envelope.get("error") or {"message": complaint or "comfy-cli ended without a result."}
         result.error = describe(error, titles)
@@ -124,7 +124,7 @@ def _command(server: Server, workflow: Path) -> list[str]:
 
 
 def _environment(server: Server) -> dict[str, str]:
-    # comfy-cli keeps settings and a job list in the home folder: the user's own stay untouched.
+    # comfy-cli keeps settings and a job list in the home folder: those of the user stay untouched.
     home = server.base / "comfy-cli"
     home.mkdir(exist_ok=True)
     changes = {"HOME": str(home), "USERPROFILE": str(home), "PYTHONIOENCODING": "utf-8", "DO_NOT_TRACK": "1"}

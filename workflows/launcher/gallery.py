@@ -21,7 +21,7 @@ THUMBNAIL = 640
 
 @dataclasses.dataclass
 class Entry:
-    """A workflow of a run: `state` is "done", "skipped" or "failed", `message` why; `files` have captions."""
+    """A workflow of a run. `state` is "done", "skipped" or "failed", and `message` says why; files have captions."""
 
     workflow: Workflow
     state: str
@@ -37,7 +37,7 @@ def is_shown(name: str) -> bool:
 
 
 def main_file(files: Sequence[dict]) -> dict | None:
-    """Of a run's files, the first of the node that saved a picture last; a video, or a preview, where none did."""
+    """The first file of the node that saved a picture last; a video or a preview if no node saved a picture."""
 
     def rank(file: dict) -> tuple[bool, bool]:
         return file["type"] == "output", Path(file["filename"]).suffix.lower() in PICTURES
@@ -76,7 +76,7 @@ def save_thumbnail(main: Path, target: Path) -> None:
 
 
 def write_contact_sheet(entries: list[Entry], target: Path) -> None:
-    """Write the main picture of every workflow into one JPEG, titles underneath."""
+    """Write the main picture of every workflow into one JPEG, with its title below it."""
     from PIL import Image, ImageDraw, ImageFont
 
     shown = [entry for entry in entries if entry.main]
@@ -98,7 +98,7 @@ def write_contact_sheet(entries: list[Entry], target: Path) -> None:
 
 
 def write_page(entries: list[Entry], target: Path, machine: str) -> None:
-    """Write `index.html` with every picture inside it; videos are linked from beside it."""
+    """Write `index.html` with every picture embedded; videos are files beside it, which it links to."""
     cards = "\n".join(_card(entry, target.parent) for entry in entries)
     template = string.Template((Path(__file__).parent / "gallery.html").read_text(encoding="utf-8"))
     done = sum(entry.state == "done" for entry in entries)
@@ -115,7 +115,7 @@ def _card(entry: Entry, folder: Path) -> str:
     description = MarkdownIt("js-default").render(entry.workflow.description)
     status = {"done": f"{entry.seconds:.1f} s", "skipped": "skipped", "failed": "failed"}[entry.state]
     message = f"<pre>{html.escape(entry.message)}</pre>" if entry.message else ""
-    # The result first, then what led to it.
+    # The result first, then the pictures that led to it.
     files = sorted(entry.files, key=lambda item: item[0] != entry.main)
     figures = "".join(_figure(path, caption, path == entry.main, folder) for path, caption in files)
     name = html.escape(entry.workflow.path.name)

@@ -1,4 +1,4 @@
-"""What a script or a test needs to import the pack and ComfyUI side by side in one process."""
+"""Makes the pack and ComfyUI importable side by side in one process, for scripts and tests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ROOT = Path(os.path.abspath(__file__)).parent.parent.parent
 
 
 def alias_pack(root: Path = ROOT) -> types.ModuleType:
-    """Make `pack` importable: `from pack.kernels import spectral_guidance`. The pack's folder may have any name.
+    """Make `pack` importable, as in `from pack.kernels import spectral_guidance`, whatever its folder is called.
 
-    The root itself leaves `sys.path`: its `nodes/` would shadow ComfyUI's `nodes.py`.
+    The root itself is removed from `sys.path`, since its `nodes/` would shadow ComfyUI's `nodes.py`.
     """
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != str(root)]
     if "pack" not in sys.modules:
@@ -26,14 +26,14 @@ def alias_pack(root: Path = ROOT) -> types.ModuleType:
 
 
 def add_comfy_path(base_directory: Path, cpu: bool = True, root: Path = ROOT) -> Path:
-    """Make ComfyUI importable and return its folder; models, input, output and temp lie in `base_directory`.
+    """Make ComfyUI importable and return its folder; models, input, output and temp are in `base_directory`.
 
-    Call before anything imports `comfy.model_management` or `folder_paths`, which read these settings once.
+    Call it before anything imports `comfy.model_management` or `folder_paths`, which read these settings once.
     """
     comfyui = source.obtain(root)
     if str(comfyui) not in sys.path:
         sys.path.insert(0, str(comfyui))
-    # A ComfyUI that is not the pack's own copy stays as it is, without even new __pycache__ folders.
+    # Only the pack's copy of ComfyUI is written to, with __pycache__ folders.
     sys.dont_write_bytecode = comfyui != source.cached(root)
     from comfy.cli_args import args
 

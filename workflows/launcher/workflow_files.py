@@ -1,4 +1,4 @@
-"""What a UI-format workflow file says of itself: title, description and the model files that it needs."""
+"""What a UI-format workflow file says about itself: title, description and the model files that it needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTES = ("MarkdownNote", "Note")
 
 
 class Workflow:
-    """One workflow file. Raises SetupError if it cannot be read or is not as ComfyUI's UI saves it."""
+    """One workflow file. Raises SetupError if it cannot be read or is not in the format that ComfyUI saves."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -19,10 +19,10 @@ class Workflow:
         try:
             self.content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise source.SetupError(f"{path} cannot be read: {error}") from error
+            raise source.SetupError(f"{path} cannot be read ({error}): save it again in ComfyUI.") from error
         if not isinstance(self.content, dict) or not isinstance(self.content.get("nodes"), list):
             raise source.SetupError(
-                f"{path} is no workflow of ComfyUI's UI: it has no `nodes`. Save it with Save."
+                f"{path} is not a workflow in UI format: it has no list `nodes`. Save it with Save, not Export (API)."
             )
 
     def nodes(self) -> list[dict]:
@@ -35,7 +35,7 @@ class Workflow:
         return {graph["id"] for graph in self.content.get("definitions", {}).get("subgraphs", [])}
 
     def note(self) -> tuple[str, str]:
-        """Title and description (Markdown): heading and first paragraph of the first note with a heading."""
+        """Title and description (Markdown): the heading and first paragraph of the first note that has a heading."""
         for node in self.content["nodes"]:
             text = str((node.get("widgets_values") or [""])[0]).strip() if node["type"] in NOTES else ""
             if text.startswith("# "):
@@ -53,17 +53,17 @@ class Workflow:
 
     def models(self) -> list[dict]:
         """The model files that its nodes name for download, each once: `name`, `url`, `directory`."""
-        found = {}
+        models = {}
         for node in self.nodes():
             for model in node.get("properties", {}).get("models", []):
-                found.setdefault((model["directory"], model["name"]), model)
-        return list(found.values())
+                models.setdefault((model["directory"], model["name"]), model)
+        return list(models.values())
 
 
 def find(folder: Path, names: list[str]) -> list[Workflow]:
     """The workflows of `folder` with these names (stems, file names or paths); all of them without names.
 
-    Raises SetupError for a name that leads nowhere.
+    Raises SetupError for a name that is none of these.
     """
     known = {path.stem: path for path in sorted(folder.glob("*.json"))}
     chosen = []
