@@ -16,8 +16,8 @@ def random(seed, *shape):
 
 
 def weights(width=6, projection=5, hidden=4, seed=0):
-    made = layout.new_combiner(width, projection, hidden, torch.Generator().manual_seed(seed))
-    return {key: value.double() for key, value in made.items()}
+    initial = layout.new_combiner(width, projection, hidden, torch.Generator().manual_seed(seed))
+    return {key: value.double() for key, value in initial.items()}
 
 
 def published(source, pose, w):

@@ -34,18 +34,18 @@ def lively(model):
 
 
 def vision(seed: int = 0, width: int = WIDTH, hidden: int = HIDDEN, **config):
-    """The host's CLIP_VISION of two layers with random weights, in its own precision."""
+    """ComfyUI's CLIP_VISION of two layers with random weights, in its own precision."""
     small = {"hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    made = comfy.clip_vision.ClipVisionModel(
+    created = comfy.clip_vision.ClipVisionModel(
         {**VISION_CONFIG, **small, "projection_dim": width, "image_size": 32, "patch_size": 16, **config}
     )
     with torch.inference_mode(False):
-        for name, parameter in made.model.named_parameters():
+        for name, parameter in created.model.named_parameters():
             value = 0.3 * torch.randn(parameter.shape, generator=generator(seed + len(name)))
             value += ("norm" in name or "layrnorm" in name) and name.endswith("weight")
             parameter.data = value.to(parameter.dtype)
             parameter.requires_grad_(False)
-    return made
+    return created
 
 
 def combiner(seed: int = 0, width: int = WIDTH) -> layout.Weights:
@@ -55,11 +55,11 @@ def combiner(seed: int = 0, width: int = WIDTH) -> layout.Weights:
 def weights(model, embedding: int | None = WIDTH, seed: int = 0, hidden: int = HIDDEN) -> layout.Weights:
     """A generator for `model` whose every path acts."""
     sizes = sampling.model_sizes(model, hidden, embedding)
-    made = layout.new_generator(sizes, 9, (4, 6, 8, 10), generator(seed))
+    created = layout.new_generator(sizes, 9, (4, 6, 8, 10), generator(seed))
     for key in ("embedding.second.weight", "embedding.second.bias", "pose.conv_out.weight", "pose.conv_out.bias"):
-        if key in made:
-            made[key] = 0.3 * torch.randn(made[key].shape, generator=generator(seed + len(key)))
-    return made
+        if key in created:
+            created[key] = 0.3 * torch.randn(created[key].shape, generator=generator(seed + len(key)))
+    return created
 
 
 def lora(seed: int = 0, rank: int = 2) -> layout.Weights:
@@ -73,10 +73,10 @@ def lora(seed: int = 0, rank: int = 2) -> layout.Weights:
 
 
 def fusion(model, seed: int = 0, **parts) -> Fusion:
-    made = {
+    created = {
         "combiner": combiner(seed), "generator": weights(model, seed=seed), "unet": lora(seed), "unet_kind": LORA
     }
-    return Fusion(**{**made, **parts})
+    return Fusion(**{**created, **parts})
 
 
 def pictures(count: int = 1, height: int = 64, width: int = 64, seed: int = 0, channels: int = 3) -> torch.Tensor:
@@ -108,20 +108,20 @@ def pair_lists(count: int = 4, size: int = 64, seed: int = 0) -> dict[str, torch
 
 
 def autoencoder(seed: int = 0):
-    """The host's VAE of the TAESD kind with random weights: 4 latent channels, factor 8."""
+    """ComfyUI's VAE of the TAESD kind with random weights: 4 latent channels, factor 8."""
     import comfy.sd
     import comfy.taesd.taesd
 
     weights = {}
     for i, (key, value) in enumerate(comfy.taesd.taesd.TAESD(latent_channels=4).state_dict().items()):
-        # The host leaves weights as memory was; the two numbers without dimensions are constants.
+        # ComfyUI leaves weights as memory was; the two numbers without dimensions are constants.
         drawn = 0.05 * torch.randn(value.shape, generator=generator(seed + i))
         weights[key] = value if not value.ndim else drawn if value.ndim > 1 else torch.zeros_like(value)
     return comfy.sd.VAE(sd=weights)
 
 
 def as_loaded(clip_vision):
-    """An encoder as the host's loaders leave it: its weights are inference tensors."""
+    """An encoder as ComfyUI's loaders leave it: its weights are inference tensors."""
     with torch.inference_mode():
         for module in clip_vision.model.modules():
             for name, parameter in module._parameters.items():

@@ -174,7 +174,7 @@ def test_errors_reach_the_user_from_the_node():
         tiny_model.sample(MODEL, guided("euler", driving=latent(1, 1, 16, 8, 8)))
 
 
-def test_runs_as_the_host_runs_it():
+def test_runs_as_comfyui_runs_it():
     node = UnderstudyFrequencyGuidanceSampler
     settings = dataclasses.asdict(FrequencyGuidanceConfig())
     sampler = comfy.samplers.sampler_object("euler")

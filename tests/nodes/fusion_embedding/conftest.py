@@ -1,4 +1,4 @@
-"""The host's folders in a temporary one, for what writes fusions and checkpoints."""
+"""ComfyUI's folders in a temporary one, for what writes fusions and checkpoints."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Image encoders of the host: whole pictures, gradients beside transformers, and descriptions that are refused."""
+"""Image encoders of ComfyUI: whole pictures, gradients beside transformers, and descriptions that are refused."""
 
 import comfy.model_patcher
 import pytest
@@ -37,21 +37,21 @@ def test_embeddings_and_states_are_transformers(size):
     clip_vision, pictures = fusions.vision(), fusions.pictures(3, *size)
     with torch.no_grad():
         expected = transformers_model(clip_vision)(pixels(clip_vision, pictures))
-    found = encoding.embeddings(clip_vision, pictures)
-    torch.testing.assert_close(found, expected.image_embeds, rtol=1e-3, atol=1e-4)
-    found = encoding.states(clip_vision, pictures)
-    torch.testing.assert_close(found, expected.last_hidden_state, rtol=1e-3, atol=1e-4)
+    actual = encoding.embeddings(clip_vision, pictures)
+    torch.testing.assert_close(actual, expected.image_embeds, rtol=1e-3, atol=1e-4)
+    actual = encoding.states(clip_vision, pictures)
+    torch.testing.assert_close(actual, expected.last_hidden_state, rtol=1e-3, atol=1e-4)
 
 
 def test_more_pictures_than_go_in_one_pass():
     clip_vision, pictures = fusions.vision(), fusions.pictures(19, 32, 32)
-    found = encoding.embeddings(clip_vision, pictures)
-    torch.testing.assert_close(found[17:18], encoding.embeddings(clip_vision, pictures[17:18]))
+    actual = encoding.embeddings(clip_vision, pictures)
+    torch.testing.assert_close(actual[17:18], encoding.embeddings(clip_vision, pictures[17:18]))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_transformers(checkpointing):
-    """Through the host's encoder, whose layers add in place, as loaded: inference tensors."""
+    """Through ComfyUI's encoder, whose layers add in place, as loaded: inference tensors."""
     clip_vision, pictures = fusions.as_loaded(fusions.vision()), fusions.pictures(2, 40, 32)
     theirs = transformers_model(clip_vision)
     theirs(pixels(clip_vision, pictures)).image_embeds.square().sum().backward()
@@ -62,9 +62,9 @@ def test_gradients_are_transformers(checkpointing):
         trained = WholeNetwork(module)
         with trained.attached():
             encode = encoding.differentiable(clip_vision, module)
-            found = encode(list(pictures.split(1)))
-            torch.testing.assert_close(found.detach(), encoding.embeddings(clip_vision, pictures))
-            found.square().sum().backward()
+            actual = encode(list(pictures.split(1)))
+            torch.testing.assert_close(actual.detach(), encoding.embeddings(clip_vision, pictures))
+            actual.square().sum().backward()
     gradients = {name: p.grad for name, p in trained.parameters().items()}
     assert expected.keys() == {name for name, gradient in gradients.items() if gradient is not None}
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -79,32 +79,33 @@ def test_an_encoder_of_another_width_is_refused_with_both_widths():
 
 
 def test_the_fusion_s_own_encoder_goes_first():
-    own, other = fusions.vision(), fusions.vision(seed=1)
-    assert encoding.encoder_for(Fusion(encoder=own), other) is own
+    original, other = fusions.vision(), fusions.vision(seed=1)
+    assert encoding.encoder_for(Fusion(encoder=original), other) is original
     assert encoding.encoder_for(Fusion(), other) is other
     with pytest.raises(FusionError, match="clip_vision"):
         encoding.encoder_for(Fusion(), None)
 
 
 def test_another_encoder_of_the_combiner_s_width_is_known_by_its_probe():
-    own = fusions.vision()
-    beside_frozen = Fusion(probe=encoding.probe(own))
-    assert encoding.encoder_for(beside_frozen, own) is own
+    original = fusions.vision()
+    with_frozen = Fusion(probe=encoding.probe(original))
+    assert encoding.encoder_for(with_frozen, original) is original
     in_bf16 = fusions.vision()
     in_bf16.model.load_state_dict({k: v.bfloat16().to(v.dtype) for k, v in in_bf16.model.state_dict().items()})
-    assert encoding.encoder_for(beside_frozen, in_bf16) is in_bf16
+    assert encoding.encoder_for(with_frozen, in_bf16) is in_bf16
     with pytest.raises(FusionError, match="another encoder than the one"):
-        encoding.encoder_for(beside_frozen, fusions.vision(seed=1))
-    assert encoding.encoder_for(Fusion(encoder=own, probe=encoding.probe(own)), fusions.vision(seed=1)) is own
+        encoding.encoder_for(with_frozen, fusions.vision(seed=1))
+    both = Fusion(encoder=original, probe=encoding.probe(original))
+    assert encoding.encoder_for(both, fusions.vision(seed=1)) is original
 
 
 def test_fused_is_the_combiner_without_dropout():
     clip_vision, combiner = fusions.vision(), fusions.combiner()
     source, pose = fusions.pictures(2), fusions.poses(2)
-    found = encoding.fused(combiner, clip_vision, source, pose)
-    assert torch.equal(found, encoding.fused(combiner, clip_vision, source, pose))
+    actual = encoding.fused(combiner, clip_vision, source, pose)
+    assert torch.equal(actual, encoding.fused(combiner, clip_vision, source, pose))
     by_source, by_pose = (encoding.embeddings(clip_vision, x) for x in (source, pose))
-    assert torch.equal(found, combine(by_source, by_pose, combiner))
+    assert torch.equal(actual, combine(by_source, by_pose, combiner))
 
 
 def test_other_kinds_of_encoder_cannot_be_trained():
@@ -115,18 +116,18 @@ def test_other_kinds_of_encoder_cannot_be_trained():
 
 
 def test_an_encoder_is_built_again_from_its_description():
-    made = fusions.vision()
-    again = encoding.rebuild(made.config, made.get_sd())
+    built = fusions.vision()
+    again = encoding.rebuild(built.config, built.get_sd())
     pictures = fusions.pictures(2)
-    assert torch.equal(encoding.embeddings(made, pictures), encoding.embeddings(again, pictures))
+    assert torch.equal(encoding.embeddings(built, pictures), encoding.embeddings(again, pictures))
 
 
-def test_an_encoder_has_the_host_s_precision_where_weights_stream(monkeypatch):
-    """There the host takes the given tensors themselves."""
-    made = fusions.vision()
+def test_an_encoder_has_comfyui_s_precision_where_weights_stream(monkeypatch):
+    """There ComfyUI takes the given tensors themselves."""
+    built = fusions.vision()
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "is_dynamic", lambda _patcher: True)
-    again = encoding.rebuild(made.config, {key: weight.double() for key, weight in made.get_sd().items()})
-    assert {key: w.dtype for key, w in again.get_sd().items()} == {key: w.dtype for key, w in made.get_sd().items()}
+    again = encoding.rebuild(built.config, {key: weight.double() for key, weight in built.get_sd().items()})
+    assert {key: w.dtype for key, w in again.get_sd().items()} == {key: w.dtype for key, w in built.get_sd().items()}
 
 
 @pytest.mark.parametrize("changed", [
@@ -137,29 +138,29 @@ def test_an_encoder_has_the_host_s_precision_where_weights_stream(monkeypatch):
     {"image_mean": [0.5, 0.5, None]},
 ])
 def test_descriptions_that_do_not_fit_are_refused(changed):
-    made = fusions.vision()
+    built = fusions.vision()
     with pytest.raises(FusionError, match="its image encoder"):
-        encoding.rebuild({**made.config, **changed}, made.get_sd())
+        encoding.rebuild({**built.config, **changed}, built.get_sd())
 
 
 def test_many_narrow_layers_are_refused_before_they_are_built():
-    made = fusions.vision()
+    built = fusions.vision()
     with pytest.raises(FusionError, match="1000 layers of width 16, more than any"):
-        encoding.rebuild({**made.config, "num_hidden_layers": 1000}, made.get_sd())
+        encoding.rebuild({**built.config, "num_hidden_layers": 1000}, built.get_sd())
 
 
-def test_the_theatre_s_encoder_is_the_host_s_class_at_a_size_for_a_cpu():
+def test_the_theatre_s_encoder_is_comfyui_s_class_at_a_size_for_a_cpu():
     import comfy.clip_model
     import comfy.clip_vision
 
-    own = comfy.clip_vision.ClipVisionModel(dict(VISION_CONFIG))
+    original = comfy.clip_vision.ClipVisionModel(dict(VISION_CONFIG))
     weights = {key: torch.randn(value.shape, generator=fusions.generator(i)).half() / 20
-               for i, (key, value) in enumerate(own.get_sd().items())}
-    made = vision(weights)
-    assert isinstance(made.model, comfy.clip_model.CLIPVisionModelProjection)
+               for i, (key, value) in enumerate(original.get_sd().items())}
+    built = vision(weights)
+    assert isinstance(built.model, comfy.clip_model.CLIPVisionModelProjection)
     assert sum(value.numel() for value in weights.values()) < 1_000_000
-    assert encoding.embeddings(made, fusions.pictures(2, 128, 128)).shape == (2, 128)
-    assert encoding.states(made, fusions.pictures(1, 128, 128)).shape == (1, 65, 128)
+    assert encoding.embeddings(built, fusions.pictures(2, 128, 128)).shape == (2, 128)
+    assert encoding.states(built, fusions.pictures(1, 128, 128)).shape == (1, 65, 128)
 
 
 def test_numbers_that_are_none_are_refused_before_they_blacken_a_picture():

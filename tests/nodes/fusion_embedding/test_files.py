@@ -47,16 +47,16 @@ def test_every_kind_of_fusion_comes_back_to_the_bit(folder, case):
     fusion = FUSIONS[case]()
     path = files.save(fusion, "people/ann")
     assert path.parent == folder / "people" and f"people/{path.name}" in files.FOLDER.choices()
-    found, report = files.load(f"people/{path.name}")
+    actual, report = files.load(f"people/{path.name}")
     for part in ("combiner", "generator", "unet"):
-        assert same(getattr(found, part), getattr(fusion, part))
-    assert (found.probe is None) == (fusion.probe is None)
-    assert found.probe is None or torch.equal(found.probe, fusion.probe)
-    assert found.unet_kind == fusion.unet_kind and (found.encoder is None) == (fusion.encoder is None)
+        assert same(getattr(actual, part), getattr(fusion, part))
+    assert (actual.probe is None) == (fusion.probe is None)
+    assert actual.probe is None or torch.equal(actual.probe, fusion.probe)
+    assert actual.unet_kind == fusion.unet_kind and (actual.encoder is None) == (fusion.encoder is None)
     if fusion.encoder is not None:
-        assert same(found.encoder.get_sd(), fusion.encoder.get_sd())
+        assert same(actual.encoder.get_sd(), fusion.encoder.get_sd())
         pictures = fusions.pictures()
-        assert torch.equal(*(encoding.embeddings(part.encoder, pictures) for part in (found, fusion)))
+        assert torch.equal(*(encoding.embeddings(part.encoder, pictures) for part in (actual, fusion)))
     assert report == [f"holds: {', '.join(fusion.parts)}"]
     with safetensors.safe_open(path, framework="pt") as file:
         assert file.metadata()["unet"] == (fusion.unet_kind or "none")
@@ -65,10 +65,10 @@ def test_every_kind_of_fusion_comes_back_to_the_bit(folder, case):
 def changed(tensors=lambda t: t, **metadata):
     def change(path):
         with safetensors.safe_open(path, framework="pt") as file:
-            found = {key: file.get_tensor(key) for key in file.keys()}
-            kept = file.metadata()
-        kept.update(metadata)
-        safetensors.torch.save_file(tensors(found), path, {k: v for k, v in kept.items() if v is not None})
+            actual = {key: file.get_tensor(key) for key in file.keys()}
+            file_metadata = file.metadata()
+        file_metadata.update(metadata)
+        safetensors.torch.save_file(tensors(actual), path, {k: v for k, v in file_metadata.items() if v is not None})
 
     return change
 
@@ -78,7 +78,7 @@ BROKEN = {
     "unet unsaid": (changed(unet="none"), "its UNet is 'none'"),
     "unet of no known kind": (changed(unet="quarter"), "quarter"),
     "no unet": (changed(lambda t: {k: v for k, v in t.items() if not k.startswith("unet.")}), "lora"),
-    "a key beside": (changed(lambda t: t | {"more": torch.zeros(1)}), "'more' belongs to no part"),
+    "a key of no part": (changed(lambda t: t | {"more": torch.zeros(1)}), "'more' belongs to no part"),
     "a key in no part": (changed(lambda t: t | {"combiner.more": torch.zeros(1)}), "combiner"),
     "another shape": (changed(lambda t: t | {"combiner.gate.bias": torch.zeros(3)}), r"gate.bias.*\(3,\)"),
     "no description": (changed(encoder=None), "describe its image encoder"),
@@ -124,19 +124,19 @@ def checkpoint(stage=2):
     if stage == 1:
         return first
     layers = {"first": 0, "norm": 3, "second": 4}
-    found = {f"fusion_model.{key}": value for key, value in first.items()}
+    actual = {f"fusion_model.{key}": value for key, value in first.items()}
     for key, value in generator.items():
         part, _, rest = key.partition(".")
         layer, _, leaf = rest.partition(".")
         if part == "pose":
-            found[f"sd_model.pose_t_proj.{rest}"] = value
+            actual[f"sd_model.pose_t_proj.{rest}"] = value
         elif part == "appearance":
-            found[f"sd_model.srcimage_proj_model.net.{layers[layer]}.{leaf}"] = value
+            actual[f"sd_model.srcimage_proj_model.net.{layers[layer]}.{leaf}"] = value
         else:
-            found[f"sd_model.unet.class_embedding.net.{0 if layer == 'first' else 3}.{leaf}"] = value
+            actual[f"sd_model.unet.class_embedding.net.{0 if layer == 'first' else 3}.{leaf}"] = value
     for prefix in ("unet.", "sd_model.unet."):
-        found |= {f"{prefix}{key}": value for key, value in diffusers_unet().items()}
-    return found | {"vae.encoder.conv_in.weight": torch.zeros(2, 2), "src_image_encoder.a": torch.zeros(1)}
+        actual |= {f"{prefix}{key}": value for key, value in diffusers_unet().items()}
+    return actual | {"vae.encoder.conv_in.weight": torch.zeros(2, 2), "src_image_encoder.a": torch.zeros(1)}
 
 
 def tiny_encoder(weights):
@@ -169,11 +169,11 @@ def test_what_did_not_fit_is_reported():
         published.convert({"combiner.output_layer.weight": torch.zeros(2, 2)}, tiny_encoder)
 
 
-@pytest.mark.parametrize("more", [
+@pytest.mark.parametrize("extra", [
     {}, {"embeddings.position_embedding": (257, 8), "encoder.layers.0.layer_norm1": (8,)},
 ])
-def test_an_encoder_that_the_host_stumbles_over_is_left_out(more):
-    shapes = {"encoder.layers.22.layer_norm1": (8,), **more}
+def test_an_encoder_that_comfyui_cannot_read_is_left_out(extra):
+    shapes = {"encoder.layers.22.layer_norm1": (8,), **extra}
     tensors = {key: value for key, value in checkpoint().items() if "img_encoder" not in key}
     tensors |= {f"fusion_model.img_encoder.vision_model.{k}.weight": torch.zeros(s) for k, s in shapes.items()}
     fusion, report = published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
@@ -204,7 +204,7 @@ AttributeDict.__module__ = "pytorch_lightning.utilities.parsing"
 
 
 def lightning(path, monkeypatch, settings):
-    """A file as Lightning writes it, with settings of its own classes beside the weights."""
+    """A file as Lightning writes it, with settings of its own classes next to the weights."""
     import sys
     import types
 

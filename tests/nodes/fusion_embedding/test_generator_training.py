@@ -1,4 +1,4 @@
-"""Stage 2, the generator, on real tiny models of the host: learning, resuming, drops, and data read as it goes."""
+"""Stage 2, the generator, on real tiny models of ComfyUI: training, resuming, drops, and data read as it goes."""
 
 import comfy.sample
 import comfy.samplers
@@ -15,8 +15,8 @@ from support.fusion_trainings import MODEL, VAE, VISION, generated, run_config, 
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_the_generator_learns_and_leaves_the_model_alone(whole):
-    model = tiny_model.as_loaded(fusions.model())  # of its own, since sampling patches it
+def test_the_generator_trains_and_does_not_modify_the_model(whole):
+    model = tiny_model.as_loaded(fusions.model())  # a separate one, since sampling patches it
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     objects = list(model.model.parameters())
     rate = 1e-3 if whole else 1e-2
@@ -28,7 +28,7 @@ def test_the_generator_learns_and_leaves_the_model_alone(whole):
     assert not any(module._forward_hooks for module in model.model.modules())
     assert fusion.unet_kind == (WHOLE if whole else LORA)
     for key in ("pose.conv_out.weight", "embedding.second.weight"):
-        assert fusion.generator[key].abs().max() > 0, "a path that starts at nothing learnt nothing"
+        assert fusion.generator[key].abs().max() > 0, "a path that starts at 0 was not trained"
     with torch.inference_mode():
         patched, positive, negative = sampling.apply(
             model, fusion, fusions.states(), fusions.fused(), fusions.poses(), ApplyConfig()
@@ -45,17 +45,18 @@ def test_the_generator_learns_and_leaves_the_model_alone(whole):
 def test_a_generator_resumed_from_its_checkpoint_equals_the_whole_run(folder, whole):
     options = {"generator": {"whole_unet": whole}, "seed": 5}
     expected, losses = generated(steps=4, **options)
-    made = Checkpoints("stage2", {})
-    generated(steps=3, checkpoints=made, checkpoint_every=2, **options)
-    found, resumed = generated(steps=4, checkpoints=Checkpoints("stage2", {}), resume_from=made.path.name, **options)
-    assert same(found.generator, expected.generator) and same(found.unet, expected.unet) and resumed == losses
+    saved = Checkpoints("stage2", {})
+    generated(steps=3, checkpoints=saved, checkpoint_every=2, **options)
+    again = Checkpoints("stage2", {})
+    actual, resumed = generated(steps=4, checkpoints=again, resume_from=saved.path.name, **options)
+    assert same(actual.generator, expected.generator) and same(actual.unet, expected.unet) and resumed == losses
 
 
-def denoised(kept, weights, pair):
+def denoised(names, weights, pair):
     """A training forward of one pair with the named paths left out."""
     config = run_config(batch_size=1)
     noisy, sigma = torch.randn(1, 4, 8, 8, generator=fusions.generator(3)), torch.tensor([2.0])
-    shares = {name: torch.tensor([float(name in kept)]) for name in ("source", "fusion", "pose")}
+    shares = {name: torch.tensor([float(name in names)]) for name in ("source", "fusion", "pose")}
     with session(sampling.with_fusion_patches(MODEL), (1, 4, 8, 8), config) as denoiser, torch.no_grad():
         return training.FusionDenoiser(denoiser, weights).denoise(
             noisy, sigma, method.PairBatch(pair.states, pair.fused, pair.pose, shares)
@@ -67,10 +68,10 @@ def test_a_training_forward_is_what_sampling_computes():
     pose = fusions.poses()
     pair = method.EncodedPair(torch.zeros(1, 4, 8, 8), fusions.states(), fusions.fused(), pose.movedim(-1, 1))
     with torch.inference_mode():
-        made = Fusion(generator=weights)
-        patched, positive, negative = sampling.apply(MODEL, made, pair.states, pair.fused, pose, ApplyConfig())
+        fusion = Fusion(generator=weights)
+        patched, positive, negative = sampling.apply(MODEL, fusion, pair.states, pair.fused, pose, ApplyConfig())
     noisy = torch.randn(1, 4, 8, 8, generator=fusions.generator(3))
-    for kept, conditioning in ((("source", "fusion", "pose"), positive), ((), negative)):
+    for names, conditioning in ((("source", "fusion", "pose"), positive), ((), negative)):
         guider = comfy.samplers.CFGGuider(patched)
         guider.set_conds(conditioning, conditioning)
         seen = []
@@ -81,8 +82,8 @@ def test_a_training_forward_is_what_sampling_computes():
                 ) or x
             )
             guider.sample(noisy, torch.zeros_like(noisy), sampler, torch.tensor([2.0, 0.0]), None, None, True, 1)
-        torch.testing.assert_close(denoised(kept, weights, pair), seen[0].clone(), rtol=1e-4, atol=1e-4)
-    parts = [denoised(kept, weights, pair) for kept in ((), ("source",), ("fusion",), ("pose",))]
+        torch.testing.assert_close(denoised(names, weights, pair), seen[0].clone(), rtol=1e-4, atol=1e-4)
+    parts = [denoised(names, weights, pair) for names in ((), ("source",), ("fusion",), ("pose",))]
     changes = [float((parts[0] - part).abs().max()) for part in parts[1:]]
     assert min(changes) > 0.01, "a drop drops nothing"
 
@@ -102,13 +103,13 @@ def counted(count):
 
 def test_what_does_not_fit_into_memory_is_read_when_its_turn_comes(monkeypatch):
     small = counted(6)
-    kept, _ = generated(small, seed=4)
+    cached, _ = generated(small, seed=4)
     assert sorted(set(small.read)) == list(range(6)) and len(small.read) == 6, "read once each"
     monkeypatch.setattr(training, "_CACHE_BYTES", 1000)
     large = counted(6)
     streamed, _ = generated(large, seed=4)
     assert len(large.read) == 1 + 1 + 3 * 2, "a look at the first, and two in each step"
-    assert same(streamed.generator, kept.generator)
+    assert same(streamed.generator, cached.generator)
 
 
 def test_pairs_are_encoded_at_the_latent_s_size():
@@ -133,23 +134,23 @@ def test_stage_2_alone_and_sdxl():
     alone, _ = generated(fusion=Fusion())
     assert layout.generator_sizes(alone.generator).embedding is None and alone.combiner is None
     model = tiny_model.as_loaded(tiny_model.xl())
-    found, loss_map = generated(model=model, steps=2)
-    assert layout.generator_sizes(found.generator).context == 40
+    actual, loss_map = generated(model=model, steps=2)
+    assert layout.generator_sizes(actual.generator).context == 40
     assert torch.isfinite(torch.tensor(loss_map["loss"])).all()
 
 
 def test_gradient_checkpointing_changes_nothing():
     plain, _ = generated(seed=8)
-    found, _ = generated(seed=8, gradient_checkpointing=True)
+    actual, _ = generated(seed=8, gradient_checkpointing=True)
     for key, value in plain.generator.items():
-        torch.testing.assert_close(found.generator[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.generator[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_previews_are_drawn_and_change_nothing(monkeypatch):
     drawn, guidance = [], []
     original, sample = training._preview, comfy.sample.sample
     monkeypatch.setattr(training, "_preview", lambda *args: drawn.append(original(*args)) or drawn[-1])
-    monkeypatch.setattr(comfy.sample, "sample", lambda *a, **given: guidance.append(a[3]) or sample(*a, **given))
+    monkeypatch.setattr(comfy.sample, "sample", lambda *a, **unequal: guidance.append(a[3]) or sample(*a, **unequal))
     alone, _ = generated(seed=9)
     assert not drawn
     watched, _ = generated(seed=9, preview_every=2)
@@ -190,7 +191,7 @@ def test_an_encoder_whose_tokens_follow_the_sides_names_the_batch(monkeypatch):
     monkeypatch.setattr(fusion_trainings, "VISION", flexible)
     lists = fusions.pair_lists(2)
     sources = [lists["source"][:1], fusions.pictures(1, 64, 40)]
-    given = pairs.ListedPairs(sources, [lists["pose"]], [lists["target"]])
+    unequal = pairs.ListedPairs(sources, [lists["pose"]], [lists["target"]])
     with pytest.raises(FusionError, match="gives 15 and 16 tokens .* batch_size to 1"):
-        generated(given, fusion=Fusion())
-    assert generated(given, fusion=Fusion(), batch_size=1, steps=1)
+        generated(unequal, fusion=Fusion())
+    assert generated(unequal, fusion=Fusion(), batch_size=1, steps=1)

@@ -82,6 +82,26 @@ def test_sizes_are_read_from_weights():
     assert layout.combiner_width(fusions.combiner(width=9)) == 9
 
 
+def test_drawings_one_at_a_time_give_the_same_and_what_is_left_out_is_0():
+    w = generator()
+    for key in ("embedding.second.weight", "embedding.second.bias", "pose.conv_out.weight"):
+        w[key] = torch.randn(w[key].shape, generator=fusions.generator(len(key)))
+    states, fused = torch.randn(3, 4, 10, generator=fusions.generator(1)), fusions.fused(3, 6)
+    pose = fusions.pictures(3, 32, 40).movedim(-1, 1)
+    together = method.unet_inputs(w, states, fused, pose)
+    with torch.no_grad():
+        for part, expected in zip(method.unet_inputs(w, states, fused, pose), together, strict=True):
+            torch.testing.assert_close(part, expected)
+    none = method.left_out(w, together)
+    dropped = method.unet_inputs(w, states, fused, pose, {name: torch.zeros(3) for name in method.CONDITIONS})
+    for part, expected in zip(dropped, none, strict=True):
+        torch.testing.assert_close(part, expected.expand_as(part))
+    only = method.unet_inputs(w, states, fused, pose, {name: torch.tensor([0.0, 1, 0]) for name in method.CONDITIONS})
+    for part, expected, empty in zip(only, together, none, strict=True):
+        torch.testing.assert_close(part[1], expected[1])
+        torch.testing.assert_close(part[::2], empty.expand_as(part[::2]))
+
+
 @pytest.mark.parametrize("key", sorted(generator()))
 def test_a_generator_with_a_bad_weight_is_refused_by_name(key):
     w = generator()
@@ -161,10 +181,10 @@ def recorded(draws=400, batch=4, **settings):
 
 def test_drops_are_independent_and_as_often_as_asked():
     asked = recorded(source_drop=0.2, fusion_drop=0.5, pose_drop=0.0)
-    kept = {name: torch.cat([batch.keep[name] for _, batch, _, _ in asked]) for name in ("source", "fusion", "pose")}
-    assert kept["source"].mean() == pytest.approx(0.8, abs=0.04)
-    assert kept["fusion"].mean() == pytest.approx(0.5, abs=0.05) and kept["pose"].all()
-    both = (kept["source"] * kept["fusion"]).mean()
+    shares = {name: torch.cat([batch.keep[name] for _, batch, _, _ in asked]) for name in method.CONDITIONS}
+    assert shares["source"].mean() == pytest.approx(0.8, abs=0.04)
+    assert shares["fusion"].mean() == pytest.approx(0.5, abs=0.05) and shares["pose"].all()
+    both = (shares["source"] * shares["fusion"]).mean()
     assert both == pytest.approx(0.4, abs=0.05)
     within = [len(set(batch.keep["fusion"].tolist())) for _, batch, _, _ in asked if len(batch.pose) == 4]
     assert max(within) == 2, "pictures of a batch drop together"

@@ -1,4 +1,4 @@
-"""The nodes as the host calls them: the contract of their sockets, a run through all of them, and equal noise."""
+"""The nodes as ComfyUI calls them: the contract of their sockets, a run through all of them, and equal noise."""
 
 import dataclasses
 
@@ -122,8 +122,8 @@ def test_combine_refuses_what_does_not_fit():
         combine(fusions.fusion(MODEL, combiner=None), fusions.pictures(), fusions.poses())
     colour = fusions.pictures()
     alpha = torch.cat([colour, torch.ones(1, 64, 64, 1)], dim=-1)
-    found = [combine(fusion, picture, fusions.poses()).result[0].vectors for picture in (colour, alpha)]
-    assert torch.equal(*found)
+    actual = [combine(fusion, picture, fusions.poses()).result[0].vectors for picture in (colour, alpha)]
+    assert torch.equal(*actual)
 
 
 def test_an_embedding_is_for_the_fusion_whose_combiner_made_it():
@@ -163,18 +163,18 @@ def test_a_run_is_not_resumed_with_another_model_of_the_same_shape(folder):
     with torch.inference_mode():
         for node, (models, others) in cases.items():
             node.execute(**as_lists(**models, **common, steps=1, resume_from="none"), **lists)
-            more = common | {"steps": 2, "resume_from": checkpoints.FOLDER.choices()[-1]}
+            longer = common | {"steps": 2, "resume_from": checkpoints.FOLDER.choices()[-1]}
             for name, other in others.items():
                 changed = models | {"fusion" if isinstance(other, method.Fusion) else name: other}
                 with pytest.raises(ValueError, match=f"different {name}: "):
-                    node.execute(**as_lists(**changed, **more), **lists)
-            assert len(node.execute(**as_lists(**models, **more), **lists).result[1]["loss"]) == 2
+                    node.execute(**as_lists(**changed, **longer), **lists)
+            assert len(node.execute(**as_lists(**models, **longer), **lists).result[1]["loss"]) == 2
 
 
 @pytest.mark.parametrize(
     "node", [training_nodes.UnderstudyTrainFusionCombiner, training_nodes.UnderstudyTrainFusionGenerator]
 )
-def test_a_folder_whose_pictures_changed_is_learnt_anew(node, tmp_path, monkeypatch):
+def test_a_folder_whose_pictures_changed_is_trained_on_again(node, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
     for role in ("source", "pose", "target"):
         (tmp_path / "people" / role).mkdir(parents=True)
@@ -199,9 +199,9 @@ def test_train_nodes_name_what_is_missing_and_resume_checks_their_settings(folde
             execute(**as_lists(clip_vision=vision, **settings), source=lists["source"])
         execute(**as_lists(clip_vision=vision, **settings), **lists)
         (name,) = checkpoints.FOLDER.choices()
-        more = settings | {"steps": 3, "resume_from": name}
-        assert len(execute(**as_lists(clip_vision=vision, **more), **lists).result[1]["loss"]) == 3
+        longer = settings | {"steps": 3, "resume_from": name}
+        assert len(execute(**as_lists(clip_vision=vision, **longer), **lists).result[1]["loss"]) == 3
         with pytest.raises(ValueError, match="temperature"):
-            execute(**as_lists(clip_vision=vision, **more | {"temperature": 0.1}), **lists)
+            execute(**as_lists(clip_vision=vision, **longer | {"temperature": 0.1}), **lists)
         with pytest.raises(ValueError, match="pairs"):
-            execute(**as_lists(clip_vision=vision, **more), **lists | {"target": [pictures["source"]]})
+            execute(**as_lists(clip_vision=vision, **longer), **lists | {"target": [pictures["source"]]})

@@ -1,4 +1,4 @@
-"""A fusion in real sampling runs of the host, beside forward hooks that do the same by hand."""
+"""A fusion in real sampling runs of ComfyUI, beside forward hooks that do the same by hand."""
 
 import contextlib
 
@@ -27,7 +27,7 @@ def applied(model=MODEL, fusion=None, states=None, fused=None, pose=None, streng
 
 
 def denoised(model, *conditionings, noise=NOISE, guider=None, cfg=1.0):
-    """The estimate at one sigma by the host's guider: one conditioning, or CFG's two."""
+    """The estimate at one sigma by ComfyUI's guider: one conditioning, or CFG's two."""
     guider = guider or comfy.samplers.CFGGuider(model)
     if len(conditionings) == 1:
         guider.set_conds(conditionings[0], conditionings[0])
@@ -65,8 +65,8 @@ def reference(model, weights, states, fused, pose, noise=NOISE):
         return denoised(model, [[tokens, {}]], noise=noise)
 
 
-def close(found, expected, tolerance=1e-5):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 def test_cfg_is_the_published_guidance_row_by_row():
@@ -75,19 +75,19 @@ def test_cfg_is_the_published_guidance_row_by_row():
     patched, positive, negative = applied(fusion=fusion)
     calls = []
     handle = MODEL.model.diffusion_model.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
-    found = denoised(patched, positive, negative, cfg=2.5)
+    actual = denoised(patched, positive, negative, cfg=2.5)
     handle.remove()
     assert calls == [2]
     full = reference(MODEL, fusion.generator, fusions.states(), fusions.fused(), fusions.poses())
     none = reference(MODEL, fusion.generator, None, None, None)
     assert (full - none).abs().max() > 0.05
-    close(found, none + 2.5 * (full - none))
+    close(actual, none + 2.5 * (full - none))
     close(denoised(patched, positive), full)
     close(denoised(patched, negative), none)
 
 
 def test_three_branches_are_two():
-    """The host's own three-branch guider at equal weights, with the source alone between, and the two of CFG."""
+    """ComfyUI's own three-branch guider at equal weights, with the source alone between, and the two of CFG."""
     fusion = fusions.fusion(MODEL, unet=None, unet_kind="")
     patched, positive, negative = applied(fusion=fusion)
     source = [[positive[0][0], negative[0][1]]]  # appearance, without embedding and pose
@@ -127,11 +127,11 @@ def test_a_zeroed_pose_leaves_the_first_convolution_unchanged():
 def test_the_negative_carries_zero_tokens_the_embedding_of_nothing_and_no_pose():
     fusion = fusions.fusion(MODEL)
     _, positive, negative = applied(fusion=fusion)
-    (tokens, more), = negative
+    (tokens, entry), = negative
     assert tokens.shape == positive[0][0].shape and not tokens.any()
-    assert not more["model_conds"][sampling.POSE].cond.any()
+    assert not entry["model_conds"][sampling.POSE].cond.any()
     expected = method.class_embedding(fusion.generator, torch.zeros(1, fusions.WIDTH))
-    close(more["model_conds"][sampling.EMBEDDING].cond, expected)
+    close(entry["model_conds"][sampling.EMBEDDING].cond, expected)
 
 
 def test_the_callers_model_is_not_changed_and_applying_twice_adds_once():
@@ -215,9 +215,9 @@ def test_a_lora_is_as_load_lora_gives_it():
 
     patched, positive, _ = applied(fusion=fusions.fusion(MODEL), strength=0.5)
     native, _ = comfy.sd.load_lora_for_models(sampling.with_fusion_patches(MODEL), None, fusions.lora(), 0.5, 0)
-    found = denoised(patched, positive)
-    assert torch.equal(found, denoised(native, positive))
-    assert not torch.equal(found, denoised(sampling.with_fusion_patches(MODEL), positive))
+    actual = denoised(patched, positive)
+    assert torch.equal(actual, denoised(native, positive))
+    assert not torch.equal(actual, denoised(sampling.with_fusion_patches(MODEL), positive))
 
 
 def test_a_batch_of_poses_makes_the_pictures_that_each_makes_alone():
@@ -235,20 +235,20 @@ def test_a_batch_of_poses_makes_the_pictures_that_each_makes_alone():
 
 def test_an_area_takes_its_part_of_the_pose():
     patched, positive, _ = applied(pose=fusions.poses(seed=3))
-    (tokens, more), = positive
-    area = [[tokens, {**more, "area": (4, 8, 4, 0), "strength": 1.0}]]  # height, width, y, x in latent places
+    (tokens, entry), = positive
+    area = [[tokens, {**entry, "area": (4, 8, 4, 0), "strength": 1.0}]]  # height, width, y, x in latent places
     full = first_features(patched, positive)
-    found = first_features(patched, area)
-    assert found.shape[-2:] == (4, 8)
-    close(found[..., 1:, :], full[..., 5:, :])  # beside the border of the convolution
+    actual = first_features(patched, area)
+    assert actual.shape[-2:] == (4, 8)
+    close(actual[..., 1:, :], full[..., 5:, :])  # beside the border of the convolution
 
 
 @pytest.mark.parametrize("side", [48, 96])
 def test_an_area_does_not_hide_a_pose_of_another_size(side):
     patched, positive, _ = applied(pose=fusions.poses(1, side, side))
-    (tokens, more), = positive
+    (tokens, entry), = positive
     with pytest.raises(FusionError, match="scale the pose to 64 x 64 pixels"):
-        denoised(patched, [[tokens, {**more, "area": (4, 8, 4, 0), "strength": 1.0}]])
+        denoised(patched, [[tokens, {**entry, "area": (4, 8, 4, 0), "strength": 1.0}]])
 
 
 def test_nothing_of_many_pictures_takes_the_memory_of_one():
@@ -285,8 +285,8 @@ def test_a_pose_of_another_size_and_a_batch_of_another_length_name_the_fix():
 def test_a_pose_may_have_alpha():
     rgb = fusions.poses()
     alpha = torch.cat([rgb, torch.ones(1, 64, 64, 1)], dim=-1)
-    found = [applied(pose=pose)[1][0][1]["model_conds"][sampling.POSE].cond for pose in (rgb, alpha)]
-    assert torch.equal(*found)
+    actual = [applied(pose=pose)[1][0][1]["model_conds"][sampling.POSE].cond for pose in (rgb, alpha)]
+    assert torch.equal(*actual)
 
 
 def layer(name, *shape):
@@ -351,7 +351,7 @@ def test_sdxl_keeps_its_own_class_embedding():
     fusion = fusions.fusion(model, unet=None, unet_kind="")
     patched, positive, negative = applied(model, fusion)
     assert positive[0][1]["pooled_output"].shape == (1, 24) and not positive[0][1]["pooled_output"].any()
-    found = denoised(patched, positive, negative, cfg=2.0)
+    actual = denoised(patched, positive, negative, cfg=2.0)
     parts = []
     for fused, pose, tokens in (
         (torch.zeros(1, fusions.WIDTH), None, torch.zeros_like(positive[0][0])),
@@ -359,7 +359,7 @@ def test_sdxl_keeps_its_own_class_embedding():
     ):
         with by_hand(model, fusion.generator, fused, pose):
             parts.append(denoised(model, [[tokens, {"pooled_output": torch.zeros(1, 24)}]]))
-    close(found, parts[0] + 2.0 * (parts[1] - parts[0]))
+    close(actual, parts[0] + 2.0 * (parts[1] - parts[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -369,10 +369,10 @@ def test_half_precision_models(dtype):
     assert torch.isfinite(denoised(patched, positive, negative, cfg=2.0)).all()
     model = fusions.model(dtype=torch.bfloat16)
     patched, positive, negative = applied(model, fusions.fusion(model, unet=None, unet_kind=""))
-    found = denoised(patched, positive, negative, cfg=2.0)
+    actual = denoised(patched, positive, negative, cfg=2.0)
     patched, positive, negative = applied()
     expected = denoised(patched, positive, negative, cfg=2.0)
-    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
+    assert torch.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.999
 
 
 @pytest.mark.parametrize(("name", "context"), [("SD 1.5", 768), ("SD 2.1", 1024), ("SDXL", 2048)])

@@ -1,4 +1,4 @@
-"""What both stages share, on real tiny models of the host: cancelling, and peak memory."""
+"""What both stages share, on real tiny models of ComfyUI: cancelling, and peak memory."""
 
 import comfy.model_management
 import pytest
@@ -19,11 +19,11 @@ def test_a_cancelled_run_leaves_its_state(folder, stage, monkeypatch):
         if len(checks) == 3:
             raise comfy.model_management.InterruptProcessingException
 
-    made = Checkpoints("cancelled", {})
+    saved = Checkpoints("cancelled", {})
     monkeypatch.setattr(NodeMonitor, "check", cancel)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        stage(steps=10_000, checkpoints=made)
-    tensors, metadata = weights.read(made.path)
+        stage(steps=10_000, checkpoints=saved)
+    tensors, metadata = weights.read(saved.path)
     assert metadata["step"] == "2" and len(tensors["losses"]) == 2
     assert comfy.model_management.in_training is False
     for model in (MODEL.model, VISION.model):
