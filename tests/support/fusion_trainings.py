@@ -22,7 +22,9 @@ def run_config(**settings):
     return TrainingConfig(**{"steps": 3, "learning_rate": 1e-2, "checkpoint_every": 0, "batch_size": 2, **settings})
 
 
-def combined(pair_set=None, clip_vision=VISION, resume_from="none", checkpoints=None, train_encoder=False, **settings):
+def combined(
+    pair_set=None, clip_vision=VISION, resume_from="none", checkpoints=None, train_encoder=False, **settings
+):
     config = CombinerConfig(projection=16, hidden=16, train_encoder=train_encoder, batch_size=4, dropout=0.2)
     with torch.inference_mode():
         return training.train_combiner(
@@ -31,7 +33,9 @@ def combined(pair_set=None, clip_vision=VISION, resume_from="none", checkpoints=
         )
 
 
-def generated(pair_set=None, model=MODEL, fusion=None, resume_from="none", checkpoints=None, generator=None, **settings):
+def generated(
+    pair_set=None, model=MODEL, fusion=None, resume_from="none", checkpoints=None, generator=None, **settings
+):
     fusion = Fusion(fusions.combiner()) if fusion is None else fusion
     config = GeneratorConfig(**{"hidden": 8, "rank": 2, "pose_channels": (4, 6, 8, 10), **(generator or {})})
     with torch.inference_mode():

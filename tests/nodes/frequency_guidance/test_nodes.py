@@ -238,7 +238,8 @@ SAMPLINGS = {
 @pytest.mark.parametrize("percent", [0.1, 0.12, 0.333, 0.5, 0.9])
 def test_exactly_one_prompt_at_any_sigma_near_the_switch(sampling, percent):
     patcher = SAMPLINGS[sampling]
-    conditioning = UnderstudyStepwisePrompt.execute(target=prompt(2.0), driving=prompt(1.0), switch_percent=percent).result[0]
+    switched = UnderstudyStepwisePrompt.execute(target=prompt(2.0), driving=prompt(1.0), switch_percent=percent)
+    conditioning = switched.result[0]
     model_sampling = patcher.get_model_object("model_sampling")
     limits = {o[key] for _, o in conditioning for key in ("start_percent", "end_percent")} - {0.0, 1.0}
     assert len(limits) == 2
@@ -271,7 +272,8 @@ def test_exactly_one_prompt_at_any_sigma_near_the_switch(sampling, percent):
 )
 def test_the_first_k_of_n_steps_are_the_driving_prompts(sampling, scheduler, steps, percent, first):
     patcher = SAMPLINGS[sampling]
-    conditioning = UnderstudyStepwisePrompt.execute(target=prompt(2.0), driving=prompt(1.0), switch_percent=percent).result[0]
+    switched = UnderstudyStepwisePrompt.execute(target=prompt(2.0), driving=prompt(1.0), switch_percent=percent)
+    conditioning = switched.result[0]
     grid = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), scheduler, steps)
     asked = prompts_at(patcher, conditioning, grid)
     assert asked == [[1.0]] * first + [[2.0]] * (len(grid) - 1 - first)
