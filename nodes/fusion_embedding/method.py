@@ -8,9 +8,9 @@ a residual of the pose after the first convolution.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -154,10 +154,8 @@ def _projection(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor)
     return functional.linear(x, weights[f"{name}.second.weight"], weights[f"{name}.second.bias"])
 
 
-class Embed(Protocol):
-    """The embeddings of sources, poses and targets, [B, D] each, of the pairs with these indices."""
-
-    def __call__(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]: ...
+# embed(indices of B pairs) -> the embeddings of their sources, poses and targets, [B, D] each
+Embed = Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
 
 
 class RetrievalObjective:
@@ -194,15 +192,6 @@ class EncodedPair(NamedTuple):
     pose: torch.Tensor
 
 
-class EncodedPairs(Protocol):
-    """Encoded pairs by index."""
-
-    def __getitem__(self, index: int) -> EncodedPair: ...
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of each pair's latent."""
-
-
 class PairBatch(NamedTuple):
     """The conditions of B pairs in one forward pass, as `unet_inputs` takes them."""
 
@@ -213,9 +202,12 @@ class PairBatch(NamedTuple):
 
 
 class PoseTransferObjective:
-    """Stage 2: the denoising loss on seeded batches of pairs of one size, with noise offset and independent drops."""
+    """Stage 2: the denoising loss on seeded batches of pairs of one size, with noise offset and independent drops.
 
-    def __init__(self, denoising: Denoising, encoded: EncodedPairs, batch_size: int, config: GeneratorConfig):
+    `encoded[i]` is an EncodedPair, and `encoded.sizes()` lists height and width of each pair's latent.
+    """
+
+    def __init__(self, denoising: Denoising, encoded: Any, batch_size: int, config: GeneratorConfig):
         self.denoising, self.encoded, self.batch_size, self.config = denoising, encoded, batch_size, config
         buckets: dict[tuple[int, int], list[int]] = {}
         for i, size in enumerate(encoded.sizes()):

@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.conds
 import torch
-from PIL import Image
 
 from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
@@ -125,7 +124,7 @@ class _FrozenEmbeddings:
 
 
 class PairEncoder:
-    """method.EncodedPairs that encodes pairs when they are drawn, and caches them up to a limit."""
+    """The pairs of a PoseTransferObjective, encoded when they are drawn, and cached up to a limit."""
 
     def __init__(self, pairs: Pairs, vae: Any, appearance: Any, combiner: Weights | None, encoder: Any, ratio: int):
         self.pairs, self.vae, self.appearance, self.ratio = pairs, vae, appearance, ratio
@@ -235,12 +234,10 @@ def train_generator(
         parameters = {f"generator.{key}": value for key, value in weights.items()}
         parameters |= {f"unet.{key}": value for key, value in trained.parameters().items()}
 
-        def draw() -> Image.Image | None:
-            return _preview(denoiser, vae, weights, encoded[0], config.seed)
-
         with trained.attached():
             loss_map = run(
-                objective, parameters, config, denoiser.device, checkpoints=checkpoints, resume=resume, preview=draw
+                objective, parameters, config, denoiser.device, checkpoints=checkpoints, resume=resume,
+                preview=lambda: _preview(denoiser, vae, weights, encoded[0], config.seed),
             )
         if generator.whole_unet:
             unet = {f"diffusion_model.{key}": value for key, value in _on_cpu(trained.parameters()).items()}

@@ -48,10 +48,7 @@ def _share(id: str, tooltip: str) -> io.Float.Input:
 
 
 def _outputs(to: str) -> list:
-    return [
-        FUSION.Output(display_name="fusion", tooltip=to),
-        widgets.loss_map(),
-    ]
+    return [FUSION.Output(display_name="fusion", tooltip=to), widgets.loss_map()]
 
 
 class _TrainedOnPairs(io.ComfyNode):
