@@ -61,8 +61,8 @@ def rows(text: str) -> list[list[str]]:
     """The cells of every table row, headers left out."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     rules = [i for i, line in enumerate(lines) if set(line) <= set("|- ")]
-    kept = [line for i, line in enumerate(lines) if i not in rules and i + 1 not in rules]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in kept]
+    rows = [line for i, line in enumerate(lines) if i not in rules and i + 1 not in rules]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
 
 
 def labelled(cell: str) -> tuple[str, str]:

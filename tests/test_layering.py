@@ -74,19 +74,19 @@ def test_formulas_import_without_comfyui(tmp_path):
 
 
 def test_formulas_name_no_comfyui_module_even_inside_functions():
-    found = [
+    violations = [
         f"{name}: {module}" for name in formulas() for level, module in imports(name)
         if level == 0 and module.split(".")[0] in HOST_MODULES
     ]
-    assert found == []
+    assert violations == []
 
 
 def test_formulas_import_no_node_modules():
-    found = [
+    violations = [
         f"{name}: {'.' * level}{module}" for name in formulas() for level, module in imports(name)
         if level and {"nodes", "patching", "files", "extension"} & set(module.split("."))
     ]
-    assert found == []
+    assert violations == []
 
 
 def rooms() -> set[str]:
@@ -97,22 +97,24 @@ def rooms() -> set[str]:
 def test_no_method_imports_another():
     """What two of them need belongs to neither."""
     assert len(rooms()) >= 5
-    found = []
+    violations = []
     for name in shipped_modules():
         room = PurePosixPath(name).parts[1] if name.startswith("nodes/") else ""
         others = rooms() - {room}
         if room in rooms():
-            found += [f"{name}: {path}" for level, path in imports(name) if level and others & {*path.split(".")}]
-    assert found == []
+            violations += [
+                f"{name}: {path}" for level, path in imports(name) if level and others & {*path.split(".")}
+            ]
+    assert violations == []
 
 
 def test_the_pack_imports_itself_by_relative_imports_only():
     """`nodes` is the host's module, and `pack` a name of the tests alone."""
-    found = [
+    violations = [
         f"{name}: {module}" for name in shipped_modules() for level, module in imports(name)
         if level == 0 and module.split(".")[0] in ("pack", "kernels", "workflows", "tests", "nodes")
     ]
-    assert found == []
+    assert violations == []
 
 
 def called(name: str) -> Iterator[tuple[int, str]]:
@@ -123,19 +125,19 @@ def called(name: str) -> Iterator[tuple[int, str]]:
 
 
 def test_one_module_patches_models():
-    found = [
+    violations = [
         f"{name}:{line}: {call}" for name in shipped_modules() if not name.startswith("nodes/patching/")
         for line, call in called(name) if PATCHING_CALLS.fullmatch(call)
     ]
-    assert found == []
+    assert violations == []
 
 
 def test_one_room_reads_and_writes_weight_files():
-    found = [
+    violations = [
         f"{name}:{line}: {call}" for name in shipped_modules() if not name.startswith("nodes/files/")
         for line, call in called(name) if call in FILE_CALLS
     ]
-    assert found == []
+    assert violations == []
 
 
 @pytest.mark.parametrize("call", [
@@ -185,7 +187,7 @@ def test_house_rules_can_fail(code):
 
 
 def test_house_rules():
-    found = [f"{name}, {breach}" for name in shipped_modules() for breach in breaches(tree(name))]
-    found += [f"{name}: over 400 lines" for name in shipped_modules()
+    violations = [f"{name}, {breach}" for name in shipped_modules() for breach in breaches(tree(name))]
+    violations += [f"{name}: over 400 lines" for name in shipped_modules()
               if len((ROOT / name).read_text(encoding="utf-8").splitlines()) > 400]
-    assert found == []
+    assert violations == []

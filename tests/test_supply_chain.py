@@ -100,11 +100,11 @@ def test_the_scan_passes(code):
 
 def test_nothing_forbidden_stands_in_what_ships():
     assert "nodes/files/pickles.py" in shipped_modules() and "__init__.py" in shipped_modules()
-    found = [
+    violations = [
         f"{name}, {finding}" for name in shipped_modules()
         for finding in findings(tree(name), loads_weights=name == "nodes/files/pickles.py")
     ]
-    assert found == []
+    assert violations == []
 
 
 def test_only_the_pack_s_own_kinds_of_files_ship():

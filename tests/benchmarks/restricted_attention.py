@@ -111,10 +111,10 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check(name: str, out: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
-    found = error(out, expected)
-    print(f"  {name:<34}differs from the definition by {found:.1e}")
+    difference = error(out, expected)
+    print(f"  {name:<34}differs from the definition by {difference:.1e}")
     # Also false for NaN.
-    if not found <= limit:
+    if not difference <= limit:
         sys.exit(f"{name} differs by more than {limit:g}: nothing is timed")
 
 

@@ -99,8 +99,8 @@ class Step:
         with mock.patch.object(attention, "token_attention", whole_map):
             return self.watched()
 
-    def _run(self, model, more: dict) -> torch.Tensor:
-        options = {**model.model_options["transformer_options"], **more}
+    def _run(self, model, extra: dict) -> torch.Tensor:
+        options = {**model.model_options["transformer_options"], **extra}
         options |= {"cond_or_uncond": [0, 1], "uuids": self.ids, "sigmas": self.sigma}
         with torch.inference_mode():
             return model.model.apply_model(self.x, self.sigma, transformer_options=options, **self.given)

@@ -18,14 +18,14 @@ def node(class_type: str, **inputs) -> dict:
 
 def defaults(server: Server, class_type: str) -> dict:
     """The values a freshly placed node shows in its required widgets."""
-    found = {}
+    values = {}
     for name, (kind, *options) in server.object_info()[class_type]["input"]["required"].items():
         options = options[0] if options else {}
         if "default" in options:
-            found[name] = options["default"]
+            values[name] = options["default"]
         elif isinstance(kind, list) or kind == "COMBO":
-            found[name] = (kind if isinstance(kind, list) else options["options"])[0]
-    return found
+            values[name] = (kind if isinstance(kind, list) else options["options"])[0]
+    return values
 
 
 def plain(seed: int = 1, steps: int = 3, name: str = "plain", batch: int = 1) -> dict:

@@ -85,7 +85,7 @@ def test_an_action_is_trained_saved_loaded_and_applied(fault_server):
     (tokens,) = safetensors.torch.load_file(path).values()
     assert tokens.shape[1:] == (1, 128) and not torch.equal(tokens[0], tokens[1])
     exported = list((fault_server.base / "output" / "embeddings").glob("*.safetensors"))
-    assert [list(safetensors.torch.load_file(found)) for found in exported] == [["emb_params"]]
+    assert [list(safetensors.torch.load_file(path)) for path in exported] == [["emb_params"]]
     sampled = prompts.run(fault_server, applied(fault_server, path.name))
     word = prompts.plain()
     word["positive"]["inputs"]["text"] = TEXT.replace("<action>", "waving")
@@ -147,7 +147,7 @@ def test_resumed_it_equals_the_whole_run_and_other_settings_are_refused(fault_se
     trained(fault_server, training(fault_server, steps=3, checkpoint_every=2))
     (state,) = checkpoints(fault_server)
     resumed = trained(fault_server, training(fault_server, steps=4, resume_from=state.name))
-    found = safetensors.torch.load_file(resumed)
-    assert all(torch.equal(found[key], tensor) for key, tensor in whole.items())
+    tensors = safetensors.torch.load_file(resumed)
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in whole.items())
     other = training(fault_server, steps=4, resume_from=state.name, merge="intersection")
     assert "made with merge 'union' and this run has 'intersection'" in error(fault_server, other)

@@ -28,11 +28,11 @@ class TinyVision:
         return {"required": {"width": ("INT", {"default": 12})}}
 
     def make(self, width):
-        made = comfy.clip_vision.ClipVisionModel({**CONFIG, "projection_dim": width})
-        for i, parameter in enumerate(made.model.parameters()):
+        vision = comfy.clip_vision.ClipVisionModel({**CONFIG, "projection_dim": width})
+        for i, parameter in enumerate(vision.model.parameters()):
             drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
             parameter.data = (0.3 * drawn + (parameter.ndim == 1)).to(parameter.dtype)
-        return (made,)
+        return (vision,)
 
 
 NODE_CLASS_MAPPINGS = {"TinyVision": TinyVision}
@@ -85,8 +85,8 @@ def applying(server, fusion_name, name="applied", seed=1, source="test 5", batch
     """The source puppet in another one's pose."""
     prompt = prompts.plain(seed, 2, name, batch)
     prompt["empty"]["inputs"] |= {"width": 64, "height": 64}
-    for role, who, action in (("source", source, "standing"), ("driver", "test 6", "waving")):
-        puppet = {"identity": who, "action": action, "size": 64, "seed": 5}
+    for role, identity, action in (("source", source, "standing"), ("driver", "test 6", "waving")):
+        puppet = {"identity": identity, "action": action, "size": 64, "seed": 5}
         prompt[role] = prompts.node("UnderstudyPuppet", **prompts.defaults(server, "UnderstudyPuppet") | puppet)
     prompt |= {
         "vision": prompts.node("TinyVision", width=12),
@@ -186,8 +186,8 @@ def test_cancelled_trainings_keep_their_state_and_leave_everything_alone(server,
 
 
 def saved(server, name, tensors, **metadata):
-    kept = {"kind": "understudy fusion", "unet": "none", **metadata}
-    safetensors.torch.save_file(tensors, server.base / "output" / FOLDER / name, kept)
+    header = {"kind": "understudy fusion", "unet": "none", **metadata}
+    safetensors.torch.save_file(tensors, server.base / "output" / FOLDER / name, header)
     return name
 
 

@@ -112,8 +112,8 @@ def test_an_edit_runs_repeats_and_keeps_what_it_must(fault_server):
     saved = kept_entry["outputs"]["kept"]["latents"][0]
     path = fault_server.base / "output" / saved["subfolder"] / saved["filename"]
     source = safetensors.torch.load_file(path)["latent_tensor"]
-    kept = prompts.latent(fault_server, kept_entry)
-    torch.testing.assert_close(kept, source, rtol=1e-4, atol=1e-5)
+    result = prompts.latent(fault_server, kept_entry)
+    torch.testing.assert_close(result, source, rtol=1e-4, atol=1e-5)
     assert (edit - source).abs().mean() > 0.01
     assert torch.equal(prompts.run(fault_server, editing(fault_server, prior)), edit)
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=8)), plain), "patches leaked"

@@ -82,13 +82,13 @@ def test_fifty_kills_at_random_moments_tear_no_file(output):
 def test_two_processes_on_one_name_lose_and_cross_nothing(output):
     workers = [start(output.parent.parent, "many", "15", str(value)) for value in (1, 2)]
     paths = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
-    assert [len(own) for own in paths] == [15, 15]
-    assert {Path(path).name for own in paths for path in own} == {
+    assert [len(process_paths) for process_paths in paths] == [15, 15]
+    assert {Path(path).name for process_paths in paths for path in process_paths} == {
         f"anna_{number:05}_.safetensors" for number in range(1, 31)
     }
     assert check_whole(output) == 30
-    for value, own in zip(("1", "2"), paths, strict=True):
-        assert {weights.read(path)[1]["value"] for path in own} == {value}
+    for value, process_paths in zip(("1", "2"), paths, strict=True):
+        assert {weights.read(path)[1]["value"] for path in process_paths} == {value}
     assert len(list(output.iterdir())) == 30
 
 

@@ -206,7 +206,7 @@ def test_joint_calls_the_given_attention_once_on_one_buffer():
     for buffer, rows, index in zip(called, (k, v), (0, 1), strict=True):
         assert buffer.is_contiguous()
         assert torch.equal(buffer, torch.cat([rows] + [pair[index] for pair in pairs], 1))
-    result = ra.joint(q, k, v, [], lambda *given: given)
+    result = ra.joint(q, k, v, [], lambda *inputs: inputs)
     assert all(a is b for a, b in zip(result, (q, k, v), strict=True))
     with pytest.raises(ValueError, match="weighted"):
         ra.joint(q, k, v, [ra.Reference(*pairs[0], torch.ones(5))], attention)

@@ -80,11 +80,11 @@ def test_an_interrupted_installation_is_repeated(pack, monkeypatch):
 def test_a_broken_environment_is_made_anew(pack, monkeypatch):
     root, installed = pack
     environment.ensure(root)
-    made = []
+    created = []
     monkeypatch.setattr(environment, "works", lambda python: False)
-    monkeypatch.setattr(environment, "make", made.append)
+    monkeypatch.setattr(environment, "make", created.append)
     environment.ensure(root)
-    assert made == [root / ".cache" / "env"] and len(installed) == 2
+    assert created == [root / ".cache" / "env"] and len(installed) == 2
 
 
 def test_a_full_disk_is_named_before_anything_is_installed(pack, monkeypatch):

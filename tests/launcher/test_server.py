@@ -64,9 +64,9 @@ def test_an_enclosing_comfyui_and_a_name_with_a_space(comfy_path, pack_root, tmp
     comfyui = shutil.copytree(comfy_path, tmp_path / "ComfyUI", ignore=ignored)
     pack = copy_pack(pack_root, comfyui / "custom_nodes" / "my pack")
     before = digest(comfyui)
-    found = source.find(pack)
-    assert found == comfyui
-    with Server(found, tmp_path / "base", pack=pack, name="my pack", cpu=True) as server:
+    enclosing = source.find(pack)
+    assert enclosing == comfyui
+    with Server(enclosing, tmp_path / "base", pack=pack, name="my pack", cpu=True) as server:
         assert server.node_ids()
         assert server.queue(PROMPT)["status"]["status_str"] == "success"
     assert digest(comfyui) == before

@@ -49,8 +49,8 @@ def test_workflows_are_found_by_stem_file_name_and_path(tmp_path):
         write(tmp_path / f"{stem}.json", [])
     other = write(tmp_path.parent / "elsewhere.json", [])
     names = ["two", "one.json", str(other.path), "workflows/two.json"]
-    assert [found.stem for found in workflow_files.find(tmp_path, names)] == ["two", "one", "elsewhere", "two"]
-    assert [found.stem for found in workflow_files.find(tmp_path, [])] == ["one", "two"]
+    assert [workflow.stem for workflow in workflow_files.find(tmp_path, names)] == ["two", "one", "elsewhere", "two"]
+    assert [workflow.stem for workflow in workflow_files.find(tmp_path, [])] == ["one", "two"]
     with pytest.raises(source.SetupError, match="no workflow 'three'. Those of the pack: one, two"):
         workflow_files.find(tmp_path, ["three"])
 

@@ -63,7 +63,7 @@ def texts_shown(server, prompt):
     """(node, text) of every text that the server sends to the browser that queued the prompt."""
 
     async def listen():
-        found, client = [], "the browser"
+        received, client = [], "the browser"
         address = f"{server.url}/ws?clientId={client}"
         async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
             server.post("/prompt", {"prompt": prompt, "client_id": client})
@@ -72,12 +72,12 @@ def texts_shown(server, prompt):
                 if message.type is aiohttp.WSMsgType.BINARY:
                     kind, length = struct.unpack_from(">II", message.data)
                     if kind == TEXT:
-                        found.append((message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()))
+                        received.append((message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()))
                     continue
                 event = json.loads(message.data)
                 assert event["type"] != "execution_error", event
                 if event["type"] == "execution_success":
-                    return found
+                    return received
 
     return asyncio.run(listen())
 

@@ -55,8 +55,8 @@ def test_it_is_the_published_model_and_takes_no_memory(name):
 @pytest.mark.parametrize("name", REAL_CONFIGURATIONS)
 def test_the_host_recognises_it_by_its_key_names(name):
     weights = build(name).diffusion_model.state_dict(prefix="model.diffusion_model.")
-    found = comfy.model_detection.model_config_from_unet(weights, "model.diffusion_model.")
-    assert type(found) is REAL_CONFIGURATIONS[name].host_class
+    actual = comfy.model_detection.model_config_from_unet(weights, "model.diffusion_model.")
+    assert type(actual) is REAL_CONFIGURATIONS[name].host_class
 
 
 @pytest.mark.parametrize("name", UNETS)

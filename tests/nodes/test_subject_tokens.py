@@ -41,13 +41,13 @@ def test_positions_are_those_of_the_subject_s_tokens(make, text, expected):
     tokenizer = make()
     tokens = tokenizer.tokenize_with_weights(text, return_word_ids=True)
     trigger = tokenizer.tokenize_with_weights(CAT.trigger, return_word_ids=True)
-    found = list(subject_tokens.subject_positions(tokens, trigger))
+    actual = list(subject_tokens.subject_positions(tokens, trigger))
     flat = [entry[0] for chunk in tokens["l"] for entry in chunk]
     phrase = [entry[0] for chunk in trigger["l"] for entry in chunk if entry[2] != 0]
-    assert [flat[i] for i in found] == phrase * (len(found) // len(phrase))
-    assert len(found) == len(phrase) * text.count("sks")
+    assert [flat[i] for i in actual] == phrase * (len(actual) // len(phrase))
+    assert len(actual) == len(phrase) * text.count("sks")
     if len(phrase) == len(expected):
-        assert found[0] >= 1
+        assert actual[0] >= 1
 
 
 def test_joined_encoders_are_refused():

@@ -25,7 +25,7 @@ def places(model) -> tuple[Place, ...]:
 
 
 def identifier(
-    model, kind: str = "SD 1.5", seed: int = 0, placeholder: str = "<action>", count: int = 1, **more
+    model, kind: str = "SD 1.5", seed: int = 0, placeholder: str = "<action>", count: int = 1, **metadata
 ) -> ActionIdentifier:
     """Tokens of a generator for each place of this model and each encoder of this kind of clip."""
     generator = torch.Generator().manual_seed(seed)
@@ -33,7 +33,7 @@ def identifier(
         name: torch.randn(len(places(model)), count, width, generator=generator)
         for name, width in tiny_clip.WIDTHS[kind].items()
     }
-    return ActionIdentifier(placeholder, "dancing", tokens, places(model), **more)
+    return ActionIdentifier(placeholder, "dancing", tokens, places(model), **metadata)
 
 
 def prompt(clip, actions, text: str = TEXT) -> list:

@@ -36,14 +36,14 @@ def estimate(positive):
     return denoised(sampling.apply(MODEL, 1.0), positive)
 
 
-def close(found, expected):
+def close(actual, expected):
     """Pictures of deviations of 10 and more, whose batches of other sizes round differently."""
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-3)
 
 
-def far(found, other):
+def far(actual, other):
     """More than rounding and tolerance."""
-    assert (found - other).abs().max() > 0.05 * other.std()
+    assert (actual - other).abs().max() > 0.05 * other.std()
 
 
 def contexts_of(conditioning):

@@ -14,11 +14,11 @@ NOT_OURS = {".git", ".cache", "__pycache__", ".pytest_cache", ".hypothesis", ".r
 
 def all_files(root: Path = ROOT) -> list[str]:
     """Every file of the working tree, with `/`, relative to the root."""
-    found = []
+    paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - NOT_OURS)
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in sorted(set(names) - NOT_OURS)]
-    return found
+        paths += [(Path(folder) / name).relative_to(root).as_posix() for name in sorted(set(names) - NOT_OURS)]
+    return paths
 
 
 @cache

@@ -25,24 +25,24 @@ def clip(kind: str = "SD 1.5", seed: int = 0, embeddings: str | None = None) -> 
         f"clip_{name}_model_config": {**config, "hidden_size": width} for name, width in WIDTHS[kind].items()
     }
     target = comfy.supported_models_base.ClipTarget(*_CLASSES[kind])
-    made = comfy.sd.CLIP(target, embedding_directory=embeddings, model_options=options)
+    encoder = comfy.sd.CLIP(target, embedding_directory=embeddings, model_options=options)
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False):
-        for name, parameter in made.cond_stage_model.named_parameters():
+        for name, parameter in encoder.cond_stage_model.named_parameters():
             value = torch.randn(parameter.shape, generator=generator)
             if "layer_norm" in name:
                 value = 0.1 * value + name.endswith("weight")
             elif parameter.ndim > 1 and "embedding" not in name:
                 value = 2 * value / parameter.shape[-1] ** 0.5
             parameter.data = value.to(parameter.dtype)
-    return made
+    return encoder
 
 
-def as_loaded(made: comfy.sd.CLIP) -> comfy.sd.CLIP:
+def as_loaded(encoder: comfy.sd.CLIP) -> comfy.sd.CLIP:
     """`made` as the host's loaders leave it: its weights are inference tensors."""
     with torch.inference_mode():
-        for module in made.cond_stage_model.modules():
+        for module in encoder.cond_stage_model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
-    return made
+    return encoder

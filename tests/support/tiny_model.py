@@ -121,8 +121,8 @@ def wan(
     kind: str = "t2v", seed: int = 0, dtype=torch.float32, compute=None, operations=None, **config
 ) -> comfy.model_patcher.ModelPatcher:
     """A Wan transformer of three blocks, its attention far from uniform; latents [B, 16 or 48, T, H, W]."""
-    name, more = _WAN_KINDS[kind]
-    config = getattr(comfy.supported_models, name)({**_WAN, **more, "dtype": dtype, **config})
+    name, overrides = _WAN_KINDS[kind]
+    config = getattr(comfy.supported_models, name)({**_WAN, **overrides, "dtype": dtype, **config})
     config.custom_operations = operations
     config.set_inference_dtype(dtype, compute)
     model = config.get_model({}, device=CPU).eval()

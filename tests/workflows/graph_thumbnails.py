@@ -59,10 +59,10 @@ def main() -> None:
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not executable:
         raise SystemExit("no Chromium here; Debian's package is `chromium`")
-    found = [workflow for workflow in workflow_files.find(ROOT / "workflows", sys.argv[1:]) if workflow.models()]
+    workflows = [workflow for workflow in workflow_files.find(ROOT / "workflows", sys.argv[1:]) if workflow.models()]
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
-        for model in (model for workflow in found for model in workflow.models()):
+        for model in (model for workflow in workflows for model in workflow.models()):
             # Empty, so that the frontend does not mark its loader as one that lacks a file.
             (models / model["directory"]).mkdir(parents=True, exist_ok=True)
             (models / model["directory"] / model["name"]).touch()
@@ -74,7 +74,7 @@ def main() -> None:
             )
             page = browser.new_page(viewport=SIZE)
             page.set_default_timeout(120_000)
-            for workflow in found:
+            for workflow in workflows:
                 photograph(page, server, workflow)
                 print(workflow.path.with_suffix(".jpg").name, flush=True)
             browser.close()

@@ -116,8 +116,8 @@ def test_a_prompt_switch_saved_with_driving_first_keeps_its_links(modern, page, 
         prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     finally:
         server.post("/settings", {"Comfy.VueNodes.Enabled": False})
-    given = prompt[SWITCH]["inputs"]
-    assert (given["target"], given["driving"]) == (TARGET_TEXT, DRIVING_TEXT)
+    inputs = prompt[SWITCH]["inputs"]
+    assert (inputs["target"], inputs["driving"]) == (TARGET_TEXT, DRIVING_TEXT)
 
 
 def test_a_bypassed_prompt_switch_keeps_the_target(page, server):

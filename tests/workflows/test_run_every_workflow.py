@@ -24,8 +24,8 @@ def object_info(server):
 
 def inputs_of(schema):
     """{input name: (type or list of options, settings)} of a node as the server describes it."""
-    given = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
-    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in given.items()}
+    inputs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in inputs.items()}
 
 
 def test_links_lead_from_slot_to_slot(path):

@@ -16,6 +16,6 @@ def test_a_prompt_switch_saved_with_driving_first_keeps_its_links(server):
     (switch,) = (node for node in workflow["nodes"] if node["type"] == "UnderstudyStepwisePrompt")
     assert [slot["name"] for slot in switch["inputs"]] == ["driving", "target"]
     text_of = {node["id"]: node["widgets_values"] for node in workflow["nodes"] if node["type"] == "CLIPTextEncode"}
-    given = convert_ui_to_api(workflow, server.object_info())[str(switch["id"])]["inputs"]
-    assert text_of[int(given["driving"][0])] == text_of[7] and text_of[int(given["target"][0])] == text_of[8]
-    assert given["switch_percent"] == switch["widgets_values"][0]
+    inputs = convert_ui_to_api(workflow, server.object_info())[str(switch["id"])]["inputs"]
+    assert text_of[int(inputs["driving"][0])] == text_of[7] and text_of[int(inputs["target"][0])] == text_of[8]
+    assert inputs["switch_percent"] == switch["widgets_values"][0]

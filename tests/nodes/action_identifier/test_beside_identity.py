@@ -55,9 +55,9 @@ def test_the_subject_is_where_the_layers_read_it(count, text):
     clip = tiny_clip.clip()
     tokens = torch.randn(1, count, tiny_clip.WIDTHS["SD 1.5"]["l"], generator=torch.Generator().manual_seed(1))
     action = ActionIdentifier("<action>", "dancing", {ANY_ENCODER: tokens})
-    found = tagged_positions(encode(clip, text, action))
-    assert found == tagged_positions(encode_identity(clip, text.replace("<action>", " ".join(["zebra"] * count))))
-    assert len(found) == len(encoding.word_ids(clip.tokenize, IDENTITY.trigger)["l"])
+    actual = tagged_positions(encode(clip, text, action))
+    assert actual == tagged_positions(encode_identity(clip, text.replace("<action>", " ".join(["zebra"] * count))))
+    assert len(actual) == len(encoding.word_ids(clip.tokenize, IDENTITY.trigger)["l"])
 
 
 def test_a_prompt_without_the_subject_names_none():
@@ -74,10 +74,10 @@ def blended(loaded, positive, sampler=EULER):
     (model,) = UnderstudyApplyActionIdentifier.execute(model, 1.0).result
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
     with torch.inference_mode():
-        found, noise, _ = UnderstudyInvertImage.execute(
+        actual, noise, _ = UnderstudyInvertImage.execute(
             model, encode_identity(clip, "a {subject} standing on a beach"), latent(1), sigmas, "ddim", 1, 0.5,
         ).result
-        (patched,) = UnderstudyIdentityMaskBlend.execute(model, found, positive, 0.5, 0, 0.0, 1.0).result
+        (patched,) = UnderstudyIdentityMaskBlend.execute(model, actual, positive, 0.5, 0, 0.0, 1.0).result
         guider = comfy.samplers.CFGGuider(patched)
         guider.set_conds(positive, clip.encode_from_tokens_scheduled(clip.tokenize("")))
         guider.set_cfg(3.0)

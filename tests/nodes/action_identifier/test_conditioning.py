@@ -29,9 +29,9 @@ def test_combine_is_the_mean_of_both_and_one_pass():
     attached, other = prompt(), plain("a red robot")
     (both,) = core_nodes.ConditioningCombine().combine(attached, other)
     with passes(MODEL) as sizes:
-        found = estimate(both)
+        actual = estimate(both)
     assert sizes == [2]
-    close(found, (estimate(attached) + estimate(other)) / 2)
+    close(actual, (estimate(attached) + estimate(other)) / 2)
     second = action_identifiers.identifier(MODEL, seed=9, placeholder="<b>")
     (two,) = core_nodes.ConditioningCombine().combine(attached, prompt("a <b> dog", [second]))
     expected = (estimate(attached) + estimate(prompt("a <b> dog", [second]))) / 2
@@ -46,9 +46,9 @@ def test_ranges_of_steps_act_in_their_steps_only():
     border = float(MODEL.model.model_sampling.percent_to_sigma(0.5))
     for sigma, expected in ((2 * border, attached), (border / 2, word)):
         sigmas = torch.tensor([sigma, 0.0])
-        found = sample(sampling.apply(MODEL, 1.0), first + second, cfg=1.0, sigmas=sigmas)
+        actual = sample(sampling.apply(MODEL, 1.0), first + second, cfg=1.0, sigmas=sigmas)
         alone = sample(sampling.apply(MODEL, 1.0), expected, cfg=1.0, sigmas=sigmas)
-        close(found, alone)
+        close(actual, alone)
     # Out of its steps, a attached prompt stops nobody.
     late = sample(MODEL, first + second, cfg=1.0, sigmas=torch.tensor([border / 2, 0.0]))
     assert torch.isfinite(late).all()
@@ -70,16 +70,16 @@ def test_a_negative_with_an_area_meets_an_action_without_one():
     attached, place = prompt(), (32, 64, 0, 0, 1.0)
     (negative,) = core_nodes.ConditioningSetArea().append(plain("a dog"), *place)
     (part,) = core_nodes.ConditioningSetArea().append(attached, *place)
-    found = sample(sampling.apply(MODEL, 1.0), attached, negative=negative + NEGATIVE)
-    close(found, sample(sampling.apply(MODEL, 1.0), attached + part, negative=negative + NEGATIVE))
-    far(found, sample(sampling.apply(MODEL, 1.0), plain(), negative=negative + NEGATIVE))
+    actual = sample(sampling.apply(MODEL, 1.0), attached, negative=negative + NEGATIVE)
+    close(actual, sample(sampling.apply(MODEL, 1.0), attached + part, negative=negative + NEGATIVE))
+    far(actual, sample(sampling.apply(MODEL, 1.0), plain(), negative=negative + NEGATIVE))
 
 
 def test_concat_with_the_action_first_adds_its_tokens_to_every_layer():
-    attached, more = prompt(), plain("on the moon")
-    (joined,) = core_nodes.ConditioningConcat().concat(attached, more)
-    contexts = torch.cat([contexts_of(attached), more[0][0].expand(4, -1, -1)], dim=1)
-    (word,) = core_nodes.ConditioningConcat().concat(plain(), more)
+    attached, other = prompt(), plain("on the moon")
+    (joined,) = core_nodes.ConditioningConcat().concat(attached, other)
+    contexts = torch.cat([contexts_of(attached), other[0][0].expand(4, -1, -1)], dim=1)
+    (word,) = core_nodes.ConditioningConcat().concat(plain(), other)
     with forced(MODEL, contexts):
         expected = sample(MODEL, word, cfg=1.0)
     close(

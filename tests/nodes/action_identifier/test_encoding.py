@@ -57,9 +57,9 @@ def test_tokens_equal_in_all_layers_are_comfyui_s_embeddings(kind, text, clips, 
     write(folder, "other", {e: torch.ones(1, width) for e, width in tiny_clip.WIDTHS[kind].items()})
     used = [action for action in actions if action.placeholder in text]
     native = text.replace("<one>", " embedding:one ").replace("<two>", " embedding:two ")
-    _, (found,) = encoding.encode(clip, text, used)
+    _, (actual,) = encoding.encode(clip, text, used)
     (expected, _), = action_identifiers.plain(clip, native)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,13 +100,13 @@ def test_a_layer_wise_action_and_one_for_all_layers_meet_in_one_prompt(clips):
     assert torch.equal(contexts, expected)
 
 
-@pytest.mark.parametrize(("text", "placeholder", "found"), [
+@pytest.mark.parametrize(("text", "placeholder", "is_word"), [
     ("a wave", "wave", True), ("a waved hand", "wave", False), ("microwave", "wave", False),
     ("x<a>y", "<a>", True), ("a <ab>", "<a>", False), ("(wave:1.2)", "wave", True), ("a Wave", "wave", False),
 ])
-def test_a_placeholder_is_found_as_a_word(text, placeholder, found, clips):
+def test_a_placeholder_is_found_as_a_word(text, placeholder, is_word, clips):
     action = same_everywhere("SD 1.5", placeholder, 1, 0)
-    if found:
+    if is_word:
         encoding.check_prompt(text, [action])
     else:
         with pytest.raises(ValueError, match=f"text does not contain {placeholder}"):

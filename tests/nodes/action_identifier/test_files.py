@@ -51,8 +51,8 @@ def test_an_action_is_loaded_under_another_word(folders):
     action = action_identifiers.identifier(MODEL)
     listed = files.save(action, "wave").name
     for placeholder, expected in (("", "<action>"), (" <wave> ", "<wave>")):
-        (found,) = UnderstudyLoadActionIdentifier.execute(listed, placeholder).result
-        equal(found, dataclasses.replace(action, placeholder=expected))
+        (actual,) = UnderstudyLoadActionIdentifier.execute(listed, placeholder).result
+        equal(actual, dataclasses.replace(action, placeholder=expected))
     with pytest.raises(ValueError, match="placeholder is 'two words': use one word"):
         files.load(listed, "two words")
 
@@ -60,8 +60,8 @@ def test_an_action_is_loaded_under_another_word(folders):
 def test_tokens_of_8_bits_are_read_in_fp32(folders):
     tokens = torch.tensor([[[0.5, -1.0, 3.0]]])
     listed = write(folders, "file.safetensors", {"identifier.l": tokens.to(torch.float8_e4m3fn)}, SOUND)
-    found = files.load(listed).tokens["l"]
-    assert found.dtype == torch.float32 and torch.equal(found, tokens)
+    actual = files.load(listed).tokens["l"]
+    assert actual.dtype == torch.float32 and torch.equal(actual, tokens)
 
 
 def write(folders, name, tensors, metadata=None, folder="action_identifiers"):
@@ -94,10 +94,10 @@ def test_an_exported_embedding_is_the_mean_that_comfyui_reads(kind, folders):
     action = action_identifiers.identifier(MODEL, kind, count=2)
     path = files.export(action, "wave")
     clip = tiny_clip.clip(kind, embeddings=str(path.parent))
-    (found, _), = action_identifiers.plain(clip, f"a embedding:{path.stem} cat")
+    (actual, _), = action_identifiers.plain(clip, f"a embedding:{path.stem} cat")
     mean = ActionIdentifier("<action>", "", {e: v.mean(0, keepdim=True) for e, v in action.tokens.items()})
     _, (expected,) = encoding.encode(clip, "a <action> cat", [mean])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     again = files.load(f"embeddings/{path.name}")
     assert again.for_encoders(tiny_clip.WIDTHS[kind]).keys() == action.tokens.keys()
 

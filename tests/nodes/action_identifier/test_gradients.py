@@ -35,11 +35,11 @@ def out_of_place(clip, tokens):
 
 def test_gradients_to_the_tokens_are_those_of_the_formulas():
     weight = torch.randn(1, 2 * 77, 16)
-    made = tiny_clip.clip()
+    other_clip = tiny_clip.clip()
     vectors = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2))
     gradients = []
     for clip, encode in (
-        (CLIP, None), (made, lambda tokens: out_of_place(made, tokens)),
+        (CLIP, None), (other_clip, lambda tokens: out_of_place(other_clip, tokens)),
     ):
         encoder = training.TextEncoder(clip)
         tokens = vectors.clone().requires_grad_()
@@ -140,7 +140,7 @@ def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
         order = torch.randperm(3, generator=generator).tolist()
         anchor, other = order[:2]
         state = generator.get_state()
-        found = []
+        actual = []
         for exemplar_id, picture in (
             (anchor, trainer.latents[anchor]), (other, trainer.latents[other]), (anchor, contrasts[anchor])
         ):
@@ -151,9 +151,9 @@ def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
             copy = {"l": tokens["l"].detach().clone().requires_grad_()}
             contexts = trainer.contexts(prompt, "<action>", copy)
             error = trainer.errors([picture], [exemplar_id], [contexts], generator)
-            assert len(found) or float(error.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
-            found.append(torch.autograd.grad(error.sum(), copy["l"])[0])
-    g, same_action, same_context = found
+            assert len(actual) or float(error.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+            actual.append(torch.autograd.grad(error.sum(), copy["l"])[0])
+    g, same_action, same_context = actual
     low = (g - same_action).abs()
     high = (g - same_context).abs()
     free = low <= low.sort(-1).values[..., 9:10]  # 0.6 of 16 channels: the tenth value

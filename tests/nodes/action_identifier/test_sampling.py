@@ -28,8 +28,8 @@ def test_the_map_of_layers_comes_from_the_network():
     counts = {"SD 1.5": (16, 16), "SD 2.1": (16, 16), "SDXL": (11, 70), "Wan 2.1 1.3B": (30, 30),
               "Wan 2.1 14B": (40, 40)}
     for name, expected in counts.items():
-        found = sampling.places(build(name).diffusion_model)
-        assert (len(found), sum(place.layers for place in found)) == expected, name
+        actual = sampling.places(build(name).diffusion_model)
+        assert (len(actual), sum(place.layers for place in actual)) == expected, name
     sd = sampling.places(build("SD 1.5").diffusion_model)
     assert [place.index for place in sd] == [1, 2, 4, 5, 7, 8, 0, *range(3, 12)]
     assert [place.kind for place in sd] == ["input"] * 6 + ["middle"] + ["output"] * 9
@@ -42,11 +42,11 @@ def test_the_map_of_layers_comes_from_the_network():
 def test_each_layer_reads_its_own_context():
     """At CFG 1 the positive runs alone, and hooks on the layers give the same picture without a patch."""
     attached = prompt()
-    found = sample(sampling.apply(MODEL, 1.0), attached, cfg=1.0)
+    actual = sample(sampling.apply(MODEL, 1.0), attached, cfg=1.0)
     with forced(MODEL, contexts_of(attached)):
         expected = sample(MODEL, plain(), cfg=1.0)
-    close(found, expected)
-    far(found, sample(MODEL, plain(), cfg=1.0))
+    close(actual, expected)
+    far(actual, sample(MODEL, plain(), cfg=1.0))
 
 
 def test_sdxl_s_groups_of_layers_and_both_encoders():
@@ -59,21 +59,21 @@ def test_sdxl_s_groups_of_layers_and_both_encoders():
     def run(model, positive):
         return sample(model, positive, negative=negative, cfg=1.0)
 
-    found = run(sampling.apply(model, 1.0), attached)
+    actual = run(sampling.apply(model, 1.0), attached)
     with forced(model, contexts_of(attached)):
         expected = run(model, plain(clip=clip))
-    close(found, expected)
+    close(actual, expected)
     assert torch.equal(run(sampling.apply(model, 0.0), attached), run(model, plain(clip=clip)))
     for encoder in ("l", "g"):
         other = {**action.tokens, encoder: action.tokens[encoder].roll(1, 0)}
         changed = prompt(actions=[ActionIdentifier("<action>", "dancing", other, action.places)], clip=clip)
-        far(run(sampling.apply(model, 1.0), changed), found)
+        far(run(sampling.apply(model, 1.0), changed), actual)
 
 
 def test_a_plain_negative_runs_in_the_same_pass_and_is_read_plainly():
     attached = prompt()
     with passes(MODEL) as sizes:
-        found = sample(sampling.apply(MODEL, 1.0), attached, cfg=3.0)
+        actual = sample(sampling.apply(MODEL, 1.0), attached, cfg=3.0)
     assert sizes == [2, 2]
     alone = {}
     for name, positive in (("action", attached), ("plain", NEGATIVE)):
@@ -81,7 +81,7 @@ def test_a_plain_negative_runs_in_the_same_pass_and_is_read_plainly():
     one = sample(sampling.apply(MODEL, 1.0), attached, cfg=3.0, sigmas=torch.tensor([5.0, 0.0]))
     expected = alone["plain"] + 3.0 * (alone["action"] - alone["plain"])
     close(one, expected)
-    assert torch.isfinite(found).all()
+    assert torch.isfinite(actual).all()
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
@@ -97,10 +97,10 @@ def test_an_action_that_makes_the_prompt_longer_has_nothing_between_word_and_act
     assert (attached[0][0].shape[1], contexts_of(attached).shape[1]) == (77, 154)
     word = plain(text.replace("<action>", "dancing"))
     assert torch.equal(sample(sampling.apply(MODEL, 0.0), attached), sample(MODEL, word))
-    found = sample(sampling.apply(MODEL, 1.0), attached, cfg=1.0)
+    actual = sample(sampling.apply(MODEL, 1.0), attached, cfg=1.0)
     with forced(MODEL, contexts_of(attached)):
         expected = sample(MODEL, [[torch.cat([word[0][0]] * 2, 1), word[0][1]]], cfg=1.0)
-    close(found, expected)
+    close(actual, expected)
     with passes(MODEL) as sizes:
         assert torch.isfinite(sample(sampling.apply(MODEL, 1.0), attached, cfg=2.0)).all()
     assert sizes == [2, 2]
@@ -142,7 +142,7 @@ def test_the_callers_model_and_prompt_stay_as_they_are():
     assert MODEL.model_options == options and not MODEL.wrappers
     assert attached[0][1]["model_conds"] == before
     assert len(patched.model_options["transformer_options"]["patches"]["attn2_patch"]) == 1
-    assert [len(found) for kind in patched.wrappers.values() for found in kind.values()] == [1, 1]
+    assert [len(entries) for kind in patched.wrappers.values() for entries in kind.values()] == [1, 1]
     clone = patched.clone()
     assert torch.equal(sample(clone, attached), sample(patched, attached))
 
@@ -154,8 +154,8 @@ def test_batches_of_latents_and_16_bit_models():
     together = sample(sampling.apply(MODEL, 1.0), attached, shape=shape)
     assert noise.shape == together.shape and not torch.equal(together[0], together[1])
     low = action_identifiers.reading(tiny_model.picture(dtype=torch.bfloat16))
-    found = denoised(sampling.apply(low, 1.0), attached)
-    torch.testing.assert_close(found, estimate(attached), rtol=0.1, atol=0.1 * float(found.std()))
+    actual = denoised(sampling.apply(low, 1.0), attached)
+    torch.testing.assert_close(actual, estimate(attached), rtol=0.1, atol=0.1 * float(actual.std()))
 
 
 def test_an_identifier_of_another_model_is_refused_before_a_pass():
@@ -171,9 +171,9 @@ def test_an_identifier_of_another_model_is_refused_before_a_pass():
 
 def test_other_weights_warn_once_and_never_stop(caplog):
     base = sampling.apply(MODEL, 1.0).get_attachment(sampling.KEY).base
-    own, other = (action_identifiers.identifier(MODEL, base=name) for name in (base, "0123456789abcdef"))
+    matching, other = (action_identifiers.identifier(MODEL, base=name) for name in (base, "0123456789abcdef"))
     with caplog.at_level(logging.WARNING):
-        sample(sampling.apply(MODEL, 1.0), prompt(actions=[own]))
+        sample(sampling.apply(MODEL, 1.0), prompt(actions=[matching]))
         assert "trained with other weights" not in caplog.text
         sample(sampling.apply(MODEL, 1.0), prompt(actions=[other]), steps=3)
         patched = sampling.apply(MODEL, 1.0)
@@ -207,9 +207,9 @@ def test_a_patch_of_keys_and_values_acts_on_the_action_before_apply_and_after():
     later = sampling.apply(MODEL, 1.0)
     later.set_model_attn2_patch(Doubling())
     for positive in (attached, plain()):
-        found = sample(sampling.apply(earlier, 1.0), positive)
-        assert torch.equal(found, sample(later, positive))
-        far(found, sample(sampling.apply(MODEL, 1.0), positive))
+        actual = sample(sampling.apply(earlier, 1.0), positive)
+        assert torch.equal(actual, sample(later, positive))
+        far(actual, sample(sampling.apply(MODEL, 1.0), positive))
     assert torch.equal(sample(sampling.apply(earlier, 1.0), plain()), sample(earlier, plain()))
 
 
@@ -229,9 +229,9 @@ def test_wan_blocks_read_their_own_context():
     expected = sample(model, plain(), cfg=1.0, shape=shape)
     for handle in handles:
         handle.remove()
-    found = sample(sampling.apply(model, 1.0), attached, cfg=1.0, shape=shape)
-    close(found, expected)
-    far(found, sample(model, plain(), cfg=1.0, shape=shape))
+    actual = sample(sampling.apply(model, 1.0), attached, cfg=1.0, shape=shape)
+    close(actual, expected)
+    far(actual, sample(model, plain(), cfg=1.0, shape=shape))
     assert torch.equal(
         sample(sampling.apply(model, 0.0), attached, shape=shape), sample(model, plain(), shape=shape)
     )

@@ -41,8 +41,8 @@ def test_contrasts_of_a_checkpoint_lie_where_the_pictures_do():
     with session(sampling.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
         trainer = training._ActionTrainer(denoiser, encoder, exemplars(contrasts=False), action(), run)
         saved = {f"contrast.{i}": latent.double() for i, latent in enumerate(latents())}
-        found = trainer.contrasts(loop.State(3, [0.0] * 3, saved))
-    assert all(latent.dtype == torch.float32 for latent in found)
+        actual = trainer.contrasts(loop.State(3, [0.0] * 3, saved))
+    assert all(latent.dtype == torch.float32 for latent in actual)
 
 
 def test_an_action_s_prompt_is_refused_by_a_training_that_reads_plain_ones():
@@ -63,26 +63,26 @@ def test_every_kind_of_model_learns(kind):
     encoders = kind if kind in tiny_clip.WIDTHS else "SD 1.5"
     clip = tiny_clip.as_loaded(tiny_clip.clip(encoders))
     before = {name: parameter.clone() for name, parameter in model.model.named_parameters()}
-    found, loss_map = train(model, clip, exemplars(shape=shape), steps=2)
+    actual, loss_map = train(model, clip, exemplars(shape=shape), steps=2)
     places = action_identifiers.places(model)
     first = encoding.word_vectors(clip, "dancing")
-    assert found.places == places and len(loss_map["loss"]) == 2
+    assert actual.places == places and len(loss_map["loss"]) == 2
     for name, width in tiny_clip.WIDTHS[encoders].items():
-        tokens = found.tokens[name]
+        tokens = actual.tokens[name]
         assert tokens.shape == (len(places), len(first[name]), width) and tokens.dtype == torch.float32
         assert (tokens != first[name]).flatten(1).any(1).all(), "a layer learned nothing"
     assert same(before, dict(model.model.named_parameters()))
-    attached = action_identifiers.prompt(clip, [found])
+    attached = action_identifiers.prompt(clip, [actual])
     assert torch.isfinite(attached[0][1]["model_conds"][sampling.KEY].contexts).all()
 
 
 def test_it_learns_with_and_without_triples():
     for settings in (action(), action(triples=False), action(triples=False, layer_wise=False)):
-        found, loss_map = train(settings=settings, steps=30, learning_rate=0.1)
+        actual, loss_map = train(settings=settings, steps=30, learning_rate=0.1)
         first, last = (torch.tensor(loss_map["loss"][part]).mean() for part in (slice(0, 10), slice(20, 30)))
         assert last < first
-        assert len(found.tokens["l"]) == (4 if settings.layer_wise else 1)
-        assert bool(found.places) == settings.layer_wise
+        assert len(actual.tokens["l"]) == (4 if settings.layer_wise else 1)
+        assert bool(actual.places) == settings.layer_wise
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(1, 1), (2, 2), (9, len(SUBJECTS))])
@@ -193,6 +193,6 @@ def test_previews_read_the_tokens_and_change_nothing():
 
 
 def test_the_base_is_the_fingerprint_that_apply_compares():
-    found, _ = train(steps=1)
-    assert found.base == sampling.apply(MODEL, 1.0).get_attachment(sampling.KEY).base
-    assert (found.placeholder, found.initial_word) == ("<action>", "dancing")
+    actual, _ = train(steps=1)
+    assert actual.base == sampling.apply(MODEL, 1.0).get_attachment(sampling.KEY).base
+    assert (actual.placeholder, actual.initial_word) == ("<action>", "dancing")

@@ -42,9 +42,9 @@ def test_the_more_accurate_methods_find_back_better(kind):
     errors = {name: error(model, name) for name in ("ddim", "renoise", "fixed_point")}
     assert errors["fixed_point"] < 0.1 * errors["ddim"]
     assert errors["renoise"] < errors["ddim"]
-    more = error(model, "fixed_point", 16)
+    precise = error(model, "fixed_point", 16)
     assert error(model, "fixed_point", 2) > errors["fixed_point"]
-    assert more < 1e-3
+    assert precise < 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)

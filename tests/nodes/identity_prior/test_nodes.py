@@ -30,13 +30,13 @@ def test_the_nodes_hand_on_what_belongs_together(caplog):
     sigmas = grid(MODEL, 4)
     with torch.inference_mode():
         with caplog.at_level("INFO"):
-            made = UnderstudyInvertImage.execute(MODEL, prompt(), latent(), sigmas, "ddim", 1, 0.5, smoothing=0.0)
-        inversion, noise, mask = made.result
+            output = UnderstudyInvertImage.execute(MODEL, prompt(), latent(), sigmas, "ddim", 1, 0.5, smoothing=0.0)
+        inversion, noise, mask = output.result
         patched = UnderstudyIdentityMaskBlend.execute(MODEL, inversion, EDIT, 0.3, 1, 0.0, 1.0).result[0]
     assert mask.shape == (1, 64, 64) and set(mask.unique().tolist()) == {0.0, 1.0}
     assert noise.generate_noise(latent()).shape == SHAPE
     assert torch.isfinite(sample(patched, inversion=inversion)).all()
     assert inversion.method == "ddim"
-    (summary,) = made.ui["text"]
+    (summary,) = output.ui["text"]
     assert summary == "inverted over 4 steps by ddim; the path takes 0.0 MB on cpu"
     assert f"[Understudy] Invert Image: {summary}" in caplog.messages

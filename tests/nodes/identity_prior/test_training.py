@@ -158,20 +158,20 @@ def test_captions_of_mirror_images_say_the_other_side():
 
 
 def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, monkeypatch):
-    made, drawn = [], []
+    encoded, drawn = [], []
 
     def generate(_model, conditionings, negative, shape, _seed):
         drawn.append((conditionings, negative))
         return [torch.randn(shape) for _ in conditionings]
 
     monkeypatch.setattr(training, "draw_class_pictures", generate)
-    monkeypatch.setattr(picture_training, "encode_texts", lambda _clip, texts: made.append(texts) or texts)
+    monkeypatch.setattr(picture_training, "encode_texts", lambda _clip, texts: encoded.append(texts) or texts)
     monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
     train(loaded, puppets[0][:1], ["a {subject}"], class_captions=["a {subject}\nA SKS robot waving\ntwo robots"])
-    assert made[0] == ["a sks robot", "a robot", "A robot waving", "two robots", ""]
-    assert drawn == [(made[0][1:-1], "")]
+    assert encoded[0] == ["a sks robot", "a robot", "A robot waving", "two robots", ""]
+    assert drawn == [(encoded[0][1:-1], "")]
     train(loaded, puppets[0][:1], ["a {subject}"], class_images=puppets[0][:1], class_captions=["a {subject} here"])
-    assert made[-1] == ["a sks robot", "a robot here", ""]
+    assert encoded[-1] == ["a sks robot", "a robot here", ""]
 
 
 def test_words_and_pictures_that_teach_little_are_told_of(loaded, puppets, monkeypatch, caplog):
@@ -194,10 +194,10 @@ def test_class_pictures_come_from_the_model_and_the_seed(monkeypatch, caplog):
     model = tiny_model.as_loaded(tiny_model.picture())
     texts = [tiny_model.conditioning(1), tiny_model.conditioning(2)]
     with torch.inference_mode(), caplog.at_level(logging.INFO):
-        made, again, other = (
+        encoded, again, other = (
             training.draw_class_pictures(model, texts, tiny_model.conditioning(3), SHAPE, seed) for seed in (1, 1, 2)
         )
-    assert [latent.shape for latent in made] == [SHAPE] * 2
-    assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
-    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], other[0])
+    assert [latent.shape for latent in encoded] == [SHAPE] * 2
+    assert all(torch.equal(a, b) for a, b in zip(encoded, again, strict=True))
+    assert not torch.equal(encoded[0], encoded[1]) and not torch.equal(encoded[0], other[0])
     assert shown[:2] == [(1, 2), (2, 2)] and "drawing class picture 2 of 2" in caplog.text

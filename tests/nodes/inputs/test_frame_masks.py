@@ -12,15 +12,15 @@ def test_each_latent_frame_has_the_mean_of_its_frames(latent_frames, kind, seed)
     """The first latent frame is the first frame; the next ones stand for four frames each."""
     count = {"one": 1, "latent": latent_frames, "video": 1 + 4 * (latent_frames - 1)}[kind]
     mask = torch.rand(count, 3, 2, generator=torch.Generator().manual_seed(seed))
-    found = by_latent_frame(mask, latent_frames)
+    actual = by_latent_frame(mask, latent_frames)
     if count in (1, latent_frames):
-        assert found is mask
+        assert actual is mask
         return
-    assert count == frame_count(latent_frames) and found.shape == (latent_frames, 3, 2)
+    assert count == frame_count(latent_frames) and actual.shape == (latent_frames, 3, 2)
     for i in range(latent_frames):
         frames = [0] if i == 0 else range(4 * i - 3, 4 * i + 1)
         expected = sum(mask[frame].double() for frame in frames) / len(frames)
-        torch.testing.assert_close(found[i].double(), expected, rtol=0, atol=1e-7)
+        torch.testing.assert_close(actual[i].double(), expected, rtol=0, atol=1e-7)
 
 
 @given(st.integers(2, 6), st.lists(st.booleans(), min_size=6, max_size=6))

@@ -25,9 +25,9 @@ def flow(base=sampling.ModelSamplingDiscreteFlow, **parameters):
     class Sampling(base, sampling.CONST):
         pass
 
-    made = Sampling()
-    made.set_parameters(**parameters)
-    return made
+    model_sampling = Sampling()
+    model_sampling.set_parameters(**parameters)
+    return model_sampling
 
 
 class Noise(sampling.ModelSamplingDiscrete, sampling.EPS):
@@ -44,15 +44,15 @@ KINDS = pytest.mark.parametrize("model_sampling", SAMPLINGS.values(), ids=SAMPLI
 def shipped_ranges():
     """(node, start, end) of every node with a part of the schedule in our workflows."""
     classes = {node.GET_SCHEMA().node_id: node for node in BEFORE}
-    found = set()
+    combinations = set()
     for workflow in workflow_files.find(ROOT / "workflows", []):
         for node in workflow.nodes():
             if node["type"] in classes:
                 inputs = classes[node["type"]].GET_SCHEMA().inputs
-                widgets = [given.id for given in inputs if isinstance(given, io.WidgetInput)]
+                widgets = [schema_input.id for schema_input in inputs if isinstance(schema_input, io.WidgetInput)]
                 values = dict(zip(widgets, node["widgets_values"], strict=True))
-                found.add((classes[node["type"]], *(values[name] for name in PERCENTS)))
-    return found
+                combinations.add((classes[node["type"]], *(values[name] for name in PERCENTS)))
+    return combinations
 
 
 @KINDS

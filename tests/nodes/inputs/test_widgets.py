@@ -6,29 +6,29 @@ from pack.nodes.extension import METHOD_NODES
 from pack.nodes.identity_prior.config import AUTO
 from pack.nodes.inputs import ranges, widgets
 
-INPUTS = [(node.__name__, given) for node in METHOD_NODES for given in node.GET_SCHEMA().inputs]
+INPUTS = [(node.__name__, widget) for node in METHOD_NODES for widget in node.GET_SCHEMA().inputs]
 
 
 def named(*endings):
-    return [pytest.param(given, id=f"{node} {given.id}") for node, given in INPUTS if given.id.endswith(endings)]
+    return [pytest.param(widget, id=f"{node} {widget.id}") for node, widget in INPUTS if widget.id.endswith(endings)]
 
 
-@pytest.mark.parametrize("given", named("_percent"))
-def test_percents_are_thousandths_of_the_schedule(given):
-    assert isinstance(given, io.Float.Input)
-    assert (given.min, given.max, given.step, given.round) == (0.0, 1.0, 0.001, False)
-    assert "fraction of the schedule" in given.tooltip.lower()
+@pytest.mark.parametrize("widget", named("_percent"))
+def test_percents_are_thousandths_of_the_schedule(widget):
+    assert isinstance(widget, io.Float.Input)
+    assert (widget.min, widget.max, widget.step, widget.round) == (0.0, 1.0, 0.001, False)
+    assert "fraction of the schedule" in widget.tooltip.lower()
 
 
-@pytest.mark.parametrize("given", named("strength"))
-def test_strengths_reach_from_off_to_as_trained(given):
-    assert given.min <= 0.0 < given.default == 1.0 <= given.max
-    assert given.step == 0.01 and ("0 is" in given.tooltip or "0 gives" in given.tooltip)
+@pytest.mark.parametrize("widget", named("strength"))
+def test_strengths_reach_from_off_to_as_trained(widget):
+    assert widget.min <= 0.0 < widget.default == 1.0 <= widget.max
+    assert widget.step == 0.01 and ("0 is" in widget.tooltip or "0 gives" in widget.tooltip)
 
 
 def test_both_limits_of_a_range_stand_side_by_side():
     for node in METHOD_NODES:
-        names = [given.id for given in node.GET_SCHEMA().inputs]
+        names = [widget.id for widget in node.GET_SCHEMA().inputs]
         if "start_percent" in names:
             start = names.index("start_percent")
             assert names[start + 1] == "end_percent"
@@ -36,14 +36,14 @@ def test_both_limits_of_a_range_stand_side_by_side():
             ranges.check_range("the default", start=low.default, end=high.default)
 
 
-@pytest.mark.parametrize("given", named("blocks", "layers"))
-def test_the_example_and_the_words_of_a_tooltip_are_read(given):
-    words = ranges.parse_numbers(given.id, given.default, (AUTO, ranges.ALL))
-    assert words is None and f"'{given.default}'" in given.tooltip
-    example = given.tooltip.split("such as ")[1].rstrip(".")
-    assert ranges.parse_numbers(given.id, example)
+@pytest.mark.parametrize("widget", named("blocks", "layers"))
+def test_the_example_and_the_words_of_a_tooltip_are_read(widget):
+    words = ranges.parse_numbers(widget.id, widget.default, (AUTO, ranges.ALL))
+    assert words is None and f"'{widget.default}'" in widget.tooltip
+    example = widget.tooltip.split("such as ")[1].rstrip(".")
+    assert ranges.parse_numbers(widget.id, example)
 
 
 def test_rooms_hand_on_subjects_by_one_type():
-    types = {given.io_type for _, given in INPUTS if given.id == "identity"}
+    types = {widget.io_type for _, widget in INPUTS if widget.id == "identity"}
     assert types == {widgets.IDENTITY.io_type} == {"UNDERSTUDY_IDENTITY"}

@@ -118,9 +118,9 @@ def test_the_order_of_calls_makes_no_difference(model):
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_whole_weights_are_met_at_their_strength(model, strength):
     key = "diffusion_model.input_blocks.0.0.weight"
-    own = model.model.state_dict()[key]
-    weight = own + torch.randn(own.shape, generator=torch.Generator().manual_seed(1))
+    original = model.model.state_dict()[key]
+    weight = original + torch.randn(original.shape, generator=torch.Generator().manual_seed(1))
     patched = models.with_weights(model, weights={key: weight}, strength=strength)
     met = patched.patch_weight_to_device(key, return_weight=True)
-    torch.testing.assert_close(met, torch.lerp(own, weight, strength), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(met, torch.lerp(original, weight, strength), rtol=1e-5, atol=1e-6)
     assert strength != 1 or torch.equal(met, weight)

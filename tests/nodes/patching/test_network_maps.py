@@ -86,11 +86,11 @@ def test_block_patches_of_two_keys_run_one_around_the_other_and_change_nothing_b
     for name in ("first", "second", "first"):
         patched = models.with_block_patches(patched, key=name, patches=patch_of(name).for_every_block(network))
     shape = (1, 16, 1, 8, 8)
-    plain, found = (
+    plain, actual = (
         tiny_model.sample(one, comfy.samplers.sampler_object("euler"), steps=1, shape=shape, cfg=1.0)
         for one in (model, patched)
     )
-    assert torch.equal(found, plain)
+    assert torch.equal(actual, plain)
     assert calls == [(name, i) for i in range(len(network.blocks)) for name in ("first", "second", "first")]
 
 

@@ -61,22 +61,22 @@ def test_the_denoised_guide_sees_every_estimate_after_the_models_own_functions()
 def guider(kind, cfg):
     positive, negative, third = (tiny_model.conditioning(i) for i in (1, 2, 4))
     if kind == "CFG":
-        made = comfy.samplers.CFGGuider(MODEL)
-        made.set_conds(positive, negative)
-        made.set_cfg(cfg)
+        guider = comfy.samplers.CFGGuider(MODEL)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
     elif kind == "PerpNeg":
-        made = Guider_PerpNeg(MODEL)
-        made.set_conds(positive, negative, third)
-        made.set_cfg(cfg, 1.0)
+        guider = Guider_PerpNeg(MODEL)
+        guider.set_conds(positive, negative, third)
+        guider.set_cfg(cfg, 1.0)
     elif kind == "DualModel":
-        made = Guider_DualModel(MODEL, MODEL.clone())
-        made.set_conds(positive, negative)
-        made.set_cfg(cfg)
+        guider = Guider_DualModel(MODEL, MODEL.clone())
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
     else:
-        made = Guider_DualCFG(MODEL)
-        made.set_conds(positive, third, negative)
-        made.set_cfg(cfg, 8.0, kind == "nested DualCFG")
-    return made
+        guider = Guider_DualCFG(MODEL)
+        guider.set_conds(positive, third, negative)
+        guider.set_cfg(cfg, 8.0, kind == "nested DualCFG")
+    return guider
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])

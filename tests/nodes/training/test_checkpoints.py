@@ -14,7 +14,7 @@ SETTINGS = {"pictures": inputs.digest([torch.zeros(1)]), "rank": 4, "learning_ra
 
 
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
+def saved(tmp_path, monkeypatch):
     """A checkpoint of seven steps, in a temporary folder."""
     known = copy.deepcopy(folder_paths.folder_names_and_paths)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
@@ -25,32 +25,32 @@ def kept(tmp_path, monkeypatch):
     return run
 
 
-def test_every_setting_that_differs_is_named_at_once(kept):
+def test_every_setting_that_differs_is_named_at_once(saved):
     other = {**SETTINGS, "pictures": inputs.digest([torch.ones(1)]), "rank": "whole UNet", "learning_rate": 1e-4}
     with pytest.raises(ValueError, match="learning_rate 0.001 and .* 0.0001; different pictures; rank 4 and"):
-        checkpoints.Checkpoints("name", other).resume(kept.path.name)
+        checkpoints.Checkpoints("name", other).resume(saved.path.name)
 
 
-def test_a_setting_that_one_of_them_lacks_shows_no_digest(kept):
+def test_a_setting_that_one_of_them_lacks_shows_no_digest(saved):
     with pytest.raises(ValueError, match="made with different model: ") as refused:
-        checkpoints.Checkpoints("name", {**SETTINGS, "model": inputs.digest([torch.ones(1)])}).resume(kept.path.name)
+        checkpoints.Checkpoints("name", {**SETTINGS, "model": inputs.digest([torch.ones(1)])}).resume(saved.path.name)
     assert "None" not in str(refused.value)
 
 
-def test_a_seed_as_long_as_a_digest_is_shown(kept):
+def test_a_seed_as_long_as_a_digest_is_shown(saved):
     long = checkpoints.Checkpoints("long", {**SETTINGS, "seed": 1125899906842624})
     long.save(State(1, [0.5], {"parameter.a": torch.ones(2)}))
     with pytest.raises(ValueError, match="seed 1125899906842624 and this run has 7"):
         checkpoints.Checkpoints("long", {**SETTINGS, "seed": 7}).resume(long.path.name)
 
 
-def test_a_checkpoint_of_another_node_is_refused_by_name(kept):
+def test_a_checkpoint_of_another_node_is_refused_by_name(saved):
     with pytest.raises(ValueError, match="another training, name: choose one .* begins with other, or .* to none"):
-        checkpoints.Checkpoints("other", {"epochs": 3}).resume(kept.path.name)
+        checkpoints.Checkpoints("other", {"epochs": 3}).resume(saved.path.name)
 
 
-def test_an_older_checkpoint_without_a_name_is_compared_by_its_settings(kept):
-    tensors, metadata = weights.read(kept.path)
+def test_an_older_checkpoint_without_a_name_is_compared_by_its_settings(saved):
+    tensors, metadata = weights.read(saved.path)
     del metadata["run"]
     older = weights.save(tensors, metadata, checkpoints.FOLDER.name, "older")
     assert checkpoints.Checkpoints("name", SETTINGS).resume(older.name).step == 7
@@ -58,8 +58,8 @@ def test_an_older_checkpoint_without_a_name_is_compared_by_its_settings(kept):
         checkpoints.Checkpoints("name", {**SETTINGS, "rank": 5}).resume(older.name)
 
 
-def test_the_log_names_the_checkpoint(kept, caplog):
+def test_the_log_names_the_checkpoint(saved, caplog):
     with caplog.at_level(logging.INFO):
-        kept.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))
-    assert f"checkpoint {kept.path.name} after optimiser step 9" in caplog.text
-    assert kept.resume(kept.path.name).step == 9
+        saved.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))
+    assert f"checkpoint {saved.path.name} after optimiser step 9" in caplog.text
+    assert saved.resume(saved.path.name).step == 9

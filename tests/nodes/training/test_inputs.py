@@ -16,9 +16,9 @@ def picture(*shape, seed=0):
 
 def test_batches_lists_and_sizes_become_single_pictures_in_order():
     batch, single = picture(3, 8, 8, 3), picture(1, 16, 8, 3, seed=1)
-    found = inputs.pictures([batch, single], "images")
-    assert [tuple(image.shape) for image in found] == [(1, 8, 8, 3)] * 3 + [(1, 16, 8, 3)]
-    assert torch.equal(torch.cat(found[:3]), batch) and torch.equal(found[3], single)
+    actual = inputs.pictures([batch, single], "images")
+    assert [tuple(image.shape) for image in actual] == [(1, 8, 8, 3)] * 3 + [(1, 16, 8, 3)]
+    assert torch.equal(torch.cat(actual[:3]), batch) and torch.equal(actual[3], single)
     assert len(inputs.pictures(batch, "images")) == 3
 
 
@@ -29,7 +29,7 @@ def test_alpha_is_dropped_and_grey_is_repeated():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("pictures", "message"),
     [
         ([], "images holds no picture"),
         ([torch.zeros(0, 4, 4, 3)], "images holds no picture"),
@@ -38,9 +38,9 @@ def test_alpha_is_dropped_and_grey_is_repeated():
         ([torch.full((1, 4, 4, 3), float("nan"))], "images holds NaN"),
     ],
 )
-def test_bad_pictures_are_refused_by_name(given, message):
+def test_bad_pictures_are_refused_by_name(pictures, message):
     with pytest.raises(ValueError, match=message):
-        inputs.pictures(given, "images")
+        inputs.pictures(pictures, "images")
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_one_text_per_picture_or_one_for_all(texts, count, expected):
 
 @pytest.mark.parametrize(("texts", "count"), [(["a", "b"], 3), (["a", "b"], 1), ("a\nb\nc", 2), ([], 1)])
 def test_any_other_number_of_texts_is_refused_by_name(texts, count):
-    found = 3 if isinstance(texts, str) else len(texts)
-    with pytest.raises(ValueError, match=f"captions has {found} texts for {count} pictures"):
+    actual = 3 if isinstance(texts, str) else len(texts)
+    with pytest.raises(ValueError, match=f"captions has {actual} texts for {count} pictures"):
         inputs.texts_for(texts, count, "captions")
 
 
@@ -73,8 +73,8 @@ def test_a_folder_comes_through_comfyui_s_dataset_node(tmp_path, monkeypatch):
         (folder / f"{name}.txt").write_text(f"the {name} one")
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
     images, texts = LoadImageTextDataSetFromFolderNode.execute("puppets").result
-    found, captions = inputs.pictures(images, "images"), inputs.texts_for(texts, 2, "captions")
-    by_caption = dict(zip(captions, found, strict=True))
+    actual, captions = inputs.pictures(images, "images"), inputs.texts_for(texts, 2, "captions")
+    by_caption = dict(zip(captions, actual, strict=True))
     assert by_caption.keys() == {"the first one", "the second one"}
     assert by_caption["the first one"].mean() < by_caption["the second one"].mean()
 

@@ -125,7 +125,7 @@ def test_the_seed_decides_and_the_global_stream_is_left_as_it_was():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_first_value_that_is_not_finite_stops_the_run_and_names_the_step(what, value):
     weights, monitor = parameters(), Recorder()
-    kept = {}
+    weights_before = {}
 
     class Bad(torch.autograd.Function):
         @staticmethod
@@ -139,13 +139,13 @@ def test_the_first_value_that_is_not_finite_stops_the_run_and_names_the_step(wha
     def objective(step, _generator):
         if step < 3:
             return weights["a"].square().mean() + weights["b"].square().mean()
-        kept.update({name: weight.detach().clone() for name, weight in weights.items()})
+        weights_before.update({name: weight.detach().clone() for name, weight in weights.items()})
         total = weights["a"].sum()
         return total * value if what == "loss" else Bad.apply(total)
 
     with pytest.raises(loop.TrainingDiverged, match=f"{what} became .* at step 4 of 12.*learning_rate"):
         loop.train(objective, weights, TrainingConfig(steps=STEPS, learning_rate=1e-2), monitor)
-    assert same(weights, kept)
+    assert same(weights, weights_before)
     assert monitor.states == []
 
 

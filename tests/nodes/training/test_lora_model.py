@@ -37,7 +37,7 @@ def test_sdxl_has_the_names_of_kohya_s_files(model, lora):
 
 
 def test_diffusers_finds_every_layer_of_sdxl(lora):
-    found, _ = _convert_non_diffusers_lora_to_diffusers(
+    converted, _ = _convert_non_diffusers_lora_to_diffusers(
         _maybe_map_sgm_blocks_to_diffusers(dict(lora), SimpleNamespace(layers_per_block=2))
     )
     with torch.device("meta"):
@@ -48,7 +48,7 @@ def test_diffusers_finds_every_layer_of_sdxl(lora):
             transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
         )
     linear = {name: layer for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)}
-    ups = {key: weight for key, weight in found.items() if "_lora.up" in key}
+    ups = {key: weight for key, weight in converted.items() if "_lora.up" in key}
     assert len(ups) == 70 * 8
     for key, weight in ups.items():
         name = key.removeprefix("unet.").replace(".processor.", ".").split("_lora.")[0]

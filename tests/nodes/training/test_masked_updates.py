@@ -89,8 +89,8 @@ def reference(steps):
 
 
 def test_it_is_adamw_for_each_element_that_may_change():
-    found, _ = trained()
-    torch.testing.assert_close(found, reference(9), rtol=1e-5, atol=1e-6)
+    actual, _ = trained()
+    torch.testing.assert_close(actual, reference(9), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", range(1, 9))

@@ -98,10 +98,10 @@ def gradients(model, **settings):
 def test_gradients_equal_those_of_an_ordinary_model_and_survive_checkpointing():
     loss, expected = gradients(tiny_model.picture())
     for model, settings in ((inference_model(), {}), (inference_model(), {"gradient_checkpointing": True})):
-        found_loss, found = gradients(model, **settings)
-        assert found_loss == pytest.approx(loss, rel=1e-6)
+        actual_loss, actual = gradients(model, **settings)
+        assert actual_loss == pytest.approx(loss, rel=1e-6)
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-7)
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items())
 
 
@@ -147,23 +147,23 @@ def test_the_native_lora_loader_gives_what_was_trained():
         patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
         assert len(patched.patches) == len(adapters.modules)
     with session(patched, SHAPE, config()) as denoiser, torch.no_grad():
-        found = denoiser.denoise(x, sigma, conditions)
+        actual = denoiser.denoise(x, sigma, conditions)
     assert (expected - plain).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_diffusers_reads_the_file_through_its_converter():
     """A UNet of the same shape in diffusers takes every matrix of the file, in its layer."""
     lora, _ = trained(inference_model())
     keys = {key.rsplit(".", 2)[0] if "lora_" in key.rsplit(".", 2)[-2] else key[: -len(".alpha")] for key in lora}
-    found, alphas = _convert_non_diffusers_lora_to_diffusers(dict(lora))
-    assert len(found) == 2 * len(keys)
+    actual, alphas = _convert_non_diffusers_lora_to_diffusers(dict(lora))
+    assert len(actual) == 2 * len(keys)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",), mid_block_type="UNetMidBlock2DCrossAttn",
         cross_attention_dim=tiny_model.CONTEXT, attention_head_dim=2,
     )
-    unet.load_lora_adapter(found, prefix="unet", network_alphas=alphas)
+    unet.load_lora_adapter(actual, prefix="unet", network_alphas=alphas)
     loaded = {name: p for name, p in unet.named_parameters() if "lora_" in name}
     assert len(loaded) == 2 * len(keys)
     for key in keys:
@@ -222,8 +222,8 @@ def test_the_loss_is_the_error_of_the_prediction_with_diffusers_weights(kind):
         if gamma:
             weight = snr.clamp(max=gamma)
             expected = expected * (weight / snr if kind == "EPS" else weight / (snr + 1))
-        found = objective.PredictionLoss(sampling, gamma)(denoised, clean, sigma)
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
+        actual = objective.PredictionLoss(sampling, gamma)(denoised, clean, sigma)
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-5)
 
 
 def test_flow_loss_is_the_error_of_the_velocity():
@@ -231,8 +231,8 @@ def test_flow_loss_is_the_error_of_the_velocity():
     clean, noise, output = (torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
     sigma = torch.tensor([0.2, 0.9])
     denoised = sampling.calculate_denoised(sigma, output, sampling.noise_scaling(sigma, noise, clean))
-    found = objective.PredictionLoss(sampling, 0.0)(denoised, clean, sigma)
-    torch.testing.assert_close(found, (output - (noise - clean)).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
+    actual = objective.PredictionLoss(sampling, 0.0)(denoised, clean, sigma)
+    torch.testing.assert_close(actual, (output - (noise - clean)).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="min_snr_gamma"):
         objective.PredictionLoss(sampling, 5.0)
 
@@ -247,8 +247,8 @@ class Moving(comfy.model_patcher.ModelPatcher):
     """Moves its weights when it loads, as on a GPU: the tensors then hide that they were made in inference mode."""
 
     def load(self, *args, **kwargs):
-        own = self.model.get_dtype_inference()
-        self.model.to(torch.float64).to(own)
+        dtype = self.model.get_dtype_inference()
+        self.model.to(torch.float64).to(dtype)
         return super().load(*args, **kwargs)
 
 

@@ -118,11 +118,11 @@ def test_gradients_are_those_of_the_unpacked_model(make):
             if name in unpacked:
                 weight.copy_(unpacked[name])
     expected_loss, expected = gradients(plain)
-    loss, found = gradients(model)
+    loss, actual = gradients(model)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
 
 

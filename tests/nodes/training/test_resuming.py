@@ -27,33 +27,33 @@ class Cells:
         return torch.cat([picture, picture[..., :1]], -1)[:, ::8, ::8].movedim(-1, 1)
 
 
-def run(node, steps, resume_from, **given):
+def run(node, steps, resume_from, **changes):
     common = {"learning_rate": 1e-3, "seed": 0, "checkpoint_every": 1, "steps": steps, "resume_from": resume_from}
-    lists = {name: value if isinstance(value, list) else [value] for name, value in (common | given).items()}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in (common | changes).items()}
     with torch.inference_mode():
         return node.execute(**lists).result[1]["loss"]
 
 
-def pair(steps, resume_from, model=None, **given):
+def pair(steps, resume_from, model=None, **changes):
     return run(
         UnderstudyTrainSourceDrivingPair, steps, resume_from, model=model or unet(0), clip=CLIP, vae=Cells(), rank=2,
-        **{"source": SOURCE, "driving": DRIVING, "source_text": "a cat", "driving_text": "a dog", **given},
+        **{"source": SOURCE, "driving": DRIVING, "source_text": "a cat", "driving_text": "a dog", **changes},
     )
 
 
-def action(steps, resume_from, model=None, **given):
+def action(steps, resume_from, model=None, **changes):
     return run(
         UnderstudyTrainActionIdentifier, steps, resume_from, model=model or unet(0), clip=CLIP, vae=Cells(),
         placeholder="<action>", initial_word="dancing", context_steps=1, mask_percentile=0.6, merge="union",
-        subjects=["a cat", "a dog"], **{"images": [SOURCE, DRIVING], "contrast_images": [DRIVING, OTHER], **given},
+        subjects=["a cat", "a dog"], **{"images": [SOURCE, DRIVING], "contrast_images": [DRIVING, OTHER], **changes},
     )
 
 
-def video(steps, resume_from, model=None, **given):
+def video(steps, resume_from, model=None, **changes):
     latents = [{"samples": torch.full((1, 16, frames, 4, 4), 0.5)} for frames in (2, 1)]
     return run(
         UnderstudyTrainVideoIdentityAdapter, steps, resume_from, model=model or wan(0), latents=latents[:1],
-        references=latents[1:], rank=2, batch_size=1, **{"positive": [tiny_model.conditioning(0)], **given},
+        references=latents[1:], rank=2, batch_size=1, **{"positive": [tiny_model.conditioning(0)], **changes},
     )
 
 
@@ -108,11 +108,11 @@ def test_a_run_reports_its_peak_memory_once(train, folder, caplog):
 ])
 def test_other_weights_and_pictures_are_refused_by_name(train, others, folder):
     once = train(1, "none")
-    (kept,) = checkpoints.FOLDER.choices()
-    for words, given in others.items():
+    (checkpoint,) = checkpoints.FOLDER.choices()
+    for words, changes in others.items():
         with pytest.raises(ValueError, match=f"made with {words}"):
-            train(2, kept, **given)
-    assert train(2, kept)[: len(once)] == once
+            train(2, checkpoint, **changes)
+    assert train(2, checkpoint)[: len(once)] == once
 
 
 def test_a_picture_without_a_text_is_warned_of(folder, caplog):

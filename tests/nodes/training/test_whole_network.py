@@ -36,7 +36,7 @@ def trained(model, checkpoints=None, resume_from="none", **settings):
 
 def test_it_learns_what_a_plain_loop_over_the_weights_learns():
     """Adam on the model's parameters, written out, gives the same differences."""
-    found, loss_map = trained(inference_model(), steps=3)
+    actual, loss_map = trained(inference_model(), steps=3)
     plain = tiny_model.picture()
     network = plain.model.diffusion_model
     before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
@@ -55,10 +55,10 @@ def test_it_learns_what_a_plain_loop_over_the_weights_learns():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
-    assert len(found) == len(before)
+    assert len(actual) == len(before)
     for name, weight in network.named_parameters():
         stem, _, leaf = name.rpartition(".")
-        difference = found[f"diffusion_model.{stem}.{'diff_b' if leaf == 'bias' else 'diff'}"]
+        difference = actual[f"diffusion_model.{stem}.{'diff_b' if leaf == 'bias' else 'diff'}"]
         torch.testing.assert_close(difference, weight.detach() - before[name], rtol=0.02, atol=RATE / 50)
         # Adam's step is at most about the learning rate.
         assert 0 < difference.abs().max() <= 3.3 * RATE
@@ -98,9 +98,9 @@ def test_the_native_loader_gives_what_was_trained():
     with torch.inference_mode():
         patched, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)
     with session(patched, SHAPE, config()) as denoiser, torch.no_grad():
-        found = denoiser.denoise(x, sigma, conditions)
+        actual = denoiser.denoise(x, sigma, conditions)
     assert (expected - plain).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 class Kept:
@@ -118,9 +118,9 @@ class Kept:
 
 def test_a_resumed_run_equals_the_whole_one():
     whole, _ = trained(inference_model(), steps=6)
-    kept = Kept()
-    trained(inference_model(), kept, steps=4, checkpoint_every=3)
-    assert kept.states[0].step == 3
-    found, _ = trained(inference_model(), kept, "0", steps=6)
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(found[key], whole[key]) for key in whole)
+    memory = Kept()
+    trained(inference_model(), memory, steps=4, checkpoint_every=3)
+    assert memory.states[0].step == 3
+    actual, _ = trained(inference_model(), memory, "0", steps=6)
+    assert actual.keys() == whole.keys()
+    assert all(torch.equal(actual[key], whole[key]) for key in whole)

@@ -32,14 +32,14 @@ def test_a_queued_run_can_be_resumed_under_its_own_seed(node):
 
 
 def test_optional_inputs_that_an_old_workflow_lacks_have_their_defaults():
-    given = {"steps": 3, "learning_rate": 0.1, "seed": 4}
-    config = widgets.config(given, steps_per_iteration=2, batch_size=5)
+    values = {"steps": 3, "learning_rate": 0.1, "seed": 4}
+    config = widgets.config(values, steps_per_iteration=2, batch_size=5)
     assert (config.steps, config.checkpoint_every, config.batch_size) == (6, 200, 5)
     shown = {
         widget.id: widget.default
         for widget in (widgets.dtype(), widgets.gradient_checkpointing(), widgets.checkpoint_every("Steps"))
     }
-    assert widgets.config(given | shown, steps_per_iteration=2, batch_size=5) == config
+    assert widgets.config(values | shown, steps_per_iteration=2, batch_size=5) == config
 
 
 def test_all_nodes_name_what_a_resumed_run_must_share_in_the_same_words(monkeypatch):

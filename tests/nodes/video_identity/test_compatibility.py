@@ -261,8 +261,8 @@ def test_blocks_that_a_later_patch_replaces_are_named_after_the_run(caplog):
         sample(EasyCacheNode.execute(shown(), 0.5, 0.1, 0.9, False).result[0], steps=6)
         sample(shown(MODEL, person(blocks="0")))
         copying = shown()
-        copying.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda run, x, t, context, clip, concat, options, **more: run(
-            x, t, context, clip, concat, comfy.model_patcher.create_model_options_clone(options), **more
+        copying.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda run, x, t, context, clip, concat, options, **rest: run(
+            x, t, context, clip, concat, comfy.model_patcher.create_model_options_clone(options), **rest
         ))
         sample(copying)
     assert "did not act" not in caplog.text
@@ -286,7 +286,7 @@ def test_comfyui_trains_a_lora_through_a_model_that_shows_a_reference(monkeypatc
             model.cached_patcher_init = (lambda **_k: tiny_model.as_loaded(tiny_model.wan()), ())
             if shows:
                 model = shown(model, person(adapter=loaded), person(5, loaded, torch.full((1, 8, 6), 0.5)))
-            found = TrainLoraNode.execute(
+            trained = TrainLoraNode.execute(
                 model=[model], latents=[{"samples": X}, {"samples": draw(3, 1, 16, 3, 6, 8)}],
                 positive=[tiny_model.conditioning(1)], batch_size=[1],
                 grad_accumulation_steps=[1], steps=[3], learning_rate=[1e-2], rank=[2], optimizer=["AdamW"],
@@ -295,7 +295,7 @@ def test_comfyui_trains_a_lora_through_a_model_that_shows_a_reference(monkeypatc
                 checkpoint_depth=[1], offloading=[False], existing_lora=["[None]"], bucket_mode=[False],
                 bypass_mode=[False],
             )
-            losses.append(found.result[1]["loss"])
+            losses.append(trained.result[1]["loss"])
     assert len(losses[0]) == 3 and losses[0] != losses[1]
     assert len(recomputed) == 3 * 2 and all(recomputed)  # the steps' references: a backward pass keeps little of them
 

@@ -30,9 +30,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def same(adapter, tensors):
-    found = adapter.tensors()
-    assert found.keys() == tensors.keys()
-    return all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
+    actual = adapter.tensors()
+    assert actual.keys() == tensors.keys()
+    return all(torch.equal(actual[key], tensors[key]) and actual[key].dtype == tensors[key].dtype for key in tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

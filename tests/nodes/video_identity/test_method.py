@@ -113,16 +113,16 @@ def test_references_and_masks_that_cannot_be_are_refused(reference, mask, messag
 
 def test_an_identity_is_named_by_its_content_and_shares_nothing():
     reference, mask = latent(), torch.tensor([[-1.0, 2.0]])
-    made = method.video_reference(ADAPTER, reference, VideoIdentityConfig(), mask)
-    assert made.mask.tolist() == [[[0.0, 1.0]]] and made.latent.shape == (1, 16, 1, 4, 4)
-    given = reference.clone()
+    result = method.video_reference(ADAPTER, reference, VideoIdentityConfig(), mask)
+    assert result.mask.tolist() == [[[0.0, 1.0]]] and result.latent.shape == (1, 16, 1, 4, 4)
+    original = reference.clone()
     reference.zero_()  # as a node that works in place may do
-    assert torch.equal(made.latent, given)
-    reference = given
+    assert torch.equal(result.latent, original)
+    reference = original
     again = method.video_reference(ADAPTER, reference[:, :, 0].half().float(), VideoIdentityConfig())
     same = method.video_reference(ADAPTER, reference[:, :, 0], VideoIdentityConfig())
-    assert again.digest != made.digest == same.digest
-    assert not made.off and method.video_reference(ADAPTER, reference, VideoIdentityConfig(strength=0.0)).off
+    assert again.digest != result.digest == same.digest
+    assert not result.off and method.video_reference(ADAPTER, reference, VideoIdentityConfig(strength=0.0)).off
     assert method.video_reference(ADAPTER, reference, VideoIdentityConfig(), torch.zeros(3, 4, 4)).off
 
 

@@ -223,13 +223,13 @@ def test_from_file_to_video_and_back(folder):
     (lambda: tiny_model.wan(), {"mask": torch.ones(1, 1, 8, 8)}, "mask has shape"),
 ])
 def test_what_does_not_fit_is_refused_before_sampling_even_at_strength_zero(model, settings, message):
-    made = model()
+    patcher = model()
     adapter = method.adapter_from(tiny_model.video_adapter(tiny_model.wan()))
-    before = dict(made.model_options["transformer_options"]), dict(made.wrappers)
+    before = dict(patcher.model_options["transformer_options"]), dict(patcher.wrappers)
     for strength in (0.0, 1.0):
         with pytest.raises(ValueError, match=message):
-            apply(made, adapter, **settings, strength=strength)
-    assert (dict(made.model_options["transformer_options"]), dict(made.wrappers)) == before
+            apply(patcher, adapter, **settings, strength=strength)
+    assert (dict(patcher.model_options["transformer_options"]), dict(patcher.wrappers)) == before
 
 
 def test_real_configurations_take_the_published_adapter():

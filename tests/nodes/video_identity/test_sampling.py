@@ -61,7 +61,7 @@ def test_a_sampling_run_is_the_published_one():
 def test_positions_of_the_reference(monkeypatch):
     seen = []
     embedder = MODEL.model.diffusion_model.rope_embedder
-    handle = embedder.register_forward_pre_hook(lambda _m, given: seen.append(given[0].clone()))
+    handle = embedder.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].clone()))
     try:
         call(shown(), draw(2, *SHAPE))
         call(shown(), draw(2, 1, 16, 3, 7, 5))  # padded to 8 x 6

@@ -133,29 +133,29 @@ def test_the_seed_decides_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
 
 
 def node(model, latents, references, positive, **settings):
-    given = {"steps": 2, "learning_rate": 1e-2, "rank": 2, "batch_size": 2, "seed": 0, "resume_from": "none"}
-    given |= settings
+    values = {"steps": 2, "learning_rate": 1e-2, "rank": 2, "batch_size": 2, "seed": 0, "resume_from": "none"}
+    values |= settings
     with torch.inference_mode():
         return UnderstudyTrainVideoIdentityAdapter.execute(
-            latents, references, positive, model=[model], **{key: [value] for key, value in given.items()}
+            latents, references, positive, model=[model], **{key: [value] for key, value in values.items()}
         ).result
 
 
 def test_a_backward_pass_keeps_little_of_the_reference_with_checkpointing():
     def kept(side, checkpointing):
-        found, given = {}, ([draw(1, 1, 16, 3, 8, 8)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)])
+        sizes, values = {}, ([draw(1, 1, 16, 3, 8, 8)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)])
 
         def keep(tensor):
             storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         settings = config(dtype="fp32", gradient_checkpointing=checkpointing)
-        with training.prepared(wan(), *given, settings, 4) as (_, samples, denoiser):
+        with training.prepared(wan(), *values, settings, 4) as (_, samples, denoiser):
             objective = training.DenoisingObjective(denoiser, samples, settings)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 objective(0, torch.Generator().manual_seed(1))
-        return sum(found.values())
+        return sum(sizes.values())
 
     reference = [kept(32, checkpointing) - kept(2, checkpointing) for checkpointing in (False, True)]
     assert reference[1] < 0.5 * reference[0]
@@ -168,8 +168,8 @@ def test_the_memory_asked_for_grows_with_rank_and_reference(monkeypatch):
     ))
     for side, rank in ((4, 2), (4, 66), (32, 2)):
         with contextlib.suppress(Exception):  # nothing is loaded
-            given = [draw(1, *SHAPE)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)]
-            with training.prepared(wan(), *given, config(), rank):
+            values = [draw(1, *SHAPE)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)]
+            with training.prepared(wan(), *values, config(), rank):
                 pass
     assert asked[1] - asked[0] == 64 * 2 * 3 * 2 * 48 * 16  # rank, blocks, projections, matrices, width, bytes
     assert asked[2] > 4 * asked[0]

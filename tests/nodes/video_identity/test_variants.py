@@ -22,8 +22,8 @@ def test_the_unchanged_network_samples_what_our_nodes_sample():
 
 @pytest.mark.parametrize("kind", variants.VARIANTS.values())
 def test_a_variant_is_neither_ours_nor_the_plain_model(kind):
-    found = through(kind)
-    assert relative(found, through(published_wan.Wan)) > 1e-3 and relative(found, sample(MODEL)) > 1e-3
+    actual = through(kind)
+    assert relative(actual, through(published_wan.Wan)) > 1e-3 and relative(actual, sample(MODEL)) > 1e-3
 
 
 def test_a_first_frame_is_clean_at_timestep_0_and_leaves_the_video_its_length():
@@ -35,8 +35,8 @@ def test_a_first_frame_is_clean_at_timestep_0_and_leaves_the_video_its_length():
         return execute(x, timesteps, *rest, **named)
 
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "look", look)
-    found, plain = sample(patched), sample(MODEL)
-    assert found.shape == plain.shape and relative(found, plain) > 1e-3
+    actual, plain = sample(patched), sample(MODEL)
+    assert actual.shape == plain.shape and relative(actual, plain) > 1e-3
     image = MODEL.model.process_latent_in(latent.clone())
     for first, timesteps in seen:
         assert torch.equal(first, image.expand_as(first)) and (timesteps[:, 0] == 0).all()
@@ -51,14 +51,14 @@ def test_training_learns_for_the_variant(kind):
     from pack.nodes.training.session import session
     from pack.nodes.video_identity import sampling, training
 
-    def gradients(made):
+    def gradients(variant):
         config = TrainingConfig(1, 1e-3, dtype="fp32")
         latent = torch.randn(1, 16, 3, 8, 6, generator=torch.Generator().manual_seed(5))
         with session(sampling.with_block_patches(MODEL), [1, *latent.shape[1:]], config) as denoiser:
             adapter = training._mapped(ADAPTER, lambda tensor: torch.nn.Parameter(tensor.detach().float().clone()))
             conditions = denoiser.prepare([[torch.ones(1, 4, tiny_model.CONTEXT), {}]], latent)
             conditions[training._REFERENCE] = LATENT.clone()
-            objective = DenoisingObjective(made(denoiser, adapter), [Sample(latent, conditions)], config)
+            objective = DenoisingObjective(variant(denoiser, adapter), [Sample(latent, conditions)], config)
             objective(0, torch.Generator().manual_seed(1)).backward()
             return {name: tensor.grad for name, tensor in adapter.tensors().items()}
 
