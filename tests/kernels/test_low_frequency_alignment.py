@@ -52,9 +52,9 @@ def explicit_alignment(x, earlier, cutoff, momentum, strength, weights):
         for c in range(x.shape[1]):
             target = None
             for samples in earlier:
-                found = explicit_statistics(explicit_low(samples[b, c], cutoff), w)
-                target = found if target is None else [
-                    momentum * old + (1 - momentum) * new for old, new in zip(target, found, strict=True)
+                statistics = explicit_statistics(explicit_low(samples[b, c], cutoff), w)
+                target = statistics if target is None else [
+                    momentum * old + (1 - momentum) * new for old, new in zip(target, statistics, strict=True)
                 ]
             low = explicit_low(x[b, c], cutoff)
             mean, deviation = explicit_statistics(low, w)
