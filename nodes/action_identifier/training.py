@@ -20,6 +20,7 @@ from ..training.config import TrainingConfig
 from ..training.loop import State
 from ..training.objective import Denoising
 from ..training.runs import LossMap, run
+from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, clone_without_streaming, session
 from . import encoding, method, sampling
 from .config import ActionTrainingConfig
@@ -29,8 +30,6 @@ from .sampling import BatchContexts
 _CONTEXT = "<understudy_context>"
 _CONTRAST = "contrast."
 _CONTRAST_STEPS = 20
-# Beside the seeds of steps, LoRAs and adapters.
-_CONTEXT_SEED, _CONTRAST_SEED = 3_000_000_019, 3_000_000_037
 
 Preview = Callable[[ModelDenoiser, Any, list], Image.Image | None]
 
@@ -210,7 +209,7 @@ class _ActionTrainer:
         for i, context in enumerate(contexts):
             comfy.model_management.throw_exception_if_processing_interrupted()
             logging.info("[Understudy] drawing contrast %d of %d", i + 1, len(contexts))
-            seed = loop.step_seed(self.config.seed, _CONTRAST_SEED + i)
+            seed = seed_for(self.config.seed, "contrast", i)
             text = f"{self.exemplars.prompt(i, words[seed % len(words)], name)} {_CONTEXT}"
             prompt = self._prompt(text, context, _CONTEXT).at_layer({_CONTEXT: context}, 0)
             with torch.no_grad():
@@ -247,7 +246,7 @@ class _ActionTrainer:
         parameters = {f"{i}.{e}": token for i, by_encoder in enumerate(tokens) for e, token in by_encoder.items()}
         config = TrainingConfig(
             steps=count * action.context_steps, learning_rate=action.context_learning_rate,
-            seed=loop.step_seed(self.config.seed, _CONTEXT_SEED), checkpoint_every=0,
+            seed=seed_for(self.config.seed, "context"), checkpoint_every=0,
         )
         try:
             objective = method.ContextObjective(exemplar_loss, count)

@@ -13,8 +13,8 @@ import torch
 
 from ...kernels import spectral_guidance
 from ..inputs import latents, ranges
-from ..training.loop import step_seed
 from ..training.objective import Sample
+from ..training.seeds import seed_for
 from .config import FrequencyGuidanceConfig
 
 # Schedulers land on multiples of 1/steps and 1/1000; away from them, rounding decides nothing.
@@ -158,5 +158,5 @@ class SourceDrivingObjective:
         iteration, index = divmod(step, len(self.samples))
         sample = self.samples[index]
         # The iteration's generator, not the step's: both pictures get the same noise and noise level.
-        generator = torch.Generator().manual_seed(step_seed(self.seed, iteration))
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "step", iteration))
         return self.loss(sample.latent, [sample.conditions], generator).mean()

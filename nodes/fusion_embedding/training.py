@@ -10,7 +10,7 @@ from typing import Any
 import comfy.conds
 import torch
 
-from ..training import drawing, loop
+from ..training import drawing
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from ..training.differentiable import no_training
@@ -18,6 +18,7 @@ from ..training.lora import LoraLayers
 from ..training.lora_model import lora_model
 from ..training.objective import Denoising
 from ..training.runs import LossMap, run
+from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, encoder_session, session
 from ..training.whole_network import BYTES_PER_PARAMETER, WholeNetwork
 from . import encoding, layout, method, sampling
@@ -26,7 +27,6 @@ from .layout import FusionError, Weights
 from .method import LORA, WHOLE, EncodedPair, Fusion, PairBatch
 from .pairs import Pairs
 
-_COMBINER_SEED, _GENERATOR_SEED = 2_000_000_033, 2_000_000_063  # apart from those of the steps and of LoRAs
 _CACHED_EMBEDDINGS = 100_000  # pairs of a frozen encoder, 9 kB each for CLIP ViT-L
 _CACHE_BYTES = 2 << 30  # of encoded pairs; the others are encoded again whenever they are drawn
 _ACTIVATIONS = 4 << 30  # ours: bytes for an image encoder's backward pass
@@ -42,14 +42,14 @@ def train_combiner(
     """Train a combiner, and with `train_encoder` a copy of the encoder, to retrieve each pair's target among others.
 
     Returns a Fusion, fp32 on the CPU but for its encoder, which has ComfyUI's precision for encoders, and the
-    LOSS_MAP. `clip_vision` is not modified. Raises loop.TrainingDiverged, FusionError and ComfyUI's interruption.
+    LOSS_MAP. `clip_vision` is not modified. Raises TrainingDiverged, FusionError and ComfyUI's interruption.
     """
     if len(pairs) < 2:
         raise FusionError("there is one pair, but a target is retrieved among others: connect 2 or more")
     resume = checkpoints.resume(resume_from)
     width = encoding.embeddings(clip_vision, pairs[0].source).shape[-1]
     with _loaded_encoder(clip_vision, config, combiner.train_encoder) as (module, trained):
-        generator = torch.Generator().manual_seed(loop.step_seed(config.seed, _COMBINER_SEED))
+        generator = torch.Generator().manual_seed(seed_for(config.seed, "combiner"))
         initial = layout.new_combiner(width, combiner.projection, combiner.hidden, generator)
         weights = _parameters(initial, clip_vision.load_device)
         embed: method.Embed
@@ -202,7 +202,7 @@ def train_generator(
     """Train a generator's three paths, and a LoRA of the UNet or the whole UNet.
 
     Without a combiner in `fusion` the embedding path is off. Returns `fusion` with the generator, and the LOSS_MAP.
-    No model or encoder is modified. Raises loop.TrainingDiverged, FusionError, ValueError as `session` does, and
+    No model or encoder is modified. Raises TrainingDiverged, FusionError, ValueError as `session` does, and
     ComfyUI's interruption.
     """
     resume = checkpoints.resume(resume_from)
@@ -221,7 +221,7 @@ def train_generator(
     encoders = list(patchers.values()) if len(encoded.cache) < len(pairs) else []
     patched = sampling.with_fusion_patches(model)
     with session(patched, shape, config, whole=generator.whole_unet, other_models=encoders) as denoiser:
-        seeded = torch.Generator().manual_seed(loop.step_seed(config.seed, _GENERATOR_SEED))
+        seeded = torch.Generator().manual_seed(seed_for(config.seed, "generator"))
         initial = layout.new_generator(sizes, generator.hidden, generator.pose_channels, seeded)
         weights = _parameters(initial, denoiser.device)
         trained: LoraLayers | WholeNetwork

@@ -16,7 +16,7 @@ from ..subject_tokens import Subject
 from ..training import drawing, inputs, picture_training
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
-from ..training.loop import step_seed
+from ..training.seeds import seed_for
 from ..training.objective import Batches
 from ..training.runs import LossMap
 from . import method
@@ -81,7 +81,7 @@ def variants(
 
     What is on the left in a picture is on the right in its mirror image's text.
     """
-    generator = torch.Generator().manual_seed(step_seed(seed, 2_000_000_011))
+    generator = torch.Generator().manual_seed(seed_for(seed, "augmentation"))
     pairs = []
     for picture, text in zip(pictures, texts, strict=True):
         pairs.append((picture, text))
@@ -144,7 +144,7 @@ def draw_class_pictures(
     for i, conditioning in enumerate(conditionings):
         comfy.model_management.throw_exception_if_processing_interrupted()
         logging.info("[Understudy] drawing class picture %d of %d", i + 1, len(conditionings))
-        picture_seed = step_seed(seed, 3_000_000_019 + i)
+        picture_seed = seed_for(seed, "class picture", i)
         latents.append(drawing.sample(model, conditioning, negative, shape, picture_seed, _CLASS_STEPS).cpu())
         progress.update(1)
     return latents

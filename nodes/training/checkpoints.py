@@ -18,6 +18,7 @@ from .loop import State
 FOLDER = WeightFolder("training_checkpoints", (EXTENSION,))
 NONE = "none"
 _KIND = "understudy training checkpoint"
+_SEEDS = "by purpose"  # how random numbers are drawn: others would not repeat the run that is continued
 # A digest made by inputs.digest tells a reader only that two differ. A seed of as many digits is no string.
 _DIGEST = re.compile("[0-9a-f]{16}")
 
@@ -40,6 +41,7 @@ class Checkpoints:
         tensors = {**state.tensors, "losses": torch.tensor(state.losses, dtype=torch.float64)}
         metadata = {
             "kind": _KIND, "run": self.name, "step": str(state.step), "settings": json.dumps(self.settings),
+            "seeds": _SEEDS,
         }
         previous = self.path
         self.path = weights.save(tensors, metadata, FOLDER.name, self.name)
@@ -59,8 +61,12 @@ class Checkpoints:
         tensors, metadata = weights.read(path)
         if metadata.get("kind") != _KIND or "losses" not in tensors:
             raise refused(path, "is not a training checkpoint", "Choose one that a Train node of this pack wrote")
-        # Files older than this entry are compared by their settings alone.
-        if (run := metadata.get("run", self.name)) != self.name:
+        if metadata.get("seeds") != _SEEDS:
+            raise ValueError(
+                f"{name} is from an earlier version of this node, which drew other random numbers, so this run "
+                f"cannot continue it: set resume_from to {NONE} and train again"
+            )
+        if (run := metadata["run"]) != self.name:
             raise ValueError(
                 f"{name} is a checkpoint of another training, {run}: choose one of this node, whose name begins with "
                 f"{self.name}, or set resume_from to {NONE}"

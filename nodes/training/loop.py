@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from ..errors import shown_by_name
 from .config import TrainingConfig
+from .seeds import seed_for
 
 # objective(step, generator) -> scalar loss with a graph to the parameters
 Objective = Callable[[int, torch.Generator], torch.Tensor]
@@ -51,11 +51,6 @@ class Monitor(Protocol):
 
     def checkpoint(self, state: State) -> None:
         """A state to save: every `checkpoint_every` steps, and where the run is stopped between them."""
-
-
-def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's random numbers: a function of both alone, so that a resumed run repeats them."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def train(
@@ -103,7 +98,7 @@ def train(
 
 def _one_step(step, objective, optimiser, parameters, config, masks) -> float:
     optimiser.zero_grad(set_to_none=True)
-    loss = objective(step, torch.Generator().manual_seed(step_seed(config.seed, step)))
+    loss = objective(step, torch.Generator().manual_seed(seed_for(config.seed, "step", step)))
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingDiverged(_divergence("loss", value, step, config))

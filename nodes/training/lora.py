@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from .config import LoraConfig
-from .loop import Parameters, step_seed
+from .loop import Parameters
+from .seeds import seed_for
 
 
 class LoraLayer(torch.nn.Module):
@@ -54,7 +55,7 @@ class LoraLayers:
                 layer.in_features,
                 layer.out_features,
                 config,
-                torch.Generator().manual_seed(step_seed(seed, 1_000_000_007 + i)),
+                torch.Generator().manual_seed(seed_for(seed, "lora", i)),
             ).to(device)
             for i, (name, layer) in enumerate(self.layers.items())
         }

@@ -13,16 +13,15 @@ import torch
 from ...kernels.restricted_attention import Reference
 from ..inputs.latents import check_channels
 from ..patching import models
-from ..training import loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.objective import DenoisingObjective, Sample
 from ..training.runs import LossMap, run
+from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, session
 from . import method, reference_pass, sampling
 
 _REFERENCE = "understudy_reference"
-_FIRST_SEED = 2_000_000_011  # beside those of the steps and of plain LoRAs
 
 
 def train(
@@ -40,7 +39,7 @@ def train(
 
     latents: [1, C, T, H, W] each, references: [1, C, 1, h, w] each, as VAE Encode returns them; one latent, reference
     and CONDITIONING per video. Returns the adapter, fp32 on the CPU, and ComfyUI's LOSS_MAP. The model is not
-    modified. Raises loop.TrainingDiverged, ValueError as `session` does, and ComfyUI's interruption.
+    modified. Raises TrainingDiverged, ValueError as `session` does, and ComfyUI's interruption.
     """
     resume = checkpoints.resume(resume_from)
     with prepared(model, latents, references, conditionings, config, rank) as (adapter, samples, denoiser):
@@ -70,7 +69,7 @@ def prepared(
     shape = [config.batch_size, video.shape[1], frames, *video.shape[3:]]
     with session(sampling.with_block_patches(model), shape, config, extra_parameters=weights) as denoiser:
         untrained = method.new_adapter(
-            network.dim, len(network.blocks), rank, lambda i: loop.step_seed(config.seed, _FIRST_SEED + i)
+            network.dim, len(network.blocks), rank, lambda i: seed_for(config.seed, "adapter", i)
         )
         adapter = _mapped(untrained, lambda tensor: torch.nn.Parameter(tensor.detach().to(denoiser.device)))
         samples = []

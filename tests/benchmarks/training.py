@@ -45,6 +45,7 @@ from pack.nodes.puppets import captions, render, theatre, world  # noqa: E402
 from pack.nodes.training import loop, objective  # noqa: E402
 from pack.nodes.training.config import LoraConfig, TrainingConfig  # noqa: E402
 from pack.nodes.training.lora import LoraLayers  # noqa: E402
+from pack.nodes.training.seeds import seed_for  # noqa: E402
 from pack.nodes.training.session import session  # noqa: E402
 
 CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
@@ -172,7 +173,7 @@ def with_peft(model, latents, prompts, batch: int) -> Run:
                 losses = []
                 for step in range(steps):
                     optimiser.zero_grad(set_to_none=True)
-                    loss = goal(step, torch.Generator().manual_seed(loop.step_seed(config.seed, step)))
+                    loss = goal(step, torch.Generator().manual_seed(seed_for(config.seed, "step", step)))
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(weights, config.max_gradient_norm)
                     optimiser.step()

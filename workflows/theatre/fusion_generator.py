@@ -15,7 +15,7 @@ from pack.nodes.fusion_embedding import encoding, files, layout, method, samplin
 from pack.nodes.fusion_embedding.config import GeneratorConfig
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
 from pack.nodes.training.config import TrainingConfig
-from pack.nodes.training.loop import step_seed
+from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.objective import DenoisingObjective
 from pack.nodes.training.session import session
 from pack.nodes.training.whole_network import WholeNetwork
@@ -101,7 +101,7 @@ def train(
 
         def step(index: int) -> torch.Tensor:
             follow(average, learnt, index, config.generator_ema)
-            return objective(index, torch.Generator().manual_seed(step_seed(config.seed + _STEPS, index)))
+            return objective(index, torch.Generator().manual_seed(seed_for(config.seed + _STEPS, "step", index)))
 
         with network.attached():
             done = stage.run(step)

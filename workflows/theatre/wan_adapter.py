@@ -14,7 +14,7 @@ import wan_stages as stages
 from pack.nodes.puppets import captions, render, theatre, world
 from pack.nodes.puppets.config import NAMED_ACTIONS, SCENES, Identity, Take
 from pack.nodes.training.config import TrainingConfig
-from pack.nodes.training.loop import step_seed
+from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.objective import DenoisingObjective
 from pack.nodes.video_identity import reference_picture, training
 from pack.nodes.video_identity.config import ReferenceConfig
@@ -121,7 +121,7 @@ def train(
 
         def step(index: int) -> torch.Tensor:
             follow(average, live, index, settings.adapter_ema)
-            generator = torch.Generator().manual_seed(step_seed(config.seed, index))
+            generator = torch.Generator().manual_seed(seed_for(config.seed, "step", index))
             return objectives[index % 2](index, generator)
 
         if not stage.run(step):

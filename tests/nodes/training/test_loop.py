@@ -174,12 +174,6 @@ def test_it_is_adamw_step_by_step(decay, rates):
     torch.testing.assert_close(weight.detach(), w, rtol=1e-12, atol=0)
 
 
-@given(seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
-def test_step_seeds_are_valid_and_differ_from_step_to_step(seed, step):
-    assert 0 <= loop.step_seed(seed, step) < 2**63
-    assert loop.step_seed(seed, step) != loop.step_seed(seed, step + 1)
-
-
 @pytest.mark.parametrize(
     ("config", "settings", "named"),
     [

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pack.nodes.training import loop
 from pack.nodes.training.config import TrainingConfig
+from pack.nodes.training.seeds import seed_for
 
 SIZE = 12
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # as PyTorch ships AdamW
@@ -72,7 +73,7 @@ def reference(steps):
     """Each element separately: in a step where its mask is False, value and moments stay."""
     x, targets = start().double().tolist(), []
     for step in range(steps):
-        generator = torch.Generator().manual_seed(loop.step_seed(2, step))
+        generator = torch.Generator().manual_seed(seed_for(2, "step", step))
         targets.append(torch.randn(SIZE, generator=generator).double().tolist())
     for i in range(SIZE):
         mean = square = 0.0

@@ -6,6 +6,7 @@ import torch
 from pack.nodes.training import loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
+from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.session import session
 from pack.nodes.training.whole_network import WholeNetwork
 from support import tiny_model
@@ -50,7 +51,7 @@ def test_it_learns_what_a_plain_loop_over_the_weights_learns():
         optimiser = torch.optim.Adam(weights, lr=RATE)
         for step in range(3):
             optimiser.zero_grad()
-            loss = goal(step, torch.Generator().manual_seed(loop.step_seed(0, step)))
+            loss = goal(step, torch.Generator().manual_seed(seed_for(0, "step", step)))
             assert loss.item() == pytest.approx(loss_map["loss"][step], rel=1e-5)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
