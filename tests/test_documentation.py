@@ -1,4 +1,4 @@
-"""Help pages, translations, the setting and the READMEs say what the nodes and commands are: no more, no less."""
+"""Help pages, translations, the setting and the READMEs say exactly what the nodes and commands are."""
 
 import json
 import os
@@ -33,7 +33,7 @@ GUIDES = {
     )
 }
 README = GUIDES["README.md"]
-# English is the page of every language that has none of its own.
+# Languages without a page of their own show the English one.
 PAGES = {"en": "{}.md", "ja": "{}/ja.md", "zh": "{}/zh.md"}
 TRANSLATIONS = ("ja", "zh")
 HEADINGS = {"en": ("Inputs", "Outputs"), "ja": ("入力", "出力"), "zh": ("输入", "输出")}
@@ -53,12 +53,12 @@ def page(node_id: str, language: str) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """What stands below `## heading`, up to the next one."""
+    """The text below `## heading`, up to the next one."""
     return re.split(r"^## ", text.split(f"\n## {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of every table row, headers left out."""
+    """The cells of every table row, without headers."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     rules = [i for i, line in enumerate(lines) if set(line) <= set("|- ")]
     rows = [line for i, line in enumerate(lines) if i not in rules and i + 1 not in rules]
@@ -72,7 +72,7 @@ def labelled(cell: str) -> tuple[str, str]:
 
 
 def named_values(node_id: str, widget) -> tuple[str, ...]:
-    """The words that a text on this input has to give, in every language."""
+    """The words that a text about this input must contain, in every language."""
     if widget.id in ("actions", "scenes"):
         return config.ACTIONS if widget.id == "actions" else config.SCENES
     options = tuple(getattr(widget, "options", None) or ())
@@ -100,7 +100,7 @@ def test_help_names_every_input_with_its_default(node_id, language):
     assert [labelled(row[0])[1] for row in table] == [widget.id for widget in widgets]
     for row, widget in zip(table, widgets, strict=True):
         assert len(row) == 3 and all(row), widget.id
-        # A socket may carry a default of the host's own, which nobody sees.
+        # A socket may have a default of ComfyUI's, which nobody sees.
         default = None if getattr(widget, "force_input", None) else getattr(widget, "default", None)
         if isinstance(default, float):
             assert float(row[1]) == default and UNIT[language] in row[2], widget.id
@@ -108,7 +108,7 @@ def test_help_names_every_input_with_its_default(node_id, language):
             texts = {None: "–", "": EMPTY[language], False: "false", True: "true"}
             shown = row[1].strip("`")  # words in angle brackets are code, lest they be taken for HTML
             assert shown == (texts[default] if default in ("", None) or isinstance(default, bool) else str(default))
-        if widget.id not in ("actions", "scenes"):  # their words stand below the table
+        if widget.id not in ("actions", "scenes"):  # their words are below the table
             assert [word for word in named_values(node_id, widget) if word not in row[2]] == []
 
 

@@ -47,7 +47,7 @@ import importlib, sys, types
 class NoHost:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {host!r}:
-            raise ImportError("imports the host's " + name)
+            raise ImportError("imports ComfyUI's " + name)
 sys.meta_path.insert(0, NoHost())
 pack = types.ModuleType("pack")
 pack.__path__ = [{root!r}]
@@ -109,7 +109,7 @@ def test_no_method_imports_another():
 
 
 def test_the_pack_imports_itself_by_relative_imports_only():
-    """`nodes` is the host's module, and `pack` a name of the tests alone."""
+    """`nodes` is a module of ComfyUI, and the name `pack` exists only in the tests."""
     violations = [
         f"{name}: {module}" for name in shipped_modules() for level, module in imports(name)
         if level == 0 and module.split(".")[0] in ("pack", "kernels", "workflows", "tests", "nodes")

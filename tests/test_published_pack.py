@@ -1,4 +1,4 @@
-"""What a published pack holds: the files that `.comfyignore` leaves, as the registry's own tool packs them."""
+"""The files of the published pack: those that `.comfyignore` leaves, as the registry's own tool packs them."""
 
 import subprocess
 import zipfile

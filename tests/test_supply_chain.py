@@ -119,7 +119,7 @@ HEAVY = ("diffusers", "transformers", "peft")
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():
-    """At the top of a file they would slow every start of the host."""
+    """At the top of a file they would slow down every start of ComfyUI."""
     late = []
     for name in shipped_modules():
         for node in tree(name).body:
@@ -165,7 +165,7 @@ print("ADDED", *sorted({{name.split(".")[0] for name in set(sys.modules) - befor
 
 
 def test_the_import_adds_little_and_touches_no_network_or_process(tmp_path):
-    """In a fresh process, after the host: every module of the pack, its folders and all its schemas."""
+    """In a new process, after ComfyUI: every module of the pack, its folders and all its schemas."""
     code = IMPORT.format(workflows=str(ROOT / "workflows"), base=str(tmp_path), root=str(ROOT))
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
@@ -174,7 +174,7 @@ def test_the_import_adds_little_and_touches_no_network_or_process(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     answers = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines() if line.split()}
-    assert answers["ROOT"] == [], "the pack's root imports something before the host asks for its nodes"
+    assert answers["ROOT"] == [], "the pack's root imports something before ComfyUI asks for its nodes"
     assert int(answers["NODES"][0]) > 0
     foreign = set(answers["ADDED"]) - set(sys.stdlib_module_names) - {"pack"}
     assert foreign == set(), "import these inside the functions that need them"

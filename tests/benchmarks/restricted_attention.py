@@ -1,23 +1,23 @@
-"""Restricted self-attention: a Wan step with a reference beside one without, and our attention beside other forms.
+"""Restricted self-attention: a Wan step with and without a reference, and our attention compared with other forms.
 
-`python tests/benchmarks/restricted_attention.py [--rounds 10] [--layers 2] [--no-flex]`, on a GPU where there is one:
-there at the shapes of Wan 14B (832 x 480 and 1280 x 720, 81 frames; a reference of 512 x 512), else at a small one.
-Rounds are interleaved, so that drift hits all alike. Every output is checked against the fp32 definition before
-anything is timed, and what is counted by formula against PyTorch's own count.
+`python tests/benchmarks/restricted_attention.py [--rounds 10] [--layers 2] [--no-flex]`, on a GPU if there is one:
+with the shapes of Wan 14B there (832 x 480 and 1280 x 720, 81 frames; a reference of 512 x 512), else a small one.
+Rounds are interleaved, so that drift affects all forms equally. Before anything is timed, every output is checked
+against the fp32 definition, and counts by formula against PyTorch's own count.
 
-The attention alone: `ours`, the K/V buffer and the host's attention; `concatenation`, as the official code has it,
-and the same attention; `mask`, one joint attention of video and reference under an additive mask; `flex`, the same
-with a block mask, compiled, on a GPU only. The last two find their joint rows ready, which favours them. `weighted`
-is ours with a strength of 0.5; it runs PyTorch's kernels, which on the CPU the host's attention does not.
+The attention alone: `ours`, the K/V buffer and ComfyUI's attention; `concatenation`, as in the official code, with
+the same attention; `mask`, one joint attention of video and reference under an additive mask; `flex`, the same
+with a block mask, compiled, on a GPU only. The last two get their joint rows prepared, which favours them. `weighted`
+is ours with a strength of 0.5; it runs PyTorch's kernels, which ComfyUI's attention on the CPU does not.
 
-A step runs through the nodes' own code, on a network of a few random blocks of the model's true width on a GPU:
+A step runs through the nodes' own code; on a GPU, on a network of a few random blocks of the model's true width:
 without a reference, with its rows from the cache, and with the reference's branch in every step.
 
     R1  cached / plain                 R2  ours / concatenation          R3  ours / mask, ours / flex
     R4  (prefill + CALLS cached steps) / (CALLS steps with the branch in each)
     R5  extra peak memory / (cache + adapter), on a GPU; by arithmetic elsewhere
 
-What arithmetic says of each is printed first, for the 14B shapes and the one that runs: R1 below its count of FLOPs
+The values by arithmetic are printed first, for the 14B shapes and the one that runs: an R1 below its count of FLOPs
 means that the measurement is wrong.
 """
 
@@ -69,7 +69,7 @@ from support import tiny_model  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-# Relative error of a whole output; a reference left out makes 0.1 and more.
+# Relative error of a whole output; leaving out a reference makes 0.1 or more.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -100,7 +100,7 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: int) -> Callable[
 def eager_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references, attention=None, count: int = 128
 ) -> torch.Tensor:
-    """The definition, `count` queries at a time, in the place of `joint`."""
+    """The definition, `count` queries at a time, in place of `joint`."""
     return torch.cat([ra.eager(rows, k, v, references) for rows in q.split(count, dim=1)], dim=1)
 
 
@@ -125,7 +125,7 @@ def attention_calls(
     n, r, heads = shape.n, shape.r, shape.heads
     generator = torch.Generator(device).manual_seed(0)
     joint = [torch.randn(1, n + r, heads, 128, generator=generator, device=device).to(dtype) for _ in range(3)]
-    # Rows of their own, as a model's projections give them.
+    # Separate rows, as a model's projections return them.
     q, k, v = (rows[:, :n].clone() for rows in joint)
     q_i, k_i, v_i = (rows[:, n:].clone() for rows in joint)
     reference = ra.Reference(k_i, v_i)
@@ -306,7 +306,7 @@ def main() -> None:
             print_arithmetic(shape)
         calls = attention_calls(shape, device, dtype, device.type == "cuda" and not arguments.no_flex)
         attention = interleaved(calls, arguments.rounds, device)
-        # Joint rows and the mask of a 14B shape would stand in the way of R5.
+        # The joint rows and the mask of a 14B shape would raise the peak that R5 measures.
         del calls
         steps = Steps(shape, device, dtype)
         steps.check(shape, dtype)

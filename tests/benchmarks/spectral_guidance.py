@@ -1,7 +1,7 @@
-"""Spectral guidance: analytic gradient against autograd, and its cost beside one UNet step.
+"""Spectral guidance: analytic gradient against autograd, and its cost compared with one UNet step.
 
-`python tests/benchmarks/spectral_guidance.py [--rounds 10] [--no-unet]`, on a GPU where there is one. Rounds
-are interleaved, so that drift hits all alike. Every output is checked against fp64 before anything is timed.
+`python tests/benchmarks/spectral_guidance.py [--rounds 10] [--no-unet]`, on a GPU if there is one. Rounds are
+interleaved, so that drift affects all equally. Every output is checked against fp64 before anything is timed.
 """
 
 from __future__ import annotations

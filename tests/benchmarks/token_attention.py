@@ -1,12 +1,12 @@
-"""The recorder of the subject's tokens: its columns beside the whole map, and a step with it beside one without (R7).
+"""Recording the attention to the subject: columns against the whole map, and a step with and without it (R7).
 
-`python tests/benchmarks/token_attention.py [--rounds 10] [--family sd15]`, on a GPU where there is one. Rounds are
-interleaved, so that drift hits all alike. Before anything is timed, the columns are checked against fp64, the watched
-step's output against the plain one's, bit for bit, and its map against the one of the whole maps.
+`python tests/benchmarks/token_attention.py [--rounds 10] [--family sd15]`, on a GPU if there is one. Rounds are
+interleaved, so that drift affects all equally. Before anything is timed, the columns are checked against fp64, the
+recorded step's output against the plain one's, bit for bit, and its map against that of the whole maps.
 
-A step is one CFG call (batch 2, the subject in one half) of the host's own UNet through the patches that the nodes
-set: `theatre` with its weights, `sd15` (512 x 512) and `sdxl` (1024 x 1024) with random ones. Left out, `--family`
-is the theatre on a CPU and all on a GPU.
+A step is one CFG call (batch 2, the subject in one half) of ComfyUI's own UNet through the patches that the nodes
+set: `theatre` with its weights, `sd15` (512 x 512) and `sdxl` (1024 x 1024) with random ones. Without `--family`
+this is the theatre on a CPU and all of them on a GPU.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from support import real_configurations  # noqa: E402
 
 CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 COLUMNS = (2, 3)
-# What is watched of each, as one branch of CFG: queries, tokens, heads, width.
+# The recorded layers of each family, for one branch of CFG: queries, tokens, heads, width.
 ATTENTIONS = {
     "theatre, 16 x 16": (256, 40, 2, 32),
     "SD 1.5 at 512, 32 x 32": (1024, 77, 8, 80),
     "SDXL at 1024, 64 x 64": (4096, 77, 10, 64),
     "Wan 14B at 832 x 480 x 81": (32760, 512, 40, 128),
 }
-# The family's real configuration, its latent, tokens and what it takes beside them.
+# The family's real configuration, its latent, its tokens and its other inputs.
 FAMILIES = {
     "theatre": (None, (8, 16, 16), 40, None),
     "sd15": ("SD 1.5", (4, 64, 64), 77, None),
@@ -62,7 +62,7 @@ FAMILIES = {
 
 
 def whole_map(q: torch.Tensor, k: torch.Tensor, heads: int, columns) -> torch.Tensor:
-    """The same shares from all probabilities, as they come out of an attention that gives them."""
+    """The same shares from all probabilities, as an attention that returns them would give."""
     width = q.shape[-1] // heads
     q, k = (x.unflatten(-1, (heads, width)).transpose(1, 2).float() for x in (q, k))
     return ((q @ k.mT) * width**-0.5).softmax(-1)[..., list(columns)].sum(-1).mean(1)
@@ -81,7 +81,7 @@ class Step:
 
         context = model.model.model_config.unet_config["context_dim"]
         self.x, self.sigma = drawn(*latent), torch.ones(2, device=device)
-        self.given = {"c_crossattn": drawn(tokens, context)} | ({"y": drawn(pooled)} if pooled else {})
+        self.conditions = {"c_crossattn": drawn(tokens, context)} | ({"y": drawn(pooled)} if pooled else {})
         self.plain_model, self.model = model, attention.with_recorder(model)
         self.layers = attention.layers_of(model)
         self.ids = [uuid.uuid4(), uuid.uuid4()]
@@ -103,7 +103,7 @@ class Step:
         options = {**model.model_options["transformer_options"], **extra}
         options |= {"cond_or_uncond": [0, 1], "uuids": self.ids, "sigmas": self.sigma}
         with torch.inference_mode():
-            return model.model.apply_model(self.x, self.sigma, transformer_options=options, **self.given)
+            return model.model.apply_model(self.x, self.sigma, transformer_options=options, **self.conditions)
 
     def check(self) -> None:
         out, heat = self.watched()

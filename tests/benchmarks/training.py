@@ -1,14 +1,14 @@
 """LoRA training: samples per second of the pack's loop, ComfyUI's TrainLoraNode and a plain PEFT loop.
 
-`python tests/benchmarks/training.py [--rounds 10] [--steps 8] [--model theatre|sd15]`, on a GPU where there is
+`python tests/benchmarks/training.py [--rounds 10] [--steps 8] [--model theatre|sd15]`, on a GPU if there is
 one. All three train on the same latents with equal rank, batch and numeric type, in interleaved rounds. `theatre`
 learns eight rendered puppets; `sd15` has SD 1.5's dimensions and random weights. TrainLoraNode always trains every
 layer, hence the row "all linear layers" of ours beside the row "attention", which PEFT is compared with. Only steps
 are timed, not what a run sets up before its first one (TrainLoraNode reads the checkpoint again).
 
-Before anything is timed, every loss is checked to be finite, and ours and PEFT's, from the same start, to be the same
-at every step. On the theatre the learning itself is compared too: the error of the predicted noise on the eight
-pictures, with the same noises and levels for all, after so many steps from the start.
+Before anything is timed, every loss must be finite, and those of ours and of PEFT, from the same start, must be equal
+at every step. On the theatre the learning itself is also compared: the error of the predicted noise on the eight
+pictures, with the same noises and levels for all, after a number of steps from the start.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ CURVE_STEPS, CURVE_RATE, CURVE_LEVELS = (0, 50, 100), 1e-3, 8
 ATTENTION = LoraConfig().layers
 comfy.utils.PROGRESS_BAR_ENABLED = False
 
-# finish(denoiser) -> a figure of what was learnt, taken while it is attached
+# finish(denoiser) -> a measure of what was learned, taken while it is attached
 Finish = Callable[[object], float]
 # run(steps, clock, rate, finish) -> every step's loss, or the figure of `finish`
 Run = Callable[..., list[float] | float]
 
 
 class Clock:
-    """A monitor, and a progress hook of the host, that notes the time after every step."""
+    """A monitor, also usable as ComfyUI's progress hook, that records the time after every step."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -78,7 +78,7 @@ class Clock:
         pass
 
     def seconds(self) -> float:
-        """Of one step, the first one left out: it warms up."""
+        """Seconds per step, without the first one, which warms up."""
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
@@ -153,7 +153,7 @@ def ours(model, latents, prompts, batch: int, layers: str) -> Run:
 
 
 def with_peft(model, latents, prompts, batch: int) -> Run:
-    """The same objective, optimiser and start, with PEFT's own layers in the network and a loop written out."""
+    """The same objective, optimiser and start, with PEFT's layers in the network and a plain loop."""
 
     def run(steps: int, clock: Clock, rate: float = RATE, finish: Finish | None = None):
         config = TrainingConfig(steps=max(1, steps), learning_rate=rate, batch_size=batch, checkpoint_every=0)
@@ -214,8 +214,8 @@ def native(model, latents, prompts, batch: int, dtype: str) -> Run:
             comfy.utils.set_progress_bar_global_hook(None)
         if finish is None:
             return result.args[1]["loss"]
-        learnt, _ = comfy.sd.load_lora_for_models(model, None, result.args[0], 1.0, 0)
-        with session(learnt, latents[0].shape, TrainingConfig(steps=1, learning_rate=rate)) as denoiser:
+        trained, _ = comfy.sd.load_lora_for_models(model, None, result.args[0], 1.0, 0)
+        with session(trained, latents[0].shape, TrainingConfig(steps=1, learning_rate=rate)) as denoiser:
             return finish(denoiser)
 
     return run

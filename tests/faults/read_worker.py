@@ -1,7 +1,7 @@
-"""Reads the files named on standard input, one a line, and answers with what it cost: a process of its own.
+"""Reads the files named on standard input, one per line, in a separate process, and reports the cost of each.
 
-Answers one JSON line a file: the error (None if it was read), CPU seconds, and the peak of memory over the
-start in MB.
+Prints one JSON line per file: the error (null if it was read), CPU seconds, and by how many MB the peak of memory
+exceeds the memory at the start.
 """
 
 import json
@@ -28,7 +28,7 @@ def _memory(field: str) -> float:
 def main() -> None:
     for line in sys.stdin:
         path = line.rstrip("\n")
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory in use
         before, start, error = _memory("VmRSS"), time.process_time(), None
         try:
             weights.read(path)

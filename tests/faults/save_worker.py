@@ -1,7 +1,7 @@
 """Saves weight files in a process that can be killed.
 
     save_worker.py BASE many COUNT VALUE     COUNT files under one name; prints each path
-    save_worker.py BASE kill STAGE ...       one process a STAGE, killed there: a step of saving, each in an
+    save_worker.py BASE kill STAGE ...       one process per STAGE, killed there: a step of saving, each in an
                                              output folder of that name, or milliseconds, all in `output`
 """
 

@@ -15,7 +15,7 @@ TEXT = "a blue cat <action> on a beach"
 
 
 def training(server, steps=3, pictures=2, **widgets) -> dict:
-    """Two puppets of one action; what is trained is saved under a name of this prompt alone."""
+    """Train on two puppets with one action and save the result under a name that only this prompt uses."""
     puppets = prompts.defaults(server, "UnderstudyPuppetSet") | {
         "count": pictures, "actions": "saluting", "identities": "random", "scenes": "", "seed": 4,
     }
@@ -52,7 +52,7 @@ def trained(server, prompt):
 
 
 def applied(server, name, strength=1.0, text=TEXT, apply=True) -> dict:
-    """Plain sampling whose positive holds a loaded action."""
+    """Plain sampling with a loaded action in the positive prompt."""
     prompt = prompts.plain()
     prompt["action"] = prompts.node("UnderstudyLoadActionIdentifier", action_name=name)
     prompt["positive"] = prompts.node(

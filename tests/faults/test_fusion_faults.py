@@ -8,7 +8,7 @@ import torch
 from faults import prompts
 from launcher.server import PACK_NAME, Server
 
-# A pack of the tests' own, since ComfyUI's loader takes image encoders of known sizes only.
+# A custom node for these tests, since ComfyUI's loader takes only image encoders of known sizes.
 LOADER = '''
 import comfy.clip_vision
 import torch
@@ -42,7 +42,7 @@ FOLDER = "fusion_embeddings"
 
 @pytest.fixture(scope="module")
 def server(comfy_path, tmp_path_factory):
-    """A server whose second pack gives a tiny image encoder."""
+    """A server with a second pack, whose node makes a tiny image encoder."""
     base = tmp_path_factory.mktemp("fusion_server")
     (base / "custom_nodes" / "tiny_vision").mkdir(parents=True)
     (base / "custom_nodes" / "tiny_vision" / "__init__.py").write_text(LOADER)

@@ -20,7 +20,7 @@ def puppets(server, prompt, count=2):
 
 
 def training(server, steps=2, **widgets):
-    """A prior trained on two puppets and saved under a name of this prompt alone."""
+    """A prior trained on two puppets and saved under a name that only this prompt uses."""
     prompt = {prompts.LOADER: prompts.node("CheckpointLoaderSimple", ckpt_name=prompts.CHECKPOINT)}
     puppets(server, prompt)
     settings = prompts.defaults(server, "UnderstudyTrainIdentityPrior") | {

@@ -1,4 +1,4 @@
-"""Kills, full disks and two processes at once while weight files are saved."""
+"""Saving weight files with kills, full disks and two processes at once."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def start(base: Path, *arguments: str) -> subprocess.Popen:
 
 
 def check_whole(folder: Path) -> int:
-    """Read every weight file of the folder, all of whose values must be the one in its metadata; how many."""
+    """Read every weight file of the folder and return their number; all values must equal the one in the metadata."""
     paths = list(folder.glob("*.safetensors"))
     for path in paths:
         tensors, metadata = weights.read(path)
@@ -74,7 +74,7 @@ def test_kills_at_random_moments_tear_no_file(output):
 @pytest.mark.soak
 def test_fifty_kills_at_random_moments_tear_no_file(output):
     kill(output, milliseconds(50))
-    assert check_whole(output) > 0  # some saves did end before their kill
+    assert check_whole(output) > 0  # some saves were complete before their kill
     weights.save({"weight": torch.zeros(1)}, {"value": "0"}, "loras", "anna")
     assert list(output.glob(".understudy-*")) == []
 

@@ -1,4 +1,4 @@
-"""The set-up of the two commands: what it refuses, what it repeats and what it skips."""
+"""The set-up of the two commands: what it refuses, repeats and skips."""
 
 import ast
 import collections
@@ -77,7 +77,7 @@ def test_an_interrupted_installation_is_repeated(pack, monkeypatch):
     assert len(installed) == 1
 
 
-def test_a_broken_environment_is_made_anew(pack, monkeypatch):
+def test_a_broken_environment_is_created_again(pack, monkeypatch):
     root, installed = pack
     environment.ensure(root)
     created = []

@@ -13,7 +13,7 @@ VIDEO, PICTURES, PREVIEW = file("1", "a.mp4"), [file("2", "a.png"), file("2", "b
 
 @pytest.mark.parametrize(("files", "expected"), [
     ([VIDEO, *PICTURES], PICTURES[0]),
-    ([*PICTURES, VIDEO], PICTURES[0]),  # the host may run either first
+    ([*PICTURES, VIDEO], PICTURES[0]),  # ComfyUI may run either first
     ([*PICTURES, PREVIEW], PICTURES[0]),
     ([file("4", "early.png"), *PICTURES], PICTURES[0]),
     ([VIDEO, PREVIEW], VIDEO),

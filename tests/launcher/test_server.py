@@ -1,4 +1,4 @@
-"""The real server: the pack loads, from folders of any name, and ComfyUI's own tree stays as it was."""
+"""The real server: the pack loads from folders of any name, and ComfyUI's own files stay unchanged."""
 
 import hashlib
 import shutil

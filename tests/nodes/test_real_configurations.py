@@ -1,6 +1,6 @@
 """The real models on the meta device: what patches, adapters and loaders of this pack rely on.
 
-Expected counts and widths are those of the published models, written down here, not computed from the host.
+Expected counts and widths are those of the published models, written down here, not computed by ComfyUI.
 """
 
 import collections
@@ -41,7 +41,7 @@ def meta(*shape: int) -> torch.Tensor:
 
 
 def meta_attention(_attention, *arguments, **options) -> torch.Tensor:
-    """PyTorch's attention: the host's default asks how much memory the device has, and meta has none."""
+    """PyTorch's attention: ComfyUI's default asks how much memory the device has, and meta has none."""
     return attention_pytorch(*arguments, **options)
 
 
@@ -61,7 +61,7 @@ def test_the_host_recognises_it_by_its_key_names(name):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_cross_attention_layers_as_a_patch_meets_them(name):
-    """A forward through the host's own patch points, on the meta device."""
+    """A forward pass through ComfyUI's own patch points, on the meta device."""
     model = build(name).diffusion_model
     met, widths = collections.Counter(), {}
 

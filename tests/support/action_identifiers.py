@@ -1,4 +1,4 @@
-"""Random action identifiers for tiny models, and their prompts as nodes make them."""
+"""Random action identifiers for tiny models, and prompts with them, as the nodes make them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEXT = "a cat <action> on a beach"
 
 
 def reading(model):
-    """`model` with random weights of its layers' own scale, so that it heeds prompts."""
+    """`model` with random weights scaled to its layers, so that it responds to prompts."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.model.diffusion_model.named_parameters():
         value = torch.randn(parameter.shape, generator=generator)
@@ -27,7 +27,7 @@ def places(model) -> tuple[Place, ...]:
 def identifier(
     model, kind: str = "SD 1.5", seed: int = 0, placeholder: str = "<action>", count: int = 1, **metadata
 ) -> ActionIdentifier:
-    """Tokens of a generator for each place of this model and each encoder of this kind of clip."""
+    """Random tokens for each place of this model and each encoder of this kind of clip."""
     generator = torch.Generator().manual_seed(seed)
     tokens = {
         name: torch.randn(len(places(model)), count, width, generator=generator)
@@ -37,12 +37,12 @@ def identifier(
 
 
 def prompt(clip, actions, text: str = TEXT) -> list:
-    """What Encode Action gives."""
+    """The output of Encode Action."""
     with torch.inference_mode():
         return sampling.attach_contexts(*encoding.encode(clip, text, actions), actions)
 
 
 def plain(clip, text: str) -> list:
-    """What CLIP Text Encode gives."""
+    """The output of CLIP Text Encode."""
     with torch.inference_mode():
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))

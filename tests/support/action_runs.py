@@ -1,4 +1,4 @@
-"""Sampling runs of a tiny model with an action, hooks that say what its layers read, and how runs are compared."""
+"""Sampling runs of a tiny model with an action, hooks that set what its layers read, and comparisons of runs."""
 
 import contextlib
 
@@ -28,7 +28,7 @@ def sample(model, positive, **options):
 
 
 def denoised(model, positive):
-    """One step of Euler to sigma 0 is the estimate itself."""
+    """The estimate itself: one step of Euler to sigma 0."""
     return sample(model, positive, cfg=1.0, sigmas=torch.tensor([5.0, 0.0]))
 
 
@@ -37,12 +37,12 @@ def estimate(positive):
 
 
 def close(actual, expected):
-    """Pictures of deviations of 10 and more, whose batches of other sizes round differently."""
+    """For pictures with deviations of 10 or more, since batches of other sizes round differently."""
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-3)
 
 
 def far(actual, other):
-    """More than rounding and tolerance."""
+    """They differ by more than rounding and tolerance."""
     assert (actual - other).abs().max() > 0.05 * other.std()
 
 
@@ -52,7 +52,7 @@ def contexts_of(conditioning):
 
 @contextlib.contextmanager
 def forced(model, contexts, rows=slice(None)):
-    """Each cross-attention of the network reads its own of `contexts`, in the order of the network's modules."""
+    """Make each cross-attention read its entry of `contexts`, in the order of the network's modules."""
     layer = -1
     handles = []
 
@@ -78,7 +78,7 @@ def forced(model, contexts, rows=slice(None)):
 
 @contextlib.contextmanager
 def passes(model):
-    """How many samples each pass of the network has."""
+    """A list that gets the number of samples in each pass of the network."""
     sizes = []
     handle = model.model.diffusion_model.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
     try:

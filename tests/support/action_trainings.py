@@ -1,4 +1,4 @@
-"""Short trainings of an action identifier on a tiny model and text encoder, with settings that take seconds."""
+"""Short trainings of an action identifier on a tiny model and text encoder, in seconds."""
 
 import torch
 from pack.nodes.action_identifier import training

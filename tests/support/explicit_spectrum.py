@@ -1,4 +1,4 @@
-"""Frequency guidance's losses written out over every bin of a DFT by matrices: the kernel's independent reference."""
+"""The losses of frequency guidance written out over every bin of a DFT by matrices, as the kernel's reference."""
 
 import math
 

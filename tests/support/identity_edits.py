@@ -1,4 +1,4 @@
-"""What the tests of the identity prior share: small models of every prediction, and prompts that name a subject."""
+"""Shared by the tests of the identity prior: small models of every prediction type, and prompts with a subject."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = (1, 2)
 
 
 def v_prediction():
-    """The small UNet read as one that predicts v."""
+    """The small UNet, treated as one that predicts v."""
     model = tiny_model.picture()
     config = model.model.model_config
     patched = model.clone()
@@ -75,7 +75,7 @@ def sample(model, sampler="euler", base=MODEL, inversion=None, **options):
 
 
 def recorded_inputs(model, patched, sampler, **options):
-    """(sigma, x) of each call of the model itself."""
+    """(sigma, x) of each call of the model."""
     calls = []
 
     def answer(apply_model, args):

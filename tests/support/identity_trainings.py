@@ -1,4 +1,4 @@
-"""What the tests of training and of prior files share: a short training by the node, and LoRAs as it leaves them."""
+"""Shared by the tests of training and of prior files: a short training by the node, and LoRAs like its result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(loaded, images, captions, **settings):
 
 
 def lora_of(model, seed=0, rank=2):
-    """A LoRA as training leaves it, with noise for trained values."""
+    """A LoRA like the result of training, with noise for trained values."""
     with torch.inference_mode():
         lora, _ = picture_training.train_on_pictures(
             model, [torch.randn(SHAPE)], [tiny_model.conditioning(0)],

@@ -1,8 +1,8 @@
 """The published video identity method in plain PyTorch, from the paper's formulas: no cache, no ComfyUI, no pack.
 
-Every token, of the video and of the reference, passes every block in every call; attention is one softmax over
-[video; image] rows under the mask that forbids the image to see the video, a query and a head at a time where
-`loops` is on; rotary positions are complex numbers. Weights come from a state dict by their published names.
+Every token of the video and of the reference passes every block in every call. Attention is one softmax over
+[video; image] rows under a mask that keeps the image from seeing the video; with `loops`, one query and one head at
+a time. Rotary positions are complex numbers. Weights come from a state dict under their published names.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Wan:
         return out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, channels, frames, 2 * rows, 2 * columns)
 
     def image_positions(self, rows, columns, image_rows, image_columns):
-        """Those of the reference's tokens, (t, h, w), beside a video of so many rows and columns."""
+        """The positions (t, h, w) of the reference's tokens, for a video of so many rows and columns."""
         return [(-1, rows + h, columns + w) for h in range(image_rows) for w in range(image_columns)]
 
     def patches(self, x):
@@ -119,7 +119,7 @@ class Wan:
         return q, k, one("v")
 
     def attention(self, q, k, v, count):
-        """Rows up to `count` see every key, the later ones each other alone."""
+        """Rows up to `count` see every key, the later ones only each other."""
         allowed = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
         allowed[count:, :count] = False
         return self.softmax(q, k, v, allowed)

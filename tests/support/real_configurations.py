@@ -1,4 +1,4 @@
-"""The real models' shapes, built from the host's own classes on the meta device: in seconds, without memory.
+"""The real models' shapes, built from ComfyUI's own classes on the meta device: in seconds, without memory.
 
 Configurations as published: Stable Diffusion 1.5 and 2.1 and SDXL (their `unet/config.json`, in the names of
 the original code), Wan 2.1 T2V 1.3B and 14B (their `config.json`).
@@ -30,7 +30,7 @@ _WAN = {
 
 @dataclass(frozen=True)
 class RealConfiguration:
-    """A published model: the host's class for it and the arguments of its diffusion model."""
+    """A published model: ComfyUI's class for it and the arguments of its diffusion model."""
 
     host_class: type
     unet_config: dict
@@ -73,7 +73,7 @@ REAL_CONFIGURATIONS = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float16) -> comfy.model_base.BaseModel:
-    """The host's model of `REAL_CONFIGURATIONS[name]`, every parameter on the meta device."""
+    """ComfyUI's model of `REAL_CONFIGURATIONS[name]`, with every parameter on the meta device."""
     real = REAL_CONFIGURATIONS[name]
     model_config = real.host_class({**real.unet_config, "dtype": dtype})
     return model_config.get_model({}, device=torch.device("meta"))

@@ -1,4 +1,4 @@
-"""What the published pack holds, for the tests that read its source."""
+"""The files of the published pack, for the tests that read its source."""
 
 import ast
 import os
@@ -23,7 +23,7 @@ def all_files(root: Path = ROOT) -> list[str]:
 
 @cache
 def shipped_files(root: Path = ROOT) -> tuple[str, ...]:
-    """The files that `.comfyignore` leaves in the published pack; git reads that file's syntax for us."""
+    """The files that `.comfyignore` leaves in the published pack; git applies its rules."""
     names = all_files(root)
     ignore = root / ".comfyignore"
     assert ignore.is_file(), "The pack has no .comfyignore, so its tests would be published with it."

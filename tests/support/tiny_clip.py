@@ -1,4 +1,4 @@
-"""Real text encoders of ComfyUI with tiny random weights and the host's own tokenizers, for tests on the CPU."""
+"""ComfyUI's text encoders with tiny random weights, and its real tokenizers, for tests on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLASSES = {
 
 
 def clip(kind: str = "SD 1.5", seed: int = 0, embeddings: str | None = None) -> comfy.sd.CLIP:
-    """The text encoder, or the two, of this kind of model, of three layers; `embeddings` is their folder."""
+    """The one or two text encoders of this kind of model, with three layers; `embeddings` is a folder."""
     config = {"num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
     options = {
         f"clip_{name}_model_config": {**config, "hidden_size": width} for name, width in WIDTHS[kind].items()
@@ -39,7 +39,7 @@ def clip(kind: str = "SD 1.5", seed: int = 0, embeddings: str | None = None) -> 
 
 
 def as_loaded(encoder: comfy.sd.CLIP) -> comfy.sd.CLIP:
-    """`made` as the host's loaders leave it: its weights are inference tensors."""
+    """`encoder` as ComfyUI's loaders leave it: its weights are inference tensors."""
     with torch.inference_mode():
         for module in encoder.cond_stage_model.modules():
             for name, parameter in module._parameters.items():

@@ -18,7 +18,7 @@ def picture(
 ) -> comfy.model_patcher.ModelPatcher:
     """An SD 1.5 UNet of one level that predicts noise, or velocity with `flow`; latents [B, 4, H, W].
 
-    Stored in `dtype`, computed in `compute` where that is another, with layers of the host's `operations`. At 32
+    Stored in `dtype`, computed in `compute` if that differs, with layers of ComfyUI's `operations`. At 32
     channels its norms, of 32 groups, take away what a time embedding adds; at 64 they leave a part.
     """
     config = comfy.supported_models.SD15(
@@ -155,7 +155,7 @@ def video_adapter(model: comfy.model_patcher.ModelPatcher, rank: int = 4, seed: 
 
 
 def as_loaded(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """`model` as the host's loaders leave it: its weights are inference tensors."""
+    """`model` as ComfyUI's loaders leave it: its weights are inference tensors."""
     with torch.inference_mode():
         for module in model.model.modules():
             for name, parameter in module._parameters.items():
@@ -197,7 +197,7 @@ def sample(
     guider.set_cfg(cfg)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     latent = torch.zeros(shape) if latent is None else latent
-    torch.manual_seed(seed)  # for samplers that draw noise without a seed of their own
+    torch.manual_seed(seed)  # for samplers that draw noise without their own seed
     with torch.inference_mode():
         return guider.sample(noise, latent, sampler, sigmas, denoise_mask, callback, True, seed)
 

@@ -1,4 +1,4 @@
-"""Tiny Wan models with references, called as a sampling run calls them, and the same by the definition."""
+"""Tiny Wan models with references, called as in a sampling run, and the same results by the definition."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def cached_kv(cache):
 
 
 def weighed(x, weights, people, model=MODEL, **conditions):
-    """The model's answer with references and weights [N], in its own blocks, each softmax by the definition."""
+    """The model's output with references and weights [N], in its own blocks, each softmax by the definition."""
     defined = model.clone()
     kvs = []
     for one in people:

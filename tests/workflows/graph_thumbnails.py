@@ -1,4 +1,4 @@
-"""Templates whose models are too large to be here show their graph: its picture, from the real frontend.
+"""Writes pictures of the graphs, from the real frontend, for templates whose models are too large to include.
 
     python tests/workflows/graph_thumbnails.py          # of every workflow that names models for download
     python tests/workflows/graph_thumbnails.py NAME ... # of these alone

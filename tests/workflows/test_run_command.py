@@ -63,7 +63,7 @@ def finished(pack_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("given workflows")
     contents = {
         "good": two_nodes("good"),
-        # The host refuses to write there while the node runs.
+        # ComfyUI cannot write there while the node runs.
         "failing": two_nodes("../../escape", title="Writes outside"),
         "rejected": two_nodes("rejected", size=(0, 48)),
         "skipped": two_nodes("skipped", models=[MODEL]),

@@ -1,4 +1,4 @@
-"""Workflows that were saved before a node's inputs changed their order, through comfy-cli's conversion.
+"""Workflows saved before the order of a node's inputs changed, through comfy-cli's conversion.
 
 The same in the frontend: test_browser.py.
 """
