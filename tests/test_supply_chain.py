@@ -35,8 +35,8 @@ ATTRIBUTES = {
 UNPICKLING = {("torch", "load"), ("torch", "save"), ("torch", "hub"), ("np", "load"), ("numpy", "load")}
 
 
-def findings(module: ast.Module, loads_weights: bool = False) -> Iterator[str]:
-    """What the rules forbid in a file; only the pack's reader of pickles (`loads_weights`) may call torch.load."""
+def findings(module: ast.Module) -> Iterator[str]:
+    """What the rules forbid in a file."""
     for node in ast.walk(module):
         place = f"line {getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
@@ -57,8 +57,7 @@ def findings(module: ast.Module, loads_weights: bool = False) -> Iterator[str]:
             owner, name = node.value.id, node.attr
             if owner == "os" and (name in OS_CALLS or name.startswith(("exec", "spawn"))):
                 yield f"{place}: os.{name}"
-            permitted = loads_weights and (owner, name) == ("torch", "load")
-            if (owner, name) in UNPICKLING and not permitted:
+            if (owner, name) in UNPICKLING:
                 yield f"{place}: {owner}.{name}"
             if name in ATTRIBUTES:
                 yield f"{place}: .{name}"
@@ -100,10 +99,7 @@ def test_the_scan_passes(code):
 
 def test_nothing_forbidden_stands_in_what_ships():
     assert "nodes/files/pickles.py" in shipped_modules() and "__init__.py" in shipped_modules()
-    violations = [
-        f"{name}, {finding}" for name in shipped_modules()
-        for finding in findings(tree(name), loads_weights=name == "nodes/files/pickles.py")
-    ]
+    violations = [f"{name}, {finding}" for name in shipped_modules() for finding in findings(tree(name))]
     assert violations == []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +23,12 @@ _KEY = "identifier."
 _KINDS = ("input", "middle", "output", "double_block")
 _EMBEDDING_PREFIX = f"{EMBEDDINGS.name}/"
 # SDXL's two encoders in an embedding file, by the names under which ComfyUI tokenizes.
-_CLIPS = {"l": "clip_l", "g": "clip_g"}
+_CLIPS = {"l": ("clip_l", "text_encoders_0"), "g": ("clip_g", "text_encoders_1")}
+_WIDTHS = {768: "l", 1280: "g"}
+# An entry of an embedding of several tokens: pivotal tuning's `<s1>`, or one of a list, as pickles.py numbers them.
+_TOKEN = re.compile(r"<[^<>]+>$|\d+\.")
+_BUNDLED = re.compile(r"bundle_emb\..*\.(string_to_param\.\*|clip_l|clip_g)$")  # in a LoRA's file
+_OF_BUNDLE = {"clip_l": "l", "clip_g": "g"}
 _OTHER = "Choose an action identifier of this pack, or a textual-inversion embedding"
 
 
@@ -79,7 +86,9 @@ def export(action: ActionIdentifier, filename_prefix: str) -> Path:
     """
     tokens = mean_token(action.tokens)
     single = len(tokens) == 1
-    tensors = {"emb_params" if single else _CLIPS.get(encoder, encoder): token for encoder, token in tokens.items()}
+    tensors = {
+        "emb_params" if single else _CLIPS.get(encoder, [encoder])[0]: token for encoder, token in tokens.items()
+    }
     return weights.save(tensors, {}, EMBEDDINGS.name, filename_prefix)
 
 
@@ -118,15 +127,34 @@ def _places(text: str) -> tuple[Place, ...]:
 
 
 def _imported(tensors: dict[str, torch.Tensor], stem: str) -> ActionIdentifier:
-    """An embedding's [n, D] or [D], by encoder where the file names those of SDXL."""
-    by_encoder = {encoder: tensors[key] for encoder, key in _CLIPS.items() if key in tensors}
-    if not by_encoder and len(tensors) == 1:
-        by_encoder = {ANY_ENCODER: next(iter(tensors.values()))}
+    """An embedding's [n, D] or [D] in a layout that ComfyUI reads, by encoder where the file has SDXL's two."""
+    by_encoder = _by_encoder(tensors)
     if not by_encoder or any(
-        tensor.ndim not in (1, 2) or not tensor.numel() for tensor in by_encoder.values()
+        tensor.ndim not in (1, 2) or not tensor.numel() for parts in by_encoder.values() for tensor in parts
     ):
         shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in sorted(tensors.items())[:3])
         raise ActionError(f"it holds {shapes}, which is not an embedding either")
     placeholder = "<" + "_".join("".join(c if c.isalnum() else " " for c in stem).split()) + ">"
-    tokens = {encoder: tensor.float().reshape(1, -1, tensor.shape[-1]) for encoder, tensor in by_encoder.items()}
+    tokens = {
+        encoder: torch.cat([part.float().reshape(1, -1, part.shape[-1]) for part in parts], dim=1)
+        for encoder, parts in by_encoder.items()
+    }
     return ActionIdentifier(placeholder, "", tokens)
+
+
+def _by_encoder(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """The vectors of each encoder, in the file's order; none if the keys are not those of an embedding."""
+    named = {encoder: [tensors[key]] for encoder, keys in _CLIPS.items() for key in keys if key in tensors}
+    for key, tensor in tensors.items():
+        if bundled := _BUNDLED.match(key):
+            named.setdefault(_OF_BUNDLE.get(bundled[1], ANY_ENCODER), []).append(tensor)
+    if named:
+        return named
+    if len(tensors) > 1 and not all(_TOKEN.match(key) for key in tensors):
+        return {}
+    by_width: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors.values():
+        by_width.setdefault(tensor.shape[-1] if tensor.ndim else 0, []).append(tensor)
+    if len(by_width) == 1:
+        return {ANY_ENCODER: list(tensors.values())}
+    return {_WIDTHS[width]: parts for width, parts in by_width.items()} if by_width.keys() == _WIDTHS.keys() else {}

@@ -55,7 +55,7 @@ def load(name: str) -> tuple[Fusion, list[str]]:
     Raises WeightFileError, naming the file and the problem, for any other kind of file.
     """
     path = FOLDER.find(name)
-    tensors, metadata = read_any(path, lightning_settings=True)
+    tensors, metadata = read_any(path)
     try:
         if metadata.get("kind") == _KIND:
             fusion = unpacked(tensors, metadata)

@@ -14,6 +14,7 @@ from ..files import weights
 from ..files.fitting import MisfitError, check_lora
 from ..files.folders import LORAS
 from ..files.names import refused
+from ..files.pickles import read_any
 from ..fingerprint import fingerprint
 from ..patching import models
 from ..subject_tokens import Subject
@@ -42,7 +43,7 @@ def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: st
 def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
     """Weights and subject of a listed file. Raises WeightFileError for a file that holds no prior."""
     path = FOLDER.find(name)
-    tensors, metadata = weights.read(path)
+    tensors, metadata = read_any(path)
     if _ENTRY not in metadata:
         raise refused(path, "does not describe an identity", "Load it with Load LoRA, or choose a saved prior")
     try:

@@ -7,6 +7,7 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
+from comfy.sd1_clip import load_embed
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from pack.nodes.action_identifier import encoding, files
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
@@ -100,6 +101,36 @@ def test_an_exported_embedding_is_the_mean_that_comfyui_reads(kind, folders):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     again = files.load(f"embeddings/{path.name}")
     assert again.for_encoders(tiny_clip.WIDTHS[kind]).keys() == action.tokens.keys()
+
+
+def vectors(count, width=768):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(count))
+
+
+def textual_inversion(parameters=torch.nn.ParameterDict):
+    """As the first programs saved them: with a module of torch."""
+    return {"string_to_token": {"*": torch.tensor(265)}, "name": "w", "step": 9,
+            "string_to_param": parameters({"*": torch.nn.Parameter(vectors(2))})}
+
+
+@pytest.mark.parametrize(("content", "zipped", "encoders", "comfyui"), [
+    (textual_inversion(dict), False, {"any": 2}, "any"),
+    (textual_inversion(), True, {"any": 2}, "any"),
+    (textual_inversion(), False, {"any": 2}, None),  # ComfyUI reads it in zip files only
+    ({"<s1>": vectors(1)[0], "<s2>": vectors(2)[1]}, True, {"any": 2}, None),  # ComfyUI takes the first token
+    ([{"<a>": vectors(1)[0]}, {"<b>": vectors(2)}], True, {"any": 3}, "any"),
+    ([{"<a>": vectors(1)[0]}, {"<b>": vectors(2, 1280)}], False, {"l": 1, "g": 2}, "l"),
+    ({"text_encoders_0": vectors(2), "text_encoders_1": vectors(2, 1280)}, True, {"l": 2, "g": 2}, "l"),
+    ({"bundle_emb.a.string_to_param.*": vectors(2), "bundle_emb.b.string_to_param.*": vectors(1),
+      "lora_te.alpha": torch.tensor(4.0)}, True, {"any": 3}, "any"),
+])
+def test_embeddings_in_every_layout_that_comfyui_reads(content, zipped, encoders, comfyui, folders):
+    folder = folders / "embeddings"
+    torch.save(content, folder / "wave.pt", _use_new_zipfile_serialization=zipped)
+    action = files.load("embeddings/wave.pt")
+    assert {encoder: tokens.shape[1] for encoder, tokens in action.tokens.items()} == encoders
+    if comfyui:
+        assert torch.equal(action.tokens[comfyui][0], load_embed("wave", str(folder), 768, "clip_l").detach())
 
 
 def test_diffusers_reads_the_exported_embedding(folders):

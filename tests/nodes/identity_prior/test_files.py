@@ -108,6 +108,14 @@ def test_fingerprints_know_the_base_and_no_lora():
     patched.unpatch_model()
 
 
+def test_a_checkpoint_is_no_prior_and_not_called_damaged(output):
+    (output / "loras").mkdir(exist_ok=True)
+    torch.save({"state_dict": lora_of(tiny_model.picture())}, output / "loras" / "style.ckpt")
+    folder_paths.filename_list_cache.clear()
+    with pytest.raises(WeightFileError, match="style.ckpt.*does not describe an identity.*Load LoRA"):
+        files.load("style.ckpt")
+
+
 def test_files_that_are_no_prior_are_refused(output):
     lora = lora_of(tiny_model.picture())
     weights.save(lora, {}, "loras", "plain")

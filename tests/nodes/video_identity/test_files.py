@@ -1,5 +1,9 @@
 """Adapters in every form they come in, and what is refused, by key and shape; no model needed."""
 
+import argparse
+import collections
+import typing
+
 import folder_paths
 import pytest
 import safetensors.torch
@@ -97,6 +101,13 @@ def test_other_weights_are_refused_by_key_and_shape(folder, tensors, message, en
     with pytest.raises(WeightFileError, match=message) as caught:
         files.load(f"a.{ending}")
     assert f"a.{ending}" in str(caught.value)
+
+
+def test_an_adapter_is_read_past_what_a_training_script_stores_beside_it(folder):
+    settings = {"args": argparse.Namespace(lr=1e-4), "any": typing.Any, "by": collections.defaultdict(list, a=[1])}
+    for zipped in (True, False):
+        torch.save({"state_dict": weights(), **settings}, folder / "a.ckpt", _use_new_zipfile_serialization=zipped)
+        assert files.load("a.ckpt").tensors().keys() == weights().keys()
 
 
 class Canary:
