@@ -1,6 +1,7 @@
 """What workflow files say about themselves, and how they are found by name."""
 
 import json
+import re
 
 import pytest
 from launcher import source, workflow_files
@@ -53,6 +54,37 @@ def test_workflows_are_found_by_stem_file_name_and_path(tmp_path):
     assert [workflow.stem for workflow in workflow_files.find(tmp_path, [])] == ["one", "two"]
     with pytest.raises(source.SetupError, match="no workflow 'three'. Those of the pack: one, two"):
         workflow_files.find(tmp_path, ["three"])
+
+
+@pytest.mark.parametrize(("name", "stem"), [
+    ("puppets-1a", "Puppets-1a-Pose"), ("PUPPETS_2", "Puppets-2-Action"), ("Puppets 2 action.json", "Puppets-2-Action"),
+    ("Puppets-2-Action", "Puppets-2-Action"), ("real", "Real"),
+])
+def test_the_unambiguous_beginning_of_a_name_is_enough(tmp_path, name, stem):
+    for known in ("Puppets-1a-Pose", "Puppets-1b-Poses", "Puppets-2-Action", "Real", "Real-1-Pose"):
+        write(tmp_path / f"{known}.json", [])
+    assert [workflow.stem for workflow in workflow_files.find(tmp_path, [name])] == [stem]
+
+
+@pytest.mark.parametrize("name", ["puppets", "Puppets-1", ""])
+def test_the_beginning_of_several_names_is_refused_and_they_are_listed(tmp_path, name):
+    for known in ("Puppets-1a-Pose", "Puppets-1b-Poses"):
+        write(tmp_path / f"{known}.json", [])
+    with pytest.raises(source.SetupError, match="several names. Those are: Puppets-1a-Pose, Puppets-1b-Poses"):
+        workflow_files.find(tmp_path, [name])
+
+
+def test_stems_read_as_titles_and_survive_links_command_lines_and_windows(pack_root):
+    """ComfyUI shows the stem as the title, on one line, and opens `?template=` only for these characters."""
+    stems = sorted(path.stem for path in (pack_root / "workflows").glob("*.json"))
+    assert stems and all(re.fullmatch(r"(Puppets|Real)-[1-9][a-z]?(-[A-Za-z0-9]+)+", stem) for stem in stems)
+    assert all(len(stem) <= 38 for stem in stems), "longer ones are cut in the browser"
+    assert len({stem.casefold() for stem in stems}) == len(stems)
+    for stem in stems:
+        loaders = workflow_files.Workflow(pack_root / "workflows" / f"{stem}.json").models()
+        assert stem.startswith("Real" if loaders else "Puppets")
+    for word in ("puppet", "pose", "face", "identity", "action", "video", "train"):
+        assert any(word in stem.casefold() for stem in stems), word
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"1": {"class_type": "EmptyImage", "inputs": {}}}'])

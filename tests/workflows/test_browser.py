@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 FILES = sorted((scripts.ROOT / "workflows").glob("*.json"))
-QUICKEST = "frequency_guidance_action_transfer"
+QUICKEST = "Puppets-2a-Action-from-a-picture"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
     "--no-sandbox",
@@ -100,7 +100,7 @@ def test_a_missing_node_would_be_seen(page, server):
 
 
 SAVED = scripts.ROOT / "tests" / "workflows" / "saved" / "prompt_switch_driving_first.json"
-SAVED_AS_TEMPLATE = "frequency_guidance_action_transfer"
+SAVED_AS_TEMPLATE = "Puppets-2a-Action-from-a-picture"
 DRIVING_TEXT, TARGET_TEXT, SWITCH = ["7", 0], ["8", 0], "10"  # of the nodes in SAVED
 
 

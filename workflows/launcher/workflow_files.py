@@ -61,18 +61,32 @@ class Workflow:
 
 
 def find(folder: Path, names: list[str]) -> list[Workflow]:
-    """The workflows of `folder` with these names (stems, file names or paths); all of them without names.
+    """The workflows of `folder` with these names, all of them without names.
 
-    Raises SetupError for a name that is none of these.
+    A name is a stem, a file name or an unambiguous beginning of a stem, in any case, or the path of a file. Raises
+    SetupError for a name that is none of these, or that is the beginning of several.
     """
     known = {path.stem: path for path in sorted(folder.glob("*.json"))}
     chosen = []
     for name in names:
         if name.endswith(".json") and Path(name).is_file():
             chosen.append(Path(name).absolute())
-        elif Path(name).name.replace(".json", "") in known:
-            chosen.append(known[Path(name).name.replace(".json", "")])
         else:
-            listed = ", ".join(known) or "none"
-            raise source.SetupError(f"There is no workflow {name!r}. Those of the pack: {listed}.")
+            chosen.append(known[_stem(Path(name).name.removesuffix(".json"), list(known))])
     return [Workflow(path) for path in (chosen if names else known.values())]
+
+
+def _stem(name: str, stems: list[str]) -> str:
+    """The stem that is `name`, or the only one that begins with it."""
+    matches = [stem for stem in stems if _comparable(stem).startswith(_comparable(name))]
+    exact = [stem for stem in matches if _comparable(stem) == _comparable(name)]
+    if len(exact or matches) != 1:
+        problem = f"{name!r} begins several names" if matches else f"There is no workflow {name!r}"
+        listed = ", ".join(matches or stems) or "none"
+        raise source.SetupError(f"{problem}. {'Those are' if matches else 'Those of the pack'}: {listed}.")
+    return (exact or matches)[0]
+
+
+def _comparable(name: str) -> str:
+    """In any case, with spaces or underscores for hyphens."""
+    return name.casefold().replace("_", "-").replace(" ", "-")
