@@ -67,7 +67,7 @@ def running_average(rounds: Sequence[Statistics], momentum: float) -> Statistics
     A batch of 1 goes with any other. Raises ValueError for no round.
     """
     if not rounds:
-        raise ValueError("a running average needs at least one round")
+        raise ValueError("rounds is empty: a running average needs at least one round")
     mean, deviation = rounds[0]
     for later in rounds[1:]:
         mean = momentum * mean + (1 - momentum) * later.mean

@@ -160,7 +160,7 @@ def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int
         if occurrences == sum(counts[match[0]][encoder] for match in pattern.finditer(text)):
             return written, marked, ids[0]
     raise ValueError(
-        "no word is free to mark the action in text while it is tokenized: leave out one of "
+        "no word is free to mark the action while `text` is tokenized: remove one of these from it: "
         f"{', '.join(_STAND_INS)}"
     )
 

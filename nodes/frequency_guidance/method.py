@@ -87,7 +87,7 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
     if len(shape) not in (4, 5):
         raise ValueError(
             f"frequency guidance works on [B, C, H, W] and [B, C, T, H, W] latents, and this model's is "
-            f"{tuple(shape)}: cannot steer audio or packed latents, so use another model"
+            f"{tuple(shape)}: it cannot steer audio or packed latents; use another model"
         )
     if len(shape) == 5 and latent.ndim == 4:
         latent = latent.unsqueeze(2)  # a picture, for a video model

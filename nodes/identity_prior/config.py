@@ -55,8 +55,9 @@ class MaskConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold is {self.threshold}: use 0 (everything) to 1 (only the strongest cell)")
-        if self.grow < 0 or self.resolution < 0 or self.smoothing < 0:
-            raise ValueError("grow, resolution and smoothing are 0 or more: 0 is off")
+        for name in ("grow", "resolution", "smoothing"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more")
         parse_numbers("layers", self.layers, (AUTO, ALL))
 
 

@@ -217,8 +217,8 @@ def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         return masks
     if not blend.run_masks:
         raise ValueError(
-            "model has not been sampled with: connect the very output of Identity Mask Blend that the sampler has, "
-            "and the sampler's latent to `samples`"
+            "model has not been used by a sampler: connect the same output of Identity Mask Blend to the sampler and "
+            "to `model`, and the sampler's latent to `samples`"
         )
     if len(blend.run_masks) > 1:
         logging.warning(
@@ -237,15 +237,14 @@ def _check_sampler(sampler: Any) -> str:
     """The sampler's name. Raises ValueError for one whose latents are not known to be the model's."""
     if isinstance(sampler, InversionSampler):
         raise ValueError(
-            "the model of Invert Image has a blend already: connect the model from before Identity Mask Blend to "
-            "`model`"
+            "Invert Image's model already has a blend: connect the model from before Identity Mask Blend to `model`"
         )
     while not isinstance(sampler, comfy.samplers.KSAMPLER) and hasattr(sampler, "sampler"):
         sampler = sampler.sampler
     name = samplers.sampler_name(sampler)
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         raise ValueError(
-            f"sampler {name} keeps its latents in a scale of its own, which the blend cannot follow: choose one from "
+            f"sampler {name} scales its latents differently, which the blend cannot follow: choose one from "
             "KSamplerSelect"
         )
     return name

@@ -71,7 +71,10 @@ class RestrictedAttention(AttentionOverride):
         if not first:
             return self._inner(function, q, k, v, heads, *args, **kwargs)
         if args or kwargs.get("mask") is not None:
-            raise RuntimeError("this model masks its self-attention, to which the video identity adapter cannot add")
+            raise RuntimeError(
+                "this model masks its self-attention, which a video identity adapter cannot extend: use a Wan T2V, "
+                "I2V or VACE model"
+            )
 
         def by_heads(*rows):
             return (row.unflatten(-1, (heads, -1)) for row in rows)

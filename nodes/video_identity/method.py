@@ -135,7 +135,7 @@ def adapter_from(tensors: Mapping[str, torch.Tensor]) -> VideoAdapter:
         if match is None:
             raise AdapterError(
                 f"{key} of shape {tuple(tensor.shape)} is not a weight of a video identity adapter, which holds only "
-                f"the likes of {weight_key(0, 'q', 'down')} of shape (rank, width): load a plain LoRA with Load LoRA"
+                f"keys such as {weight_key(0, 'q', 'down')} of shape (rank, width): load a plain LoRA with Load LoRA"
             )
         name, block, projection, part = match[1], int(match[2]), match[3], match[4]
         if tensor.ndim != 2 or 0 in tensor.shape or tensor.dtype not in _DTYPES:

@@ -57,7 +57,10 @@ def reference_kv(
 def token_grid(network: Any, x: torch.Tensor) -> tuple[int, int]:
     """Height and width in tokens of a frame of x [B, C, T, H, W], after the model's padding."""
     if x.ndim != 5:
-        raise ValueError(f"the video identity adapter needs a video latent, and this model's is {tuple(x.shape)}")
+        raise ValueError(
+            f"the video identity adapter needs latents [B, C, T, H, W], and this model's are {tuple(x.shape)}: use a "
+            "Wan video model"
+        )
     return -(-x.shape[-2] // network.patch_size[1]), -(-x.shape[-1] // network.patch_size[2])
 
 

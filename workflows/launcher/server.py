@@ -179,7 +179,9 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.2)
-        raise ServerError(f"ComfyUI was not ready after {self.ready_seconds:.0f} seconds:\n{self.tail()}")
+        raise ServerError(
+            f"ComfyUI was not ready after {self.ready_seconds:.0f} seconds. The last lines of its log:\n{self.tail()}"
+        )
 
     def _check_pack(self) -> None:
         failed = any("(IMPORT FAILED)" in line and self.name in line for line in self._log_lines())
