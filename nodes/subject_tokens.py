@@ -14,7 +14,7 @@ SUBJECT = "{subject}"
 # The option of a CONDITIONING's entry with the subject's token positions. Checkpoints hold digests of conditionings,
 # so the string stays.
 SUBJECT_TOKENS = "understudy_subject_columns"
-# SDXL's two encoders count tokens alike; the encoded texts of other pairs stand one after the other.
+# SDXL's two encoders count tokens in the same way; other pairs put their encoded texts one after the other.
 _SIDE_BY_SIDE = {"l", "g"}
 
 
@@ -43,7 +43,7 @@ class Subject:
 
     @property
     def trigger(self) -> str:
-        """What stands for the subject in a prompt."""
+        """The words for the subject in a prompt."""
         return f"{self.token} {self.noun}"
 
     def expand(self, text: str, name: str = "text") -> str:

@@ -64,7 +64,7 @@ def load(name: str) -> tuple[Fusion, list[str]]:
             return published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
     except FusionError as error:
         raise refused(path, f"is not a usable fusion: {error}", _FIX) from error
-    raise refused(path, f"holds {sorted(tensors)[0]!r}, which is no part of a fusion", _FIX)
+    raise refused(path, f"holds {sorted(tensors)[0]!r}, which is not part of a fusion", _FIX)
 
 
 def unpacked(tensors: Weights, metadata: dict[str, str]) -> Fusion:

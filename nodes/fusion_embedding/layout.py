@@ -164,4 +164,4 @@ def _check_shapes(weights: Mapping[str, torch.Tensor], expected: Mapping[str, tu
             raise FusionError(f"its {key!r} has shape {actual}, where {shape} is expected")
     foreign = sorted(set(weights) - set(expected))
     if foreign:
-        raise FusionError(f"it has {foreign[0]!r}, which is no part of a {part}")
+        raise FusionError(f"it has {foreign[0]!r}, which is not part of a {part}")

@@ -1,4 +1,4 @@
-"""Masks of a video's frames, for a latent whose first frame is one frame and each later one stands for four."""
+"""Masks of a video's frames, for a latent whose first frame is one video frame and each later one four."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from comfy.k_diffusion.sampling import default_noise_sampler
 Guide = Callable[[torch.Tensor, float], torch.Tensor]
 Begin = Callable[[Any, torch.Size], Guide]
 
-# Samplers that call the model once a step, at the grid's sigma, and keep nothing but x from step to step.
+# Samplers that call the model once per step, at the grid's sigma, and keep nothing but x from step to step.
 # `ddim` is euler with its own noise under a latent mask.
 STEPWISE_SAMPLERS = ("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "ddpm", "lcm")
 

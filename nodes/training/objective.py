@@ -1,6 +1,6 @@
 """The denoising loss: the error of the noise, or of the velocity, that a model predicts in a noisy latent.
 
-It imports no ComfyUI: a method's objective stands in its method.py and calls `Denoising` for the loss.
+It imports no ComfyUI: a method's objective is in its method.py and calls `Denoising` for the loss.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @shown_by_name
 class AdapterError(ValueError):
-    """Weights that are no video identity adapter, or one of another model; names key, expected and actual shape."""
+    """Weights of no video identity adapter, or of one for another model; names key, expected and actual shape."""
 
 
 def _saveable(weight: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,7 @@ class SamplingReferences:
         if strength == 1 and bool((video == 1).all()):
             return None
         leading, trailing = _other_tokens(base.diffusion_model, x, conditions)
-        # Tokens that are no part of the video have its mean weight, so that all 0 and all 1 stay exact.
+        # Tokens outside the video get its mean weight, so that all 0 and all 1 stay exact.
         mean = video.mean().reshape(1)
         return strength * torch.cat([mean.expand(leading), video.flatten(), mean.expand(trailing)])
 

@@ -1,4 +1,4 @@
-"""Which device computes a spectrum, and what is probed for it."""
+"""Which device computes a spectrum, and how that is probed."""
 
 import pytest
 import torch

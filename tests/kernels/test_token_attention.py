@@ -26,7 +26,7 @@ def drawn(batch, queries, tokens, heads, width, dtype=torch.float32, seed=0):
 
 
 def whole_map(q, k, heads, columns):
-    """By torch's own attention, in fp64: the values say which token each is."""
+    """By torch's own attention, in fp64: the values mark which token each one is."""
     width = q.shape[-1] // heads
     q, k = (x.double().unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k))
     tokens = torch.eye(k.shape[2], dtype=torch.float64).expand(*k.shape[:2], -1, -1)

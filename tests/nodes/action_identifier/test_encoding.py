@@ -131,7 +131,7 @@ def test_longer_placeholders_win():
 
 
 def test_stand_ins_give_way_to_the_text_s_own_words(clips):
-    """All but the last are in the text; the vectors stand at the placeholder alone."""
+    """All but the last are in the text; the vectors are only at the placeholder."""
     clip = clips["SD 1.5"]
     words = " ".join(encoding._STAND_INS[:-1])
     action = same_everywhere("SD 1.5", "<one>", 1, 3)

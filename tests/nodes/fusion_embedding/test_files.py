@@ -74,7 +74,7 @@ def changed(tensors=lambda t: t, **metadata):
 
 
 BROKEN = {
-    "another kind": (changed(kind="something"), "no part of a fusion"),
+    "another kind": (changed(kind="something"), "not part of a fusion"),
     "unet unsaid": (changed(unet="none"), "its UNet is 'none'"),
     "unet of no known kind": (changed(unet="quarter"), "quarter"),
     "no unet": (changed(lambda t: {k: v for k, v in t.items() if not k.startswith("unet.")}), "lora"),
@@ -252,6 +252,6 @@ def test_a_pickle_that_runs_code_is_refused(folder, tmp_path, monkeypatch):
 def test_other_weights_are_refused(folder):
     folder.mkdir()
     safetensors.torch.save_file(fusions.lora(), folder / "lora.safetensors")
-    with pytest.raises(WeightFileError, match="no part of a fusion"):
+    with pytest.raises(WeightFileError, match="not part of a fusion"):
         files.load("lora.safetensors")
     assert FUSIONS["LoRA"]().unet_kind == LORA

@@ -83,7 +83,7 @@ def test_the_map_is_the_subject_s_share_of_the_positive_half_alone(monkeypatch):
 
 
 def test_prompts_of_different_lengths_are_repeated_by_comfyui(monkeypatch):
-    """CFG with 4 and 8 tokens: the positive's tokens stand there twice."""
+    """CFG with 4 and 8 tokens: the positive's tokens are repeated."""
     heats = heats_of(MODEL, blended(threshold=0.0), monkeypatch)
     original = tiny_model.conditioning
     monkeypatch.setattr(tiny_model, "conditioning", lambda seed, tokens=4: original(seed, 8 if seed == 2 else tokens))

@@ -9,7 +9,7 @@ from pack.nodes.inputs.frame_masks import by_latent_frame, frame_count
 
 @given(st.integers(1, 6), st.sampled_from(["one", "latent", "video"]), st.integers(0, 2**32))
 def test_each_latent_frame_has_the_mean_of_its_frames(latent_frames, kind, seed):
-    """The first latent frame is the first frame; the next ones stand for four frames each."""
+    """The first latent frame is the first frame; the next ones are four frames each."""
     count = {"one": 1, "latent": latent_frames, "video": 1 + 4 * (latent_frames - 1)}[kind]
     mask = torch.rand(count, 3, 2, generator=torch.Generator().manual_seed(seed))
     actual = by_latent_frame(mask, latent_frames)

@@ -1,4 +1,4 @@
-"""What is refused of a latent, in words that name the input."""
+"""Latents that are refused, with messages that name the input."""
 
 import pytest
 import torch

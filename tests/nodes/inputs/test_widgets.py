@@ -26,7 +26,7 @@ def test_strengths_reach_from_off_to_as_trained(widget):
     assert widget.step == 0.01 and ("0 is" in widget.tooltip or "0 gives" in widget.tooltip)
 
 
-def test_both_limits_of_a_range_stand_side_by_side():
+def test_both_limits_of_a_range_are_side_by_side():
     for node in METHOD_NODES:
         names = [widget.id for widget in node.GET_SCHEMA().inputs]
         if "start_percent" in names:

@@ -1,4 +1,4 @@
-"""What patching adds to a clone, kind by kind: nothing twice, nothing lost, and the caller's model as it was."""
+"""What each kind of patch adds to a clone: nothing twice, nothing lost, and the caller's model stays unchanged."""
 
 import copy
 

@@ -246,7 +246,7 @@ def test_a_latent_mask_keeps_its_region(wrap, model):
     torch.testing.assert_close(result[..., :4], latent[..., :4], rtol=1e-3, atol=1e-3)
     plain = tiny_model.sample(model, comfy.samplers.sampler_object("ddim"), latent=latent, denoise_mask=mask)
     assert (result - plain)[..., 4:].abs().mean() > 0.1
-    # A run that stops early hands its latent on: the kept region is the plain run's then, too.
+    # A run that stops early hands its latent on: the kept region is then also that of the plain run.
     grid = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 6)[:4]
     part, plain = (
         tiny_model.sample(model, sampler, sigmas=grid, latent=latent, denoise_mask=mask)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and what another run says when it is asked to continue from it."""
+"""Checkpoints on disk, and what a run says that has to continue from one."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""Pictures and texts as graphs give them: batches, lists, folders from ComfyUI's dataset node, and bad ones."""
+"""Pictures and texts as graphs supply them: batches, lists, folders from ComfyUI's dataset node, and invalid ones."""
 
 import comfy.clip_vision
 import folder_paths

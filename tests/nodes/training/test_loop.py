@@ -87,7 +87,7 @@ def test_cancel_acts_before_the_next_step_and_before_the_first_saves_nothing():
 
 
 def test_a_run_stopped_inside_a_step_saves_the_steps_before_it():
-    """Out of memory, say, or ComfyUI's cancel in the middle of the model."""
+    """Such as out of memory, or ComfyUI's cancel in the middle of the model."""
     weights, monitor = parameters(), Recorder()
     good = objective_of(weights)
 

@@ -1,4 +1,4 @@
-"""LoRA training beside weights that are not plain: fp8, ComfyUI's quantised layers, packed tensors of other packs.
+"""LoRA training on models with unusual weights: fp8, ComfyUI's quantised layers, packed tensors of other packs.
 
 The reference is the same model with its weights unpacked to fp32 beforehand.
 """
@@ -139,7 +139,7 @@ def test_a_lora_is_trained_and_a_whole_unet_is_refused(make):
 
 
 class Streaming(comfy.model_patcher.ModelPatcher):
-    """Says that it streams its weights, as ComfyUI's does, only on a GPU."""
+    """Reports that it streams its weights, which ComfyUI's does only on a GPU."""
 
     def is_dynamic(self):
         return True

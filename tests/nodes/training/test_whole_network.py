@@ -1,4 +1,4 @@
-"""Training every weight: the published step, the model left alone, differences that ComfyUI's loader applies."""
+"""Training every weight: the published step, an unchanged input model, differences that ComfyUI's loader applies."""
 
 import comfy.sd
 import pytest

@@ -1,4 +1,4 @@
-"""References on every relative of Wan, and beside quantised weights, LoRAs, patches, compilers and caches."""
+"""References on every relative of Wan, and with quantised weights, LoRAs, patches, compilers and caches."""
 
 import logging
 
@@ -37,7 +37,7 @@ from support.video_identities import (
 )
 
 X = draw(2, *SHAPE)
-# What each relative is given beside the latent, and how many tokens stand before and after those of the video.
+# The inputs of each relative besides the latent, and the number of tokens before and after those of the video.
 RELATIVES = {
     "t2v": ("t2v", {}, 0, 0),
     "i2v": ("i2v", {"c_concat": draw(5, 1, 20, 3, 8, 6), "clip_fea": draw(6, 1, 257, 1280)}, 0, 0),
@@ -337,7 +337,7 @@ def test_an_attention_that_was_replaced_is_named_not_ignored():
 @pytest.mark.parametrize("settings", [{}, {"strength": 0.5}])
 @pytest.mark.parametrize("first", [True, False])
 def test_compiled_models_give_the_same_and_never_compile_again(keys, settings, first):
-    """The compiler's front end alone, which decides about recompiling; code generation is ComfyUI's matter."""
+    """Only the compiler's front end, which decides about recompiling; code generation is ComfyUI's part."""
     torch._dynamo.reset()
     plain = MODEL.clone()
     if first:

@@ -1,4 +1,4 @@
-"""Adapters in every form they come in, and what is refused, by key and shape; no model needed."""
+"""Adapters in all their forms, and what is refused, by key and shape; no model needed."""
 
 import argparse
 import collections

@@ -1,4 +1,4 @@
-"""The pass of a reference alone: its keys and values against the published formulas, and where it stops."""
+"""The reference's pass: its keys and values against the published formulas, and where it stops."""
 
 from unittest import mock
 

@@ -100,7 +100,7 @@ def test_the_reference_passes_once_a_run_and_the_cache_changes_no_bit(passes, mo
     assert torch.equal(sample(model), result) and len(passes) == 2
     monkeypatch.setattr(method.ReferenceCache, "get", lambda self, owner, key, compute, *_version: compute())
     assert torch.equal(sample(model), result)
-    assert len(passes) == 2 + 3  # once a step: both halves of CFG are one call
+    assert len(passes) == 2 + 3  # once per step: both halves of CFG are one call
 
 
 def test_split_and_batched_guidance_agree_and_share_the_reference(passes, monkeypatch):
@@ -169,7 +169,7 @@ def test_two_experts_each_with_their_own_adapter(passes):
 
 
 def test_two_hundred_runs_by_turns_differ_in_no_bit():
-    """A short form of it: three models, in turns, each the same every time."""
+    """A shorter version: three models in turn, each with the same result every time."""
     models = [MODEL, shown(), shown(MODEL, person(seed=5), person(seed=6, strength=0.5))]
     first = [sample(model) for model in models]
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])

@@ -119,7 +119,7 @@ def test_a_mask_per_frame_follows_the_4n_plus_1_rule_and_context_windows():
 
 
 def test_a_mask_beside_an_area_is_refused_and_everything_else_beside_it_is_not():
-    """The model is shown the area alone, and nothing says which part of the mask that is."""
+    """The model receives only the area, and nothing says which part of the mask that is."""
 
     def part(*area):
         return [[draw(9, 1, 4, tiny_model.CONTEXT), {"area": area, "set_area_to_bounds": False, "strength": 1.0}]]

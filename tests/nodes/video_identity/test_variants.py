@@ -1,4 +1,4 @@
-"""The experiment's rival networks: unchanged they are our nodes, and each changes what it says."""
+"""The rival networks of the experiment: unchanged they equal our nodes, and each changes what its name says."""
 
 import pytest
 import torch
