@@ -157,7 +157,9 @@ class UnderstudyRetargetPose(io.ComfyNode):
             "an adult. Limbs keep their directions, and feet stay on the ground.",
             search_aliases=["pose retargeting", "body proportions", "OpenPose", "keypoints", "skeleton"],
             inputs=[
-                KEYPOINTS.Input("keypoints", tooltip="The poses to change, from SDPose Keypoint Extractor."),
+                KEYPOINTS.Input(
+                    "keypoints", tooltip="The poses to change, from SDPose Keypoint Extractor or a pose editor.",
+                ),
                 KEYPOINTS.Input(
                     "source_keypoints", tooltip="Keypoints of the source picture, whose proportions are used.",
                 ),

@@ -1,7 +1,6 @@
 """Body proportions of one skeleton on the pose of another: apart from method.py, since it is ours, not FPDM's.
 
-Keypoints are ComfyUI's POSE_KEYPOINT, with the 18 points of OpenPose: a list of frames with canvas_width,
-canvas_height and people, each with flat lists [x, y, score, ...] in pixels.
+Keypoints are ComfyUI's POSE_KEYPOINT, as inputs.keypoints reads them, with the 18 points of OpenPose.
 """
 
 from __future__ import annotations
@@ -9,13 +8,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from ..inputs import keypoints
+from ..inputs.keypoints import BODY
 from .config import RetargetConfig
 from .layout import FusionError
 
-BODY = "pose_keypoints_2d"
 POINTS = 18
-_NECK, _ANKLES = 1, (10, 13)
+# What SDPose Draw Keypoints asks of each person, with the number of points.
+_DRAWN = {"face_keypoints_2d": 70, "hand_right_keypoints_2d": 21, "hand_left_keypoints_2d": 21}
+_NECK, _HIPS, _ANKLES = 1, (8, 11), (10, 13)
 # (from, to, kind): a tree from the neck outward; both sides of a kind have one length.
 _LIMBS = (
     (1, 0, "neck"), (1, 2, "shoulder"), (1, 5, "shoulder"), (1, 8, "torso"), (1, 11, "torso"),
@@ -30,23 +33,27 @@ _ATTACHED = {
 }
 
 
-def retarget(pose: Sequence[dict], source: Sequence[dict], config: RetargetConfig) -> list[dict]:
-    """The people of every frame of `pose` with the body proportions of the first person of each frame of `source`.
+def retarget(pose: Any, source: Any, config: RetargetConfig) -> list[dict]:
+    """The people of every frame of `pose`, in pixels, with the body proportions of one person of each frame of
+    `source`: the first whose neck and hip are detected.
 
     The pose's directions of limbs, length of the torso and height of the lower foot are preserved. A length is the
     longest of its kind over all frames and both sides, since a limb that points at the camera looks short.
-    Raises FusionError, naming the input, if nobody is detected. The keypoints passed in are not modified.
+    Raises FusionError, naming the input, if nobody is detected, and ValueError for what is no keypoints. The
+    keypoints passed in are not modified.
     """
+    frames, source = keypoints.frames(pose, "keypoints"), keypoints.frames(source, "source_keypoints")
     target = _lengths(source, config, "source_keypoints")
-    current = _lengths(pose, config, "keypoints")
+    current = _lengths(frames, config, "keypoints")
     factors = {
         name: _factor(target[name] / target["torso"], current[name] / current["torso"], config)
         for name in current if name in target
     }
-    frames = copy.deepcopy(list(pose))
     for frame in frames:
         for person in _people(frame):
             _move(person, factors, config)
+            for key, count in _DRAWN.items():
+                person[key] = person.get(key) or [0.0] * (3 * count)
     return frames
 
 
@@ -59,8 +66,9 @@ def _lengths(frames: Sequence[dict], config: RetargetConfig, name: str) -> dict[
     """The longest limb of each kind, in pixels."""
     longest: dict[str, float] = {}
     for frame in frames:
-        for person in _people(frame)[:1]:
-            points = _points(person, name)
+        people = [_points(person, name) for person in _people(frame)]
+        # Others may stand in front of the one who is wholly visible.
+        for points in sorted(people, key=lambda points: not _has_torso(points, config))[:1]:
             for a, b, limb in _LIMBS:
                 if _detected(points, a, config) and _detected(points, b, config):
                     length = math.dist(points[a][:2], points[b][:2])
@@ -71,6 +79,10 @@ def _lengths(frames: Sequence[dict], config: RetargetConfig, name: str) -> dict[
             "shows the body, or lower score_threshold"
         )
     return {limb: length for limb, length in longest.items() if length > 0}
+
+
+def _has_torso(points: list[list[float]], config: RetargetConfig) -> bool:
+    return _detected(points, _NECK, config) and any(_detected(points, hip, config) for hip in _HIPS)
 
 
 def _people(frame: dict) -> list[dict]:

@@ -24,8 +24,8 @@ _ONE_AT_A_TIME = (
 def _boxes_input() -> io.BoundingBox.Input:
     boxes = io.BoundingBox.Input(
         "bboxes", optional=True, force_input=True,
-        tooltip="Boxes of faces in pixels, from a face detector; the largest counts. Without a face the whole "
-        "picture is used.",
+        tooltip="Boxes of faces from a face detector; the largest counts. Plain numbers are left, top, right, "
+        "bottom; from 0 to 1 they are fractions of the picture. Without a face the whole picture is used.",
     )
     # ComfyUI's default, a box of 512 pixels, is sent by clients that fill in defaults where nothing is connected.
     boxes.default = None

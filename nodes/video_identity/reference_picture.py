@@ -6,12 +6,12 @@ and masks come from ComfyUI's own nodes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..inputs import keypoints
 from .config import ReferenceConfig
 
 # Published: a box that is this near to all four edges, in pixels, takes the whole picture.
@@ -26,9 +26,9 @@ def prepare(
 ) -> tuple[torch.Tensor, list[str]]:
     """[B, size, size, 3] from images [B, H, W, 1 to 4] in 0..1, and a message for each picture that was not cropped.
 
-    mask: [1 or B, H, W], 1 where the person is; without boxes its extent is the box. bboxes: as ComfyUI's detectors
-    return them, a box or, for each picture, a list of boxes of which the largest counts. Alpha is dropped, grey
-    becomes colour. Raises ValueError, naming the input, for an invalid picture, box or mask.
+    mask: [1 or B, H, W], 1 where the person is; without boxes its extent is the box. bboxes: in any form that
+    inputs.keypoints knows, a box or, for each picture, a list of boxes of which the largest counts. Alpha is dropped,
+    grey becomes colour. Raises ValueError, naming the input, for an invalid picture, box or mask.
     """
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(f"image has shape {tuple(images.shape)}: connect pictures, [B, H, W, 3]")
@@ -36,11 +36,12 @@ def prepare(
         raise ValueError("image holds NaN or infinite values: load or render the picture again")
     if mask is not None:
         mask = _fitted_mask(mask, images)
+    boxes = None if bboxes is None else _boxes(bboxes, images)
     results, messages = [], []
     for i, picture in enumerate(images.float()):
         picture = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
         person = None if mask is None else mask[min(i, len(mask) - 1)]
-        box, message = _box(_boxes_of(bboxes, i, len(images)), person, bboxes is not None)
+        box, message = _box(None if boxes is None else boxes[min(i, len(boxes) - 1)], person)
         if person is not None and bool((person > 0.5).any()):
             picture = picture * person[..., None] + _WHITE * (1 - person[..., None])
         elif person is not None:
@@ -63,37 +64,27 @@ def _fitted_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def _boxes_of(bboxes: Any, index: int, count: int) -> Sequence[Mapping[str, float]]:
-    """The boxes of one picture of `count`: ComfyUI has one dict, a list of them, or a list of lists."""
-    if bboxes is None:
-        return ()
-    if isinstance(bboxes, Mapping):
-        return (bboxes,)
-    if len(bboxes) == 0:
-        return ()
-    if isinstance(bboxes[0], Mapping):
-        return bboxes
-    if len(bboxes) not in (1, count):
+def _boxes(bboxes: Any, images: torch.Tensor) -> list[list[dict[str, float]]]:
+    """The boxes of each picture in pixels, or a single list for all."""
+    boxes = keypoints.boxes(bboxes, "bboxes")
+    if len(boxes) not in (1, len(images)):
         raise ValueError(
-            f"bboxes belong to {len(bboxes)} pictures and image holds {count}: connect the boxes of the same pictures"
+            f"bboxes belong to {len(boxes)} pictures and image holds {len(images)}: connect the boxes of the same "
+            "pictures"
         )
-    return bboxes[min(index, len(bboxes) - 1)] or ()
+    height, width = images.shape[1:3]
+    return [[keypoints.in_pixels(box, width, height) for box in of_picture] for of_picture in boxes]
 
 
-def _box(boxes: Sequence[Mapping[str, float]], mask: torch.Tensor | None, asked: bool) -> tuple[Box | None, str]:
+def _box(boxes: Sequence[Mapping[str, float]] | None, mask: torch.Tensor | None) -> tuple[Box | None, str]:
     """The box to crop around, or None for the whole picture, and why."""
     if boxes:
-        try:
-            largest = max(boxes, key=lambda box: box["width"] * box["height"])
-            x, y, width, height = (float(largest[name]) for name in ("x", "y", "width", "height"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError("bboxes hold no x, y, width and height: connect a face detector's boxes") from error
-        if not all(map(math.isfinite, (x, y, width, height))):
-            raise ValueError("bboxes hold NaN or infinite values: connect a face detector's boxes")
+        largest = max(boxes, key=lambda box: box["width"] * box["height"])
+        x, y, width, height = (largest[name] for name in ("x", "y", "width", "height"))
         if width > 0 and height > 0:
             return (x, y, x + width, y + height), ""
         return None, "the face's box is empty, so the whole picture is used, padded to a square"
-    if asked:
+    if boxes is not None:
         return None, "no face was found, so the whole picture is used, padded to a square"
     if mask is None:
         return None, "neither a face nor a mask is connected, so the whole picture is used, padded to a square"

@@ -1,6 +1,7 @@
 """Body proportions on skeletons whose true limb lengths are known."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -138,3 +139,39 @@ def test_comfyui_draws_what_the_node_gives():
     ]
     assert pictures[0].shape == (1, 500, 400, 3)
     assert pictures[0].amax() > 0.5 and (pictures[0] - pictures[1]).abs().max() > 0.5
+
+
+def in_fractions(frames):
+    """The same keypoints as fractions of a canvas that is not square."""
+    frames = copy.deepcopy(frames)
+    for person in frames[0]["people"]:
+        for flat in person.values():
+            flat[0::3], flat[1::3] = [x / 400 for x in flat[0::3]], [y / 500 for y in flat[1::3]]
+    return frames
+
+
+def test_keypoints_in_fractions_are_measured_in_pixels():
+    child = skeleton({**LENGTHS, "upper arm": 70})
+    expected = retarget(skeleton(), child, RetargetConfig())
+    assert measured(expected)[2, 3] == pytest.approx(70)
+    for pose, source in ((in_fractions(skeleton()), child), (skeleton(), in_fractions(child)),
+                         (json.dumps(in_fractions(skeleton())[0]), json.dumps(in_fractions(child)))):
+        for found, wanted in zip(points(retarget(pose, source, RetargetConfig())), points(expected), strict=True):
+            assert found == pytest.approx(wanted)
+
+
+def test_someone_without_hips_in_front_does_not_hide_the_next():
+    child = skeleton({**LENGTHS, "shin": 30})
+    cut_off = skeleton({**LENGTHS, "shin": 90}, missing=(8, 11))[0]["people"]
+    crowd = [{**child[0], "people": cut_off + child[0]["people"]}]
+    assert retarget(skeleton(), crowd, RetargetConfig()) == retarget(skeleton(), child, RetargetConfig())
+
+
+def test_bodies_without_hands_and_faces_can_be_drawn():
+    """As pose editors write them."""
+    frame, = skeleton()
+    for part in (None, []):
+        person = {"pose_keypoints_2d": frame["people"][0]["pose_keypoints_2d"], "face_keypoints_2d": part}
+        (frames,) = UnderstudyRetargetPose.execute({**frame, "people": [person]}, skeleton(), 1.0).result
+        picture = SDPoseDrawKeypoints.execute(frames, True, True, True, True, 4, 3, 0.3, True).result[0]
+        assert picture.shape == (1, 500, 400, 3) and picture.amax() > 0.5

@@ -1,5 +1,6 @@
 """The nodes' schemas, the reference's crop against pixels counted by hand, and a graph from file to video."""
 
+import json
 import logging
 import re
 
@@ -86,6 +87,9 @@ def test_the_crop_is_half_as_large_again_around_the_largest_face():
     for alike in (boxes[0], boxes[0][1]):
         assert torch.equal(prepare(picture(), ReferenceConfig(size=480), None, alike)[0], cropped)
     assert torch.equal(prepare(picture(), ReferenceConfig(480, 1.0), None, box(35, 15, 30, 30))[0], cropped)
+    corners = torch.tensor([[0.0, 0, 5, 5], [40, 25, 60, 35]])  # of pictures of 100 x 60 pixels
+    for numbers in (corners, corners / torch.tensor([100, 60, 100, 60]), corners.tolist(), json.dumps(boxes[0])):
+        assert torch.equal(prepare(picture(), ReferenceConfig(size=480), None, numbers)[0], cropped)
 
 
 def test_a_crop_over_the_edge_is_padded_with_white():
