@@ -1,7 +1,7 @@
 """Run the pack's workflows in a real ComfyUI and make a gallery of their pictures.
 
     python workflows/run.py                  every workflow whose models are present
-    python workflows/run.py NAME ...         these only: names as --list shows them or their beginnings, or paths of .json files
+    python workflows/run.py NAME ...         only these: names from --list, the first part of one, or .json files
     python workflows/run.py --list           what there is
     python workflows/run.py --serve          ComfyUI with the pack, for a browser
 

@@ -16,9 +16,9 @@ from ..subject_tokens import Subject
 from ..training import drawing, inputs, picture_training
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
-from ..training.seeds import seed_for
 from ..training.objective import Batches
 from ..training.runs import LossMap
+from ..training.seeds import seed_for
 from . import method
 from .config import IdentityPriorConfig
 

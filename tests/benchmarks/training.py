@@ -69,7 +69,7 @@ class Clock:
     def check(self) -> None:
         pass
 
-    def progress(self, *_state, **_more) -> None:
+    def progress(self, *_state, **_rest) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())

@@ -220,7 +220,8 @@ def test_what_does_not_fit_is_said_before_sampling_and_the_server_lives_on(serve
     other = alone | {key: torch.zeros(99, tensors[key].shape[1]), key.replace("weight", "bias"): torch.zeros(99)}
     wrong = applying(server, saved(server, "wrong.safetensors", other), combine={"clip_vision": ["vision", 0]})
     cases.append((wrong, "gives 99 channels and the model takes 128"))
-    cases.append((applying(server, saved(server, "odd.safetensors", {"x": torch.zeros(2)})), "'x' belongs to no part"))
+    odd = saved(server, "odd.safetensors", {"x": torch.zeros(2)})
+    cases.append((applying(server, odd), "'x' belongs to no part"))
     for prompt, words in cases:
         entry = server.queue(prompt)
         if words is None:

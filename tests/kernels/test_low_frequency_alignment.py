@@ -32,8 +32,8 @@ def latent(seed, *shape, dtype=torch.float64):
 
 def explicit_low(x, cutoff):
     height, width = x.shape[-2:]
-    kept = spectrum(x) * in_band(height, width, Band(0, cutoff))
-    return (dft(height).conj() @ kept @ dft(width).conj()).real
+    low_bins = spectrum(x) * in_band(height, width, Band(0, cutoff))
+    return (dft(height).conj() @ low_bins @ dft(width).conj()).real
 
 
 def explicit_statistics(low, weights):

@@ -57,7 +57,8 @@ def test_workflows_are_found_by_stem_file_name_and_path(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "stem"), [
-    ("puppets-1a", "Puppets-1a-Pose"), ("PUPPETS_2", "Puppets-2-Action"), ("Puppets 2 action.json", "Puppets-2-Action"),
+    ("puppets-1a", "Puppets-1a-Pose"), ("PUPPETS_2", "Puppets-2-Action"),
+    ("Puppets 2 action.json", "Puppets-2-Action"),
     ("Puppets-2-Action", "Puppets-2-Action"), ("real", "Real"),
 ])
 def test_the_unambiguous_beginning_of_a_name_is_enough(tmp_path, name, stem):
@@ -70,7 +71,7 @@ def test_the_unambiguous_beginning_of_a_name_is_enough(tmp_path, name, stem):
 def test_the_beginning_of_several_names_is_refused_and_they_are_listed(tmp_path, name):
     for known in ("Puppets-1a-Pose", "Puppets-1b-Poses"):
         write(tmp_path / f"{known}.json", [])
-    with pytest.raises(source.SetupError, match="several names. Those are: Puppets-1a-Pose, Puppets-1b-Poses"):
+    with pytest.raises(source.SetupError, match="several names. Use one of them: Puppets-1a-Pose, Puppets-1b-Poses"):
         workflow_files.find(tmp_path, [name])
 
 

@@ -123,7 +123,8 @@ def test_a_prompt_switch_saved_with_driving_first_keeps_its_links(modern, page, 
 def test_a_bypassed_prompt_switch_keeps_the_target(page, server):
     open_template(page, server, SAVED_AS_TEMPLATE)
     prompt = page.evaluate(
-        "async id => { app.graph.getNodeById(Number(id)).mode = 4; return (await app.graphToPrompt()).output }", SWITCH
+        "async id => { app.graph.getNodeById(Number(id)).mode = 4; return (await app.graphToPrompt()).output }",
+        SWITCH,
     )
     links = [value for node in prompt.values() for value in node["inputs"].values()]
     assert SWITCH not in prompt and TARGET_TEXT in links and DRIVING_TEXT not in links

@@ -81,9 +81,9 @@ def _stem(name: str, stems: list[str]) -> str:
     matches = [stem for stem in stems if _comparable(stem).startswith(_comparable(name))]
     exact = [stem for stem in matches if _comparable(stem) == _comparable(name)]
     if len(exact or matches) != 1:
-        problem = f"{name!r} begins several names" if matches else f"There is no workflow {name!r}"
+        problem = f"{name!r} is the beginning of several names" if matches else f"There is no workflow {name!r}"
         listed = ", ".join(matches or stems) or "none"
-        raise source.SetupError(f"{problem}. {'Those are' if matches else 'Those of the pack'}: {listed}.")
+        raise source.SetupError(f"{problem}. {'Use one of them' if matches else 'Those of the pack'}: {listed}.")
     return (exact or matches)[0]
 
 

@@ -13,9 +13,9 @@ from pack.nodes.drift_alignment.nodes import UnderstudyAlignLatentDrift
 SETTINGS = {"cutoff": 0.3, "momentum": 0.5, "strength": 1.0}
 
 
-def latent(seed, *shape, **more):
+def latent(seed, *shape, **extra):
     noise = torch.randn(shape or (1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
-    return {"samples": noise + seed, **more}
+    return {"samples": noise + seed, **extra}
 
 
 def run(new, *earlier, **settings):

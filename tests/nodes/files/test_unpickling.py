@@ -31,9 +31,9 @@ def absent_class(monkeypatch, path, **members):
     parts = module.split(".")
     for count in range(1, len(parts) + 1):
         monkeypatch.setitem(sys.modules, ".".join(parts[:count]), types.ModuleType(".".join(parts[:count])))
-    made = type(name, (), {"__module__": module, **members})
-    setattr(sys.modules[module], name, made)
-    return made
+    stand_in = type(name, (), {"__module__": module, **members})
+    setattr(sys.modules[module], name, stand_in)
+    return stand_in
 
 
 class Colour(enum.Enum):

@@ -190,7 +190,7 @@ def test_words_and_pictures_that_teach_little_are_told_of(loaded, puppets, monke
 
 def test_class_pictures_come_from_the_model_and_the_seed(monkeypatch, caplog):
     shown = []
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *values, **_more: shown.append(values[:2]))
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *values, **_rest: shown.append(values[:2]))
     model = tiny_model.as_loaded(tiny_model.picture())
     texts = [tiny_model.conditioning(1), tiny_model.conditioning(2)]
     with torch.inference_mode(), caplog.at_level(logging.INFO):

@@ -3,7 +3,7 @@
 import comfy.sd
 import pytest
 import torch
-from pack.nodes.training import loop, objective, picture_training
+from pack.nodes.training import objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
 from pack.nodes.training.seeds import seed_for
