@@ -246,7 +246,7 @@ def test_there_are_three_languages():
     assert {path.name for path in (ROOT / "locales").iterdir()} == set(PAGES)
 
 
-def test_the_host_serves_script_help_and_translations(server):
+def test_comfyui_serves_script_help_and_translations(server):
     assert f"/extensions/{PACK_NAME}/understudy.js" in server.get("/extensions")
     translations = server.get("/i18n")
     for language in PAGES:

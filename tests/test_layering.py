@@ -12,7 +12,7 @@ import pytest
 from launcher.scripts import ROOT
 from support.shipped import shipped_modules, tree
 
-HOST_MODULES = {
+COMFYUI_MODULES = {
     "comfy", "comfy_api", "comfy_extras", "comfy_execution", "comfy_config", "folder_paths", "nodes",
     "server", "execution", "latent_preview", "node_helpers", "app", "utils",
 }
@@ -42,11 +42,11 @@ def imports(name: str) -> Iterator[tuple[int, str]]:
             yield from ((node.level, module) for module in names)
 
 
-WITHOUT_HOST = """
+WITHOUT_COMFYUI = """
 import importlib, sys, types
 class NoHost:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {host!r}:
+        if name.split(".")[0] in {modules!r}:
             raise ImportError("imports ComfyUI's " + name)
 sys.meta_path.insert(0, NoHost())
 pack = types.ModuleType("pack")
@@ -59,11 +59,11 @@ for name in {names!r}:
 
 
 def test_formulas_import_without_comfyui(tmp_path):
-    """In a process of its own, since the other tests have imported ComfyUI into this one."""
+    """In a separate process, since the other tests have imported ComfyUI into this one."""
     names = [name.removesuffix(".py").replace("/", ".") for name in formulas()]
     names = [name.removesuffix(".__init__") for name in names]
     assert "kernels.spectral_guidance" in names and "nodes.frequency_guidance.method" in names
-    code = WITHOUT_HOST.format(host=HOST_MODULES, root=str(ROOT), names=names)
+    code = WITHOUT_COMFYUI.format(modules=COMFYUI_MODULES, root=str(ROOT), names=names)
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path,
@@ -76,7 +76,7 @@ def test_formulas_import_without_comfyui(tmp_path):
 def test_formulas_name_no_comfyui_module_even_inside_functions():
     violations = [
         f"{name}: {module}" for name in formulas() for level, module in imports(name)
-        if level == 0 and module.split(".")[0] in HOST_MODULES
+        if level == 0 and module.split(".")[0] in COMFYUI_MODULES
     ]
     assert violations == []
 
@@ -144,7 +144,7 @@ def test_one_room_reads_and_writes_weight_files():
     "set_model_attn2_patch", "set_model_unet_function_wrapper", "add_patches", "add_object_patch",
     "add_wrapper", "add_wrapper_with_key",
 ])
-def test_the_patching_rule_knows_the_host_s_calls(call):
+def test_the_patching_rule_knows_comfyui_s_calls(call):
     from comfy.model_patcher import ModelPatcher
 
     assert hasattr(ModelPatcher, call) and PATCHING_CALLS.fullmatch(call)

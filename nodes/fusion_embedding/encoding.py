@@ -1,4 +1,4 @@
-"""ComfyUI's image encoders as a fusion uses them: a file of its own, since nodes, files and training all call it."""
+"""ComfyUI's image encoders as a fusion uses them: a separate file, since nodes, files and training all call it."""
 
 from __future__ import annotations
 

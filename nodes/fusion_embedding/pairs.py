@@ -1,4 +1,4 @@
-"""Training pairs of source, pose and target: a file of its own, as they come from inputs or from a folder."""
+"""Training pairs of source, pose and target: a separate file, as they come from inputs or from a folder."""
 
 from __future__ import annotations
 

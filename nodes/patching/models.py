@@ -100,7 +100,7 @@ def _with_replacements(model: ModelPatcher, key: str, kind: str, patches: Mappin
     patcher = model.clone()
     replaced = patcher.model_options["transformer_options"].get("patches_replace", {}).get(kind, {})
     for place, make in patches.items():
-        # ComfyUI falls back to a patch of the whole block where a transformer has none of its own.
+        # ComfyUI falls back to a patch of the whole block where a transformer has no separate one.
         earlier = replaced.get(place, replaced.get(place[:2]))
         if getattr(earlier, "key", None) != key:
             patcher.set_model_patch_replace(make(earlier), kind, *place)

@@ -123,7 +123,7 @@ def _step_by_step(sampler_function: Callable, between_steps: Callable) -> Callab
             options.setdefault("noise_sampler", default_noise_sampler(x, seed=(extra_args or {}).get("seed")))
         for i in comfy.utils.model_trange(len(sigmas) - 1, disable=disable):
             numbered = None if callback is None else (lambda state, i=i: callback({**state, "i": i}))
-            # A copy, since CFG++ samplers add a function of their own to extra_args in every call.
+            # A copy, since CFG++ samplers add another function to extra_args in every call.
             x = sampler_function(
                 model, x, sigmas[i : i + 2], extra_args=dict(extra_args or {}), callback=numbered, disable=True,
                 **options,

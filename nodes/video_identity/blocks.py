@@ -40,7 +40,7 @@ class ReferenceBlockPatch(WanBlockPatch):
             return out
 
         options = {**options, OVERRIDE: attention}
-        # A second patch of ours, under another extension's, must not add the references again.
+        # A second patch from this pack, below one from another extension, must not add the references again.
         del options[KEY]
         if (reached := options.pop(REACHED, None)) is not None:
             reached.numbers.append(self.index)

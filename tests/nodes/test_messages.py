@@ -37,11 +37,11 @@ def test_outside_a_graph_it_is_a_line_in_the_log(shown, caplog):
 def test_a_later_message_leaves_the_earlier_one_on_the_node(shown):
     for prompt, node in (("a", "1"), ("a", "2"), ("b", "2")):
         with CurrentNodeContext(prompt, node):
-            tell("Train", ["a doubt"])
+            tell("Train", ["a warning"])
             tell("Train", [])
             tell("training", ["peak memory"])
     assert shown == [
-        (text, node) for node in ("1", "2", "2") for text in ("a doubt", "a doubt\npeak memory")
+        (text, node) for node in ("1", "2", "2") for text in ("a warning", "a warning\npeak memory")
     ]
 
 

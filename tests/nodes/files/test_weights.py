@@ -77,7 +77,7 @@ def test_a_tensor_read_does_not_hang_on_the_file(output):
     assert torch.equal(tensors["weight"], WEIGHTS["weight"])
 
 
-def test_the_host_reads_and_lists_the_file_at_once(output):
+def test_comfyui_reads_and_lists_the_file_at_once(output):
     folder_paths.add_model_folder_path("loras", str(output / "loras"))
     assert LORAS.choices() == []
     path = weights.save(WEIGHTS, {"token": "anna"}, "loras", "people/anna")

@@ -118,7 +118,7 @@ def test_masks_join_the_source_and_the_edit_and_are_shown():
 def test_masks_belong_to_the_samples_that_they_made(caplog):
     patched = blended(threshold=0.7)
     results = [sample(patched, seed=3)]
-    sampling.masks_of(patched, results[0] * 2)  # of one run there is no doubt
+    sampling.masks_of(patched, results[0] * 2)  # after a single run it is clear which masks
     results.append(sample(patched, seed=4))
     first, second = (sampling.masks_of(patched, result)[1] for result in results)
     assert not torch.equal(first, second)

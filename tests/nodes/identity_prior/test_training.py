@@ -47,7 +47,7 @@ class Shrinking:
 
 @pytest.mark.parametrize(("kind", "make"), [("SD 2.1", v_prediction), ("SDXL", tiny_model.xl)])
 def test_models_of_v_prediction_and_of_two_encoders_learn_and_edit(puppets, kind, make):
-    """With class pictures of their own; then the prior edits: it is inverted with and blended."""
+    """With separate class pictures; then the prior edits: a picture is inverted with it and blended."""
     model = tiny_model.as_loaded(make())
     loaded = model, tiny_clip.as_loaded(tiny_clip.clip(kind)), Shrinking()
     images, captions = puppets
