@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ...kernels.channel_mask import MERGES
+from ..inputs.ranges import check_choice, check_limits
 
 # Prompts give these a meaning: spaces separate words, brackets and colons weight them.
 _FORBIDDEN = re.compile(r"[\s():\\{}]")
@@ -46,10 +47,8 @@ class ActionTrainingConfig:
             raise ValueError("contrast_words is empty: name actions other than the one to learn, separated by commas")
         if not 0 < self.mask_percentile < 1:
             raise ValueError(f"mask_percentile is {self.mask_percentile}: use a number between 0 and 1, say 0.6")
-        if self.merge not in MERGES:
-            raise ValueError(f"merge is {self.merge!r}: use one of {', '.join(MERGES)}")
-        if self.context_steps < 1:
-            raise ValueError(f"context_steps is {self.context_steps}: use 1 or more")
+        check_choice(self, merge=MERGES)
+        check_limits(self, "context_steps", lowest=1, fix="1 or more")
 
     @property
     def contrasts(self) -> list[str]:

@@ -7,7 +7,7 @@ cross-attention layers read: one encoded prompt of T tokens for each of L places
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -133,6 +133,7 @@ class Triple(NamedTuple):
     other: int
 
 
+@dataclass
 class TripleObjective:
     """The anchor's denoising error, whose gradient follows the channels of the action alone. For the training loop.
 
@@ -141,20 +142,12 @@ class TripleObjective:
     the tokens of each sample. After a call, `masks` say which elements the step may move.
     """
 
-    def __init__(
-        self,
-        triple_loss: Callable[[Triple, dict[str, torch.Tensor], torch.Generator], torch.Tensor],
-        tokens: Mapping[str, torch.Tensor],
-        exemplars: int,
-        percentile: float,
-        merge: str,
-    ):
-        self.triple_loss = triple_loss
-        self.tokens = tokens
-        self.exemplars = exemplars
-        self.percentile = percentile
-        self.merge = merge
-        self.masks: dict[str, torch.Tensor] = {}
+    triple_loss: Callable[[Triple, dict[str, torch.Tensor], torch.Generator], torch.Tensor]
+    tokens: Mapping[str, torch.Tensor]
+    exemplars: int
+    percentile: float
+    merge: str
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         triple = Triple(*torch.randperm(self.exemplars, generator=generator)[:2].tolist())
@@ -176,6 +169,7 @@ class TripleObjective:
         return value
 
 
+@dataclass
 class BatchObjective:
     """The mean denoising error of a random batch of exemplars, as P+ (arXiv 2303.09522) trains layer-wise tokens:
     no triples and no masks. For the training loop.
@@ -183,27 +177,24 @@ class BatchObjective:
     batch_loss(exemplar_ids, generator) -> errors [B].
     """
 
-    def __init__(
-        self, batch_loss: Callable[[list[int], torch.Generator], torch.Tensor], exemplars: int, batch_size: int
-    ):
-        self.batch_loss = batch_loss
-        self.exemplars = exemplars
-        self.batch_size = batch_size
+    batch_loss: Callable[[list[int], torch.Generator], torch.Tensor]
+    exemplars: int
+    batch_size: int
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         exemplar_ids = torch.randperm(self.exemplars, generator=generator)[: self.batch_size].tolist()
         return self.batch_loss(exemplar_ids, generator).mean()
 
 
+@dataclass
 class ContextObjective:
     """The denoising error of one exemplar after the other, for the token of its surroundings. For the training loop.
 
     exemplar_loss(exemplar_id, generator) -> its error [1].
     """
 
-    def __init__(self, exemplar_loss: Callable[[int, torch.Generator], torch.Tensor], exemplars: int):
-        self.exemplar_loss = exemplar_loss
-        self.exemplars = exemplars
+    exemplar_loss: Callable[[int, torch.Generator], torch.Tensor]
+    exemplars: int
 
     def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
         return self.exemplar_loss(step % self.exemplars, generator).mean()

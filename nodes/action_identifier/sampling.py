@@ -66,16 +66,16 @@ def places(network: Any) -> tuple[Place, ...]:
     return tuple(Place(part, block, count) for (part, block), count in counts.items())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class AttachedContexts:
     """A condition of ComfyUI's that carries contexts [L, T, C], and lets no model run before they are resolved.
 
     `prompt` [1, T, C] is the conditioning that they came with, which other nodes may change.
     """
 
-    def __init__(self, prompt: torch.Tensor, contexts: torch.Tensor, actions: tuple[ActionIdentifier, ...]):
-        self.prompt = prompt
-        self.contexts = contexts
-        self.actions = actions
+    prompt: torch.Tensor
+    contexts: torch.Tensor
+    actions: tuple[ActionIdentifier, ...]
 
     def process_cond(self, **_kwargs):
         """ComfyUI's call before each pass of the model. Raises ValueError: no model resolved it."""
@@ -156,14 +156,14 @@ class BatchContexts:
         return torch.cat([before, joined], dim=1) if before.shape[1] else joined
 
 
+@dataclasses.dataclass(eq=False)
 class ContextResolver:
     """What one patched model does with attached contexts. It holds no tensor and knows no run."""
 
-    def __init__(self, places: tuple[Place, ...], strength: float, base: str):
-        self.places = places
-        self.strength = strength
-        self.base = base
-        self.warned: set[tuple[str, str]] = set()
+    places: tuple[Place, ...]
+    strength: float
+    base: str
+    warned: set[tuple[str, str]] = dataclasses.field(default_factory=set)
 
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """ComfyUI's CALC_COND_BATCH: resolve what is attached, give the others a neutral condition."""

@@ -120,7 +120,7 @@ class _ActionTrainer:
     def __init__(self, denoiser, encoder: TextEncoder, exemplars: Exemplars, action, config: TrainingConfig):
         self.denoiser, self.encoder, self.exemplars = denoiser, encoder, exemplars
         self.action, self.config = action, config
-        self.denoising = Denoising(_PerLayerDenoiser(denoiser), config)
+        self.denoising = Denoising(_PerLayerDenoiser(denoiser.patcher), config)
         self.latents = [self._into(latent) for latent in exemplars.latents]
         # What else the model reads of a prompt, such as SDXL's pooled vector, is that of the initial word.
         self.conditions = [
@@ -259,16 +259,12 @@ class _ActionTrainer:
         return [{e: token.detach() for e, token in by_encoder.items()} for by_encoder in tokens]
 
 
-class _PerLayerDenoiser:
+class _PerLayerDenoiser(ModelDenoiser):
     """A denoiser whose layers read the contexts in each sample's conditions."""
-
-    def __init__(self, denoiser: ModelDenoiser):
-        self.denoiser = denoiser
-        self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
 
     def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[dict]) -> torch.Tensor:
         first, *others = [condition[sampling.KEY] for condition in conditions]
         plain = [{key: value for key, value in c.items() if key != sampling.KEY} for c in conditions]
         length = math.lcm(*(condition["c_crossattn"].cond.shape[1] for condition in plain))
         contexts = sampling.for_layers(self.model, first.concat(others), length, self.device)
-        return self.denoiser.denoise(noisy, sigma, plain, {sampling.KEY: contexts})
+        return super().denoise(noisy, sigma, plain, {sampling.KEY: contexts})

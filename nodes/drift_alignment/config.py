@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..inputs.ranges import check_limits
+
 # The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
 HIGHEST_CUTOFF = 0.75
 
@@ -23,10 +25,8 @@ class DriftAlignmentConfig:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, highest in (("cutoff", HIGHEST_CUTOFF), ("momentum", 1.0), ("strength", 1.0)):
-            value = getattr(self, name)
-            if not 0.0 <= value <= highest:
-                raise ValueError(f"{name} is {value}: use 0 to {highest}")
+        check_limits(self, "cutoff", lowest=0.0, highest=HIGHEST_CUTOFF, fix=f"0 to {HIGHEST_CUTOFF}")
+        check_limits(self, "momentum", "strength", lowest=0.0, highest=1.0, fix="0 to 1.0")
 
     @property
     def off(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels.spectral_guidance import DISTANCES, RULES
-from ..inputs.ranges import check_range
+from ..inputs.ranges import check_choice, check_limits, check_range
 
 APPLY_TO = ("denoised", "latent")
 # The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
@@ -38,16 +38,8 @@ class FrequencyGuidanceConfig:
     amplitude_high: float = HIGHEST_CUTOFF
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("phase_distance", self.phase_distance, DISTANCES),
-            ("apply_to", self.apply_to, APPLY_TO),
-            ("update", self.update, RULES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
-        for name, value in (("amplitude_scale", self.amplitude_scale), ("phase_scale", self.phase_scale)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} is {value}: use 0 (off) to 1 (all the way)")
+        check_choice(self, phase_distance=DISTANCES, apply_to=APPLY_TO, update=RULES)
+        check_limits(self, "amplitude_scale", "phase_scale", lowest=0, highest=1, fix="0 (off) to 1 (all the way)")
         for low, high, what in (
             ("start_percent", "end_percent", "the range of steps"),
             ("phase_low", "phase_high", "the phase band"),

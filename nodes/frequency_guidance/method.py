@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ def _within(conditioning: list, start: float, end: float) -> list:
     return cut
 
 
+@dataclass
 class SourceDrivingObjective:
     """ImPoster's fine-tuning: steps take the source and the driving picture in turn, both with one noise and level.
 
@@ -149,10 +151,9 @@ class SourceDrivingObjective:
     driving picture.
     """
 
-    def __init__(self, loss: Callable[..., torch.Tensor], samples: Sequence[Sample], seed: int):
-        self.loss = loss
-        self.samples = samples
-        self.seed = seed
+    loss: Callable[..., torch.Tensor]
+    samples: Sequence[Sample]
+    seed: int
 
     def __call__(self, step: int, _generator: torch.Generator) -> torch.Tensor:
         iteration, index = divmod(step, len(self.samples))

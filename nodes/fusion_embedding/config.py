@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..inputs.ranges import check_limits
+
 # Ours: the least contrast, in 0..1, of a drawing that shows somebody; OpenPose drawings have a black background.
 PERSON_THRESHOLD = 0.05
 # Published: the CFG of the samples.
@@ -63,8 +65,7 @@ class GeneratorConfig:
         for name in ("source_drop", "fusion_drop", "pose_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 0 (never) to below 1, 0.2 as published")
-        if not 0 <= self.noise_offset <= 1:
-            raise ValueError(f"noise_offset is {self.noise_offset}: use 0 (off) to 1, 0.1 as published")
+        check_limits(self, "noise_offset", lowest=0, highest=1, fix="0 (off) to 1, 0.1 as published")
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class ApplyConfig:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 2:
-            raise ValueError(f"strength is {self.strength}: use 0 (off) to 1 (as published), at most 2")
+        check_limits(self, "strength", lowest=0, highest=2, fix="0 (off) to 1 (as published), at most 2")
 
 
 @dataclass(frozen=True)
@@ -91,5 +91,4 @@ class RetargetConfig:
     largest_factor: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.amount <= 1:
-            raise ValueError(f"amount is {self.amount}: use 0 (off) to 1 (all of the source's proportions)")
+        check_limits(self, "amount", lowest=0, highest=1, fix="0 (off) to 1 (all of the source's proportions)")

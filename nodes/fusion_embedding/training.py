@@ -172,12 +172,12 @@ def _bytes(pair: EncodedPair) -> int:
     return sum(part.nbytes for part in pair if part is not None)
 
 
-class FusionDenoiser:
-    """A Denoiser whose conditions are a batch of pairs, through a generator's weights."""
+class FusionDenoiser(ModelDenoiser):
+    """A denoiser whose conditions are a batch of pairs, through a generator's weights."""
 
     def __init__(self, denoiser: ModelDenoiser, weights: Weights):
-        self.denoiser, self.weights = denoiser, weights
-        self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
+        super().__init__(denoiser.patcher)
+        self.weights = weights
         self.templates: dict[torch.Size, dict] = {}
 
     def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, batch: PairBatch) -> torch.Tensor:
@@ -185,13 +185,12 @@ class FusionDenoiser:
         shared = self._template(noisy)
         conditions = [{**shared, "c_crossattn": comfy.conds.CONDCrossAttn(row)} for row in inputs.tokens.split(1)]
         added = {sampling.EMBEDDING: inputs.embedding, sampling.POSE: inputs.residual}
-        return self.denoiser.denoise(noisy, sigma, conditions, {sampling.KEY: added})
+        return super().denoise(noisy, sigma, conditions, {sampling.KEY: added})
 
     def _template(self, noisy: torch.Tensor) -> dict:
         """What else the model needs of a conditioning at this size."""
         if noisy.shape[2:] not in self.templates:
-            conditioning = sampling.empty_conditioning(self.denoiser.patcher)
-            self.templates[noisy.shape[2:]] = self.denoiser.prepare(conditioning, noisy[:1])
+            self.templates[noisy.shape[2:]] = self.prepare(sampling.empty_conditioning(self.patcher), noisy[:1])
         return self.templates[noisy.shape[2:]]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,21 +75,20 @@ def _text_use(block: Any) -> int:
     return 2 if isinstance(block.cross_attn, WanI2VCrossAttention) else 1
 
 
+@dataclass(eq=False)
 class AttentionRecorder:
     """What one call of the model is to record, and its maps: of each entry and layer [b, T, h, w], fp32.
 
     `entries` are subject_tokens.positions_by_entry's, and `shape` the latent's, [B, C, (T,) H, W].
     """
 
-    def __init__(
-        self, entries: Mapping[Any, tuple[tuple[int, ...], int]], layers: Sequence[CrossAttention],
-        config: MaskConfig, shape: torch.Size,
-    ):
-        self.entries = entries
-        self.layers = layers
-        self.config = config
-        self.shape = shape
-        self.chosen = chosen_layers(layers, config, max(shape[-2:]))
+    entries: Mapping[Any, tuple[tuple[int, ...], int]]
+    layers: Sequence[CrossAttention]
+    config: MaskConfig
+    shape: torch.Size
+
+    def __post_init__(self) -> None:
+        self.chosen = chosen_layers(self.layers, self.config, max(self.shape[-2:]))
         self.maps: dict[Any, list[torch.Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -149,14 +149,13 @@ class AttentionRecorder:
         return grid
 
 
+@dataclass(eq=False)
 class RecordingAttentionPatch:
     """The attention of one UNet cross-attention layer, ComfyUI's or an earlier patch's, and a look at it."""
 
+    index: int
+    earlier: Any
     key = KEY
-
-    def __init__(self, index: int, earlier: Any):
-        self.index = index
-        self.earlier = earlier
 
     def __call__(self, q, k, v, options):
         recorder = options.get(KEY)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..inputs.ranges import ALL, check_range, parse_numbers
+from ..inputs.ranges import ALL, check_choice, check_limits, check_range, parse_numbers
 
 AUGMENTS = ("none", "crop", "crop_and_flip")
 METHODS = ("ddim", "fixed_point", "renoise")
@@ -29,12 +29,9 @@ class IdentityPriorConfig:
     class_count: int = 8
 
     def __post_init__(self) -> None:
-        if self.augment not in AUGMENTS:
-            raise ValueError(f"augment is {self.augment!r}: use one of {', '.join(AUGMENTS)}")
-        if self.prior_weight < 0:
-            raise ValueError(f"prior_weight is {self.prior_weight}: use 0 (off) or more, 1 is usual")
-        if self.class_count < 1:
-            raise ValueError(f"class_count is {self.class_count}: use 1 or more, or set prior_weight to 0")
+        check_choice(self, augment=AUGMENTS)
+        check_limits(self, "prior_weight", lowest=0, fix="0 (off) or more, 1 is usual")
+        check_limits(self, "class_count", lowest=1, fix="1 or more, or set prior_weight to 0")
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,8 @@ class MaskConfig:
     smoothing: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"threshold is {self.threshold}: use 0 (everything) to 1 (only the strongest cell)")
-        for name in ("grow", "resolution", "smoothing"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more")
+        check_limits(self, "threshold", lowest=0, highest=1, fix="0 (everything) to 1 (only the strongest cell)")
+        check_limits(self, "grow", "resolution", "smoothing", lowest=0, fix="0 or more")
         parse_numbers("layers", self.layers, (AUTO, ALL))
 
 
@@ -70,10 +64,8 @@ class InversionConfig:
     iterations: int = 4
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}: use one of {', '.join(METHODS)}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations is {self.iterations}: use 1 or more")
+        check_choice(self, method=METHODS)
+        check_limits(self, "iterations", lowest=1, fix="1 or more")
 
 
 @dataclass(frozen=True)

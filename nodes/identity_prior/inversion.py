@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,18 +73,17 @@ def _checked(samples: torch.Tensor, latent_format: Any) -> torch.Tensor:
     return samples
 
 
+@dataclass(eq=False)
 class InversionSampler(comfy.samplers.Sampler):
     """Inversion as a SAMPLER, which is how ComfyUI loads, patches, watches and frees a model for a run.
 
     `inversion` is what its run found; the run's samples are the picture itself.
     """
 
-    inversion: Inversion
-
-    def __init__(self, config: InversionConfig, masks: MaskConfig, layers: Sequence[CrossAttention]):
-        self.config = config
-        self.masks = masks
-        self.layers = layers
+    config: InversionConfig
+    masks: MaskConfig
+    layers: Sequence[CrossAttention]
+    inversion: Inversion = field(init=False)
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
@@ -101,24 +100,23 @@ class InversionSampler(comfy.samplers.Sampler):
         return latent_image
 
 
+@dataclass(eq=False)
 class _Steps:
     """The model's calls in one inversion, and the subject's map, [B, T, h, w], summed over the steps."""
 
-    def __init__(
-        self, guider: Any, extra_args: Mapping[str, Any], device: torch.device, layers: Sequence[CrossAttention],
-        masks: MaskConfig, sigmas: Sequence[float], callback: Callable | None,
-    ):
-        self.guider = guider
-        self.extra_args = extra_args
-        self.device = device
-        self.layers = layers
-        self.masks = masks
-        self.sigmas = sigmas
-        self.callback = callback
-        self.subject = subject_tokens.positions_by_entry(guider.conds)
-        self.denoised: torch.Tensor | None = None
-        self.heat: torch.Tensor | None = None
-        self.heat_sum: torch.Tensor | float = 0.0
+    guider: Any
+    extra_args: Mapping[str, Any]
+    device: torch.device
+    layers: Sequence[CrossAttention]
+    masks: MaskConfig
+    sigmas: Sequence[float]
+    callback: Callable | None
+    denoised: torch.Tensor | None = None
+    heat: torch.Tensor | None = None
+    heat_sum: torch.Tensor | float = 0.0
+
+    def __post_init__(self) -> None:
+        self.subject = subject_tokens.positions_by_entry(self.guider.conds)
 
     def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """The guider's estimate of x [B, C, ...] at sigma, where x is stored."""

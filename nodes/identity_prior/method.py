@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,28 +23,26 @@ from .config import MaskConfig
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 
 
+@dataclass
 class PriorObjective:
     """The loss on the subject plus `weight` times that on its class, both in one forward pass.
 
     loss(clean, conditions, generator) -> [B]; subject and classes draw batches of samples, of one shape each.
     """
 
-    def __init__(self, loss: Callable[..., torch.Tensor], subject: Any, classes: Any, weight: float):
-        self.loss = loss
-        self.subject = subject
-        self.classes = classes
-        self.weight = weight
+    loss: Callable[..., torch.Tensor]
+    subject: Any
+    classes: Any
+    weight: float
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         subject = self.subject.draw(generator)
         classes = self.classes.draw(generator)
         if not same_bucket(subject[0], classes[0]):
-            return self._mean(subject, generator) + self.weight * self._mean(classes, generator)
+            first, second = (self._losses(samples, generator).mean() for samples in (subject, classes))
+            return first + self.weight * second
         both = self._losses([*subject, *classes], generator)
         return both[: len(subject)].mean() + self.weight * both[len(subject) :].mean()
-
-    def _mean(self, samples, generator) -> torch.Tensor:
-        return self._losses(samples, generator).mean()
 
     def _losses(self, samples, generator) -> torch.Tensor:
         clean = torch.cat([sample.latent for sample in samples])

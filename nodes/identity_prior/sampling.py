@@ -13,6 +13,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.samplers
@@ -60,21 +61,18 @@ def apply(
     return models.with_wrappers(model, key=KEY, wrappers=wrappers, attachment=blend)
 
 
+@dataclass(eq=False)
 class IdentityBlend:
     """The blend of one patched model. A run's state travels with it; only its masks stay, for Show Edit Masks."""
 
-    def __init__(
-        self, inversion: Inversion, layers: Sequence[CrossAttention], masks: MaskConfig, config: BlendConfig,
-        connected_mask: torch.Tensor | None,
-    ):
-        self.inversion = inversion
-        self.layers = layers
-        self.masks = masks
-        self.config = config
-        self.connected_mask = connected_mask
-        # Source and edited mask [B, T, H, W] of the last runs, by the digest of their samples.
-        self.run_masks: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+    inversion: Inversion
+    layers: Sequence[CrossAttention]
+    masks: MaskConfig
+    config: BlendConfig
+    connected_mask: torch.Tensor | None
+    # Source and edited mask [B, T, H, W] of the last runs, by the digest of their samples.
+    run_masks: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=OrderedDict)
+    _last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def outer_sample(self, executor, *args, **kwargs):
         """ComfyUI's OUTER_SAMPLE: remember the masks under the samples that they made."""

@@ -1,7 +1,8 @@
-"""Ranges as nodes take them: a part of the schedule in percent, and numbers such as `0-19, 25`."""
+"""Ranges as nodes take them: limits of settings, a part of the schedule in percent, numbers such as `0-19, 25`."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,20 @@ SIGMA_TOLERANCE = 1e-5
 
 ALL = "all"
 _NUMBERS = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
+
+
+def check_choice(config: Any, **options: Sequence[str]) -> None:
+    """Raises ValueError, naming it, where a setting is not among its options."""
+    for name, allowed in options.items():
+        if (value := getattr(config, name)) not in allowed:
+            raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
+
+
+def check_limits(config: Any, *names: str, lowest: float, highest: float = math.inf, fix: str) -> None:
+    """Raises ValueError, naming it, where one of these settings is outside, with `fix` as what to use."""
+    for name in names:
+        if not lowest <= (value := getattr(config, name)) <= highest:
+            raise ValueError(f"{name} is {value}: use {fix}")
 
 
 def check_range(what: str, **limits: float) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..inputs.ranges import check_choice, check_limits
+
 DTYPES = ("model", "fp32", "bf16")
 
 
@@ -31,24 +33,13 @@ class TrainingConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: use 1 or more")
+        check_limits(self, "steps", "batch_size", lowest=1, fix="1 or more")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate is {self.learning_rate}: use a number above 0 and below 1, say 1e-4")
-        for name, value in (
-            ("min_snr_gamma", self.min_snr_gamma),
-            ("weight_decay", self.weight_decay),
-            ("decay", self.decay),
-            ("preview_every", self.preview_every),
-            ("checkpoint_every", self.checkpoint_every),
-        ):
-            if value < 0:
-                raise ValueError(f"{name} is {value}: use 0 (off) or more")
-        if self.decay > 1:
-            raise ValueError(f"decay is {self.decay}: use a share of the steps, 0 (off) to 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        from_zero = "min_snr_gamma", "weight_decay", "decay", "preview_every", "checkpoint_every"
+        check_limits(self, *from_zero, lowest=0, fix="0 (off) or more")
+        check_limits(self, "decay", lowest=0, highest=1, fix="a share of the steps, 0 (off) to 1")
+        check_choice(self, dtype=DTYPES)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: it depends on nothing else, so a resumed run repeats it."""
@@ -68,8 +59,7 @@ class LoraConfig:
     layers: str = r"att(?:entio)?n.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out)$"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}: use 1 or more")
+        check_limits(self, "rank", lowest=1, fix="1 or more")
 
     @property
     def scale(self) -> float:

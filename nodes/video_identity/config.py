@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..inputs.ranges import ALL, check_range, parse_numbers
+from ..inputs.ranges import ALL, check_limits, check_range, parse_numbers
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class VideoIdentityConfig:
     blocks: str = ALL
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 1.0:
-            raise ValueError(f"strength is {self.strength}: use 0 (off) to 1 (as published)")
+        check_limits(self, "strength", lowest=0, highest=1, fix="0 (off) to 1 (as published)")
         check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)
         parse_numbers("blocks", self.blocks)
 
@@ -46,8 +45,7 @@ class ReferenceConfig:
     def __post_init__(self) -> None:
         if self.size < 16 or self.size % 16:
             raise ValueError(f"size is {self.size}: use a multiple of 16 pixels, which is one token")
-        if not 1.0 <= self.crop_factor <= 10.0:
-            raise ValueError(f"crop_factor is {self.crop_factor}: use 1 (the box itself) to 10")
+        check_limits(self, "crop_factor", lowest=1, highest=10, fix="1 (the box itself) to 10")
 
 
 @dataclass(frozen=True)

@@ -81,27 +81,23 @@ def prepared(
         yield adapter, samples, WithReferences(denoiser, adapter, config.gradient_checkpointing)
 
 
-class WithReferences:
-    """A denoiser in which the tokens of each video see its reference."""
+class WithReferences(ModelDenoiser):
+    """A denoiser in which the tokens of each video see its reference, which is among the sample's conditions."""
 
     def __init__(self, denoiser: ModelDenoiser, adapter: method.VideoAdapter, recompute: bool = False):
-        self.denoiser = denoiser
-        self.adapter = adapter
-        self.recompute = recompute
-        self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
+        super().__init__(denoiser.patcher)
+        self.adapter, self.recompute = adapter, recompute
 
     def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[dict]) -> torch.Tensor:
-        """The denoised estimate, as ModelDenoiser.denoise; `conditions` also hold each sample's reference."""
         latent = torch.cat([c[_REFERENCE] for c in conditions]).to(noisy.device)
         conditions = [{key: value for key, value in c.items() if key != _REFERENCE} for c in conditions]
-        network = self.denoiser.network
         kv = reference_pass.reference_kv(
-            self.model, self.adapter, latent, blocks=frozenset(range(len(network.blocks))),
-            video_size=reference_pass.token_grid(network, noisy), options=self.denoiser.transformer_options,
+            self.model, self.adapter, latent, blocks=frozenset(range(len(self.network.blocks))),
+            video_size=reference_pass.token_grid(self.network, noisy), options=self.transformer_options,
             recompute=self.recompute,
         )
         by_block = {i: (Reference(k, v),) for i, (k, v) in kv.items()}
-        return self.denoiser.denoise(noisy, sigma, conditions, {sampling.KEY: by_block})
+        return super().denoise(noisy, sigma, conditions, {sampling.KEY: by_block})
 
 
 def _mapped(adapter: method.VideoAdapter, change) -> method.VideoAdapter:
