@@ -37,15 +37,12 @@ def combine(
     def layer(name: str, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    projected = torch.cat(
-        [
-            drop(functional.relu(layer("pose_projection", pose))),
-            drop(functional.relu(layer("source_projection", source))),
-        ],
-        dim=-1,
-    )
-    gate = torch.sigmoid(layer("gate", drop(functional.relu(layer("gate_hidden", projected)))))
-    mixed = layer("output", drop(functional.relu(layer("mixing", projected))))
+    def hidden(name: str, x: torch.Tensor) -> torch.Tensor:
+        return drop(functional.relu(layer(name, x)))
+
+    projected = torch.cat([hidden("pose_projection", pose), hidden("source_projection", source)], dim=-1)
+    gate = torch.sigmoid(layer("gate", hidden("gate_hidden", projected)))
+    mixed = layer("output", hidden("mixing", projected))
     return functional.normalize(mixed + gate * pose + (1 - gate) * source, dim=-1)
 
 

@@ -91,9 +91,7 @@ def append(rows: torch.Tensor, tails: Sequence[torch.Tensor]) -> torch.Tensor:
     return buffer
 
 
-def weighted(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: Sequence[Reference]
-) -> torch.Tensor:
+def weighted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: Sequence[Reference]) -> torch.Tensor:
     """Out_V with a weight for each query and reference, exactly; q's shape and dtype.
 
     References without a weight share the video's softmax. A token whose weights are all 0 gets what the same

@@ -75,12 +75,8 @@ class Losses(NamedTuple):
 
 
 def prepare(
-    source: torch.Tensor | None,
-    driving: torch.Tensor | None,
-    *,
-    distance: str = "circular",
-    amplitude_band: Band = ALL_BANDS,
-    phase_band: Band = ALL_BANDS,
+    source: torch.Tensor | None, driving: torch.Tensor | None, *, distance: str = "circular",
+    amplitude_band: Band = ALL_BANDS, phase_band: Band = ALL_BANDS,
 ) -> Target:
     """Spectra of the source and the driving latent, [..., H, W]; None switches a term off.
 
@@ -155,11 +151,7 @@ def gradient(
 
 
 def update(
-    x: torch.Tensor,
-    target: Target,
-    amplitude_scale: float,
-    phase_scale: float,
-    rule: str = "per_bin",
+    x: torch.Tensor, target: Target, amplitude_scale: float, phase_scale: float, rule: str = "per_bin"
 ) -> torch.Tensor:
     """x [..., H, W] moved towards the target by scales in 0..1 (see the module's text); x's shape and dtype.
 

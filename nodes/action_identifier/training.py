@@ -215,9 +215,7 @@ class _ActionTrainer:
             with torch.no_grad():
                 positive = self.encoder.clip.encode_from_tokens_scheduled(prompt, show_pbar=False)
             shape = self.exemplars.latents[i].shape
-            drawn.append(
-                drawing.sample_in_training(self.denoiser, positive, negative, shape, seed, _CONTRAST_STEPS)
-            )
+            drawn.append(drawing.sample_in_training(self.denoiser, positive, negative, shape, seed, _CONTRAST_STEPS))
             if not torch.isfinite(drawn[-1]).all():
                 raise ValueError("a drawn contrast has NaN or infinite values: use dtype fp32, or contrast_images")
             bar.update_absolute(i + 1)

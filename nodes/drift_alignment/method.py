@@ -17,9 +17,7 @@ from .config import DriftAlignmentConfig
 
 
 def align_drift(
-    latent: torch.Tensor,
-    earlier: Sequence[torch.Tensor],
-    config: DriftAlignmentConfig,
+    latent: torch.Tensor, earlier: Sequence[torch.Tensor], config: DriftAlignmentConfig,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`latent` [B, C, H, W] or [B, C, T, H, W], aligned to the rounds before it, the first one first.

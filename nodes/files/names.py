@@ -40,9 +40,7 @@ def normalise_prefix(filename_prefix: str) -> str:
 
 def _safe_part(part: str) -> str:
     """One folder or file name without what any platform forbids; empty if nothing is left."""
-    name = "".join(
-        "_" if character in '<>:"|?*' or _is_control(character) else character for character in part
-    )
+    name = "".join("_" if character in '<>:"|?*' or _is_control(character) else character for character in part)
     name = name.encode()[:MAX_PART].decode(errors="ignore").strip(" .")
     return f"_{name}" if name.split(".")[0].strip().lower() in _RESERVED else name
 

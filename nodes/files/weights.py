@@ -135,9 +135,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 # Writing
 
 
-def save(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folder: str, filename_prefix: str
-) -> Path:
+def save(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folder: str, filename_prefix: str) -> Path:
     """Write `output/<folder>/<prefix>_00001_.safetensors`, with the next free number; returns its path.
 
     `folder` is the name of a WeightFolder (`loras`, `action_identifiers`, ...), which then lists it.

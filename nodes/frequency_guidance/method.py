@@ -53,8 +53,7 @@ class FrequencyGuidance:
         @functools.cache
         def target_on(device: torch.device) -> spectral_guidance.Target:
             return spectral_guidance.prepare(
-                None if source is None else source.to(device),
-                None if driving is None else driving.to(device),
+                *(None if latent is None else latent.to(device) for latent in (source, driving)),
                 distance=config.phase_distance,
                 amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
                 phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),

@@ -57,9 +57,7 @@ def _combiner_shapes(width: int, projection: int, hidden: int) -> dict[str, tupl
     return dict(zip(LAYERS, shapes, strict=True))
 
 
-def new_generator(
-    sizes: Sizes, hidden: int, pose_channels: Sequence[int], generator: torch.Generator
-) -> Weights:
+def new_generator(sizes: Sizes, hidden: int, pose_channels: Sequence[int], generator: torch.Generator) -> Weights:
     """A generator's initial weights, fp32. The last layers of the embedding and the pose path are 0, so that at first
     neither acts; published for the pose, ours for the embedding.
     """
@@ -113,9 +111,7 @@ def pose_reduction(weights: Mapping[str, torch.Tensor]) -> int:
     return 2 ** (pose_blocks(weights) // 2)
 
 
-def _initial(
-    shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _initial(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
     """Weight and bias of each layer, uniform within 1 / sqrt(inputs), as PyTorch initialises them."""
     for name, shape in shapes.items():
         bound = math.prod(shape[1:]) ** -0.5

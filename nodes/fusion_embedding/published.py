@@ -38,9 +38,7 @@ def is_published(tensors: Mapping[str, torch.Tensor]) -> bool:
     return any(key.startswith((*stages, _UNET, _APPEARANCE)) for key in tensors)
 
 
-def convert(
-    tensors: Mapping[str, torch.Tensor], make_encoder: Callable[[Weights], Any]
-) -> tuple[Fusion, list[str]]:
+def convert(tensors: Mapping[str, torch.Tensor], make_encoder: Callable[[Weights], Any]) -> tuple[Fusion, list[str]]:
     """The Fusion, and a line of report per part: what fits, and what is left out.
 
     make_encoder(weights under ComfyUI's names) returns a CLIP_VISION, or None if it does not know them. Raises

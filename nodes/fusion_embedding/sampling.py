@@ -91,9 +91,7 @@ def _calc_cond_batch(executor, model, conds, x_in, *args):
     return executor(model, conds, x_in, *args)
 
 
-def _apply_model(
-    executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
-):
+def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
     """ComfyUI's APPLY_MODEL: hands the patches what the conditionings of this call hold for them."""
     added = {name: kwargs.pop(name) for name in (EMBEDDING, POSE) if name in kwargs}
     if added:

@@ -48,9 +48,7 @@ def train(
     *conditionings, empty = picture_training.encode_texts(clip, [*texts, *classes.texts, ""])
     class_latents = classes.latents
     if classes.texts and not class_latents:
-        class_latents = draw_class_pictures(
-            model, conditionings[len(texts) :], empty, latents[0].shape, config.seed
-        )
+        class_latents = draw_class_pictures(model, conditionings[len(texts) :], empty, latents[0].shape, config.seed)
 
     def objective(denoising, samples):
         if not class_latents:
@@ -61,14 +59,8 @@ def train(
         return method.PriorObjective(denoising.loss, subject, class_, prior.prior_weight)
 
     return picture_training.train_on_pictures(
-        model,
-        [*latents, *class_latents],
-        conditionings,
-        config,
-        LoraConfig(rank=prior.rank),
-        checkpoints=checkpoints,
-        resume_from=resume_from,
-        make_objective=objective,
+        model, [*latents, *class_latents], conditionings, config, LoraConfig(rank=prior.rank),
+        checkpoints=checkpoints, resume_from=resume_from, make_objective=objective,
         forward_batch=config.batch_size * (2 if class_latents else 1),
         preview=drawing.preview_of(vae, conditionings[0], empty, latents[0].shape, config.seed),
     )

@@ -34,9 +34,7 @@ def check_channels(
 ) -> None:
     """The second dimension is the model's number of channels."""
     if latent.shape[1] != channels:
-        raise ValueError(
-            f"{name} has {latent.shape[1]} channels and the model's latents have {channels}: {fix}"
-        )
+        raise ValueError(f"{name} has {latent.shape[1]} channels and the model's latents have {channels}: {fix}")
 
 
 def check_batch(count: int, batch: int, name: str, what: str) -> None:

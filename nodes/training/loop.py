@@ -54,12 +54,8 @@ class Monitor(Protocol):
 
 
 def train(
-    objective: Objective,
-    parameters: Parameters,
-    config: TrainingConfig,
-    monitor: Monitor,
-    resume: State | None = None,
-    masks: Masks | None = None,
+    objective: Objective, parameters: Parameters, config: TrainingConfig, monitor: Monitor,
+    resume: State | None = None, masks: Masks | None = None,
 ) -> list[float]:
     """Train `parameters` in place for `config.steps` steps and return every step's loss.
 
@@ -68,9 +64,7 @@ def train(
     Random numbers come only from the generator that the objective is called with. Raises TrainingDiverged; anything
     else that stops the run leaves a checkpoint of the last finished step.
     """
-    optimiser = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimiser = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     state = State() if resume is None else resume
     if state.step:
         _restore(state, parameters, optimiser, config)

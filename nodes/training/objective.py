@@ -96,9 +96,7 @@ class Denoising:
         level = torch.randint(len(self.denoiser.sigmas), (len(clean),), generator=generator)
         return self.loss_at(clean, conditions, noise, level)
 
-    def loss_at(
-        self, clean: torch.Tensor, conditions: Any, noise: torch.Tensor, level: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_at(self, clean: torch.Tensor, conditions: Any, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """`loss` with this noise, like `clean`, and these noise levels [B], indices into the sigmas."""
         device = self.denoiser.device
         clean, noise = clean.to(device), noise.to(device)

@@ -21,17 +21,9 @@ LossMap = dict[str, list[float]]
 
 
 def run(
-    objective: loop.Objective,
-    parameters: loop.Parameters,
-    config: TrainingConfig,
-    device: torch.device,
-    *,
-    checkpoints: Checkpoints | None = None,
-    resume: loop.State | None = None,
-    masks: loop.Masks | None = None,
-    preview: Preview | None = None,
-    note: Callable[[], str] | None = None,
-    phase: str = "",
+    objective: loop.Objective, parameters: loop.Parameters, config: TrainingConfig, device: torch.device, *,
+    checkpoints: Checkpoints | None = None, resume: loop.State | None = None, masks: loop.Masks | None = None,
+    preview: Preview | None = None, note: Callable[[], str] | None = None, phase: str = "",
     extra_tensors: Mapping[str, torch.Tensor] = {},
 ) -> LossMap:
     """Train `parameters` in place, inside an open session, and report the peak memory on the node.

@@ -149,9 +149,7 @@ def _loaded(patchers: Sequence[comfy.model_patcher.ModelPatcher], required: int)
     """Autograd on, and the models loaded whole, with room for `required` bytes beside them."""
     with torch.inference_mode(False), torch.enable_grad():
         # Whole, since weights that stream in share buffers, which a backward pass would find overwritten.
-        comfy.model_management.load_models_gpu(
-            list(patchers), memory_required=required, force_full_load=True
-        )
+        comfy.model_management.load_models_gpu(list(patchers), memory_required=required, force_full_load=True)
         yield
 
 

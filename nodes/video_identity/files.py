@@ -32,8 +32,7 @@ def save(adapter: VideoAdapter, filename_prefix: str) -> Path:
     Raises what weights.save raises.
     """
     metadata = {
-        "method": "Stand-In video identity adapter (arXiv 2508.07901)",
-        "blocks": str(len(adapter.blocks)),
+        "method": "Stand-In video identity adapter (arXiv 2508.07901)", "blocks": str(len(adapter.blocks)),
         "width": str(adapter.width),
     }
     return weights.save(adapter.tensors(), metadata, FOLDER.name, filename_prefix)

@@ -25,15 +25,8 @@ _REFERENCE = "understudy_reference"
 
 
 def train(
-    model: Any,
-    latents: Sequence[torch.Tensor],
-    references: Sequence[torch.Tensor],
-    conditionings: Sequence[list],
-    config: TrainingConfig,
-    rank: int,
-    *,
-    checkpoints: Checkpoints,
-    resume_from: str,
+    model: Any, latents: Sequence[torch.Tensor], references: Sequence[torch.Tensor], conditionings: Sequence[list],
+    config: TrainingConfig, rank: int, *, checkpoints: Checkpoints, resume_from: str,
 ) -> tuple[method.VideoAdapter, LossMap]:
     """Train the updates of the reference's q, k and v; the loss is on the video's tokens alone.
 
@@ -44,9 +37,7 @@ def train(
     resume = checkpoints.resume(resume_from)
     with prepared(model, latents, references, conditionings, config, rank) as (adapter, samples, denoiser):
         objective = DenoisingObjective(denoiser, samples, config)
-        loss_map = run(
-            objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume
-        )
+        loss_map = run(objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume)
         return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), loss_map
 
 
