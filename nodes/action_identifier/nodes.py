@@ -19,9 +19,7 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyLoadActionIdentifier",
-            display_name="Load Action Identifier (ADI)",
-            category=CATEGORY,
+            node_id="UnderstudyLoadActionIdentifier", display_name="Load Action Identifier (ADI)", category=CATEGORY,
             description="Loads a trained action. An ordinary textual-inversion embedding is loaded as one that is "
             "equal in all layers; its placeholder is its file's name in angle brackets.",
             search_aliases=["ADI", "load action", "load embedding", "textual inversion", "import"],
@@ -55,9 +53,7 @@ class UnderstudyEncodeAction(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyEncodeAction",
-            display_name="Encode Action (ADI)",
-            category=CATEGORY,
+            node_id="UnderstudyEncodeAction", display_name="Encode Action (ADI)", category=CATEGORY,
             description="Encodes a prompt with trained actions, as CLIP Text Encode does without them. The model "
             "that samples needs Apply Action Identifier.",
             search_aliases=["ADI", "prompt", "text encode", "action", "textual inversion", "P+"],
@@ -99,8 +95,7 @@ class UnderstudyApplyActionIdentifier(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyApplyActionIdentifier",
-            display_name="Apply Action Identifier (ADI)",
+            node_id="UnderstudyApplyActionIdentifier", display_name="Apply Action Identifier (ADI)",
             category=CATEGORY,
             description="Lets a model read the actions in prompts from Encode Action, each of its layers with its "
             "own tokens. Plain prompts are read as before.",

@@ -26,8 +26,7 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainActionIdentifier",
-            display_name="Train Action Identifier (ADI)",
+            node_id="UnderstudyTrainActionIdentifier", display_name="Train Action Identifier (ADI)",
             category=CATEGORY,
             description="Learns the action that a few pictures share, and not who does it or where, as a word for "
             "prompts: usable on any person, animal or mascot.",
@@ -195,9 +194,7 @@ class UnderstudySaveActionIdentifier(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudySaveActionIdentifier",
-            display_name="Save Action Identifier (ADI)",
-            category=CATEGORY,
+            node_id="UnderstudySaveActionIdentifier", display_name="Save Action Identifier (ADI)", category=CATEGORY,
             description="Saves a trained action in output/action_identifiers, where Load Action Identifier lists "
             "it.",
             search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export"],

@@ -40,8 +40,7 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyStepwisePrompt",
-            display_name="Switch Prompt During Sampling (ImPoster)",
+            node_id="UnderstudyStepwisePrompt", display_name="Switch Prompt During Sampling (ImPoster)",
             category=CATEGORY,
             description="Uses the driving prompt in the first steps, which lay out the action, and the target after "
             "them.",
@@ -70,8 +69,7 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         latent_help = "at the size of the result. One latent, or one per latent of the batch. Its mask is ignored."
         return io.Schema(
-            node_id="UnderstudyFrequencyGuidanceSampler",
-            display_name="Frequency Guidance Sampler (ImPoster)",
+            node_id="UnderstudyFrequencyGuidanceSampler", display_name="Frequency Guidance Sampler (ImPoster)",
             category=CATEGORY,
             description="Moves each step towards the layout of a driving picture (its phases) and the look of a "
             "source picture (its amplitudes). Wraps any sampler, for SamplerCustom and similar nodes.",

@@ -24,8 +24,7 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainSourceDrivingPair",
-            display_name="Train Source and Driving Pair (ImPoster)",
+            node_id="UnderstudyTrainSourceDrivingPair", display_name="Train Source and Driving Pair (ImPoster)",
             category=CATEGORY,
             description="Trains on one source and one driving picture, so that their texts mean just these two. "
             "Frequency guidance and the prompt switch then put the action on the source.",

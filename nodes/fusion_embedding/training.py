@@ -14,8 +14,7 @@ from ..training import drawing
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from ..training.differentiable import no_training
-from ..training.lora import LoraLayers
-from ..training.lora_model import lora_model
+from ..training.lora import lora_model, trainable
 from ..training.objective import Denoising
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
@@ -223,11 +222,8 @@ def train_generator(
         seeded = torch.Generator().manual_seed(seed_for(config.seed, "generator"))
         initial = layout.new_generator(sizes, generator.hidden, generator.pose_channels, seeded)
         weights = _parameters(initial, denoiser.device)
-        trained: LoraLayers | WholeNetwork
-        if generator.whole_unet:
-            trained = WholeNetwork(denoiser.network)
-        else:
-            trained = LoraLayers(denoiser.network, LoraConfig(rank=generator.rank), config.seed, denoiser.device)
+        lora = None if generator.whole_unet else LoraConfig(rank=generator.rank)
+        trained = trainable(denoiser.network, lora, config.seed, denoiser.device)
         denoising = Denoising(FusionDenoiser(denoiser, weights), config)
         objective = method.PoseTransferObjective(denoising, encoded, config.batch_size, generator)
         parameters = {f"generator.{key}": value for key, value in weights.items()}

@@ -27,9 +27,7 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainIdentityPrior",
-            display_name="Train Identity Prior (LIPE)",
-            category=CATEGORY,
+            node_id="UnderstudyTrainIdentityPrior", display_name="Train Identity Prior (LIPE)", category=CATEGORY,
             description="Trains a LoRA on 3 to 5 pictures of one subject with detailed captions of action and view, "
             "beside pictures of its class, so that prompts can give it another pose, expression or view.",
             search_aliases=["LIPE", "DreamBooth", "train LoRA", "fine-tune", "personalization", "subject"],
@@ -153,9 +151,7 @@ class UnderstudySaveIdentityPrior(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudySaveIdentityPrior",
-            display_name="Save Identity Prior (LIPE)",
-            category=CATEGORY,
+            node_id="UnderstudySaveIdentityPrior", display_name="Save Identity Prior (LIPE)", category=CATEGORY,
             description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
             "fingerprint in its metadata. Load LoRA and other programs can also read it.",
             search_aliases=["LIPE", "save LoRA", "export", "identity", "subject"],

@@ -1,4 +1,7 @@
-"""LoRA: low-rank updates of a model's linear layers, as forward hooks; no weight is merged, copied or replaced."""
+"""What is trained of a network, a LoRA or all of it, and the LORA_MODEL that comes of it.
+
+A LoRA's low-rank updates of linear layers are forward hooks: no weight is merged, copied or replaced.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,17 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+import comfy.utils
 import torch
 
 from .config import LoraConfig
 from .loop import Parameters
 from .seeds import seed_for
+from .whole_network import WholeNetwork
+
+PREFIX = "diffusion_model."
+# Tells SDXL by its transformers: kohya's tools name its layers by the original blocks.
+_SDXL_DEPTH = [0, 0, 2, 2, 10, 10]
 
 
 class LoraLayer(torch.nn.Module):
@@ -52,9 +61,7 @@ class LoraLayers:
             )
         self.modules = {
             name: LoraLayer(
-                layer.in_features,
-                layer.out_features,
-                config,
+                layer.in_features, layer.out_features, config,
                 torch.Generator().manual_seed(seed_for(seed, "lora", i)),
             ).to(device)
             for i, (name, layer) in enumerate(self.layers.items())
@@ -63,8 +70,7 @@ class LoraLayers:
     def parameters(self) -> Parameters:
         return {
             f"{name}.{part}": getattr(module, part)
-            for name, module in self.modules.items()
-            for part in ("down", "up")
+            for name, module in self.modules.items() for part in ("down", "up")
         }
 
     @contextlib.contextmanager
@@ -85,3 +91,41 @@ def _adding(adapter: LoraLayer):
         return output + adapter(inputs[0]).to(output.dtype)
 
     return add
+
+
+def trainable(
+    network: torch.nn.Module, lora: LoraConfig | None, seed: int, device: torch.device
+) -> LoraLayers | WholeNetwork:
+    """A LoRA of the network, or all of it where `lora` is None. Raises ValueError as both do."""
+    return WholeNetwork(network) if lora is None else LoraLayers(network, lora, seed, device)
+
+
+def lora_model(trained: LoraLayers | WholeNetwork, unet_config: dict) -> dict[str, torch.Tensor]:
+    """Weights by key, fp32 on the CPU.
+
+    A LoRA: `…lora_down.weight` [rank, in], `…lora_up.weight` [out, rank] and `…alpha` (a scalar), under kohya's
+    names for UNets (diffusers' layers, or SDXL's original ones) and ComfyUI's for every other model. A whole
+    network: differences from the original weights, `….diff` and for a bias `….diff_b`, under ComfyUI's names.
+    """
+    if isinstance(trained, WholeNetwork):
+        return {_difference_key(name): difference for name, difference in trained.differences().items()}
+    diffusers = {name: theirs for theirs, name in comfy.utils.unet_to_diffusers(unet_config).items()}
+    sdxl = list(unet_config.get("transformer_depth", ())) == _SDXL_DEPTH
+    weights = {}
+    for name, adapter in trained.modules.items():
+        theirs = diffusers.get(f"{name}.weight")
+        if theirs is None:
+            key = f"{PREFIX}{name}"
+        else:
+            layer = name if sdxl else theirs.removesuffix(".weight")
+            key = "lora_unet_" + layer.replace(".", "_")
+        weights[f"{key}.lora_down.weight"] = adapter.down.detach().cpu().clone()
+        weights[f"{key}.lora_up.weight"] = adapter.up.detach().cpu().clone()
+        weights[f"{key}.alpha"] = torch.tensor(float(adapter.scale * trained.config.rank))
+    return weights
+
+
+def _difference_key(name: str) -> str:
+    if name.endswith(".bias"):
+        return f"{PREFIX}{name.removesuffix('.bias')}.diff_b"
+    return f"{PREFIX}{name.removesuffix('.weight')}.diff"

@@ -12,12 +12,10 @@ from .checkpoints import Checkpoints
 from .config import LoraConfig, TrainingConfig
 from .drawing import ModelPreview
 from .loop import Objective
-from .lora import LoraLayers
-from .lora_model import lora_model
+from .lora import lora_model, trainable
 from .objective import Denoising, DenoisingObjective, Sample
 from .runs import LossMap, run
 from .session import session
-from .whole_network import WholeNetwork
 
 # make(denoising, samples) -> the method's objective
 MakeObjective = Callable[[Denoising, Sequence[Sample]], Objective]
@@ -69,11 +67,7 @@ def train_on_pictures(
         objective: Objective = DenoisingObjective(denoiser, samples, config)
         if make_objective is not None:
             objective = make_objective(objective, samples)
-        trained: LoraLayers | WholeNetwork
-        if lora is None:
-            trained = WholeNetwork(denoiser.network)
-        else:
-            trained = LoraLayers(denoiser.network, lora, config.seed, denoiser.device)
+        trained = trainable(denoiser.network, lora, config.seed, denoiser.device)
         with trained.attached():
             loss_map = run(
                 objective, trained.parameters(), config, denoiser.device, checkpoints=checkpoints, resume=resume,

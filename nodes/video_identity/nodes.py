@@ -38,9 +38,7 @@ class UnderstudyPrepareReference(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyPrepareReference",
-            display_name="Prepare Reference (Stand-In)",
-            category=CATEGORY,
+            node_id="UnderstudyPrepareReference", display_name="Prepare Reference (Stand-In)", category=CATEGORY,
             description="Crops a square around the face and paints the background white, as the video identity "
             "adapter was trained. Connect it to VAE Encode.",
             search_aliases=["Stand-In", "face crop", "reference image", "identity", "crop face", "white background"],
@@ -86,8 +84,7 @@ class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyLoadVideoIdentityAdapter",
-            display_name="Load Video Identity Adapter (Stand-In)",
+            node_id="UnderstudyLoadVideoIdentityAdapter", display_name="Load Video Identity Adapter (Stand-In)",
             category=CATEGORY,
             description="Reads the adapter's weights from .ckpt or .safetensors, in fp16, bf16 or fp32, of any rank. "
             "Wan 2.2 needs two files, one for each of its models.",
@@ -117,9 +114,7 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyApplyVideoIdentity",
-            display_name="Apply Video Identity (Stand-In)",
-            category=CATEGORY,
+            node_id="UnderstudyApplyVideoIdentity", display_name="Apply Video Identity (Stand-In)", category=CATEGORY,
             description="Shows a reference picture to a Wan video model, so that the video keeps that person. Chain "
             "it for several people, each with a mask. For Wan 2.2 apply it to both models.",
             search_aliases=["Stand-In", "face video", "keep identity", "character consistency", "reference", "Wan"],

@@ -24,8 +24,7 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainVideoIdentityAdapter",
-            display_name="Train Video Identity Adapter (Stand-In)",
+            node_id="UnderstudyTrainVideoIdentityAdapter", display_name="Train Video Identity Adapter (Stand-In)",
             category=CATEGORY,
             description="Trains an adapter that keeps the person of a reference picture through a video, on pairs of "
             "both. Only updates of the reference's queries, keys and values are trained.",
@@ -106,8 +105,7 @@ class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudySaveVideoIdentityAdapter",
-            display_name="Save Video Identity Adapter (Stand-In)",
+            node_id="UnderstudySaveVideoIdentityAdapter", display_name="Save Video Identity Adapter (Stand-In)",
             category=CATEGORY,
             description="Writes the adapter under its published key names to output/loras, where it can be loaded.",
             search_aliases=["Stand-In", "save adapter", "export", "save LoRA"],

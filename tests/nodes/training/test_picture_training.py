@@ -16,8 +16,7 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_
 from pack.nodes.training import drawing, loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
-from pack.nodes.training.lora import LoraLayers
-from pack.nodes.training.lora_model import lora_model
+from pack.nodes.training.lora import LoraLayers, lora_model
 from pack.nodes.training.session import session
 from support import tiny_model
 

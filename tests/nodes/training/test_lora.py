@@ -11,8 +11,7 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from pack.nodes.training.config import LoraConfig
-from pack.nodes.training.lora import LoraLayers
-from pack.nodes.training.lora_model import lora_model
+from pack.nodes.training.lora import LoraLayers, lora_model
 from support.real_configurations import REAL_CONFIGURATIONS, build
 
 
