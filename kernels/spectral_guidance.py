@@ -41,6 +41,8 @@ from .fft_device import fft_device
 DISTANCES = ("circular", "paper")
 RULES = ("per_bin", "gradient")
 _CUTOFF_ROUNDING = 1e-9
+# The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
+HIGHEST_CUTOFF = 0.75
 
 
 class Band(NamedTuple):

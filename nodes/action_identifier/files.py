@@ -15,7 +15,7 @@ from ..files.folders import WeightFolder
 from ..files.names import EXTENSION, refused
 from ..files.pickles import read_any
 from .config import check_placeholder
-from .method import ANY_ENCODER, ActionError, ActionIdentifier, Place, mean_token
+from .method import ANY_ENCODER, ActionError, ActionIdentifier, Place
 
 EMBEDDINGS = WeightFolder("embeddings")
 _KIND = "understudy action identifier"
@@ -80,14 +80,14 @@ def save(action: ActionIdentifier, filename_prefix: str) -> Path:
 
 
 def export(action: ActionIdentifier, filename_prefix: str) -> Path:
-    """Write the mean over the layers as `output/embeddings/<prefix>_00001_.safetensors`, for other programs.
+    """Write the mean over the layers as `output/embeddings/<prefix>_00001_.safetensors`, for other programs. Ours.
 
     Keys: clip_l and clip_g for SDXL, else emb_params; [tokens, width]. Returns its path.
     """
-    tokens = mean_token(action.tokens)
-    single = len(tokens) == 1
+    single = len(action.tokens) == 1
     tensors = {
-        "emb_params" if single else _CLIPS.get(encoder, [encoder])[0]: token for encoder, token in tokens.items()
+        "emb_params" if single else _CLIPS.get(encoder, [encoder])[0]: tokens.float().mean(0)
+        for encoder, tokens in action.tokens.items()
     }
     return weights.save(tensors, {}, EMBEDDINGS.name, filename_prefix)
 

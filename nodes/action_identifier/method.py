@@ -121,11 +121,6 @@ def blended(plain: torch.Tensor, contexts: torch.Tensor, strength: float) -> tor
     return plain + strength * (contexts - plain)
 
 
-def mean_token(tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One token [n, D] for all layers: the mean over them. Ours, for programs that know one embedding per word."""
-    return {encoder: token.float().mean(0) for encoder, token in tokens.items()}
-
-
 class Triple(NamedTuple):
     """Indices of two exemplars: the anchor, with which goes its contrast, and another of the same action."""
 

@@ -79,9 +79,7 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
                 ),
                 widgets.resume_from(),
                 widgets.dtype(),
-                widgets.gradient_checkpointing(),
-                widgets.preview_every("Steps", "the first subject with the action"),
-                widgets.checkpoint_every("Steps"),
+                *widgets.on_the_way("Steps", "the first subject with the action"),
                 io.String.Input(
                     "contrast_words", default=_DEFAULT.contrast_words, optional=True, advanced=True,
                     tooltip="Actions, separated by commas, that the model draws for comparison: none may be the one "

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...kernels.spectral_guidance import HIGHEST_CUTOFF
 from ..inputs.ranges import check_limits
-
-# The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
-HIGHEST_CUTOFF = 0.75
 
 
 @dataclass(frozen=True)

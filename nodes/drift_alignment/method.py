@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ...kernels import low_frequency_alignment as kernel
-from ..inputs.latents import check_batch, check_channels, check_finite, check_latent, check_not_zero
+from ..inputs.latents import check_batch, check_channels, check_finite, check_picture
 from .config import DriftAlignmentConfig
 
 
@@ -25,12 +25,12 @@ def align_drift(
     earlier: latents of any size and frame count, with C channels and a batch of 1 or B. mask: MASK [1 or B, H, W] in
     0..1, for all frames: 1 where to compare and align. Raises ValueError, naming the input, for anything else.
     """
-    _check(latent, "latent")
+    check_picture(latent, "latent")
     if not earlier:
         raise ValueError("earlier holds no latent: connect those of the rounds before, the first one first")
     for number, samples in enumerate(earlier):
         name = f"earlier (round {number})"
-        _check(samples, name)
+        check_picture(samples, name)
         check_channels(samples, name, latent.shape[1], "make all rounds with the same VAE")
         check_batch(len(samples), len(latent), name, "latent")
     if mask is not None:
@@ -44,11 +44,6 @@ def align_drift(
         rounds.append(kernel.statistics(low, _weights(mask, samples)))
     target = kernel.running_average(rounds, config.momentum)
     return kernel.align(latent, target, config.cutoff, config.strength, _weights(mask, latent))
-
-
-def _check(samples: torch.Tensor, name: str) -> None:
-    check_latent(samples, name)
-    check_not_zero(samples, name)
 
 
 def _weights(mask: torch.Tensor | None, samples: torch.Tensor) -> torch.Tensor | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ...kernels.spectral_guidance import HIGHEST_CUTOFF
 from ..inputs import widgets
 from ..training.inputs import single_values
 from . import method
-from .config import HIGHEST_CUTOFF, DriftAlignmentConfig
+from .config import DriftAlignmentConfig
 
 CATEGORY = "Understudy/Drift alignment"
 _DEFAULT = DriftAlignmentConfig()
@@ -41,9 +42,9 @@ class UnderstudyAlignLatentDrift(io.ComfyNode):
                         prefix="round", min=1, max=_MOST_ROUNDS,
                     ),
                 ),
-                io.Float.Input(
-                    "cutoff", default=_DEFAULT.cutoff, min=0.0, max=HIGHEST_CUTOFF, step=0.01, round=0.001,
-                    tooltip="Highest frequency that is aligned, in cycles per latent pixel. 0 moves each channel's "
+                widgets.cutoff(
+                    "cutoff", _DEFAULT.cutoff,
+                    "Highest frequency that is aligned, in cycles per latent pixel. 0 moves each channel's "
                     f"mean alone; {HIGHEST_CUTOFF} aligns everything. Details above it stay as they are.",
                 ),
                 widgets.fraction(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...kernels.spectral_guidance import DISTANCES, RULES
+from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
 from ..inputs.ranges import check_choice, check_limits, check_range
 
 APPLY_TO = ("denoised", "latent")
-# The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
-HIGHEST_CUTOFF = 0.75
 
 
 @dataclass(frozen=True)

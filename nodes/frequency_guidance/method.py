@@ -35,8 +35,11 @@ class FrequencyGuidance:
 
     def __init__(self, source: torch.Tensor, driving: torch.Tensor, config: FrequencyGuidanceConfig):
         self.config = config
-        self._source = _valid("source", source) if config.amplitude_scale > 0 else None
-        self._driving = _valid("driving", driving) if config.phase_scale > 0 else None
+        self._source = source if config.amplitude_scale > 0 else None
+        self._driving = driving if config.phase_scale > 0 else None
+        for name, latent in (("source", self._source), ("driving", self._driving)):
+            if latent is not None:
+                latents.check_picture(latent, name)
 
     def begin(self, model: Any, shape: torch.Size) -> Guide:
         """The guide of one sampling run for latents of `shape`: guide(latent, sigma) -> latent of the same dtype.
@@ -72,12 +75,6 @@ class FrequencyGuidance:
             )
 
         return guide
-
-
-def _valid(name: str, latent: torch.Tensor) -> torch.Tensor:
-    latents.check_latent(latent, name)
-    latents.check_not_zero(latent, name)
-    return latent
 
 
 def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) -> torch.Tensor | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ...kernels.spectral_guidance import DISTANCES, RULES
+from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
 from ..inputs import widgets
 from ..patching import samplers
 from . import method
-from .config import APPLY_TO, HIGHEST_CUTOFF, FrequencyGuidanceConfig
+from .config import APPLY_TO, FrequencyGuidanceConfig
 
 CATEGORY = "Understudy/Frequency guidance"
 _DEFAULT = FrequencyGuidanceConfig()
@@ -28,10 +28,8 @@ def _choice(id: str, options: tuple[str, ...], tooltip: str, advanced: bool = Fa
 
 
 def _cutoff(id: str, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(
-        id, default=getattr(_DEFAULT, id), min=0.0, max=HIGHEST_CUTOFF, step=0.01, round=0.001, optional=True,
-        advanced=True, tooltip=f"{tooltip}, in cycles per latent pixel. 0 to {HIGHEST_CUTOFF} is everything.",
-    )
+    tooltip = f"{tooltip}, in cycles per latent pixel. 0 to {HIGHEST_CUTOFF} is everything."
+    return widgets.cutoff(id, getattr(_DEFAULT, id), tooltip, optional=True, advanced=True)
 
 
 class UnderstudyStepwisePrompt(io.ComfyNode):

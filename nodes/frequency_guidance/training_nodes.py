@@ -55,9 +55,7 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
                 widgets.resume_from(),
                 widgets.dtype(),
                 widgets.min_snr_gamma(),
-                widgets.gradient_checkpointing(),
-                widgets.preview_every("Iterations", "the source text"),
-                widgets.checkpoint_every("Iterations"),
+                *widgets.on_the_way("Iterations", "the source text"),
                 widgets.whole_unet(False, "rank then has no effect.", optional=True, advanced=True),
             ],
             outputs=[

@@ -59,11 +59,6 @@ class FusionEmbedding:
     combiner: str
 
 
-def embedding_from(fusion: Fusion, vectors: torch.Tensor) -> FusionEmbedding:
-    """The FusionEmbedding of e_f [B, D] that this fusion's combiner computed."""
-    return FusionEmbedding(vectors, weights_fingerprint(fusion.combiner))
-
-
 def vectors_for(fusion: Fusion, embedding: FusionEmbedding | None) -> torch.Tensor | None:
     """e_f [B, D] for a fusion's generator, or None. Raises FusionError if it is not for this one."""
     if embedding is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..fingerprint import weights_fingerprint
 from ..inputs import widgets
 from ..messages import tell
 from . import encoding, files, method, retargeting, sampling
@@ -89,7 +90,7 @@ class UnderstudyCombineFusion(io.ComfyNode):
         vectors = encoding.fused(
             fusion.combiner, encoder, method.to_batch(source, count), method.to_batch(pose, count)
         )
-        return io.NodeOutput(method.embedding_from(fusion, vectors))
+        return io.NodeOutput(method.FusionEmbedding(vectors, weights_fingerprint(fusion.combiner)))
 
 
 class UnderstudyApplyFusion(io.ComfyNode):

@@ -98,8 +98,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
                 widgets.seed("combiner"),
                 _dataset_folder(),
                 widgets.resume_from(),
-                widgets.gradient_checkpointing(),
-                widgets.checkpoint_every("Steps"),
+                *widgets.on_the_way("Steps"),
             ],
             outputs=_outputs("Connect it to Train Fusion Generator, or to Save Fusion."),
         )
@@ -172,9 +171,7 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                     tooltip="Extra noise that is constant over the picture, for deeper darks. Published: 0.1.",
                 ),
                 widgets.dtype(),
-                widgets.gradient_checkpointing(),
-                widgets.preview_every("Steps", "the first pair"),
-                widgets.checkpoint_every("Steps"),
+                *widgets.on_the_way("Steps", "the first pair"),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
         )

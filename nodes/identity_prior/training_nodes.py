@@ -87,9 +87,7 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
                 ),
                 widgets.dtype(),
                 widgets.min_snr_gamma(),
-                widgets.gradient_checkpointing(),
-                widgets.preview_every("Steps", "the first caption"),
-                widgets.checkpoint_every("Steps"),
+                *widgets.on_the_way("Steps", "the first caption"),
             ],
             outputs=[
                 widgets.LORA_MODEL.Output(

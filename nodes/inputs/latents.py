@@ -29,6 +29,12 @@ def check_not_zero(latent: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} is all zero, as Empty Latent Image makes it: connect VAE Encode to `{name}`")
 
 
+def check_picture(latent: torch.Tensor, name: str) -> None:
+    """A latent as `check_latent` wants it, which shows something."""
+    check_latent(latent, name)
+    check_not_zero(latent, name)
+
+
 def check_channels(
     latent: torch.Tensor, name: str, channels: int, fix: str = "encode it with the VAE of this model"
 ) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ...kernels.spectral_guidance import HIGHEST_CUTOFF
+
 # A `Subject`, which an identity prior knows.
 IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
 
@@ -18,6 +20,13 @@ def fraction(id: str, default: float, tooltip: str, step: float = 0.01, **option
 def percent(id: str, default: float, tooltip: str) -> io.Float.Input:
     """A place in the schedule, 0 to 1, in thousandths."""
     return fraction(id, default, tooltip, step=0.001)
+
+
+def cutoff(id: str, default: float, tooltip: str, **options: Any) -> io.Float.Input:
+    """A spatial frequency, in cycles per latent pixel."""
+    return io.Float.Input(
+        id, default=default, min=0.0, max=HIGHEST_CUTOFF, step=0.01, round=0.001, tooltip=tooltip, **options
+    )
 
 
 def percent_range(config: Any, what: str, note: str = "") -> list[io.Float.Input]:

@@ -48,7 +48,8 @@ def encode_texts(clip: Any, texts: Sequence[str]) -> list[list]:
 def train_on_pictures(
     model: Any, latents: Sequence[torch.Tensor], conditionings: Sequence[list], config: TrainingConfig,
     lora: LoraConfig | None, *, checkpoints: Checkpoints, resume_from: str,
-    make_objective: MakeObjective | None = None, forward_batch: int | None = None, preview: ModelPreview | None = None,
+    make_objective: MakeObjective | None = None, forward_batch: int | None = None,
+    preview: ModelPreview | None = None,
 ) -> tuple[dict[str, torch.Tensor], LossMap]:
     """Train a LoRA of `model`, or its whole network if `lora` is None, on latents and their CONDITIONINGs.
 

@@ -95,28 +95,23 @@ def min_snr_gamma() -> io.Float.Input:
     )
 
 
-def gradient_checkpointing() -> io.Boolean.Input:
-    """Less memory for more time."""
-    return io.Boolean.Input(
+def on_the_way(unit: str, picture: str = "") -> list[io.Input]:
+    """Less memory for more time, previews and checkpoints. `unit` is what the node calls a step, plural and
+    capitalised; `picture` says what a preview shows, if there are any.
+    """
+    checkpointing = io.Boolean.Input(
         "gradient_checkpointing", default=False, optional=True, advanced=True,
         tooltip="Computes each block twice to save memory: slower, but fits smaller cards.",
     )
-
-
-def preview_every(unit: str, picture: str) -> io.Int.Input:
-    """`unit` is what the node calls a step, plural and capitalised; `picture` says what a preview shows."""
-    return io.Int.Input(
+    previews = io.Int.Input(
         "preview_every", default=0, min=0, max=100_000, optional=True, advanced=True,
         tooltip=f"{unit} between preview pictures of {picture}, always from the same noise; 0 turns previews off.",
     )
-
-
-def checkpoint_every(unit: str) -> io.Int.Input:
-    """`unit` as in preview_every."""
-    return io.Int.Input(
+    checkpoints = io.Int.Input(
         "checkpoint_every", default=100, min=0, max=100_000, optional=True, advanced=True,
         tooltip=f"{unit} between checkpoints on disk; 0 saves one only when the run is cancelled.",
     )
+    return [checkpointing, *([previews] if picture else []), checkpoints]
 
 
 def whole_unet(default: bool, note: str, **options: Any) -> io.Boolean.Input:

@@ -197,8 +197,7 @@ def video_reference(
 
     latent: [1, C, h, w] or [1, C, 1, h, w]; mask: [H, W] or [F, H, W]. Raises ValueError, naming the input.
     """
-    latents.check_latent(latent, "reference")
-    latents.check_not_zero(latent, "reference")
+    latents.check_picture(latent, "reference")
     if latent.ndim == 4:
         latent = latent.unsqueeze(2)
     if latent.shape[0] != 1 or latent.shape[2] != 1:

@@ -54,8 +54,7 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
                 widgets.seed("adapter"),
                 widgets.resume_from(),
                 widgets.dtype(),
-                widgets.gradient_checkpointing(),
-                widgets.checkpoint_every("Steps"),
+                *widgets.on_the_way("Steps"),
             ],
             outputs=[
                 ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply or Save Video Identity Adapter."),
