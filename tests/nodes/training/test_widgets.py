@@ -37,7 +37,7 @@ def test_optional_inputs_that_an_old_workflow_lacks_have_their_defaults():
     assert (config.steps, config.checkpoint_every, config.batch_size) == (6, 200, 5)
     shown = {
         widget.id: widget.default
-        for widget in (widgets.dtype(), widgets.gradient_checkpointing(), widgets.checkpoint_every("Steps"))
+        for widget in (widgets.dtype(), *widgets.on_the_way("Steps"))
     }
     assert widgets.config(values | shown, steps_per_iteration=2, batch_size=5) == config
 
