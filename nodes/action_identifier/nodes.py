@@ -13,13 +13,16 @@ ACTION = io.Custom("UNDERSTUDY_ACTION")
 _MOST_ACTIONS = 100  # as many as ComfyUI allows
 
 
-class UnderstudyLoadActionIdentifier(io.ComfyNode):
+class UnderstudyLoadActionIdentifier(widgets.LoadNode):
     """An identifier from a file, or an embedding as one."""
+
+    FOLDER, FILE = files.FOLDER, "action_name"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyLoadActionIdentifier", display_name="Load Action Identifier (ADI)", category=CATEGORY,
+            node_id="UnderstudyLoadActionIdentifier", display_name="Load Action Identifier (ADI)",
+            category=CATEGORY,
             description="Loads a trained action. An ordinary textual-inversion embedding is loaded as one that is "
             "equal in all layers; its placeholder is its file's name in angle brackets.",
             search_aliases=["ADI", "load action", "load embedding", "textual inversion", "import"],
@@ -38,11 +41,6 @@ class UnderstudyLoadActionIdentifier(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, action_name, placeholder="") -> int:
-        """A file that has changed under its name is read again."""
-        return files.FOLDER.fingerprint(action_name)
-
-    @classmethod
     def execute(cls, action_name, placeholder="") -> io.NodeOutput:
         return io.NodeOutput(files.load(action_name, placeholder.strip()))
 
@@ -53,7 +51,8 @@ class UnderstudyEncodeAction(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyEncodeAction", display_name="Encode Action (ADI)", category=CATEGORY,
+            node_id="UnderstudyEncodeAction", display_name="Encode Action (ADI)",
+            category=CATEGORY,
             description="Encodes a prompt with trained actions, as CLIP Text Encode does without them. The model "
             "that samples needs Apply Action Identifier.",
             search_aliases=["ADI", "prompt", "text encode", "action", "textual inversion", "P+"],

@@ -191,22 +191,18 @@ class UnderstudySaveActionIdentifier(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveActionIdentifier", display_name="Save Action Identifier (ADI)", category=CATEGORY,
+        textual_inversion = io.Boolean.Input(
+            "textual_inversion", default=False, optional=True, advanced=True,
+            tooltip="Also saves the mean of all layers in output/embeddings, an ordinary embedding for programs "
+            "without this pack. It preserves less of the action.",
+        )
+        return widgets.save_schema(
+            "UnderstudySaveActionIdentifier", "Save Action Identifier (ADI)", CATEGORY,
+            ACTION.Input("action", tooltip="A trained or loaded action."), prefix="action", folder=files.FOLDER,
+            options=[textual_inversion],
             description="Saves a trained action in output/action_identifiers, where Load Action Identifier lists "
             "it.",
             search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export"],
-            is_output_node=True,
-            inputs=[
-                ACTION.Input("action", tooltip="A trained or loaded action."),
-                widgets.filename_prefix("action", files.FOLDER),
-                io.Boolean.Input(
-                    "textual_inversion", default=False, optional=True, advanced=True,
-                    tooltip="Also saves the mean of all layers in output/embeddings, an ordinary embedding for "
-                    "programs without this pack. It preserves less of the action.",
-                ),
-            ],
-            outputs=[],
         )
 
     @classmethod

@@ -21,7 +21,8 @@ class UnderstudyAlignLatentDrift(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyAlignLatentDrift", display_name="Align Latent Drift (VAE-LFA)", category=CATEGORY,
+            node_id="UnderstudyAlignLatentDrift", display_name="Align Latent Drift (VAE-LFA)",
+            category=CATEGORY,
             is_input_list=True,
             description="Stops colour and contrast from wandering when a picture is edited round after round, or a "
             "video is made in pieces: gives the new latent the low-frequency statistics of the earlier ones.",

@@ -19,13 +19,16 @@ _APPLY = ApplyConfig()
 _RETARGET = RetargetConfig()
 
 
-class UnderstudyLoadFusion(io.ComfyNode):
+class UnderstudyLoadFusion(widgets.LoadNode):
     """A fusion from a file of this pack, or from a published checkpoint as far as it fits."""
+
+    FOLDER, FILE = files.FOLDER, "fusion_name"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyLoadFusion", display_name="Load Fusion (FPDM)", category=CATEGORY,
+            node_id="UnderstudyLoadFusion", display_name="Load Fusion (FPDM)",
+            category=CATEGORY,
             description="Reads a fusion of this pack, or a published checkpoint of either stage, and shows on the "
             "node what it holds and what did not fit.",
             search_aliases=["FPDM", "load fusion embedding", "pose transfer", "person image synthesis"],
@@ -41,11 +44,6 @@ class UnderstudyLoadFusion(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, fusion_name) -> int:
-        """A file that was overwritten is read again."""
-        return files.FOLDER.fingerprint(fusion_name)
-
-    @classmethod
     def execute(cls, fusion_name) -> io.NodeOutput:
         fusion, report = files.load(fusion_name)
         tell("Load Fusion", report)
@@ -58,7 +56,8 @@ class UnderstudyCombineFusion(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyCombineFusion", display_name="Combine Fusion (FPDM)", category=CATEGORY,
+            node_id="UnderstudyCombineFusion", display_name="Combine Fusion (FPDM)",
+            category=CATEGORY,
             description="Combines a source picture and a pose into one embedding, close to that of the picture to "
             "generate.",
             search_aliases=["FPDM", "fusion embedding", "combiner", "pose transfer", "image embedding"],
@@ -99,7 +98,8 @@ class UnderstudyApplyFusion(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyApplyFusion", display_name="Apply Fusion (FPDM)", category=CATEGORY,
+            node_id="UnderstudyApplyFusion", display_name="Apply Fusion (FPDM)",
+            category=CATEGORY,
             description="Conditions the model that the fusion was trained for on the source's appearance instead of "
             "a text, the fusion embedding, and the pose. Connect all three outputs to the sampler.",
             search_aliases=["FPDM", "pose transfer", "pose guided", "person image synthesis", "reposing"],
@@ -145,7 +145,8 @@ class UnderstudyRetargetPose(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyRetargetPose", display_name="Retarget Pose (FPDM)", category=CATEGORY,
+            node_id="UnderstudyRetargetPose", display_name="Retarget Pose (FPDM)",
+            category=CATEGORY,
             description="Gives the person in a pose the limb lengths of another person, so that a child's pose fits "
             "an adult. Limbs keep their directions, and feet stay on the ground.",
             search_aliases=["pose retargeting", "body proportions", "OpenPose", "keypoints", "skeleton"],

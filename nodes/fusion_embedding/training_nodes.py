@@ -66,7 +66,8 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainFusionCombiner", display_name="Train Fusion Combiner (FPDM)", category=CATEGORY,
+            node_id="UnderstudyTrainFusionCombiner", display_name="Train Fusion Combiner (FPDM)",
+            category=CATEGORY,
             description="Trains a combiner: one embedding of a source picture and a pose, which finds the picture of "
             "that person in that pose. How often it succeeds is shown during training.",
             search_aliases=["FPDM", "train combiner", "fusion embedding", "contrastive", "stage 1", "fine-tune"],
@@ -127,7 +128,8 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainFusionGenerator", display_name="Train Fusion Generator (FPDM)", category=CATEGORY,
+            node_id="UnderstudyTrainFusionGenerator", display_name="Train Fusion Generator (FPDM)",
+            category=CATEGORY,
             description="Trains a UNet to draw the person of the source in the pose, guided by appearance, fusion "
             "embedding and pose. Without a fusion it trains with the other two, a good first step.",
             search_aliases=["FPDM", "train pose transfer", "person image synthesis", "stage 2", "fine-tune", "LoRA"],
@@ -223,16 +225,11 @@ class UnderstudySaveFusion(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveFusion", display_name="Save Fusion (FPDM)", category=CATEGORY,
+        return widgets.save_schema(
+            "UnderstudySaveFusion", "Save Fusion (FPDM)", CATEGORY,
+            FUSION.Input("fusion", tooltip="A trained or loaded fusion."), prefix="fusion", folder=files.FOLDER,
             description="Writes a fusion to output/fusion_embeddings, with all its parts. The log names them.",
             search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export"],
-            is_output_node=True,
-            inputs=[
-                FUSION.Input("fusion", tooltip="A trained or loaded fusion."),
-                widgets.filename_prefix("fusion", files.FOLDER),
-            ],
-            outputs=[],
         )
 
     @classmethod

@@ -39,13 +39,16 @@ def _map_inputs() -> list:
     ]
 
 
-class UnderstudyLoadIdentityPrior(io.ComfyNode):
+class UnderstudyLoadIdentityPrior(widgets.LoadNode):
     """A model that knows a saved identity."""
+
+    FOLDER, FILE = files.FOLDER, "lora_name"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyLoadIdentityPrior", display_name="Load Identity Prior (LIPE)", category=CATEGORY,
+            node_id="UnderstudyLoadIdentityPrior", display_name="Load Identity Prior (LIPE)",
+            category=CATEGORY,
             description="Applies a saved prior to the model, with the identity that it knows. Chain it for several "
             "subjects.",
             search_aliases=["LIPE", "load LoRA", "identity", "subject", "personalization"],
@@ -69,11 +72,6 @@ class UnderstudyLoadIdentityPrior(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, lora_name, strength) -> int:
-        """A file that was written again is read again."""
-        return files.FOLDER.fingerprint(lora_name)
-
-    @classmethod
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:
         tensors, subject = files.load(lora_name)
         patched = files.apply(model, tensors, subject, strength, lora_name)
@@ -86,7 +84,8 @@ class UnderstudyEncodeIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyEncodeIdentity", display_name="Encode Identity (LIPE)", category=CATEGORY,
+            node_id="UnderstudyEncodeIdentity", display_name="Encode Identity (LIPE)",
+            category=CATEGORY,
             description="Encodes a text in place of CLIP Text Encode and tags which of its tokens are the subject, "
             "so that the edit can see where the subject is.",
             search_aliases=["LIPE", "prompt", "text encode", "subject", "identity", "CLIP"],
@@ -118,7 +117,8 @@ class UnderstudyInvertImage(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyInvertImage", display_name="Invert Image (LIPE)", category=CATEGORY,
+            node_id="UnderstudyInvertImage", display_name="Invert Image (LIPE)",
+            category=CATEGORY,
             description="Runs the sampling of a picture backwards, step by step, and locates the subject in it by "
             "the model's own attention.",
             search_aliases=["LIPE", "DDIM inversion", "unsample", "real image editing", "ReNoise", "fixed point"],
@@ -173,7 +173,8 @@ class UnderstudyIdentityMaskBlend(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyIdentityMaskBlend", display_name="Identity Mask Blend (LIPE)", category=CATEGORY,
+            node_id="UnderstudyIdentityMaskBlend", display_name="Identity Mask Blend (LIPE)",
+            category=CATEGORY,
             description="Lets each step change only the subject: where it was in the picture, and where it is in the "
             "edit. The rest follows the inverted picture. Works with the samplers of KSamplerSelect.",
             search_aliases=["LIPE", "NIMA", "non-rigid edit", "blend", "background preservation", "local edit"],
@@ -219,7 +220,8 @@ class UnderstudyEditMasks(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyEditMasks", display_name="Show Edit Masks (LIPE)", category=CATEGORY,
+            node_id="UnderstudyEditMasks", display_name="Show Edit Masks (LIPE)",
+            category=CATEGORY,
             description="Shows the masks of a finished edit: the subject in the source picture, and in the edit.",
             search_aliases=["LIPE", "show mask", "debug", "preview mask", "attention map"],
             is_output_node=True,

@@ -27,7 +27,8 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainIdentityPrior", display_name="Train Identity Prior (LIPE)", category=CATEGORY,
+            node_id="UnderstudyTrainIdentityPrior", display_name="Train Identity Prior (LIPE)",
+            category=CATEGORY,
             description="Trains a LoRA on 3 to 5 pictures of one subject with detailed captions of action and view, "
             "beside pictures of its class, so that prompts can give it another pose, expression or view.",
             search_aliases=["LIPE", "DreamBooth", "train LoRA", "fine-tune", "personalization", "subject"],
@@ -148,18 +149,14 @@ class UnderstudySaveIdentityPrior(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveIdentityPrior", display_name="Save Identity Prior (LIPE)", category=CATEGORY,
+        return widgets.save_schema(
+            "UnderstudySaveIdentityPrior", "Save Identity Prior (LIPE)", CATEGORY,
+            widgets.LORA_MODEL.Input("lora", tooltip="The trained LoRA."),
+            IDENTITY.Input("identity", tooltip="The subject that it knows, from Train Identity Prior."),
+            prefix="identity_prior", folder=files.FOLDER,
             description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
             "fingerprint in its metadata. Load LoRA and other programs can also read it.",
             search_aliases=["LIPE", "save LoRA", "export", "identity", "subject"],
-            is_output_node=True,
-            inputs=[
-                widgets.LORA_MODEL.Input("lora", tooltip="The trained LoRA."),
-                IDENTITY.Input("identity", tooltip="The subject that it knows, from Train Identity Prior."),
-                widgets.filename_prefix("identity_prior", files.FOLDER),
-            ],
-            outputs=[],
         )
 
     @classmethod

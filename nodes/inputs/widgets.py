@@ -7,9 +7,21 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import HIGHEST_CUTOFF
+from ..files.folders import WeightFolder
 
 # A `Subject`, which an identity prior knows.
 IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
+
+
+class LoadNode(io.ComfyNode):
+    """A node that reads the file of `FOLDER` that its input `FILE` names, and reads it again when it has changed."""
+
+    FOLDER: WeightFolder
+    FILE: str
+
+    @classmethod
+    def fingerprint_inputs(cls, **values: Any) -> int:
+        return cls.FOLDER.fingerprint(values[cls.FILE])
 
 
 def fraction(id: str, default: float, tooltip: str, step: float = 0.01, **options: Any) -> io.Float.Input:

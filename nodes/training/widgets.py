@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -124,11 +125,18 @@ def whole_unet(default: bool, note: str, **options: Any) -> io.Boolean.Input:
     )
 
 
-def filename_prefix(default: str, folder: WeightFolder) -> io.String.Input:
-    """Where a Save node writes."""
-    return io.String.Input(
-        "filename_prefix", default=default,
+def save_schema(
+    node_id: str, display_name: str, category: str, *inputs: io.Input, prefix: str, folder: WeightFolder,
+    options: Sequence[io.Input] = (), **texts: Any,
+) -> io.Schema:
+    """A Save node's: `inputs` are written to `folder`, under a name that begins with `prefix` where none is typed."""
+    filename_prefix = io.String.Input(
+        "filename_prefix", default=prefix,
         tooltip=f"Name in output/{folder.name}, with folders if you like. A number is added; nothing is replaced.",
+    )
+    return io.Schema(
+        node_id, display_name, category, inputs=[*inputs, filename_prefix, *options], outputs=[], is_output_node=True,
+        **texts,
     )
 
 

@@ -38,7 +38,8 @@ class UnderstudyPrepareReference(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyPrepareReference", display_name="Prepare Reference (Stand-In)", category=CATEGORY,
+            node_id="UnderstudyPrepareReference", display_name="Prepare Reference (Stand-In)",
+            category=CATEGORY,
             description="Crops a square around the face and paints the background white, as the video identity "
             "adapter was trained. Connect it to VAE Encode.",
             search_aliases=["Stand-In", "face crop", "reference image", "identity", "crop face", "white background"],
@@ -78,8 +79,10 @@ class UnderstudyPrepareReference(io.ComfyNode):
         return io.NodeOutput(prepared, ui={**shown, "text": tuple(messages)} if messages else shown)
 
 
-class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
+class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
     """The adapter's weights from a file in ComfyUI's `loras` folders."""
+
+    FOLDER, FILE = files.FOLDER, "adapter_name"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -99,11 +102,6 @@ class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name) -> int:
-        """Changes when the file is written again."""
-        return files.FOLDER.fingerprint(adapter_name)
-
-    @classmethod
     def execute(cls, adapter_name) -> io.NodeOutput:
         return io.NodeOutput(files.load(adapter_name))
 
@@ -114,7 +112,8 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyApplyVideoIdentity", display_name="Apply Video Identity (Stand-In)", category=CATEGORY,
+            node_id="UnderstudyApplyVideoIdentity", display_name="Apply Video Identity (Stand-In)",
+            category=CATEGORY,
             description="Shows a reference picture to a Wan video model, so that the video keeps that person. Chain "
             "it for several people, each with a mask. For Wan 2.2 apply it to both models.",
             search_aliases=["Stand-In", "face video", "keep identity", "character consistency", "reference", "Wan"],

@@ -103,17 +103,12 @@ class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveVideoIdentityAdapter", display_name="Save Video Identity Adapter (Stand-In)",
-            category=CATEGORY,
+        return widgets.save_schema(
+            "UnderstudySaveVideoIdentityAdapter", "Save Video Identity Adapter (Stand-In)", CATEGORY,
+            ADAPTER.Input("adapter", tooltip="A trained or loaded adapter."), prefix="video_identity",
+            folder=files.FOLDER,
             description="Writes the adapter under its published key names to output/loras, where it can be loaded.",
             search_aliases=["Stand-In", "save adapter", "export", "save LoRA"],
-            is_output_node=True,
-            inputs=[
-                ADAPTER.Input("adapter", tooltip="A trained or loaded adapter."),
-                widgets.filename_prefix("video_identity", files.FOLDER),
-            ],
-            outputs=[],
         )
 
     @classmethod
