@@ -27,10 +27,7 @@ class UnderstudyLoadActionIdentifier(widgets.LoadNode):
             "equal in all layers; its placeholder is its file's name in angle brackets.",
             search_aliases=["ADI", "load action", "load embedding", "textual inversion", "import"],
             inputs=[
-                io.Combo.Input(
-                    "action_name", options=files.FOLDER.choices(),
-                    tooltip="A file in models/action_identifiers or output/action_identifiers, or an embedding.",
-                ),
+                cls.file("A file in models/action_identifiers or output/action_identifiers, or an embedding."),
                 io.String.Input(
                     "placeholder", default="", optional=True, advanced=True,
                     tooltip="Another word for the action in prompts, for example where two actions share one. Empty "

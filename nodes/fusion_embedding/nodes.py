@@ -33,10 +33,7 @@ class UnderstudyLoadFusion(widgets.LoadNode):
             "node what it holds and what did not fit.",
             search_aliases=["FPDM", "load fusion embedding", "pose transfer", "person image synthesis"],
             inputs=[
-                io.Combo.Input(
-                    "fusion_name", options=files.FOLDER.choices(),
-                    tooltip="A file in models/fusion_embeddings or output/fusion_embeddings, .safetensors or .ckpt.",
-                ),
+                cls.file("A file in models/fusion_embeddings or output/fusion_embeddings, .safetensors or .ckpt."),
             ],
             outputs=[
                 FUSION.Output(display_name="fusion", tooltip="Connect it to Combine Fusion and to Apply Fusion."),

@@ -54,9 +54,8 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
             search_aliases=["LIPE", "load LoRA", "identity", "subject", "personalization"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the prior was trained on; it is not modified."),
-                io.Combo.Input(
-                    "lora_name", options=files.FOLDER.choices(),
-                    tooltip="A file in models/loras or output/loras from Save Identity Prior. Other LoRAs are "
+                cls.file(
+                    "A file in models/loras or output/loras from Save Identity Prior. Other LoRAs are "
                     "refused: use Load LoRA for them.",
                 ),
                 widgets.strength(

@@ -23,6 +23,11 @@ class LoadNode(io.ComfyNode):
     def fingerprint_inputs(cls, **values: Any) -> int:
         return cls.FOLDER.fingerprint(values[cls.FILE])
 
+    @classmethod
+    def file(cls, tooltip: str) -> io.Combo.Input:
+        """The files that are listed."""
+        return io.Combo.Input(cls.FILE, options=cls.FOLDER.choices(), tooltip=tooltip)
+
 
 def fraction(id: str, default: float, tooltip: str, step: float = 0.01, **options: Any) -> io.Float.Input:
     """A share of something, 0 to 1."""

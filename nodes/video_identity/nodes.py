@@ -93,10 +93,7 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
             "Wan 2.2 needs two files, one for each of its models.",
             search_aliases=["Stand-In", "identity adapter", "face video", "load adapter", "character consistency"],
             inputs=[
-                io.Combo.Input(
-                    "adapter_name", options=files.FOLDER.choices(),
-                    tooltip="A file in models/loras or output/loras. Plain LoRAs are refused: use Load LoRA.",
-                ),
+                cls.file("A file in models/loras or output/loras. Plain LoRAs are refused: use Load LoRA."),
             ],
             outputs=[ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply Video Identity.")],
         )
