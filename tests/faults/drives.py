@@ -37,6 +37,18 @@ def cancel(server: Server, prompt: dict, seconds: float) -> None:
     assert prompts.RESULT not in entry["outputs"]
 
 
+def cancel_after_checkpoint(server: Server, prompt: dict, checkpoints: Callable[[Server], Sequence]) -> dict:
+    """The history entry of a training that was cancelled as soon as it had a checkpoint."""
+    prompt_id = server.submit(prompt)
+    deadline = time.monotonic() + 120
+    while not checkpoints(server) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    server.interrupt()
+    entry = server.wait(prompt_id, timeout=120)
+    assert prompts.message(entry, "execution_interrupted"), entry["status"]
+    return entry
+
+
 def cancel_and_rerun(server: Server, short: Builder, long: Builder, count: int) -> None:
     """`count` times: cancel `long` at a random moment, then run `short`, whose bits must be those of a clean run."""
     clean = prompts.run(server, short())

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 
 import pytest
 import safetensors.torch
@@ -128,13 +127,7 @@ def test_cancelled_in_contexts_and_in_tokens_it_leaves_the_model_alone(fault_ser
     cancel(fault_server, 2.0, context_steps=10_000)
     assert checkpoints(fault_server) == []
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=9)), plain)
-    prompt = training(fault_server, steps=10_000, checkpoint_every=1)
-    prompt_id = fault_server.submit(prompt)
-    deadline = time.monotonic() + 120
-    while not checkpoints(fault_server) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    fault_server.interrupt()
-    assert prompts.message(fault_server.wait(prompt_id, timeout=120), "execution_interrupted")
+    drives.cancel_after_checkpoint(fault_server, training(fault_server, steps=10_000, checkpoint_every=1), checkpoints)
     (state,) = checkpoints(fault_server)
     tensors = safetensors.torch.load_file(state)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())

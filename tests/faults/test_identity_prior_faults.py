@@ -1,11 +1,10 @@
 """The identity prior in a real server: train, save, cancel, invert and edit, refuse, and what comes after."""
 
 import itertools
-import time
 
 import safetensors.torch
 import torch
-from faults import prompts
+from faults import drives, prompts
 from faults.test_training_faults import checkpoints, same
 
 NUMBERS = itertools.count()
@@ -85,13 +84,7 @@ def test_a_prior_is_trained_cancelled_and_trained_again(fault_server):
     plain = prompts.run(fault_server, prompts.plain())
     first = trained(fault_server, training(fault_server))
     long = training(fault_server, steps=10_000, checkpoint_every=1)
-    prompt_id = fault_server.submit(long)
-    deadline = time.monotonic() + 120
-    while not checkpoints(fault_server) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    fault_server.interrupt()
-    entry = fault_server.wait(prompt_id, timeout=120)
-    assert prompts.message(entry, "execution_interrupted"), entry["status"]
+    drives.cancel_after_checkpoint(fault_server, long, checkpoints)
     assert not priors(fault_server, long)
     for path in checkpoints(fault_server):
         assert all(torch.isfinite(tensor).all() for tensor in safetensors.torch.load_file(path).values())

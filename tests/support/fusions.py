@@ -7,7 +7,7 @@ import torch
 from pack.nodes.fusion_embedding import layout, sampling
 from pack.nodes.fusion_embedding.method import LORA, Fusion
 from pack.nodes.puppets.vision import VISION_CONFIG
-from support import tiny_model
+from support import inference_weights, tiny_model
 
 WIDTH = 12  # of embeddings
 HIDDEN = 16  # of hidden states
@@ -122,9 +122,5 @@ def autoencoder(seed: int = 0):
 
 def as_loaded(clip_vision):
     """An encoder as ComfyUI's loaders leave it: its weights are inference tensors."""
-    with torch.inference_mode():
-        for module in clip_vision.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+    inference_weights.freeze(clip_vision.model)
     return clip_vision

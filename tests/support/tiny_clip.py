@@ -8,6 +8,7 @@ import comfy.sdxl_clip
 import comfy.supported_models_base
 import comfy.text_encoders.sd2_clip
 import torch
+from support import inference_weights
 
 # Width of each encoder's tokens; those of a kind are joined.
 WIDTHS = {"SD 1.5": {"l": 16}, "SD 2.1": {"h": 16}, "SDXL": {"l": 16, "g": 24}}
@@ -40,9 +41,5 @@ def clip(kind: str = "SD 1.5", seed: int = 0, embeddings: str | None = None) -> 
 
 def as_loaded(encoder: comfy.sd.CLIP) -> comfy.sd.CLIP:
     """`encoder` as ComfyUI's loaders leave it: its weights are inference tensors."""
-    with torch.inference_mode():
-        for module in encoder.cond_stage_model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+    inference_weights.freeze(encoder.cond_stage_model)
     return encoder

@@ -7,6 +7,7 @@ import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models
 import torch
+from support import inference_weights
 
 CPU = torch.device("cpu")
 CONTEXT = 16
@@ -156,11 +157,7 @@ def video_adapter(model: comfy.model_patcher.ModelPatcher, rank: int = 4, seed: 
 
 def as_loaded(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """`model` as ComfyUI's loaders leave it: its weights are inference tensors."""
-    with torch.inference_mode():
-        for module in model.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+    inference_weights.freeze(model.model)
     assert all(parameter.is_inference() for parameter in model.model.parameters())
     return model
 
