@@ -127,7 +127,8 @@ def test_cancelled_in_contexts_and_in_tokens_it_leaves_the_model_alone(fault_ser
     cancel(fault_server, 2.0, context_steps=10_000)
     assert checkpoints(fault_server) == []
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=9)), plain)
-    drives.cancel_after_checkpoint(fault_server, training(fault_server, steps=10_000, checkpoint_every=1), checkpoints)
+    prompt = training(fault_server, steps=10_000, checkpoint_every=1)
+    drives.cancel_after_checkpoint(fault_server, prompt, checkpoints)
     (state,) = checkpoints(fault_server)
     tensors = safetensors.torch.load_file(state)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())

@@ -202,8 +202,8 @@ def test_from_file_to_video_and_back(folder):
     UnderstudySaveVideoIdentityAdapter.execute(adapter, "mine")
     assert "mine_00001_.safetensors" in UnderstudyLoadVideoIdentityAdapter.define_schema().inputs[0].options
     again = UnderstudyLoadVideoIdentityAdapter.execute("mine_00001_.safetensors").result[0]
-    first = UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs("mine_00001_.safetensors")
-    assert first == UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs("mine_00001_.safetensors")
+    first = UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs(adapter_name="mine_00001_.safetensors")
+    assert first == UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs(adapter_name="mine_00001_.safetensors")
     shape = (1, 16, 2, 4, 4)
     euler = comfy.samplers.sampler_object("euler")
     results = [
