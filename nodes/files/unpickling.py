@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..errors import shown_by_name
+
 MAX_STEPS = 1 << 20  # bounds time and memory; a large checkpoint with its optimizer's states has some 200,000
 
 # What is data in the standard library; anything else of it is refused, and so are the functions of other libraries.
@@ -54,6 +56,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
+@shown_by_name
 class UnsafePickleError(ValueError):
     """The stream asks for what could run code; the message is its name."""
 

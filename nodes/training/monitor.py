@@ -74,7 +74,7 @@ class NodeMonitor:
             self.checkpoints.save(dataclasses.replace(state, tensors=tensors))
 
     def report_peak_memory(self) -> None:
-        """Say on the node how much memory the run took at most."""
+        """Show on the node the most memory that the run used."""
         tell("training", [f"peak memory {self.peak.gigabytes:.2f} GB on {self.peak.device.type}"])
 
     def _card(self) -> Image.Image:
