@@ -12,8 +12,7 @@ and keys already carry their rotary positions. Everything is [B, T, H, D]: batch
 A weight w in 0..1 for each video token multiplies the reference's unnormalised attention, which is the same as
 adding log w to its scores: 1 is the published method, 0 gives exactly Attn(Q_V, K_V, V_V).
 
-Three forms of Out_V:
-- `eager` is the definition: all scores, one softmax.
+Two forms of Out_V:
 - `joint` is the fast path for weights of 1: keys and values go into buffers of N + R rows, and the caller's
   attention function runs on them once.
 - `weighted` merges segments by their log-sum-exp l: with g = sigmoid(l_I + log w - l_V) the result is
@@ -48,21 +47,6 @@ class Reference(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     weight: torch.Tensor | None = None
-
-
-def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: Sequence[Reference]) -> torch.Tensor:
-    """The definition of Out_V, in fp32 (fp64 for fp64); q's shape and dtype."""
-    dtype = _accumulator(q)
-    scores = [_scores(q, k, dtype)]
-    values = [v.to(dtype)]
-    for reference in references:
-        score = _scores(q, reference.k, dtype)
-        if reference.weight is not None:
-            score = score + _log_weight(reference.weight, dtype)[:, None, :, None]
-        scores.append(score)
-        values.append(reference.v.to(dtype).expand(q.shape[0], -1, -1, -1))
-    probabilities = torch.softmax(torch.cat(scores, dim=-1), dim=-1)
-    return torch.einsum("bhnm,bmhd->bnhd", probabilities, torch.cat(values, dim=1)).to(q.dtype)
 
 
 def joint(

@@ -65,7 +65,7 @@ from comfy.ldm.modules.attention import optimized_attention  # noqa: E402
 from pack.kernels import restricted_attention as ra  # noqa: E402
 from pack.nodes.video_identity import method, reference_pass, sampling  # noqa: E402
 from pack.nodes.video_identity.config import VideoIdentityConfig  # noqa: E402
-from support import tiny_model  # noqa: E402
+from support import explicit_attention, tiny_model  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -97,11 +97,11 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: int) -> Callable[
     return lambda: attention(*rows, block_mask=mask).transpose(1, 2)
 
 
-def eager_rows(
+def defined_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references, attention=None, count: int = 128
 ) -> torch.Tensor:
     """The definition, `count` queries at a time, in place of `joint`."""
-    return torch.cat([ra.eager(rows, k, v, references) for rows in q.split(count, dim=1)], dim=1)
+    return torch.cat([explicit_attention.restricted(rows, k, v, references) for rows in q.split(count, dim=1)], dim=1)
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -144,11 +144,11 @@ def attention_calls(
     # A sample of the queries: the scores of all of them at once would fill the memory.
     sample = torch.arange(0, n, max(1, n // 128), device=device)
     videos = {"plain": [], "weighted": [half]}
-    image = ra.eager(q_i, k_i, v_i, [])
+    image = explicit_attention.restricted(q_i, k_i, v_i, [])
     with torch.inference_mode():
         for name, call in calls.items():
             out = call()
-            expected = ra.eager(q[:, sample], k, v, videos.get(name, [reference]))
+            expected = explicit_attention.restricted(q[:, sample], k, v, videos.get(name, [reference]))
             check(f"{shape.title}, attention, {name}", out[:, sample], expected, LIMITS[dtype])
             if out.shape[1] > n:
                 check(f"{shape.title}, attention, {name}, image", out[:, n:], image, LIMITS[dtype])
@@ -204,7 +204,7 @@ class Steps:
         return self.base.apply_model(x, x.new_full((1,), 0.5), c_crossattn=self.text, transformer_options=options)
 
     def check(self, shape: Shape, dtype: torch.dtype) -> None:
-        with mock.patch.object(ra, "joint", eager_rows):
+        with mock.patch.object(ra, "joint", defined_rows):
             expected = self.every()
         out = self.every()
         check(f"{shape.title}, step, cached", out, expected, LIMITS[dtype])
