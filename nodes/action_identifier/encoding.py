@@ -101,7 +101,7 @@ def unknown_words(tokenize: Callable[[str], Tokens], text: str) -> list[str]:
 
 
 class _Mark(NamedTuple):
-    """Stands among the tokens of a prompt for one of a placeholder's."""
+    """Holds the place of one of a placeholder's tokens among those of a prompt."""
 
     placeholder: str
     index: int

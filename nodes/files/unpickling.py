@@ -101,8 +101,8 @@ def load(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     """What the pickle at the stream's position describes, and the storages that it refers to, by key.
 
     The stream is read up to the pickle's end. Raises UnsafePickleError where it asks for a function or for a part of
-    the standard library that is no data; ValueError, LookupError, TypeError, AttributeError or OverflowError where it
-    is damaged.
+    the standard library that is not data; ValueError, LookupError, TypeError, AttributeError or OverflowError where
+    it is damaged.
     """
     machine = _Machine()
     for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):

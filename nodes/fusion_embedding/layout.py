@@ -1,7 +1,4 @@
-"""Which weights a combiner and a generator consist of, their initial values, and the sizes that they fit.
-
-Apart from method.py, since files are checked by it without computing anything.
-"""
+"""Weights and sizes of a combiner and a generator; apart from method.py, since files are checked by them alone."""
 
 from __future__ import annotations
 

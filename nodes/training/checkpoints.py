@@ -19,7 +19,7 @@ FOLDER = WeightFolder("training_checkpoints", (EXTENSION,))
 NONE = "none"
 _KIND = "understudy training checkpoint"
 _SEEDS = "by purpose"  # how random numbers are drawn: others would not repeat the run that is continued
-# A digest made by inputs.digest tells a reader only that two differ. A seed of as many digits is no string.
+# A digest made by inputs.digest tells a reader only that two differ. A seed of as many digits is a number.
 _DIGEST = re.compile("[0-9a-f]{16}")
 
 

@@ -120,8 +120,7 @@ def whole_unet(default: bool, note: str, **options: Any) -> io.Boolean.Input:
     return io.Boolean.Input(
         "whole_unet", default=default, **options,
         tooltip="Trains all weights of the UNet, as published, instead of a LoRA: 16 more bytes of memory per "
-        "weight, "
-        f"14 GB for SD 2.1, and a file of 3.5 GB. {note}",
+        f"weight, 14 GB for SD 2.1, and a file of 3.5 GB. {note}",
     )
 
 

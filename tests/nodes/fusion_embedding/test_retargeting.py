@@ -156,8 +156,8 @@ def test_keypoints_in_fractions_are_measured_in_pixels():
     assert measured(expected)[2, 3] == pytest.approx(70)
     for pose, source in ((in_fractions(skeleton()), child), (skeleton(), in_fractions(child)),
                          (json.dumps(in_fractions(skeleton())[0]), json.dumps(in_fractions(child)))):
-        for found, wanted in zip(points(retarget(pose, source, RetargetConfig())), points(expected), strict=True):
-            assert found == pytest.approx(wanted)
+        for point, wanted in zip(points(retarget(pose, source, RetargetConfig())), points(expected), strict=True):
+            assert point == pytest.approx(wanted)
 
 
 def test_someone_without_hips_in_front_does_not_hide_the_next():

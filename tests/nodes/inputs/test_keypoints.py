@@ -57,15 +57,15 @@ def test_the_first_editors_form_has_keypoints_in_place_of_people():
 def test_fractions_are_told_by_all_people_and_parts_of_a_frame():
     """A hand in the corner of a picture is not in fractions, and a limb may leave the picture."""
     hand = [0.5, 0.5, 1.0]
-    (found,) = keypoints.frames(frame(FLAT, people=[{BODY: FLAT}, {"hand_left_keypoints_2d": hand}]), "keypoints")
-    assert found["people"][1]["hand_left_keypoints_2d"] == hand
-    (found,) = keypoints.frames(frame([1.25, -0.5, 1.0, 0.5, 0.5, 1.0]), "keypoints")
-    assert found["people"][0][BODY] == [640.0, -512.0, 1.0, 256.0, 512.0, 1.0]
-    for kept in ([{**SIZE, "people": None}], [{"canvas_width": 4}], [{**SIZE, "people": []}]):
-        assert keypoints.frames(kept, "keypoints") == kept
+    (pixels,) = keypoints.frames(frame(FLAT, people=[{BODY: FLAT}, {"hand_left_keypoints_2d": hand}]), "keypoints")
+    assert pixels["people"][1]["hand_left_keypoints_2d"] == hand
+    (pixels,) = keypoints.frames(frame([1.25, -0.5, 1.0, 0.5, 0.5, 1.0]), "keypoints")
+    assert pixels["people"][0][BODY] == [640.0, -512.0, 1.0, 256.0, 512.0, 1.0]
+    for unchanged in ([{**SIZE, "people": None}], [{"canvas_width": 4}], [{**SIZE, "people": []}]):
+        assert keypoints.frames(unchanged, "keypoints") == unchanged
 
 
-@pytest.mark.parametrize(("value", "found"), [
+@pytest.mark.parametrize(("value", "named"), [
     (None, "None"), (7, "7"), ("a pose", "no JSON"), ("[" * 100_000, "no JSON"), ([1, 2], "1"),
     (["people"], "people"), ([{"people": 3}], "3"), ([{"people": ["Ann"]}], "Ann"), (frame("text"), "text"),
     (frame([1.0, 2.0]), "2 numbers"),
@@ -73,8 +73,8 @@ def test_fractions_are_told_by_all_people_and_parts_of_a_frame():
     ({"people": [{BODY: FRACTIONS}]}, "canvas_width"), (frame(FRACTIONS, canvas_width=None), "canvas_width"),
     (torch.zeros(1, 18, 3), "0.0"),
 ])
-def test_what_is_no_keypoints_is_named_with_what_is_expected(value, found):
-    with pytest.raises(ValueError, match=f"^source_keypoints.*{found}") as error:
+def test_what_is_not_keypoints_is_named_with_what_is_expected(value, named):
+    with pytest.raises(ValueError, match=f"^source_keypoints.*{named}") as error:
         keypoints.frames(value, "source_keypoints")
     assert len(str(error.value)) < 400
 

@@ -142,7 +142,7 @@ def node(model, latents, references, positive, **settings):
 
 
 def test_a_backward_pass_keeps_little_of_the_reference_with_checkpointing():
-    def kept(side, checkpointing):
+    def retained_bytes(side, checkpointing):
         sizes, values = {}, ([draw(1, 1, 16, 3, 8, 8)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)])
 
         def keep(tensor):
@@ -157,7 +157,7 @@ def test_a_backward_pass_keeps_little_of_the_reference_with_checkpointing():
                 objective(0, torch.Generator().manual_seed(1))
         return sum(sizes.values())
 
-    reference = [kept(32, checkpointing) - kept(2, checkpointing) for checkpointing in (False, True)]
+    reference = [retained_bytes(32, setting) - retained_bytes(2, setting) for setting in (False, True)]
     assert reference[1] < 0.5 * reference[0]
 
 
