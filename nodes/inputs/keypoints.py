@@ -53,8 +53,8 @@ def in_pixels(box: Mapping[str, float], width: int, height: int) -> dict[str, fl
     """A box in pixels of a picture of this size; one that lies within 0..1 is in fractions of it."""
     if max(box["x"] + box["width"], box["y"] + box["height"]) > 1 or min(box["x"], box["y"]) < 0:
         return dict(box)
-    return {"x": box["x"] * width, "y": box["y"] * height, "width": box["width"] * width,
-            "height": box["height"] * height}
+    sides = {"x": width, "width": width, "y": height, "height": height}
+    return {key: round(box[key] * side, 3) for key, side in sides.items()}  # fractions of fp32 are as exact
 
 
 def _plain(value: Any, name: str, expected: str) -> Any:

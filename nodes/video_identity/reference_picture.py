@@ -99,14 +99,13 @@ def _crop(picture: torch.Tensor, box: Box | None, factor: float) -> torch.Tensor
     if box is None:
         return picture
     height, width = picture.shape[:2]
-    left, top, right, bottom = box
+    left, top, right, bottom = map(int, box)  # published: whole pixels, cut off, then an even side
     if left <= _BORDER and top <= _BORDER and right >= width - _BORDER and bottom >= height - _BORDER:
         return picture
-    side = max(1, round(max(right - left, bottom - top) * factor))
-    first = round((top + bottom - side) / 2), round((left + right - side) / 2)
+    half = max(1, int(max(right - left, bottom - top) * factor) // 2)
     y, x = (
-        slice(min(max(start, 0), limit), min(max(start + side, 0), limit))
-        for start, limit in zip(first, (height, width), strict=True)
+        slice(min(max(middle - half, 0), limit), min(max(middle + half, 0), limit))
+        for middle, limit in (((top + bottom) // 2, height), ((left + right) // 2, width))
     )
     if x.start >= x.stop or y.start >= y.stop:
         raise ValueError("the face's box is outside the picture: connect the boxes of the same picture")

@@ -48,8 +48,11 @@ def test_the_more_accurate_methods_find_back_better(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ddim_is_the_published_inversion(kind):
-    """diffusers' inverse scheduler on the same estimates, for noise and v; an explicit Euler for flow."""
+def test_ddim_is_the_formula_of_the_paper_backwards(kind):
+    """DDIM's step (arXiv 2010.02502, eq. 12) written out in its alphas, for noise and v; an explicit Euler for flow.
+
+    The estimates are this model's, and no other program's inversion runs beside it.
+    """
     model = KINDS[kind]()
     sampling = model.get_model_object("model_sampling")
     sigmas = grid(model, 5)

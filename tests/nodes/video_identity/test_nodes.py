@@ -125,6 +125,23 @@ def test_a_crop_inside_the_picture_is_square_and_has_no_white(x, y, width, heigh
     assert not cropped.any() and messages == []
 
 
+@pytest.mark.parametrize(("corners", "factor", "crop"), [
+    ((10.7, 20.2, 31.9, 40.8), 1.5, (5, 15, 35, 45)),  # 21 x 20 around (20, 30), side 31, of which 15 on each side
+    ((40.0, 20.0, 61.0, 41.0), 1.0, (40, 20, 60, 40)),  # an odd side loses its last pixel
+    ((50.9, 20.9, 60.1, 29.1), 1.25, (49, 18, 61, 30)),
+    ((-3.9, 20.0, 9.0, 31.0), 1.5, (0, 16, 12, 34)),  # cut at the picture's edge
+])
+def test_the_crop_is_rounded_as_in_the_official_code(corners, factor, crop):
+    """Hand-computed: whole pixels, cut off; the middle rounded down; half the side on each side of it."""
+    left, top, right, bottom = corners
+    side = max(crop[2] - crop[0], crop[3] - crop[1])
+    face = box(left, top, right - left, bottom - top)
+    cropped, _ = prepare(picture(), ReferenceConfig(16 * side, factor), None, face)
+    pad_x, pad_y = (side - (crop[2] - crop[0])) // 2, (side - (crop[3] - crop[1])) // 2
+    first, last = at(cropped, 16 * pad_y + 8, 16 * pad_x + 8), at(cropped, -16 * pad_y - 9, -16 * pad_x - 9)
+    assert first == [crop[0], crop[1]] and last == [crop[2] - 1, crop[3] - 1]
+
+
 def test_a_batch_is_told_how_a_video_model_encodes_it(caplog, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
     with caplog.at_level(logging.WARNING):
