@@ -40,7 +40,7 @@ def packed(fusion: Fusion) -> tuple[Weights, dict[str, str]]:
             tensors |= {f"{part}.{key}": weight for key, weight in content.items()}
     metadata = {
         "kind": _KIND, "method": "FPDM fusion embedding (arXiv 2412.07333)", "unet": fusion.unet_kind or "none",
-        "parts": ", ".join(fusion.parts),
+        "parts": ", ".join(fusion.parts), "prediction": fusion.prediction,
     }
     if fusion.probe is not None:
         tensors["probe.embedding"] = fusion.probe
@@ -97,5 +97,5 @@ def unpacked(tensors: Weights, metadata: dict[str, str]) -> Fusion:
         raise FusionError("'probe.embedding' is not an embedding")
     return Fusion(
         parts.get("combiner"), encoder, parts.get("generator"), parts.get("unet"), kind if "unet" in parts else "",
-        None if probe is None else probe.float(),
+        None if probe is None else probe.float(), metadata.get("prediction", "")[:8],
     )

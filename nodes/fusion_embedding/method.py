@@ -34,7 +34,7 @@ class Fusion:
     combiner, generator: weights by name, as `new_combiner` and `new_generator` name them. encoder: ComfyUI's
     CLIP_VISION if stage 1 trained one. unet: weights by name, `unet_kind` LORA (a LORA_MODEL) or WHOLE (the weights
     themselves, under ComfyUI's names or diffusers'). probe: if stage 1 froze its encoder, that encoder's embedding of
-    encoding.probe's picture, [D] on the CPU.
+    encoding.probe's picture, [D] on the CPU. prediction: of the generator's model, "noise" or "v"; "" if unknown.
     """
 
     combiner: Weights | None = None
@@ -43,6 +43,7 @@ class Fusion:
     unet: Weights | None = None
     unet_kind: str = ""
     probe: torch.Tensor | None = None
+    prediction: str = ""
 
     @property
     def parts(self) -> list[str]:

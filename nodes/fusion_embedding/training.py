@@ -239,7 +239,11 @@ def train_generator(
         else:
             unet = lora_model(trained, denoiser.model.model_config.unet_config)
     kind = WHOLE if generator.whole_unet else LORA
-    return dataclasses.replace(fusion, generator=_on_cpu(weights), unet=unet, unet_kind=kind), loss_map
+    trained_fusion = dataclasses.replace(
+        fusion, generator=_on_cpu(weights), unet=unet, unet_kind=kind,
+        prediction=sampling.prediction(model.get_model_object("model_sampling")),
+    )
+    return trained_fusion, loss_map
 
 
 def _preview(denoiser: ModelDenoiser, vae: Any, weights: Weights, pair: EncodedPair, seed: int):
