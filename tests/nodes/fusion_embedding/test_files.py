@@ -35,6 +35,7 @@ def same(first, second):
 
 FUSIONS = {
     "stage 1, frozen encoder": lambda: Fusion(fusions.combiner(), probe=encoding.probe(fusions.vision())),
+    "of a v-prediction model": lambda: fusions.fusion(MODEL, prediction="v"),
     "stage 1": lambda: Fusion(fusions.combiner(), fusions.vision()),
     "LoRA": lambda: fusions.fusion(MODEL, encoder=fusions.vision()),
     "whole UNet": lambda: fusions.fusion(MODEL, unet=unet(), unet_kind=WHOLE),
