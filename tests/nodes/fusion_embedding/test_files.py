@@ -53,7 +53,8 @@ def test_every_kind_of_fusion_comes_back_to_the_bit(folder, case):
         assert same(getattr(actual, part), getattr(fusion, part))
     assert (actual.probe is None) == (fusion.probe is None)
     assert actual.probe is None or torch.equal(actual.probe, fusion.probe)
-    assert actual.unet_kind == fusion.unet_kind and (actual.encoder is None) == (fusion.encoder is None)
+    assert actual.prediction == fusion.prediction and actual.unet_kind == fusion.unet_kind
+    assert (actual.encoder is None) == (fusion.encoder is None)
     if fusion.encoder is not None:
         assert same(actual.encoder.get_sd(), fusion.encoder.get_sd())
         pictures = fusions.pictures()
