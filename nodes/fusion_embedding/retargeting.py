@@ -39,8 +39,8 @@ def retarget(pose: Any, source: Any, config: RetargetConfig) -> list[dict]:
 
     The pose's directions of limbs, length of the torso and height of the lower foot are preserved. A length is the
     longest of its kind over all frames and both sides, since a limb that points at the camera looks short.
-    Raises FusionError, naming the input, if nobody is detected, and ValueError for what is no keypoints. The
-    keypoints passed in are not modified.
+    Raises FusionError, naming the input, if nobody is detected, and ValueError for what are not keypoints.
+    The keypoints passed in are not modified.
     """
     frames, source = keypoints.frames(pose, "keypoints"), keypoints.frames(source, "source_keypoints")
     target = _lengths(source, config, "source_keypoints")

@@ -62,7 +62,7 @@ def _plain(value: Any, name: str, expected: str) -> Any:
     try:
         return _lists(json.loads(value) if isinstance(value, str) else value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} are text that is no JSON ({error}): {expected}") from error
+        raise ValueError(f"{name} are text that is not valid JSON ({error}): {expected}") from error
 
 
 def _lists(value: Any) -> Any:

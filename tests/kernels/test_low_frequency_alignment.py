@@ -186,7 +186,7 @@ def test_low_precision_is_computed_in_fp32_and_rounded_once(dtype, tolerance):
 
 
 def test_a_constant_channel_is_moved_and_not_scaled():
-    """The rounding of its transform is no deviation: scaled to 1, it would be noise."""
+    """The rounding of its transform is not a deviation: scaled to 1, it would be noise."""
     x = torch.full((1, 1, 15, 7), 0.7)
     first = latent(1, 1, 1, 15, 7, dtype=torch.float32)
     result = aligned(x, [first], 0.3)

@@ -126,7 +126,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     with pytest.raises(FusionError, match="a.png shows no person"):
         FolderPairs(path)[0]
     Image.new("RGB", (8, 8)).save(path / "source" / "._a.png")
-    assert len(FolderPairs(path)) == 3, "a leftover of another system is no picture"
+    assert len(FolderPairs(path)) == 3, "a leftover of another system is not a picture"
     Image.new("RGB", (8, 8)).save(path / "source" / "a.jpg")
     with pytest.raises(FusionError, match="a.jpg and a.png, of one name"):
         FolderPairs(path)

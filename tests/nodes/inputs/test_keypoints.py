@@ -66,7 +66,7 @@ def test_fractions_are_told_by_all_people_and_parts_of_a_frame():
 
 
 @pytest.mark.parametrize(("value", "named"), [
-    (None, "None"), (7, "7"), ("a pose", "no JSON"), ("[" * 100_000, "no JSON"), ([1, 2], "1"),
+    (None, "None"), (7, "7"), ("a pose", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ([1, 2], "1"),
     (["people"], "people"), ([{"people": 3}], "3"), ([{"people": ["Ann"]}], "Ann"), (frame("text"), "text"),
     (frame([1.0, 2.0]), "2 numbers"),
     (frame([[1.0]]), "1.0"), (frame([[1.0, "2", 3]]), "2"), (frame([1.0, 2.0, True]), "True"),
