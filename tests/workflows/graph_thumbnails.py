@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
-from launcher import environment, source, workflow_files  # noqa: E402
+from launcher import environment, gallery, source, workflow_files  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -24,7 +24,7 @@ from playwright.sync_api import sync_playwright  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZE = {"width": 3400, "height": 1700}  # of the window: in a smaller one nodes lose their text
-WIDTH, MARGIN = 960, 20  # pixels
+MARGIN = 20  # pixels
 # Left, top, width and height of the whole graph in the window.
 FRAME = """() => {
     const {scale, offset} = app.canvas.ds
@@ -49,9 +49,7 @@ def photograph(page, server: Server, workflow: workflow_files.Workflow) -> None:
     with tempfile.TemporaryDirectory() as folder:
         page.screenshot(path=f"{folder}/graph.png", clip=clip)
         with Image.open(f"{folder}/graph.png") as picture:
-            size = WIDTH, round(picture.height * WIDTH / picture.width)
-            small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    small.save(workflow.path.with_suffix(".jpg"), quality=85, optimize=True)
+            gallery.padded(picture.convert("RGB")).save(workflow.path.with_suffix(".jpg"), quality=85, optimize=True)
     page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
 
 

@@ -16,7 +16,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 VIDEOS = (".mp4", ".webm", ".mkv")
 CELL = 384
 MARGIN = 24
-THUMBNAIL = 640
+THUMBNAIL = 512  # pixels of a square side: twice what ComfyUI's template browser shows
+BACKGROUND = "#16181d"
 
 
 @dataclasses.dataclass
@@ -70,9 +71,35 @@ def fitted(image, side: int):
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
+def squared(image, side: int = THUMBNAIL):
+    """The picture in a square. A strip of three or more equal panels is laid out in two rows."""
+    from PIL import Image
+
+    panels = round(image.width / image.height)
+    columns = -(-panels // 2)
+    if panels > 2:
+        width = image.width // panels
+        rows = Image.new("RGB", (columns * width, 2 * image.height), BACKGROUND)
+        for i in range(panels):
+            left = i % columns * width + (i >= columns) * (2 * columns - panels) * width // 2
+            rows.paste(image.crop((i * width, 0, (i + 1) * width, image.height)), (left, i // columns * image.height))
+        image = rows
+    return padded(image, side)
+
+
+def padded(image, side: int = THUMBNAIL):
+    """The whole picture in the middle of a square."""
+    from PIL import Image
+
+    image = fitted(image, side)
+    square = Image.new("RGB", (side, side), BACKGROUND)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def save_thumbnail(main: Path, target: Path) -> None:
     """Write the picture that ComfyUI shows for a workflow template."""
-    fitted(picture(main), THUMBNAIL).save(target, quality=88, optimize=True)
+    squared(picture(main)).save(target, quality=88, optimize=True)
 
 
 def write_contact_sheet(entries: list[Entry], target: Path) -> None:
@@ -83,7 +110,7 @@ def write_contact_sheet(entries: list[Entry], target: Path) -> None:
     columns = max(1, min(4, len(shown)))
     rows = max(1, -(-len(shown) // columns))
     step, row_height = CELL + MARGIN, CELL + MARGIN + 36
-    sheet = Image.new("RGB", (columns * step + MARGIN, rows * row_height + MARGIN), "#16181d")
+    sheet = Image.new("RGB", (columns * step + MARGIN, rows * row_height + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=18)
     for index, entry in enumerate(shown):
