@@ -18,6 +18,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..fingerprint import fingerprint
+from ..messages import tell
 from ..patching import models, unet_layers, wan_blocks
 from . import method
 from .method import ActionIdentifier, Place
@@ -189,10 +190,11 @@ class ContextResolver:
         trained = action.placeholder, action.base
         if action.base and action.base != self.base and trained not in self.warned:
             self.warned.add(trained)
-            logging.warning(
-                "[Understudy] %s was trained with other weights than this model has; the action may be weaker or "
-                "differ", action.placeholder,
+            warning = (
+                f"{action.placeholder} was trained with other weights than this model has, so the action may be "
+                "weaker or differ: load the model that it was trained with"
             )
+            tell("Apply Action Identifier", [warning], logging.WARNING)
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs

@@ -204,7 +204,8 @@ def with_unet(model: Any, fusion: Fusion, strength: float) -> Any:
     except fitting.MisfitError as error:
         raise FusionError(f"this fusion's {error}: load the model that it was trained for") from error
     if missing:
-        logging.warning("[Understudy] the fusion's UNet lacks %d weights, %s first", len(missing), missing[0])
+        warning = f"the fusion's UNet lacks {len(missing)} weights, {missing[0]} first: there the model keeps its own"
+        tell("Apply Fusion", [warning], logging.WARNING)
     model = models.with_weights(model, weights=weights, strength=strength)
     return models.with_wrappers(
         model, key=f"{KEY}_prediction", wrappers={WrappersMP.APPLY_MODEL: _notice_prediction}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -16,11 +17,12 @@ from ..files.folders import LORAS
 from ..files.names import refused
 from ..files.pickles import read_any
 from ..fingerprint import fingerprint
+from ..messages import tell
 from ..patching import models
 from ..subject_tokens import Subject
 
-FOLDER = LORAS
 _ENTRY = "understudy_identity"
+FOLDER = dataclasses.replace(LORAS, mark=f'"{_ENTRY}"'.encode())
 _KIND = "LIPE identity prior (arXiv 2406.17236)"
 
 
@@ -66,8 +68,9 @@ def apply(model: Any, tensors: Mapping[str, torch.Tensor], subject: Subject, str
         problem = f"was made for another kind of model: {error}"
         raise refused(name, problem, "Load the model that it was trained on") from error
     if subject.base and fingerprint(model) != subject.base:
-        logging.warning(
-            "[Understudy] %s was trained on another base model, or on one of another precision: the identity may "
-            "show less. Load the model that it was trained on", name,
+        warning = (
+            f"{name} was trained on another base model, or on one of another precision, so the identity may show "
+            "less: load the model that it was trained on"
         )
+        tell("Load Identity Prior", [warning], logging.WARNING)
     return model if strength == 0 else models.with_lora(model, weights=tensors, strength=strength)

@@ -18,6 +18,7 @@ import torch
 
 from .. import subject_tokens
 from ..inputs import latents
+from ..messages import tell
 from ..patching import samplers
 from ..patching.unet_layers import CrossAttention
 from ..training.objective import prediction_kind
@@ -49,7 +50,8 @@ def invert(
     if layers:
         subject_tokens.require_subject(positive, "positive")
     else:
-        logging.warning("[Understudy] this model has no cross-attention: the source mask is the whole picture")
+        warning = "this model has no cross-attention, so the source mask is the whole picture"
+        tell("Invert Image", [warning], logging.WARNING)
     sampler = InversionSampler(config, masks, layers)
     guider = comfy.samplers.CFGGuider(attention.with_recorder(model) if layers else model)
     guider.set_conds(positive, positive)

@@ -55,8 +55,8 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that the prior was trained on; it is not modified."),
                 cls.file(
-                    "A file in models/loras or output/loras from Save Identity Prior. Other LoRAs are "
-                    "refused: use Load LoRA for them.",
+                    "A file in models/loras or output/loras from Save Identity Prior. Other LoRAs are not "
+                    "listed: use Load LoRA for them.",
                 ),
                 widgets.strength(
                     "Weight of the prior: 0 is off, 1 as it was trained. Lower values follow prompts more.",
@@ -69,6 +69,11 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
                 io.String.Output(display_name="trigger", tooltip="The words that stand for the subject in prompts."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, lora_name) -> bool:
+        """A file that is not listed passes: what it lacks is said when it is read."""
+        return True
 
     @classmethod
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:

@@ -219,10 +219,11 @@ def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
             "to `model`, and the sampler's latent to `samples`"
         )
     if len(blend.run_masks) > 1:
-        logging.warning(
-            "[Understudy] samples are not what the sampler made, or older than its last %d runs: Show Edit Masks "
-            "shows the last run's. Connect the sampler's own latent to `samples`", _REMEMBERED_RUNS,
+        warning = (
+            f"samples are not what the sampler made, or older than its last {_REMEMBERED_RUNS} runs: Show Edit Masks "
+            "shows the last run's: connect the sampler's latent to `samples`"
         )
+        tell("Show Edit Masks", [warning], logging.WARNING)
     # The samples were upscaled, composited or cut since.
     return next(reversed(blend.run_masks.values()))
 

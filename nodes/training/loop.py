@@ -6,7 +6,6 @@ that has made the model differentiable.
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -52,6 +51,9 @@ class Monitor(Protocol):
     def checkpoint(self, state: State) -> None:
         """A state to save: every `checkpoint_every` steps, and where the run is stopped between them."""
 
+    def warn(self, line: str) -> None:
+        """What makes the result doubtful, for the user."""
+
 
 def train(
     objective: Objective, parameters: Parameters, config: TrainingConfig, monitor: Monitor,
@@ -79,7 +81,7 @@ def train(
                 saved_steps = len(losses)
                 monitor.checkpoint(_snapshot(losses, parameters, optimiser))
         saved_steps = len(losses)
-        _warn_if_degraded(losses, config)
+        _warn_if_degraded(losses, config, monitor)
     except TrainingDiverged:
         saved_steps = len(losses)
         raise
@@ -136,13 +138,13 @@ def _divergence(what: str, value: float, step: int, config: TrainingConfig) -> s
     )
 
 
-def _warn_if_degraded(losses: list[float], config: TrainingConfig) -> None:
+def _warn_if_degraded(losses: list[float], config: TrainingConfig, monitor: Monitor) -> None:
     """A warning where a finite loss rose to that of a model that has learned nothing: noise has a variance of 1."""
     last = statistics.median(losses[-max(1, len(losses) // 4) :])
     if last > 0.7 and last > 3 * losses[0]:
-        logging.warning(
-            "[Understudy] the loss rose from %.4f to %.4f, so the result is probably useless: lower "
-            "learning_rate (%g)", losses[0], last, config.learning_rate,
+        monitor.warn(
+            f"the loss rose from {losses[0]:.4f} to {last:.4f}, so the result is probably useless: lower "
+            f"learning_rate ({config.learning_rate:g})"
         )
 
 

@@ -73,6 +73,9 @@ class NodeMonitor:
             tensors = {**state.tensors, **self.extra_tensors}
             self.checkpoints.save(dataclasses.replace(state, tensors=tensors))
 
+    def warn(self, line: str) -> None:
+        tell("training", [line], logging.WARNING)
+
     def report_peak_memory(self) -> None:
         """Show on the node the most memory that the run used."""
         tell("training", [f"peak memory {self.peak.gigabytes:.2f} GB on {self.peak.device.type}"])

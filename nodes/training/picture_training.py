@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..messages import tell
 from .checkpoints import Checkpoints
 from .config import LoraConfig, TrainingConfig
 from .drawing import ModelPreview
@@ -32,7 +33,7 @@ def encode_pictures(vae: Any, pictures: Sequence[torch.Tensor]) -> list[torch.Te
         if min(height, width) < 4 * cell:
             raise ValueError(f"a picture of {size} is too small to train on: scale it to the size to generate")
         if height % cell or width % cell:
-            logging.warning("[Understudy] pictures of %s are cut to multiples of %d pixels", size, cell)
+            tell("training", [f"pictures of {size} are cut to multiples of {cell} pixels"], logging.WARNING)
     return [vae.encode(picture).clone() for picture in pictures]
 
 

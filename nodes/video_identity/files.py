@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ..files import weights
@@ -10,7 +11,7 @@ from ..files.names import refused
 from ..files.pickles import read_any
 from .method import AdapterError, VideoAdapter, adapter_from
 
-FOLDER = LORAS
+FOLDER = dataclasses.replace(LORAS, mark=rb"blocks\.\d{1,4}\.self_attn\.[qkv]_loras\.(down|up)\.weight")
 
 
 def load(name: str) -> VideoAdapter:

@@ -93,10 +93,15 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
             "Wan 2.2 needs two files, one for each of its models.",
             search_aliases=["Stand-In", "identity adapter", "face video", "load adapter", "character consistency"],
             inputs=[
-                cls.file("A file in models/loras or output/loras. Plain LoRAs are refused: use Load LoRA."),
+                cls.file("A file in models/loras or output/loras. Only adapters are listed: else use Load LoRA."),
             ],
             outputs=[ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply Video Identity.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, adapter_name) -> bool:
+        """A file that is not listed passes: what it lacks is said when it is read."""
+        return True
 
     @classmethod
     def execute(cls, adapter_name) -> io.NodeOutput:

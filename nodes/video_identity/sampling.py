@@ -17,6 +17,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.restricted_attention import Reference
 from ..inputs import latents, ranges
+from ..messages import tell
 from ..patching import models, wan_blocks
 from . import blocks, method, reference_pass
 from .blocks import KEY
@@ -41,7 +42,8 @@ def apply(model: Any, reference: VideoReference) -> Any:
     if reference.off:
         if reference.config.strength:
             # Load Image gives such a mask for a picture without alpha, and the video does not show the reason.
-            logging.warning("[Understudy] the mask is 0 everywhere, so Apply Video Identity shows no reference")
+            warning = "the mask is 0 everywhere, so the video shows no reference: connect one of where the person is"
+            tell("Apply Video Identity", [warning], logging.WARNING)
         return model
     earlier = models.attachment(model, KEY)
     run = SamplingReferences((*(earlier.references if earlier else ()), reference))
@@ -67,7 +69,7 @@ def wan_network(model: Any) -> Any:
     if not wan_blocks.runs_patches(network):
         raise ValueError(f"a {name} does not let its attention be extended: connect a Wan T2V, I2V or VACE model")
     if name not in VERIFIED:
-        logging.warning("[Understudy] the video identity adapter is not verified with %s", name)
+        tell("Video identity", [f"the adapter is not verified with {name}"], logging.WARNING)
     return network
 
 
@@ -88,11 +90,11 @@ class SamplingReferences:
     def cleanup(self, _patcher: Any) -> None:
         """ComfyUI's ON_CLEANUP: nothing outlives a run."""
         if missing := sorted(self._expected - self._reached):
-            logging.warning(
-                "[Understudy] the reference did not act in blocks %s: either a node after Apply Video Identity "
-                "replaces them, then put Apply Video Identity after it; or a cache such as EasyCache skipped every "
-                "step in which it acts", missing
+            warning = (
+                f"the reference did not act in blocks {missing}: either a node after it replaces them, then put "
+                "Apply Video Identity after that node; or a cache such as EasyCache skipped every step in which it acts"
             )
+            tell("Apply Video Identity", [warning], logging.WARNING)
         self.cache.clear()
         self._begin()
 

@@ -12,6 +12,7 @@ import torch
 
 from ...kernels.restricted_attention import Reference
 from ..inputs.latents import check_channels
+from ..messages import tell
 from ..patching import models
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
@@ -49,7 +50,8 @@ def prepared(
     """An untrained adapter, its samples, and the model with it, ready for the objective; arguments as `train`."""
     network = sampling.wan_network(model)
     if models.attachment(model, sampling.KEY):
-        logging.warning("[Understudy] training ignores the references on this model: connect the model without them")
+        warning = "training ignores the references on this model: connect the model without them"
+        tell("Train Video Identity Adapter", [warning], logging.WARNING)
     for name, inputs in (("latents", latents), ("references", references)):
         for latent in inputs:
             check_channels(latent, name, model.model.latent_format.latent_channels)

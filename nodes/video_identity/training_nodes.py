@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..inputs.latents import check_not_zero
+from ..messages import tell
 from ..training import inputs, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
@@ -70,7 +71,7 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
         pictures = inputs.one_each(pictures, len(videos), "references", kind="items", each="video")
         _check_references(pictures)
         if len(pictures) > len({id(picture) for picture in pictures}):
-            logging.info("[Understudy] one reference is trained with all %d videos", len(videos))
+            tell("Train Video Identity Adapter", [f"one reference is trained with all {len(videos)} videos"])
         if not all(positive):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
         texts = inputs.one_each(list(positive), len(videos), "positive", kind="items", each="video")

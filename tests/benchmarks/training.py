@@ -77,6 +77,9 @@ class Clock:
     def checkpoint(self, _state) -> None:
         pass
 
+    def warn(self, _line) -> None:
+        pass
+
     def seconds(self) -> float:
         """Seconds per step, without the first one, which warms up."""
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)

@@ -1,5 +1,6 @@
 """A node's messages: lines in the log, and a text on the node while a graph runs."""
 
+import ast
 import asyncio
 import json
 import logging
@@ -11,6 +12,7 @@ import aiohttp
 import pytest
 from comfy_execution.utils import CurrentNodeContext
 from faults import prompts
+from launcher import scripts
 from pack.nodes.messages import tell
 
 TEXT = 3  # ComfyUI's BinaryEventTypes.TEXT
@@ -57,6 +59,17 @@ def test_without_a_host_that_runs_a_graph_it_is_logged_alone(monkeypatch, caplog
     with caplog.at_level(logging.INFO):
         tell("Load", ["one"])
     assert caplog.messages == ["[Understudy] Load: one"]
+
+
+@pytest.mark.parametrize("path", sorted((scripts.ROOT / "nodes").rglob("*.py")), ids=lambda path: path.stem)
+def test_no_warning_is_in_the_log_alone(path):
+    """Who looks at the browser does not see the log: `tell` shows a warning on the node, too."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    names = {
+        call.attr for call in calls
+        if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) and call.value.id == "logging"
+    }
+    assert not names & {"warning", "warn", "error", "exception", "critical"}
 
 
 def texts_shown(server, prompt):
