@@ -92,7 +92,8 @@ class SamplingReferences:
         if missing := sorted(self._expected - self._reached):
             warning = (
                 f"the reference did not act in blocks {missing}: either a node after it replaces them, then put "
-                "Apply Video Identity after that node; or a cache such as EasyCache skipped every step in which it acts"
+                "Apply Video Identity after that node; or a cache such as EasyCache skipped "
+                "every step in which it acts"
             )
             tell("Apply Video Identity", [warning], logging.WARNING)
         self.cache.clear()

@@ -64,7 +64,8 @@ def test_without_a_host_that_runs_a_graph_it_is_logged_alone(monkeypatch, caplog
 @pytest.mark.parametrize("path", sorted((scripts.ROOT / "nodes").rglob("*.py")), ids=lambda path: path.stem)
 def test_no_warning_is_in_the_log_alone(path):
     """Who looks at the browser does not see the log: `tell` shows a warning on the node, too."""
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {
         call.attr for call in calls
         if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) and call.value.id == "logging"
