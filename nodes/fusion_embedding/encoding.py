@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from .layout import FusionError, combiner_width
 from .method import Fusion
 
 _BATCH_SIZE = 16  # pictures in one pass outside training
+_DINO_SIDE = 512  # published, in pixels, where DINOv2's own is 518
+_DINO_TOKENS = 1370  # of 518 pixels
 # Encoders that take one square of fixed size.
 TRAINABLE = ("clip_vision_model", "dinov2")
 _SAME_ENCODER = 0.99  # ours: least cosine of two probes of one encoder, which may compute in another precision
@@ -25,7 +28,8 @@ _MOST_LAYERS = 256  # each takes time to build, however narrow it is
 def embeddings(clip_vision: Any, pictures: torch.Tensor) -> torch.Tensor:
     """The encoder's embedding of each picture [B, H, W, 3], [B, D], unnormalised, fp32 on the CPU.
 
-    Pictures are squeezed to the encoder's square, as in the published data: a crop would cut off heads and feet.
+    Pictures are squeezed to the encoder's square, as published in stage 2 and in use: a crop would cut off heads and
+    feet. Published stage 1 squeezes the pose only, and cuts the middle square out of source and target.
     Raises FusionError for an encoder without embeddings, and for values that are not finite.
     """
     parts = [clip_vision.encode_image(part, crop=False).image_embeds for part in pictures.split(_BATCH_SIZE)]
@@ -36,8 +40,23 @@ def embeddings(clip_vision: Any, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def states(clip_vision: Any, picture: torch.Tensor) -> torch.Tensor:
-    """The last hidden states of pictures [B, H, W, 3], [B, T, W], fp32 on the CPU; squeezed like `embeddings`."""
-    return hidden_states(clip_vision.encode_image(picture, crop=False))
+    """The last hidden states of pictures [B, H, W, 3], [B, T, W], fp32 on the CPU, of `appearance`."""
+    return hidden_states(appearance(clip_vision, picture))
+
+
+def appearance(clip_vision: Any, pictures: torch.Tensor) -> Any:
+    """CLIP_VISION_OUTPUT of whole pictures [B, H, W, 3], squeezed to a square: for DINOv2 of 512, as published,
+    which is 1,297 tokens; for others their own size. The encoder is not modified.
+    """
+    if clip_vision.model_type == "dinov2" and clip_vision.image_size > _DINO_SIDE:
+        clip_vision = copy.copy(clip_vision)
+        clip_vision.image_size = _DINO_SIDE
+    return clip_vision.encode_image(pictures, crop=False)
+
+
+def at_full_size(states: torch.Tensor) -> bool:
+    """Whether hidden states are those of DINOv2 at its own size, as CLIP Vision Encode makes them."""
+    return states.shape[1] == _DINO_TOKENS
 
 
 def hidden_states(output: Any) -> torch.Tensor:

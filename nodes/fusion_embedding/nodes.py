@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 
 from ..fingerprint import weights_fingerprint
@@ -16,6 +18,10 @@ FUSION = io.Custom("UNDERSTUDY_FUSION")
 FUSION_EMBED = io.Custom("UNDERSTUDY_FUSION_EMBED")
 KEYPOINTS = io.Custom("POSE_KEYPOINT")
 _APPLY = ApplyConfig()
+_FULL_SIZE = (
+    "appearance is DINOv2 at 518 pixels, and the generator was trained at 512, as published: connect Encode "
+    "Appearance in place of CLIP Vision Encode"
+)
 _RETARGET = RetargetConfig()
 
 
@@ -89,6 +95,33 @@ class UnderstudyCombineFusion(io.ComfyNode):
         return io.NodeOutput(method.FusionEmbedding(vectors, weights_fingerprint(fusion.combiner)))
 
 
+class UnderstudyEncodeAppearance(io.ComfyNode):
+    """A picture's appearance as the generator was trained on it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyEncodeAppearance", display_name="Encode Appearance (FPDM)",
+            category=CATEGORY,
+            description="Encodes the source as Train Fusion Generator does: the whole picture, and for DINOv2 at 512 "
+            "pixels, as published, where CLIP Vision Encode takes 518.",
+            search_aliases=["FPDM", "appearance", "CLIP vision encode", "DINOv2", "image encoder"],
+            inputs=[
+                io.ClipVision.Input(
+                    "clip_vision", tooltip="The encoder of the training: DINOv2 Large, as published.",
+                ),
+                io.Image.Input("source", tooltip="The person: one picture per pose, or one for all."),
+            ],
+            outputs=[
+                io.ClipVisionOutput.Output(display_name="appearance", tooltip="Connect it to Apply Fusion."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip_vision, source) -> io.NodeOutput:
+        return io.NodeOutput(encoding.appearance(clip_vision, source))
+
+
 class UnderstudyApplyFusion(io.ComfyNode):
     """A model and its two conditionings, for the person of the source in the pose."""
 
@@ -109,7 +142,7 @@ class UnderstudyApplyFusion(io.ComfyNode):
                 ),
                 io.ClipVisionOutput.Input(
                     "appearance",
-                    tooltip="CLIP Vision Encode of the source, with crop none and the encoder of the training.",
+                    tooltip="Encode Appearance of the source, with the encoder of the training.",
                 ),
                 io.Image.Input(
                     "pose", tooltip="OpenPose drawing at the size of the result in pixels; a batch gives a batch.",
@@ -133,6 +166,8 @@ class UnderstudyApplyFusion(io.ComfyNode):
     def execute(cls, model, fusion, appearance, pose, strength, fusion_embed=None) -> io.NodeOutput:
         fused = method.vectors_for(fusion, fusion_embed)
         states = encoding.hidden_states(appearance)
+        if encoding.at_full_size(states):
+            tell("Apply Fusion", [_FULL_SIZE], logging.WARNING)
         return io.NodeOutput(*sampling.apply(model, fusion, states, fused, pose, ApplyConfig(strength)))
 
 
@@ -177,4 +212,7 @@ class UnderstudyRetargetPose(io.ComfyNode):
         return io.NodeOutput(retargeting.retarget(keypoints, source_keypoints, config))
 
 
-NODES = [UnderstudyLoadFusion, UnderstudyCombineFusion, UnderstudyApplyFusion, UnderstudyRetargetPose]
+NODES = [
+    UnderstudyLoadFusion, UnderstudyCombineFusion, UnderstudyEncodeAppearance, UnderstudyApplyFusion,
+    UnderstudyRetargetPose,
+]

@@ -1,11 +1,15 @@
 """Image encoders of ComfyUI: whole pictures, gradients beside transformers, and descriptions that are refused."""
 
+import types
+
+import comfy.clip_vision
 import comfy.model_patcher
 import pytest
 import torch
 import transformers
 from pack.kernels.fusion_embedding import combine
-from pack.nodes.fusion_embedding import encoding
+from pack.nodes.fingerprint import weights_fingerprint
+from pack.nodes.fusion_embedding import encoding, method, nodes
 from pack.nodes.fusion_embedding.method import Fusion, FusionError
 from pack.nodes.puppets.vision import VISION_CONFIG, vision
 from pack.nodes.training.session import encoder_session
@@ -169,3 +173,58 @@ def test_numbers_that_are_none_are_refused_before_they_blacken_a_picture():
         encoding.fused(fusions.combiner(), fusions.vision(), broken, fusions.poses())
     with pytest.raises(FusionError, match="NaN or infinite values"):
         encoding.hidden_states(fusions.vision().encode_image(broken, crop=False))
+
+
+def dino(side):
+    """A small DINOv2 whose own pictures have `side` pixels."""
+    config = {
+        "model_type": "dinov2", "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "patch_size": 14,
+        "image_size": side, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    encoder = comfy.clip_vision.ClipVisionModel(config)
+    with torch.inference_mode(False):
+        for parameter in encoder.model.parameters():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=fusions.generator(1)).to(parameter.dtype)
+    return encoder
+
+
+def test_dinov2_reads_512_pixels_as_published():
+    """36 patches of 14 pixels a side, and the class token; the positions are interpolated as transformers does it."""
+    encoder, picture = dino(518), fusions.pictures(1, 64, 48)
+    states = encoding.states(encoder, picture)
+    assert states.shape == (1, 1297, 16) and encoder.image_size == 518
+    (output,) = nodes.UnderstudyEncodeAppearance.execute(encoder, picture).result
+    assert torch.equal(encoding.hidden_states(output), states)
+    theirs = transformers.Dinov2Model(transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14, mlp_ratio=4,
+    ))
+    names = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
+             "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
+    weights = {key: value.float() for key, value in encoder.get_sd().items()}
+    for ours, name in names.items():
+        weights = {key.replace(ours, name): value for key, value in weights.items()}
+    theirs.load_state_dict(weights)
+    x = torch.nn.functional.interpolate(picture.movedim(-1, 1), (512, 512), mode="bicubic", antialias=True)
+    x = ((255 * x).clamp(0, 255).round() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        expected = theirs.eval()(x).last_hidden_state
+    torch.testing.assert_close(states, expected, rtol=1e-2, atol=3e-2)  # ComfyUI shifts positions by 0.1 of a patch
+
+
+def test_smaller_dinov2_and_other_encoders_read_their_own_size():
+    assert encoding.states(dino(56), fusions.pictures(1, 64, 48)).shape == (1, 17, 16)
+    assert encoding.states(fusions.vision(), fusions.pictures()).shape[1] == encoding.hidden_states(
+        fusions.vision().encode_image(fusions.pictures(), crop=False)
+    ).shape[1]
+
+
+def test_dinov2_at_its_own_size_is_told_on_apply(caplog):
+    model = fusions.model()
+    fusion = fusions.fusion(model, unet=None, unet_kind="")
+    for tokens, told in ((1370, True), (1297, False)):
+        caplog.clear()
+        output = types.SimpleNamespace(last_hidden_state=fusions.states(tokens=tokens))
+        embed = method.FusionEmbedding(fusions.fused(), weights_fingerprint(fusion.combiner))
+        nodes.UnderstudyApplyFusion.execute(model, fusion, output, fusions.poses(), 1.0, embed)
+        assert ("connect Encode Appearance" in caplog.text) == told

@@ -27,6 +27,7 @@ CONTRACT = {
     training_nodes.UnderstudySaveFusion: (["fusion", "filename_prefix"], []),
     nodes.UnderstudyLoadFusion: (["fusion_name"], ["UNDERSTUDY_FUSION"]),
     nodes.UnderstudyCombineFusion: (["fusion", "source", "pose", "clip_vision"], ["UNDERSTUDY_FUSION_EMBED"]),
+    nodes.UnderstudyEncodeAppearance: (["clip_vision", "source"], ["CLIP_VISION_OUTPUT"]),
     nodes.UnderstudyApplyFusion: (
         ["model", "fusion", "fusion_embed", "appearance", "pose", "strength"],
         ["MODEL", "CONDITIONING", "CONDITIONING"]),
