@@ -22,8 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from .fft_device import fft_device
-from .spectral_guidance import Band, band_mask
+from .spectral_guidance import Band, band_mask, half_spectrum
 
 # A deviation up to this many roundings of the largest value is that of a constant: dividing by it scales noise.
 _ROUNDINGS = 16
@@ -41,12 +40,8 @@ def low_pass(x: torch.Tensor, cutoff: float) -> torch.Tensor:
 
     A cutoff of 0 leaves each plane's mean. The result is on the CPU where x's device lacks the complex FFT.
     """
-    # Complex half precision is missing or inexact on most backends: upcast here, and cast back once at the end.
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    plane = x.to(fft_device(x.device), dtype)
-    size = tuple(x.shape[-2:])
-    spectrum = torch.fft.rfft2(plane, norm="ortho") * band_mask(size, Band(0.0, cutoff), plane.device)
-    return torch.fft.irfft2(spectrum, s=size, norm="ortho")
+    size, spectrum = tuple(x.shape[-2:]), half_spectrum(x)
+    return torch.fft.irfft2(spectrum * band_mask(size, Band(0.0, cutoff), spectrum.device), s=size, norm="ortho")
 
 
 def statistics(low: torch.Tensor, weights: torch.Tensor | None = None) -> Statistics:

@@ -93,10 +93,10 @@ def prepare(
     (size,) = sizes
     amplitude = mask = phasor = None
     if source is not None:
-        amplitude = _spectrum(source).abs()
+        amplitude = half_spectrum(source).abs()
         mask = band_mask(size, amplitude_band, amplitude.device)
     if driving is not None:
-        spectrum = _spectrum(driving)
+        spectrum = half_spectrum(driving)
         band = band_mask(size, phase_band, spectrum.device)
         if distance == "paper":
             band &= ~_real_bins(size, band.device)
@@ -123,7 +123,7 @@ def band_mask(size: tuple[int, int], band: Band, device: torch.device | str = "c
 
 def losses(x: torch.Tensor, target: Target) -> Losses:
     """G_a and G_p of x [..., H, W], fp32 (fp64 for fp64)."""
-    spectrum = _spectrum(_checked(x, target))
+    spectrum = half_spectrum(_checked(x, target))
     length = spectrum.abs()
     zero = length.new_zeros(length.shape[:-2])
     amplitude = phase = zero
@@ -142,7 +142,7 @@ def gradient(
 
     Both terms share one transform and one inverse. Bins without a phase (zero amplitude) get no gradient.
     """
-    spectrum = _spectrum(_checked(x, target))
+    spectrum = half_spectrum(_checked(x, target))
     length = spectrum.abs()
     total = torch.zeros_like(spectrum)
     if target.amplitude is not None and amplitude_weight != 0:
@@ -165,7 +165,7 @@ def update(
     move_phase = target.phasor is not None and phase_scale != 0
     if not (move_amplitude or move_phase):
         return x
-    spectrum = _spectrum(_checked(x, target))
+    spectrum = half_spectrum(_checked(x, target))
     length = spectrum.abs()
     if rule == "gradient":
         step = torch.zeros_like(spectrum)
@@ -220,7 +220,8 @@ def _phase_error(spectrum: torch.Tensor, target: Target) -> torch.Tensor:
     return torch.where(target.phasor != 0, torch.where(angle < 0, -error, error), 0)
 
 
-def _spectrum(x: torch.Tensor) -> torch.Tensor:
+def half_spectrum(x: torch.Tensor) -> torch.Tensor:
+    """The orthonormal spectrum [..., H, W//2 + 1] of x [..., H, W], on its device or on the CPU (fft_device)."""
     # complex half precision is missing or inexact on most backends: upcast, compute, cast back once.
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.fft.rfft2(x.to(fft_device(x.device), dtype), norm="ortho")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..inputs.pictures import check_pictures, colour
 from .layout import FusionError
 from .method import check_poses
 
@@ -64,8 +65,10 @@ class ListedPairs:
         return self.count
 
     def __getitem__(self, index: int) -> Pair:
-        pair = Pair(*(_colour(views[index % len(views)], name)
-                      for name, views in zip(ROLES, self.pictures, strict=True)))
+        pair = Pair(*(
+            colour(views[index % len(views)], name, FusionError).clone()
+            for name, views in zip(ROLES, self.pictures, strict=True)
+        ))
         check_poses(pair.pose, f"pose {index + 1}")
         return pair
 
@@ -154,18 +157,11 @@ def _in_input_folder(name: str) -> FolderPairs:
 def _views(batches: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:
     """Each picture as [1, H, W, C], sharing the memory of its batch."""
     for batch in batches:
-        if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
-            raise FusionError(f"{name} has shape {tuple(batch.shape)}: connect pictures, [B, H, W, 3]")
-    views = [batch[i : i + 1] for batch in batches for i in range(len(batch))]
+        check_pictures(batch, name, FusionError)
+    views = [view for batch in batches for view in batch.split(1)]
     if not views:
         raise FusionError(f"{name} holds no picture: connect at least one")
     return views
-
-
-def _colour(picture: torch.Tensor, name: str) -> torch.Tensor:
-    if not torch.isfinite(picture).all():
-        raise FusionError(f"{name} holds NaN or infinite values: load or render the picture again")
-    return picture.expand(-1, -1, -1, 3).clone() if picture.shape[-1] == 1 else picture[..., :3].clone()
 
 
 def _files(folder: Path) -> dict[str, Path]:

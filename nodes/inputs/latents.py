@@ -17,10 +17,10 @@ def check_latent(latent: torch.Tensor, name: str) -> None:
     check_finite(latent, name, "encode it again, with the VAE in fp32")
 
 
-def check_finite(values: torch.Tensor, name: str, fix: str) -> None:
+def check_finite(values: torch.Tensor, name: str, fix: str, error: type[ValueError] = ValueError) -> None:
     """Neither NaN nor infinite."""
     if not torch.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or infinite values: {fix}")
+        raise error(f"{name} holds NaN or infinite values: {fix}")
 
 
 def check_not_zero(latent: torch.Tensor, name: str) -> None:

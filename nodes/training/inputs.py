@@ -10,7 +10,8 @@ import comfy.clip_vision
 import comfy.nested_tensor
 import torch
 
-from ..inputs.latents import check_finite, check_latent
+from ..inputs.latents import check_latent
+from ..inputs.pictures import check_pictures, colour
 
 
 def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[torch.Tensor]:
@@ -21,11 +22,8 @@ def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[t
     batches = [images] if isinstance(images, torch.Tensor) else list(images)
     singles = []
     for batch in batches:
-        if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"{name} has shape {tuple(batch.shape)}: connect pictures, [B, H, W, 3]")
-        check_finite(batch, name, "load or render the picture again")
-        colour = batch.expand(-1, -1, -1, 3) if batch.shape[-1] == 1 else batch[..., :3]
-        singles.extend(colour[i : i + 1].clone() for i in range(len(colour)))
+        check_pictures(batch, name)
+        singles.extend(picture.clone() for picture in colour(batch, name).split(1))
     if not singles:
         raise ValueError(f"{name} holds no picture: connect at least one")
     return singles
@@ -48,8 +46,8 @@ def single_latents(latents: Sequence[Mapping[str, torch.Tensor]], name: str) -> 
     for latent in latents:
         samples = latent["samples"]
         check_latent(samples, name)
-        samples = samples.unsqueeze(2) if samples.ndim == 4 else samples
-        singles.extend(samples[i : i + 1].clone() for i in range(len(samples)))
+        videos = samples.unsqueeze(2) if samples.ndim == 4 else samples
+        singles.extend(video.clone() for video in videos.split(1))
     if not singles:
         raise ValueError(f"{name} holds no latent: connect at least one")
     return singles

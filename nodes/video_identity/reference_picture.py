@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..inputs import keypoints
+from ..inputs import keypoints, pictures
 from .config import ReferenceConfig
 
 # Published: a box that is this near to all four edges, in pixels, takes the whole picture.
@@ -30,16 +30,13 @@ def prepare(
     inputs.keypoints knows, a box or, for each picture, a list of boxes of which the largest counts. Alpha is dropped,
     grey becomes colour. Raises ValueError, naming the input, for an invalid picture, box or mask.
     """
-    if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"image has shape {tuple(images.shape)}: connect pictures, [B, H, W, 3]")
-    if not torch.isfinite(images).all():
-        raise ValueError("image holds NaN or infinite values: load or render the picture again")
+    pictures.check_pictures(images, "image", least=1)
+    images = pictures.colour(images, "image")
     if mask is not None:
         mask = _fitted_mask(mask, images)
     boxes = None if bboxes is None else _boxes(bboxes, images)
     results, messages = [], []
     for i, picture in enumerate(images.float()):
-        picture = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
         person = None if mask is None else mask[min(i, len(mask) - 1)]
         box, message = _box(None if boxes is None else boxes[min(i, len(boxes) - 1)], person)
         if person is not None and bool((person > 0.5).any()):

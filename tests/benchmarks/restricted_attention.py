@@ -26,29 +26,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT / "workflows")]
+sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("tests", "workflows")]
 
-from launcher import environment, scripts  # noqa: E402
+from support import benchmark  # noqa: E402
 
-if __name__ == "__main__":
-    environment.enter(ROOT)
-scripts.alias_pack()
-
-import torch  # noqa: E402
-
-_BASE = tempfile.TemporaryDirectory(prefix="understudy-benchmark-")
-scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
+benchmark.start(__name__ == "__main__")
 
 import comfy.patcher_extension  # noqa: E402
+import torch  # noqa: E402
 from benchmarks.restricted_attention_counts import (  # noqa: E402
     CALLS,
     LARGE,
@@ -232,25 +223,6 @@ class Steps:
         print(f"  {shape.title}, FLOPs of a step of one frame and of a prefill are as PyTorch counts them")
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for round_ in range(rounds + 2):
-            for name, call in calls.items():
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if round_ >= 2:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
 def print_times(shape: Shape, what: str, times: dict[str, list[float]]) -> None:
     for name, values in times.items():
         median = statistics.median(values)
@@ -305,14 +277,16 @@ def main() -> None:
         if device.type == "cpu":
             print_arithmetic(shape)
         calls = attention_calls(shape, device, dtype, device.type == "cuda" and not arguments.no_flex)
-        attention = interleaved(calls, arguments.rounds, device)
+        with torch.inference_mode():
+            attention = benchmark.interleaved(calls, arguments.rounds, device)
         # The joint rows and the mask of a 14B shape would raise the peak that R5 measures.
         del calls
         steps = Steps(shape, device, dtype)
         steps.check(shape, dtype)
         steps.check_flops(shape)
         ways = {"plain": steps.plain, "cached": steps.cached, "branch in it": steps.every, "prefill": steps.prefill}
-        times = interleaved(ways, arguments.rounds, device)
+        with torch.inference_mode():
+            times = benchmark.interleaved(ways, arguments.rounds, device)
         print(f"{'shape':<12}{'what':<11}{'form':<16}{'median ms':>11}{'min':>11}{'max':>11}")
         print_times(shape, "attention", attention)
         print_times(shape, "step", times)

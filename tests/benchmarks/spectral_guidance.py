@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ scripts.alias_pack()
 
 import torch  # noqa: E402
 from pack.kernels import spectral_guidance as sg  # noqa: E402
+from support import benchmark  # noqa: E402
 
 # Name, latent, and the family's UNet: (block channels, transformer layers, heads, context, pooled or None).
 ROWS = [
@@ -92,26 +92,6 @@ def unet_step(
     return step
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):
-        for name, call in calls.items():
-            repeats = 1 if name == "UNet step" else 20
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 2:
-                times[name].append(1000 * (time.perf_counter() - start) / repeats)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
@@ -139,7 +119,9 @@ def main() -> None:
             calls["UNet step"] = unet_step(
                 device, torch.float16 if device.type == "cuda" else torch.float32, shape, family
             )
-        times = interleaved(calls, arguments.rounds, device)
+        times = benchmark.interleaved(
+            calls, arguments.rounds, device, lambda name: 1 if name == "UNet step" else 20
+        )
         base = {"analytic gradient": "autograd gradient"}
         for op, values in times.items():
             against = base.get(op, "UNet step")

@@ -14,37 +14,26 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
-import time
 import uuid
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT / "workflows")]
+sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("tests", "workflows")]
 
-from launcher import environment, scripts  # noqa: E402
+from support import benchmark  # noqa: E402
 
-if __name__ == "__main__":
-    environment.enter(ROOT)
-scripts.alias_pack()
-
-import torch  # noqa: E402
-
-_BASE = tempfile.TemporaryDirectory(prefix="understudy-benchmark-")
-scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
+benchmark.start(__name__ == "__main__")
 
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
+import torch  # noqa: E402
 from pack.kernels.token_attention import chunk_rows, token_attention  # noqa: E402
 from pack.nodes.identity_prior import attention  # noqa: E402
 from pack.nodes.identity_prior.config import MaskConfig  # noqa: E402
 from pack.nodes.puppets import theatre  # noqa: E402
 from support import real_configurations  # noqa: E402
 
-CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 COLUMNS = (2, 3)
 # The recorded layers of each family, for one branch of CFG: queries, tokens, heads, width.
 ATTENTIONS = {
@@ -113,7 +102,7 @@ class Step:
 
 def _theatre():
     theatre.register()
-    return comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[0]
+    return comfy.sd.load_checkpoint_guess_config(str(benchmark.CHECKPOINT))[0]
 
 
 def _random(name: str, device: torch.device, dtype: torch.dtype):
@@ -125,25 +114,6 @@ def _random(name: str, device: torch.device, dtype: torch.dtype):
         parameter.data.normal_(0, 0.02)
         parameter.requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(model, device, device)
-
-
-def interleaved(
-    calls: dict[str, Callable], rounds: int, repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, after one round of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_:
-                times[name].append(1000 * (time.perf_counter() - start) / repeats)
-    return times
 
 
 def report(title: str, times: dict[str, list[float]], against: str, note: str = "") -> None:
@@ -180,7 +150,7 @@ def compare_attentions(rounds: int, device: torch.device, dtype: torch.dtype) ->
             "whole map": partial(whole_map, q, k, heads, COLUMNS), "attention": layer,
         }
         with torch.inference_mode():
-            times = interleaved(calls, rounds, 10, device)
+            times = benchmark.interleaved(calls, rounds, device, lambda _name: 10, warm_up=1)
         report(title, times, "whole map", f"; bytes at once {share:.2%} of it")
 
 
@@ -202,7 +172,8 @@ def main() -> None:
         step = Step(family, device, dtype)
         step.check()
         calls = {"plain": step.plain, "columns": step.watched, "whole maps": step.by_whole_maps}
-        times = interleaved(calls, arguments.rounds, 4 if family == "theatre" else 1, device)
+        repeats = 4 if family == "theatre" else 1
+        times = benchmark.interleaved(calls, arguments.rounds, device, lambda _name, count=repeats: count, warm_up=1)
         layers = len(attention.chosen_layers(step.layers, MaskConfig(), max(step.x.shape[-2:])))
         report(f"step of {family}", times, "plain", f"; R7, {layers} of {len(step.layers)} layers watched")
 

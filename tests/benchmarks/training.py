@@ -16,30 +16,22 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT / "workflows")]
+sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("tests", "workflows")]
 
-from launcher import environment, scripts  # noqa: E402
+from support import benchmark  # noqa: E402
 
-if __name__ == "__main__":
-    environment.enter(ROOT)
-scripts.alias_pack()
-
-import torch  # noqa: E402
-
-_BASE = tempfile.TemporaryDirectory(prefix="understudy-benchmark-")
-scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
+benchmark.start(__name__ == "__main__")
 
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import peft  # noqa: E402
+import torch  # noqa: E402
 from comfy_extras.nodes_train import TrainLoraNode  # noqa: E402
 from pack.nodes.puppets import captions, render, theatre, world  # noqa: E402
 from pack.nodes.training import loop, objective  # noqa: E402
@@ -48,7 +40,6 @@ from pack.nodes.training.lora import LoraLayers  # noqa: E402
 from pack.nodes.training.seeds import seed_for  # noqa: E402
 from pack.nodes.training.session import session  # noqa: E402
 
-CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 RANK, RATE, PICTURES, BATCHES = 8, 1e-4, 8, (1, 4)
 CURVE_STEPS, CURVE_RATE, CURVE_LEVELS = (0, 50, 100), 1e-3, 8
 ATTENTION = LoraConfig().layers
@@ -88,7 +79,7 @@ class Clock:
 def theatre_data():
     """The shipped model, eight rendered puppets as latents [1, 8, 16, 16], and their captions encoded."""
     theatre.register()
-    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3]
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(benchmark.CHECKPOINT))[:3]
     takes = [world.sample_take(i, "validation") for i in range(PICTURES)]
     with torch.no_grad():
         latents = [vae.encode(torch.from_numpy(render.render(take).image)[None].float() / 255) for take in takes]

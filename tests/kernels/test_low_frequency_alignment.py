@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pack.kernels import low_frequency_alignment
+from pack.kernels import spectral_guidance
 from pack.kernels.low_frequency_alignment import Statistics, align, low_pass, running_average, statistics
 from pack.kernels.spectral_guidance import Band
 from support.explicit_spectrum import dft, in_band, spectrum
@@ -197,7 +197,7 @@ def test_a_device_without_complex_fft_computes_on_the_cpu(monkeypatch):
     """Simulated, with the CPU as that device: each transform asks where it may run."""
     asked = []
     monkeypatch.setattr(
-        low_frequency_alignment, "fft_device", lambda device: asked.append(device) or torch.device("cpu")
+        spectral_guidance, "fft_device", lambda device: asked.append(device) or torch.device("cpu")
     )
     x = latent(1, 1, 2, 4, 4, dtype=torch.float32)
     assert torch.equal(aligned(x, [x + 1], 0.3), align(x, statistics(low_pass(x + 1, 0.3)), 0.3, 1.0))
