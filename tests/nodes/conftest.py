@@ -1,10 +1,13 @@
-"""ComfyUI's folders inside a temporary one, for tests that save and list weight files."""
+"""ComfyUI's folders inside a temporary one, for tests that save and list weight files, and the theatre's model."""
 
 import copy
 from pathlib import Path
 
+import comfy.sd
 import folder_paths
 import pytest
+import torch
+from pack.nodes.puppets import theatre
 
 
 @pytest.fixture
@@ -21,3 +24,12 @@ def output(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.delenv("UNDERSTUDY_THEATRE", raising=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(pack_root):
+    """MODEL, CLIP and VAE of the theatre, as ComfyUI loads them."""
+    theatre.register()
+    with torch.inference_mode():
+        path = pack_root / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
+        return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)[:3]

@@ -1,7 +1,6 @@
 """An action and an identity's subject in one prompt: the blend finds the subject, frequency guidance joins in."""
 
 import comfy.samplers
-import comfy.sd
 import pytest
 import torch
 from pack.nodes.action_identifier import encoding, sampling
@@ -21,14 +20,6 @@ from support import action_identifiers, tiny_clip, tiny_model
 IDENTITY = Subject("sks", "robot")
 EULER = comfy.samplers.sampler_object("euler")
 STEPS, SHAPE = 4, (1, 8, 16, 16)
-
-
-@pytest.fixture(scope="module")
-def loaded(pack_root):
-    theatre.register()
-    with torch.inference_mode():
-        path = pack_root / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
-        return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)[:2]
 
 
 def encode(clip, text, *actions, identity=IDENTITY):
@@ -70,7 +61,7 @@ def test_a_prompt_without_the_subject_names_none():
 
 def blended(loaded, positive, sampler=EULER):
     """(latent, source mask, edited mask) of an edit with this prompt, its picture inverted under another."""
-    model, clip = loaded
+    model, clip, _ = loaded
     (model,) = UnderstudyApplyActionIdentifier.execute(model, 1.0).result
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
     with torch.inference_mode():
@@ -90,7 +81,7 @@ def blended(loaded, positive, sampler=EULER):
 
 def test_the_blend_finds_the_subject_of_a_prompt_with_an_action(loaded):
     """Tokens that are a word's own in every layer make the edit, and the masks, of the prompt with that word."""
-    model, clip = loaded
+    model, clip, _ = loaded
     places = sampling.places(model.get_model_object("diffusion_model"))
     with torch.inference_mode():
         word = {e: v.repeat(len(places), 1, 1) for e, v in encoding.word_vectors(clip, "jumping").items()}
@@ -103,7 +94,7 @@ def test_the_blend_finds_the_subject_of_a_prompt_with_an_action(loaded):
 
 
 def test_a_prior_s_subject_an_action_and_frequency_guidance_act_together_on_the_theatre(loaded):
-    model, clip = loaded
+    model, clip, _ = loaded
     places = sampling.places(model.get_model_object("diffusion_model"))
     generator = torch.Generator().manual_seed(5)
     tokens = {"l": torch.randn(len(places), 1, theatre.TEXT_WIDTH, generator=generator)}

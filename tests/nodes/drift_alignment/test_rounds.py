@@ -2,24 +2,16 @@
 
 import comfy.sample
 import comfy.samplers
-import comfy.sd
 import numpy as np
 import pytest
 import torch
 from pack.nodes.drift_alignment.config import DriftAlignmentConfig
 from pack.nodes.drift_alignment.nodes import UnderstudyAlignLatentDrift
-from pack.nodes.puppets import captions, render, theatre, world
+from pack.nodes.puppets import captions, render, world
 
 ROUNDS, TAKES = 10, 3
 DENOISE, STEPS, CFG = 0.2, 3, 4.5
 SETTINGS = {name: [getattr(DriftAlignmentConfig(), name)] for name in ("cutoff", "momentum", "strength")}
-
-
-@pytest.fixture(scope="module")
-def loaded(pack_root):
-    theatre.register()
-    path = pack_root / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
-    return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)[:3]
 
 
 @pytest.fixture(scope="module")
