@@ -158,7 +158,7 @@ def _views(batches: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:
     """Each picture as [1, H, W, C], sharing the memory of its batch."""
     for batch in batches:
         check_pictures(batch, name, FusionError)
-    views = [view for batch in batches for view in batch.split(1)]
+    views = [picture[None] for batch in batches for picture in batch]
     if not views:
         raise FusionError(f"{name} holds no picture: connect at least one")
     return views

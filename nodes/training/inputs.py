@@ -23,7 +23,7 @@ def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[t
     singles = []
     for batch in batches:
         check_pictures(batch, name)
-        singles.extend(picture.clone() for picture in colour(batch, name).split(1))
+        singles.extend(picture[None].clone() for picture in colour(batch, name))
     if not singles:
         raise ValueError(f"{name} holds no picture: connect at least one")
     return singles
@@ -47,7 +47,7 @@ def single_latents(latents: Sequence[Mapping[str, torch.Tensor]], name: str) -> 
         samples = latent["samples"]
         check_latent(samples, name)
         videos = samples.unsqueeze(2) if samples.ndim == 4 else samples
-        singles.extend(video.clone() for video in videos.split(1))
+        singles.extend(video[None].clone() for video in videos)
     if not singles:
         raise ValueError(f"{name} holds no latent: connect at least one")
     return singles
