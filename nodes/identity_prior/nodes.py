@@ -258,9 +258,6 @@ def _pixels(mask: torch.Tensor, model) -> torch.Tensor:
 
 
 NODES = [
-    UnderstudyLoadIdentityPrior,
-    UnderstudyEncodeIdentity,
-    UnderstudyInvertImage,
-    UnderstudyIdentityMaskBlend,
+    UnderstudyLoadIdentityPrior, UnderstudyEncodeIdentity, UnderstudyInvertImage, UnderstudyIdentityMaskBlend,
     UnderstudyEditMasks,
 ]
