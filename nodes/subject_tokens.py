@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .inputs.words import replace_words, words_pattern
+
 SUBJECT = "{subject}"
 # The option of a CONDITIONING's entry with the subject's token positions. Checkpoints hold digests of conditionings,
 # so the string stays.
@@ -49,7 +51,7 @@ class Subject:
     def expand(self, text: str, name: str = "text") -> str:
         """`text` with the subject's words. Raises ValueError, naming the input, where the text has no subject."""
         expanded = self._filled(text)
-        if not _words(self.trigger).search(expanded):
+        if not words_pattern([self.trigger], re.IGNORECASE).search(expanded):
             raise ValueError(
                 f"{name} does not name the subject: {text!r} has neither {SUBJECT} nor {self.trigger!r} as separate "
                 f"words. Write {SUBJECT} where the subject belongs"
@@ -61,16 +63,12 @@ class Subject:
         text = self._filled(text)
         # The token alone, as well: beside the class it would come to mean any member.
         for words in (self.trigger, self.token):
-            text = _words(words).sub(lambda _match: self.noun, text)
+            text = replace_words(text, [words], lambda _words: self.noun, re.IGNORECASE)
         return text
 
     def _filled(self, text: str) -> str:
-        return " ".join(text.replace(SUBJECT, self.trigger).split())
-
-
-def _words(text: str) -> re.Pattern[str]:
-    """Finds `text` in any case, but not as a part of longer words; scripts without spaces may follow it directly."""
-    return re.compile(rf"(?<![A-Za-z0-9_]){re.escape(text)}(?![A-Za-z0-9_])", re.IGNORECASE)
+        text = replace_words(text, [SUBJECT], lambda _subject: self.trigger)
+        return " ".join(replace_words(text, [self.trigger], str, re.IGNORECASE).split())
 
 
 def encode(clip: Any, subject: Subject, text: str) -> list:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...kernels.channel_mask import MERGES
 from ..inputs.ranges import check_choice, check_limits
+from ..inputs.words import entries
 
 # Prompts give these a meaning: spaces separate words, brackets and colons weight them.
 _FORBIDDEN = re.compile(r"[\s():\\{}]")
@@ -53,7 +54,7 @@ class ActionTrainingConfig:
     @property
     def contrasts(self) -> list[str]:
         """The other actions, without the initial word unless it is the only one."""
-        words = [word.strip() for word in self.contrast_words.split(",") if word.strip()]
+        words = entries(self.contrast_words)
         return [word for word in words if word != self.initial_word.strip()] or words
 
 

@@ -7,12 +7,12 @@ identifier's vectors, as embeddings do in ComfyUI: weights, lengths and padding 
 from __future__ import annotations
 
 import numbers
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from ..inputs.words import replace_words, words_pattern
 from ..subject_tokens import SUBJECT, Subject, tag_subject_tokens
 from .method import ActionError, ActionIdentifier, placeholders
 
@@ -35,7 +35,7 @@ def expand_subject(text: str, subject: Subject | None) -> str:
         return text
     if subject is None:
         raise ValueError(f"text contains {SUBJECT}: connect `identity`, or write the subject in words")
-    return text.replace(SUBJECT, subject.trigger)
+    return replace_words(text, [SUBJECT], lambda _subject: subject.trigger)
 
 
 def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
@@ -57,27 +57,17 @@ def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
 
 def contains(text: str, placeholder: str) -> bool:
     """Whether the text holds the placeholder as a word: `wave` is not in `microwave`."""
-    return bool(_pattern([placeholder]).search(text))
+    return bool(words_pattern([placeholder]).search(text))
 
 
 def in_words(text: str, words: Mapping[str, str]) -> str:
     """The text with words[placeholder] for each placeholder."""
-    return _pattern(words).sub(lambda match: words[match[0]], text)
+    return replace_words(text, words, words.__getitem__)
 
 
 def plain_text(text: str, actions: Sequence[ActionIdentifier]) -> str:
     """The text with each placeholder as its initial word: what it means at strength 0."""
     return in_words(text, {action.placeholder: action.initial_word for action in actions})
-
-
-def _pattern(names: Iterable[str]) -> re.Pattern:
-    """Matches these placeholders, longer ones first; one that begins or ends with a letter, as a whole word."""
-    names = sorted(names, key=len, reverse=True)
-    word = re.compile(r"\w")
-    return re.compile("|".join(
-        r"(?<!\w)" * bool(word.match(name)) + re.escape(name) + r"(?!\w)" * bool(word.match(name[-1]))
-        for name in names
-    ))
 
 
 def word_ids(tokenize: Callable[[str], Tokens], word: str) -> dict[str, list[int]]:
@@ -115,7 +105,7 @@ class Prompt:
 
     def __init__(self, tokenize: Callable[[str], Tokens], text: str, tokens: ByPlaceholder):
         counts = token_counts(tokens)
-        order = [match[0] for match in _pattern(counts).finditer(text)]
+        order = [match[0] for match in words_pattern(counts).finditer(text)]
         self.marked: Tokens = {}
         for encoder in next(iter(counts.values())):
             marks = iter([_Mark(name, i) for name in order for i in range(counts[name][encoder])])
@@ -148,7 +138,7 @@ def _is(token: Any, mark: int) -> bool:
 
 def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int]:
     """The text with one word in place of each of an identifier's tokens, that text tokenized, and the word's id."""
-    pattern = _pattern(counts)
+    pattern = words_pattern(counts)
     in_text = {token for section in tokenize(pattern.sub(" ", text))[encoder] for token, _ in section}
     for word in _STAND_INS:
         ids = word_ids(tokenize, word)[encoder]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,12 @@ from ..training.runs import LossMap
 from ..training.seeds import seed_for
 from . import method
 from .config import IdentityPriorConfig
+from .mirrored_captions import mirrored
 
 # Ours: of the side; a crop may lose the outermost tenth.
 _SMALLEST_CROP = 0.9
 _CROPS = 3
 _CLASS_STEPS = 20
-_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,8 @@ def variants(
         if augment != "none":
             pairs += [(_crop(picture, generator), text) for _ in range(_CROPS)]
     if augment == "crop_and_flip":
-        pairs += [(picture.flip(2), _mirrored(text)) for picture, text in pairs]
+        pairs += [(picture.flip(2), mirrored(text)) for picture, text in pairs]
     return [picture for picture, _ in pairs], [text for _, text in pairs]
-
-
-def _mirrored(text: str) -> str:
-    """The text with left and right swapped, in their case."""
-
-    def other(match: re.Match) -> str:
-        word = "right" if match[0].lower() == "left" else "left"
-        return word.upper() if match[0].isupper() else word.title() if match[0][0].isupper() else word
-
-    return _SIDE.sub(other, text)
 
 
 def _crop(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

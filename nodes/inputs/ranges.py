@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .words import SEPARATORS
+
 # Schedulers, percents and samplers round one sigma differently in fp32, measured below 1e-6 of it; a sigma so near a
 # limit counts as on it. Schedules also have steps of their own within 1e-4 of a limit, so it is not wider than this.
 SIGMA_TOLERANCE = 1e-5
 
 ALL = "all"
-_NUMBERS = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
+# A range's dash: hyphens, dashes and minus signs of any width, and the tildes that Japanese and Chinese write.
+_NUMBERS = re.compile("(\\d{1,4})(?:\\s*[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d~\u301c\uff5e]\\s*(\\d{1,4}))?")
 
 
 def check_choice(config: Any, **options: Sequence[str]) -> None:
@@ -62,8 +65,8 @@ def parse_numbers(name: str, text: str, words: Sequence[str] = (ALL,)) -> frozen
     if text.strip().lower() in words:
         return None
     numbers: set[int] = set()
-    for part in text.split(","):
-        match = _NUMBERS.fullmatch(part)
+    for part in SEPARATORS.split(text.strip()):
+        match = _NUMBERS.fullmatch(part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             listed = ", ".join(map(repr, words))

@@ -1,12 +1,12 @@
 """The puppet theatre in a graph: pictures, masks, poses and captions that need no file, and its image encoder."""
 
 import dataclasses
-import re
 
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..inputs.words import entries
 from . import vision
 from .captions import caption, subject_phrase
 from .config import ACTIONS, NAMED_ACTIONS, SCENES, Identity, Picture, Take
@@ -39,10 +39,6 @@ def _tensors(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor, torch
     poses = np.stack([draw_pose(p.joints, p.image.shape[0]) for p in pictures])
     image, mask, pose = (torch.from_numpy(array).float() for array in (images, masks, poses))
     return image / 255, mask, pose / 255
-
-
-def _entries(text: str) -> list[str]:
-    return [entry.strip() for entry in re.split(r"[,\n]", text) if entry.strip()]
 
 
 def _problem(check, *values) -> str | None:
@@ -140,13 +136,13 @@ class UnderstudyPuppetSet(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, identities=None, actions=None, scenes=None) -> bool | str:
         """Each is None while it comes from another node."""
-        return (_problem(lambda words: _identity(words, 0), *_entries(identities or ""))
-                or _problem(lambda name: check_name("action", name, ACTIONS), *_entries(actions or ""))
-                or _problem(lambda name: check_name("scene", name, SCENES), *_entries(scenes or "")) or True)
+        return (_problem(lambda words: _identity(words, 0), *entries(identities or ""))
+                or _problem(lambda name: check_name("action", name, ACTIONS), *entries(actions or ""))
+                or _problem(lambda name: check_name("scene", name, SCENES), *entries(scenes or "")) or True)
 
     @classmethod
     def execute(cls, identities, actions, scenes, count, seed, size=128) -> io.NodeOutput:
-        takes = _takes(_entries(identities), _entries(actions), _entries(scenes), count, seed)
+        takes = _takes(entries(identities), entries(actions), entries(scenes), count, seed)
         drawn = [_tensors([render(take, size)]) for take in takes]
         images, masks, poses = (list(column) for column in zip(*drawn, strict=True))
         subjects = [subject_phrase(take.identity) for take in takes]

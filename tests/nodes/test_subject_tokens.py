@@ -18,7 +18,8 @@ def test_texts_name_the_subject_or_are_refused():
     assert CAT.expand("A SKS tabby cat") == "A SKS tabby cat"
     assert CAT.as_class_prompt("a {subject} and sks tabby cat") == "a tabby cat and tabby cat"
     assert CAT.as_class_prompt("A SKS Tabby Cat, sks's tail, {subject}") == "A tabby cat, tabby cat's tail, tabby cat"
-    assert CAT.expand("sks tabby cat在跳，{subject}在跑") == "sks tabby cat在跳，sks tabby cat在跑"
+    assert CAT.expand("一只SKS tabby cat在跳，{subject}在跑") == "一只 SKS tabby cat 在跳，sks tabby cat 在跑"
+    assert CAT.as_class_prompt("一只sks在跳，{subject}在跑") == "一只 tabby cat 在跳，tabby cat 在跑"
     for other in ("a cat jumping", "he asks tabby cat", "a sks tabby caterpillar", "two {subject}s"):
         with pytest.raises(ValueError, match="text does not name the subject.*Write {subject}"):
             CAT.expand(other)
@@ -33,6 +34,7 @@ def test_texts_name_the_subject_or_are_refused():
     ("a photo of sks tabby cat, jumping", [4, 5, 6, 7]),
     ("a (sks tabby cat:1.3) here", [2, 3, 4, 5]),
     ("sks tabby cat and sks tabby cat", [1, 2, 3, 4, 6, 7, 8, 9]),
+    (CAT.expand("一只{subject}在跳"), [5, 6, 7, 8]),
     ("word " * 74 + "sks tabby cat", [75, 78, 79, 80]),  # a text of two chunks
     ("a tabby cat", []),
 ])

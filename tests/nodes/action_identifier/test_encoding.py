@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from pack.nodes.action_identifier import encoding, training
+from pack.nodes.action_identifier.config import ActionTrainingConfig
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from pack.nodes.puppets import theatre
 from pack.nodes.subject_tokens import Subject
@@ -102,7 +103,9 @@ def test_a_layer_wise_action_and_one_for_all_layers_meet_in_one_prompt(clips):
 
 @pytest.mark.parametrize(("text", "placeholder", "is_word"), [
     ("a wave", "wave", True), ("a waved hand", "wave", False), ("microwave", "wave", False),
-    ("x<a>y", "<a>", True), ("a <ab>", "<a>", False), ("(wave:1.2)", "wave", True), ("a Wave", "wave", False),
+    ("一只猫跳舞在海滩", "跳舞", True), ("犬が踊る、海で", "踊る", True), ("一只猫wave在海滩", "wave", True),
+    ("강아지가 춤추기를", "춤추기", True), ("一只microwave", "wave", False), ("a wavé hand", "wav", False),
+    ("a wave\u0301 hand", "wave", False), ("x<a>y", "<a>", True), ("a <ab>", "<a>", False), ("(wave:1.2)", "wave", True), ("a Wave", "wave", False),
 ])
 def test_a_placeholder_is_found_as_a_word(text, placeholder, is_word, clips):
     action = same_everywhere("SD 1.5", placeholder, 1, 0)
@@ -121,6 +124,21 @@ def test_a_subject_s_line_holds_the_placeholder_as_a_word_or_gets_it_at_its_end(
         "a cook with a microwave dancing", "to dancing, a sailor", "dancing",
     ]
     assert exemplars.prompt(1, "wave", "wave") == "a cook with a microwave wave"
+
+
+def test_words_beside_scripts_without_spaces_are_words_of_their_own(clips):
+    """CLIP reads letters that touch as one word: the initial word and a contrast's would not be what they mean."""
+    action = same_everywhere("SD 1.5", "跳舞", 2, 0)
+    assert encoding.plain_text("一只猫跳舞在海滩", [action]) == "一只猫 dancing 在海滩"
+    assert training.Exemplars([], ["一只猫跳舞，在海滩"]).prompt(0, "sitting", "跳舞") == "一只猫 sitting，在海滩"
+    plain, (contexts,) = encoding.encode(clips["SD 1.5"], "一只猫跳舞在海滩", [action])
+    spaced, (expected,) = encoding.encode(clips["SD 1.5"], "一只猫 跳舞 在海滩", [action])
+    assert torch.equal(plain[0][0], spaced[0][0]) and torch.equal(contexts, expected)
+
+
+def test_contrast_words_are_separated_by_commas_of_any_script():
+    config = ActionTrainingConfig(contrast_words="坐着，站着、跑步, jumping; 睡觉")
+    assert config.contrasts == ["坐着", "站着", "跑步", "jumping", "睡觉"]
 
 
 def test_longer_placeholders_win():

@@ -9,6 +9,7 @@ import torch
 from pack.nodes import subject_tokens
 from pack.nodes.fingerprint import fingerprint
 from pack.nodes.identity_prior import files, sampling, training
+from pack.nodes.identity_prior.mirrored_captions import mirrored
 from pack.nodes.identity_prior.nodes import UnderstudyEncodeIdentity, UnderstudyLoadIdentityPrior
 from pack.nodes.subject_tokens import Subject
 from pack.nodes.training import checkpoints, picture_training
@@ -155,6 +156,26 @@ def test_captions_of_mirror_images_say_the_other_side():
     caption = "Left of it, seen from the right, RIGHT, bright, leftover"
     _, texts = training.variants([picture], [caption], "crop_and_flip", 3)
     assert texts == [caption] * 4 + ["Right of it, seen from the left, LEFT, bright, leftover"] * 4
+
+
+@pytest.mark.parametrize(("caption", "expected"), [
+    ("a cat left of it, all right", "a cat right of it, all right"),
+    ("right now he is on the right in the sun", "right now he is on the left in the sun"),
+    ("right behind it, the right hand, a right angle", "right behind it, the left hand, a right angle"),
+    ("nothing left, he left him, left-handed", "nothing left, he left him, right-handed"),
+    ("looking right, the leftmost, rightwards", "looking left, the rightmost, leftwards"),
+    ("Far Left and Far RIGHT", "Far Right and Far LEFT"),
+    ("sks 猫在左边，右手举起", "sks 猫在右边，左手举起"),
+    ("十岁左右的男孩站在右侧", "十岁左右的男孩站在左侧"),
+    ("右を向いた sks 犬、左足", "左を向いた sks 犬、右足"),
+    ("みぎ手、ヒダリ", "ひだり手、ミギ"),
+    ("왼쪽의 sks 개, 오른손", "오른쪽의 sks 개, 왼손"),
+    ("在left侧", "在right侧"),
+])
+def test_what_is_a_side_is_swapped_in_every_language_of_the_pack(caption, expected):
+    """Words that only sound like a side stay: a mirror image is not "all left"."""
+    assert mirrored(caption) == expected
+    assert mirrored(expected) == caption
 
 
 def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, monkeypatch):

@@ -103,6 +103,13 @@ def test_numbers_are_those_that_the_text_lists(pairs, data):
         ranges.select_numbers("blocks", text, max(numbers))
 
 
+@pytest.mark.parametrize("text", [
+    "4-6, 9", "4–6，9", "4—6、9", "4 − 6 ; 9", "４－６，９", "4～6、9", "4〜6\n9", "4~6，9 ",
+])
+def test_commas_and_dashes_of_any_script_are_read(text):
+    assert ranges.parse_numbers("blocks", text) == {4, 5, 6, 9}
+
+
 def test_words_stand_for_no_numbers():
     for text in ("all", " All ", "AUTO"):
         assert ranges.parse_numbers("layers", text, ("auto", "all")) is None
