@@ -19,7 +19,7 @@ import torch
 from .. import subject_tokens
 from ..inputs import latents
 from ..messages import tell
-from ..patching import samplers
+from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
 from ..training.objective import prediction_kind
 from . import attention, method
@@ -46,6 +46,10 @@ def invert(
     samples = _checked(latent["samples"], model.model.latent_format)
     method.check_sigmas([float(sigma) for sigma in sigmas])
     prediction_kind(model.get_model_object("model_sampling"), "inversion")
+    # They skip calls by what changed since a higher sigma, and an inversion comes from lower ones.
+    model, cache = models.without_step_caches(model)
+    if cache:
+        tell("Invert Image", [f"{cache} is left out of the inversion, which needs every call of the model"])
     layers = attention.layers_of(model)
     if layers:
         subject_tokens.require_subject(positive, "positive")

@@ -41,6 +41,19 @@ def attachment(model: ModelPatcher, key: str) -> Any:
     return model.get_attachment(key)
 
 
+def without_step_caches(model: ModelPatcher) -> tuple[ModelPatcher, str]:
+    """A clone of `model` without ComfyUI's EasyCache and LazyCache, and the node's name; `model` and "" without one."""
+    cache = model.model_options["transformer_options"].get("easycache")
+    if cache is None:
+        return model, ""
+    patcher = model.clone()
+    del patcher.model_options["transformer_options"]["easycache"]
+    for kind in list(patcher.wrappers):
+        for key in ("easycache", "lazycache"):
+            patcher.remove_wrappers_with_key(kind, key)
+    return patcher, getattr(cache, "name", type(cache).__name__)
+
+
 def with_block_patches(model: ModelPatcher, *, key: str, patches: Mapping[int, MakePatch]) -> ModelPatcher:
     """A clone of `model` whose transformer blocks, by number, run as these patches."""
     return _with_replacements(model, key, "dit", {("double_block", block): make for block, make in patches.items()})

@@ -6,13 +6,15 @@ import comfy.samplers
 import latent_preview
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from pack.nodes.identity_prior import method
 from pack.nodes.identity_prior.attention import AttentionRecorder
 from pack.nodes.identity_prior.config import InversionConfig, MaskConfig
 from pack.nodes.identity_prior.inversion import InvertedNoise
 from support import tiny_model
-from support.identity_edits import KINDS, SHAPE, grid, inverted, latent, prompt
+from support.identity_edits import KINDS, MODEL, SHAPE, grid, inverted, latent, prompt
 
 SAMPLERS = ("euler", "ddim")
 
@@ -165,6 +167,20 @@ def test_video_models_and_batches():
         )
         # A cell that lies on the threshold may fall to either side.
         assert (both.source_mask[i : i + 1] != alone.source_mask).sum() <= 1
+
+
+@pytest.mark.parametrize("nodes", [(EasyCacheNode,), (LazyCacheNode,), (EasyCacheNode, LazyCacheNode)])
+@pytest.mark.parametrize("name", ["ddim", "fixed_point"])
+def test_step_caches_are_left_out_of_the_inversion_and_stay_on_the_model(nodes, name, caplog):
+    """With their defaults they ended in a TypeError, since they expect falling sigmas."""
+    cached = MODEL
+    for node in nodes:
+        cached = node.execute(cached, 0.2, 0.15, 0.95, False).result[0]
+    caplog.set_level("INFO")
+    path = inverted(cached, method=name, steps=10).trajectory.latents
+    assert torch.equal(path, inverted(MODEL, method=name, steps=10).trajectory.latents)
+    assert f"{cached.model_options['transformer_options']['easycache'].name} is left out" in caplog.text
+    assert all(cached.wrappers[WrappersMP.OUTER_SAMPLE][node.__name__.removesuffix("Node").lower()] for node in nodes)
 
 
 def test_the_model_is_left_alone_and_the_size_is_known():
