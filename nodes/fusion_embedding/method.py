@@ -26,6 +26,9 @@ LORA, WHOLE = "lora", "whole"
 CONDITIONS = ("source", "fusion", "pose")
 _SHOWN_STEPS = 20  # of retrieval, in what is shown while training
 
+# Ours: a drawing's background takes at least half of it, in values that survive JPEG.
+_BLACK, _WHITE, _BACKGROUND = 0.15, 0.85, 0.5
+
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
@@ -246,6 +249,23 @@ def check_poses(pose: torch.Tensor, name: str = "pose") -> None:
             raise FusionError(
                 f"{name}{of} is grey, but colours tell the limbs apart: connect the coloured OpenPose drawing"
             )
+
+
+def pose_warnings(pose: torch.Tensor, name: str = "pose") -> list[str]:
+    """What a drawing [B, H, W, 3] in 0..1 looks like that no training shows: a photograph, a skeleton on white."""
+    brightest = pose[..., :3].amax(-1).flatten(1)
+    black = (brightest < _BLACK).float().mean(1)
+    white = (pose[..., :3].amin(-1).flatten(1) > _WHITE).float().mean(1)
+    lines = []
+    for i, (dark, light) in enumerate(zip(black.tolist(), white.tolist(), strict=True)):
+        if dark < _BACKGROUND:
+            of = f" {i + 1} of {len(pose)}" if len(pose) > 1 else ""
+            kind = "a skeleton on white" if light >= _BACKGROUND else "a photograph"
+            lines.append(
+                f"{name}{of} looks like {kind}, and a pose is an OpenPose drawing on black: connect one, from SDPose "
+                "Draw Keypoints or Puppet"
+            )
+    return lines
 
 
 def _spread(drawn: torch.Tensor, dim: int) -> float:

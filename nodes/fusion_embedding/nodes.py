@@ -88,6 +88,7 @@ class UnderstudyCombineFusion(io.ComfyNode):
             raise FusionError("this fusion has no combiner: train one with Train Fusion Combiner")
         encoder = encoding.encoder_for(fusion, clip_vision)
         method.check_poses(pose)
+        tell("Combine Fusion", method.pose_warnings(pose), logging.WARNING)
         count = method.common_batch_size({"source": len(source), "pose": len(pose)})
         vectors = encoding.fused(
             fusion.combiner, encoder, method.to_batch(source, count), method.to_batch(pose, count)
@@ -164,6 +165,7 @@ class UnderstudyApplyFusion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, fusion, appearance, pose, strength, fusion_embed=None) -> io.NodeOutput:
+        tell("Apply Fusion", method.pose_warnings(pose), logging.WARNING)
         fused = method.vectors_for(fusion, fusion_embed)
         states = encoding.hidden_states(appearance)
         if encoding.at_full_size(states):

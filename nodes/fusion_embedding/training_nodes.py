@@ -7,15 +7,17 @@ import logging
 from comfy_api.latest import io
 
 from ..fingerprint import weights_fingerprint
+from ..messages import tell
 from ..training import inputs, widgets
 from ..training.checkpoints import Checkpoints
 from . import encoding, files, pairs, training
 from .config import CombinerConfig, GeneratorConfig
-from .method import Fusion
+from .method import Fusion, pose_warnings
 from .nodes import CATEGORY, FUSION
 
 _COMBINER = CombinerConfig()
 _GENERATOR = GeneratorConfig()
+_POSES_CHECKED = 8  # of all, spread evenly: reading more from a folder takes time
 
 
 def _pictures() -> list[io.Image.Input]:
@@ -106,7 +108,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
-        values, data = _values_and_pairs(lists)
+        values, data = _values_and_pairs(lists, "Train Fusion Combiner")
         combiner = CombinerConfig(
             temperature=values["temperature"], batch_size=values["batch_size"], train_encoder=values["train_encoder"]
         )
@@ -180,7 +182,7 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
-        values, data = _values_and_pairs(lists)
+        values, data = _values_and_pairs(lists, "Train Fusion Generator")
         options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset")
         generator = GeneratorConfig(
             batch_size=values["batch_size"], whole_unet=values["whole_unet"],
@@ -213,11 +215,14 @@ def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorCon
     return settings
 
 
-def _values_and_pairs(lists: dict) -> tuple[dict, pairs.Pairs]:
-    """The settings of a node whose every input is a list, and the pairs."""
+def _values_and_pairs(lists: dict, node: str) -> tuple[dict, pairs.Pairs]:
+    """The settings of a node whose every input is a list, and the pairs, of which a few poses are looked at."""
     pictures = {name: lists.pop(name, None) for name in pairs.ROLES}
     values = inputs.single_values(lists)
-    return values, pairs.open_pairs(pictures, values.get("dataset_folder", pairs.NONE))
+    data = pairs.open_pairs(pictures, values.get("dataset_folder", pairs.NONE))
+    checked = sorted({i * len(data) // _POSES_CHECKED for i in range(_POSES_CHECKED)})
+    tell(node, [line for i in checked for line in pose_warnings(data[i].pose, f"pose {i + 1}")], logging.WARNING)
+    return values, data
 
 
 class UnderstudySaveFusion(io.ComfyNode):

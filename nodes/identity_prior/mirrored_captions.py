@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _WORD = r"[^\W\d_]+"
-_ENGLISH = re.compile(rf"(?<![A-Za-z0-9_])(?:left|right)(?=(?:most|ward|wards)?(?![A-Za-z0-9_]))", re.IGNORECASE)
+_ENGLISH = re.compile(r"(?<![A-Za-z0-9_])(?:left|right)(?=(?:most|ward|wards)?(?![A-Za-z0-9_]))", re.IGNORECASE)
 # After these "right" is a side whatever comes next: "on the right behind it", "the far right".
 _PLACES = frozenset(
     "the a its his her their my your our whose far top bottom upper lower front back rear middle centre center "
@@ -18,16 +18,18 @@ _RIGHT_BEFORE = frozenset(
     "up down out across against along around by beyond past off between inside outside underneath opposite when "
     "where as".split()
 )
-_RIGHT_NOUNS = frozenset("angle angles angled way thing time moment size answer amount choice person word words".split())
+_RIGHT_NOUNS = frozenset(
+    "angle angles angled way thing time moment size answer amount choice person word words".split()
+)
 # "left" after these, or before those, is what someone did or what remains: "has left", "nothing left", "left behind".
 _LEFT_AFTER = frozenset(
-    "has have had having been he she they we who nothing anything something none little few only just recently".split()
+    "has have had having been he she they we who nothing anything something none little few only just".split()
 )
 _LEFT_BEFORE = frozenset("behind over alone out open untouched empty unattended unfinished him me us them".split())
 # What these words of Japanese and Chinese mean has no side, or has both: "about", "fate", "motto", "plasterer".
 _EAST_ASIAN = re.compile(
     "左右|右往左往|左顾右盼|左顧右盼|左思右想|左邻右舍|左鄰右舍|无出其右|無出其右|座右|左官|左遷|左迁|右に出る|"
-    "左|右|ひだり|みぎ|ヒダリ|ミギ|왼(?=쪽|손|발|팔|다리|편|눈|귀|뺨|어깨|무릎)|오른(?=쪽|손|발|팔|다리|편|눈|귀|뺨|어깨|무릎)"
+    "左|右|ひだり|みぎ|ヒダリ|ミギ|(?:왼|오른)(?=쪽|손|발|팔|다리|편|눈|귀|뺨|어깨|무릎)"
 )
 _OTHER = {
     "left": "right", "左": "右", "ひだり": "みぎ", "ヒダリ": "ミギ", "왼": "오른",
@@ -36,7 +38,7 @@ _OTHER |= {there: here for here, there in _OTHER.items()}
 
 
 def mirrored(text: str) -> str:
-    """The text with left and right swapped where they are sides, in their case: English, Japanese, Chinese, Korean."""
+    """The text with left and right swapped where they are sides, in English, Japanese, Chinese and Korean."""
 
     def other(match: re.Match[str]) -> str:
         if not _is_side(match):

@@ -92,8 +92,9 @@ class IdentityBlend:
         if not method.same_grid(grid, inverted):
             raise ValueError(
                 f"the sampler has {len(grid)} sigmas from {grid[0]:.4g} to {grid[-1]:.4g}, and the picture was "
-                f"inverted on {len(inverted)} from {inverted[0]:.4g}: connect the same SIGMAS to Invert Image and to "
-                "the sampler"
+                f"inverted on {len(inverted)} from {inverted[0]:.4g}{_first_difference(grid, inverted)}: connect the "
+                "same SIGMAS to Invert Image and to the sampler, which is SamplerCustom or SamplerCustomAdvanced. "
+                "KSampler makes its own, and others for uni_pc and dpm_2"
             )
         run = _BlendRun(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(guider.conds))
         if run.starts_off_path(guider, sigmas, noise, latent_image):
@@ -203,6 +204,14 @@ class _BlendRun:
         count, frames = max(len(self.source), len(edited)), self.source.shape[1]
         source, edited = (mask.expand(count, frames, -1, -1).cpu() for mask in (self.source, edited))
         return source, edited
+
+
+def _first_difference(grid: Sequence[float], inverted: Sequence[float]) -> str:
+    """Where two grids differ of which the number and the first sigma do not tell it."""
+    if len(grid) != len(inverted) or not method.same_grid(grid[:1], inverted[:1]):
+        return ""
+    i = next(i for i in range(len(grid)) if not method.same_grid(grid[i : i + 1], inverted[i : i + 1]))
+    return f"; sigma {i + 1} is {grid[i]:.4g} and was {inverted[i]:.4g}"
 
 
 def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,7 +42,7 @@ def attachment(model: ModelPatcher, key: str) -> Any:
 
 
 def without_step_caches(model: ModelPatcher) -> tuple[ModelPatcher, str]:
-    """A clone of `model` without ComfyUI's EasyCache and LazyCache, and the node's name; `model` and "" without one."""
+    """A clone of `model` without ComfyUI's EasyCache and LazyCache, and that node's name; else `model` and ""."""
     cache = model.model_options["transformer_options"].get("easycache")
     if cache is None:
         return model, ""

@@ -233,18 +233,25 @@ def selected_blocks(config: VideoIdentityConfig, count: int) -> frozenset[int]:
     return select_numbers("blocks", config.blocks, count)
 
 
-def token_weights(mask: torch.Tensor, frames: int, height: int, width: int, patch: tuple[int, int]) -> torch.Tensor:
+def token_weights(
+    mask: torch.Tensor, frames: int, height: int, width: int, patch: tuple[int, int], leading: int = 0
+) -> torch.Tensor:
     """The mask's mean over each token's part of the video: [frames, rows, columns]; 0 and 1 stay exact.
 
     mask: [F, H, W] in 0..1, F as `frame_masks.by_latent_frame` takes it; frames, height and width: of the whole video
-    latent. Raises ValueError for another F.
+    latent. Of its frames the `leading` ones are a picture beside the video, which a mask of the video does not have:
+    they get its mean. Raises ValueError for another F.
     """
     cells = torch.nn.functional.adaptive_avg_pool2d(mask.float().unsqueeze(1), (height, width))
     # The model pads beyond the edge; the cells there repeat its value.
     padding = (0, -width % patch[1], 0, -height % patch[0])
     cells = torch.nn.functional.pad(cells, padding, mode="replicate")
     tokens = torch.nn.functional.avg_pool2d(cells, patch).squeeze(1)
-    return frame_masks.by_latent_frame(tokens, frames).expand(frames, -1, -1)
+    if len(tokens) in (frames, frame_masks.frame_count(frames)):  # a mask of them all
+        leading = 0
+    frames -= leading
+    video = frame_masks.by_latent_frame(tokens, frames).expand(frames, -1, -1)
+    return torch.cat([video.mean().expand(leading, *video.shape[1:]), video]) if leading else video
 
 
 class ReferenceCache:

@@ -17,6 +17,13 @@ from .config import ReferenceConfig
 # Published: a box that is this near to all four edges, in pixels, takes the whole picture.
 _BORDER = 10
 _WHITE = 1.0
+# Ours: an inverted mask holds at least so much of the picture's edges, and a person is at least so much of a picture.
+_AROUND, _HOLE = 0.6, 0.02
+
+_INVERTED = (
+    "the mask looks inverted, so the person is white: it should be 1 where the person is, and Load Image's is 1 "
+    "where its picture is transparent. Put Invert Mask between them"
+)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -27,26 +34,48 @@ def prepare(
     """[B, size, size, 3] from images [B, H, W, 1 to 4] in 0..1, and a message for each picture that was not cropped.
 
     mask: [1 or B, H, W], 1 where the person is; without boxes its extent is the box. bboxes: in any form that
-    inputs.keypoints knows, a box or, for each picture, a list of boxes of which the largest counts. Alpha is dropped,
-    grey becomes colour. Raises ValueError, naming the input, for an invalid picture, box or mask.
+    inputs.keypoints knows, a box or, for each picture, a list of boxes of which the largest counts. What is
+    transparent becomes white; without a mask, alpha is one. Grey becomes colour. Raises ValueError, naming the input,
+    for an invalid picture, box or mask.
     """
     pictures.check_pictures(images, "image", least=1)
+    alpha = images[..., 3].float().clamp(0, 1) if images.shape[-1] == 4 else None
     images = pictures.colour(images, "image")
     if mask is not None:
         mask = _fitted_mask(mask, images)
+    elif alpha is not None and bool((alpha < 1).any()):
+        mask = alpha
     boxes = None if bboxes is None else _boxes(bboxes, images)
     results, messages = [], []
     for i, picture in enumerate(images.float()):
         person = None if mask is None else mask[min(i, len(mask) - 1)]
         box, message = _box(None if boxes is None else boxes[min(i, len(boxes) - 1)], person)
         if person is not None and bool((person > 0.5).any()):
-            picture = picture * person[..., None] + _WHITE * (1 - person[..., None])
+            # What is transparent is often black, whoever is in the mask.
+            shown = person if alpha is None or mask is alpha else person * alpha[i]
+            picture = picture * shown[..., None] + _WHITE * (1 - shown[..., None])
+            if mask is not alpha and _looks_inverted(person, box if boxes is not None else None):
+                message = _INVERTED + ("; " + message if message else "")
         elif person is not None:
-            message = "the mask is empty, so the background stays" + ("; " + message if message else "")
+            what = "the picture is transparent everywhere" if mask is alpha else "the mask is empty"
+            message = f"{what}, so the background stays" + ("; " + message if message else "")
         results.append(_square(_crop(picture, box, config.crop_factor), config.size))
         if message:
             messages.append(f"picture {i + 1}: {message}" if len(images) > 1 else message)
     return torch.stack(results), messages
+
+
+def _looks_inverted(person: torch.Tensor, face: Box | None) -> bool:
+    """Whether a mask [H, W] leaves out the face, or goes around something: it holds the upper corners and nearly all
+    edges, and has a hole.
+    """
+    held = person > 0.5
+    if face is not None:
+        left, top, right, bottom = (max(0, round(limit)) for limit in face)
+        part = held[top:bottom, left:right]
+        return part.numel() > 0 and not part.float().mean() > 0.5
+    edges = torch.cat([held[0], held[-1], held[:, 0], held[:, -1]]).float()
+    return bool(held[0, 0] and held[0, -1] and edges.mean() > _AROUND and held.float().mean() < 1 - _HOLE)
 
 
 def _fitted_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ from .blocks import KEY
 from .method import VideoReference
 from .reference_pass import ReferenceKV, token_grid
 
+# Channels of VACE's context that hold what stays; after them come what changes, and where.
+_VACE_UNCHANGED = 16
 # Tested with tiny weights; other relatives of WanModel run with a warning, if they run patches of their blocks.
 VERIFIED = ("WanModel", "VaceWanModel", "CameraWanModel")
 
@@ -83,6 +85,7 @@ class SamplingReferences:
 
     def _begin(self) -> None:
         self._size: tuple[int, ...] | None = None  # frames, height and width of the latents of this run
+        self._leading = 0  # latent frames before the video, for a picture beside it
         self._retained: list[int] = []  # frames of the video that context windows leave at their places
         self._expected: set[int] = set()  # blocks that were handed references in this run
         self._reached: set[int] = set()  # those that met them
@@ -180,7 +183,7 @@ class SamplingReferences:
         strength = reference.config.strength
         if reference.mask is None:
             return None if strength == 1 else torch.full((1,), strength)
-        video = self._mask_weights(base, reference, x, options)
+        video = self._mask_weights(base, reference, x, options, conditions)
         if strength == 1 and bool((video == 1).all()):
             return None
         leading, trailing = _other_tokens(base.diffusion_model, x, conditions)
@@ -188,7 +191,7 @@ class SamplingReferences:
         mean = video.mean().reshape(1)
         return strength * torch.cat([mean.expand(leading), video.flatten(), mean.expand(trailing)])
 
-    def _mask_weights(self, base, reference, x, options) -> torch.Tensor:
+    def _mask_weights(self, base, reference, x, options, conditions) -> torch.Tensor:
         """The mask's weight of each token of the video in this call, [frames, rows, columns], on the CPU."""
         window = options.get("context_window")
         if window is not None and window.dim != 2:
@@ -207,10 +210,12 @@ class SamplingReferences:
         sliced = by_frame and getattr(window, "total_frames", 0) > 0
         frames = window.total_frames if sliced else x.shape[2]
         patch = base.diffusion_model.patch_size
-        key = ("weights", reference, frames, *x.shape[-2:])
+        if window is None or 0 in getattr(window, "index_list", ()):  # later windows do not show VACE's picture
+            self._leading = self.cache.get(base, ("leading", frames), lambda: _leading_frames(conditions))
+        key = ("weights", reference, frames, self._leading, *x.shape[-2:])
         # On the CPU, where reading them does not wait for the device.
         weights = self.cache.get(
-            base, key, lambda: method.token_weights(reference.mask, frames, *x.shape[-2:], patch[1:])
+            base, key, lambda: method.token_weights(reference.mask, frames, *x.shape[-2:], patch[1:], self._leading)
         )
         if sliced:
             weights = window.get_tensor(weights, weights.device, dim=0, retain_index_list=self._retained)
@@ -220,6 +225,15 @@ class SamplingReferences:
                 "of one frame, or sample without inserted guide frames"
             )
         return weights
+
+
+def _leading_frames(conditions: Mapping[str, Any]) -> int:
+    """How many frames before the video's VACE uses for its reference picture: their changed part and mask are 0."""
+    context = conditions.get("vace_context")
+    if context is None:
+        return 0
+    used = context[:, :, _VACE_UNCHANGED:].abs().amax(dim=(0, 1, 2, 4, 5)) > 1e-3  # rounded
+    return int(used.float().argmax())
 
 
 def _most_entries(conds: Mapping[str, Sequence[Mapping]], size: tuple[int, int]) -> int:

@@ -229,6 +229,17 @@ def test_a_pose_without_a_person_is_refused_by_number():
             method.check_poses(drawn)
 
 
+def test_what_is_no_drawing_on_black_is_told():
+    """A photograph and a skeleton on white give a picture without a word, of nobody's pose."""
+    drawing = fusions.poses(1)
+    assert method.pose_warnings(fusions.poses(3)) == []
+    assert method.pose_warnings((drawing + 0.05 * fusions.pictures(1)).clamp(0, 1)) == []  # JPEG's noise
+    (white,) = method.pose_warnings(torch.where(drawing.amax(-1, keepdim=True) > 0, drawing, 1.0))
+    assert "pose looks like a skeleton on white" in white and "SDPose Draw Keypoints" in white
+    (photograph,) = method.pose_warnings(torch.cat([drawing, fusions.pictures(1)]), "pose")
+    assert photograph.startswith("pose 2 of 2 looks like a photograph")
+
+
 @pytest.mark.parametrize(("counts", "expected"), [((1, 1), 1), ((1, 4), 4), ((4, 1), 4), ((4, 4), 4), ((2, 4), None),
                                                   ((3, 2), None), ((0, 1), 1), ((0, 0), None)])
 def test_batches_are_equal_or_one(counts, expected):

@@ -127,6 +127,26 @@ def test_combine_refuses_what_does_not_fit():
     assert torch.equal(*actual)
 
 
+def test_every_node_with_a_pose_tells_of_a_photograph(folder, caplog):
+    pictures, vision = fusions.pair_lists(4), fusions.vision()
+    combined = fusions.fusion(MODEL)
+    appearance = CLIPVisionEncode().encode(vision, pictures["source"][:1], "none")[0]
+    photograph = fusions.pictures(1, seed=3)
+    (embed,) = nodes.UnderstudyCombineFusion.execute(combined, pictures["source"][:1], photograph, vision).result
+    nodes.UnderstudyApplyFusion.execute(MODEL, combined, appearance, photograph, 1.0, fusion_embed=embed)
+    lists = {name: [tensor] for name, tensor in pictures.items()}
+    lists["pose"] = [torch.cat([pictures["pose"][:3], photograph])]
+    training_nodes.UnderstudyTrainFusionCombiner.execute(
+        **as_lists(clip_vision=vision, steps=1, learning_rate=1e-3, temperature=0.07, batch_size=4,
+                   train_encoder=False, seed=1, resume_from="none"), **lists,
+    )
+    told = [message for message in caplog.messages if "looks like a photograph" in message]
+    assert [message.split(":")[0] for message in told] == [
+        "[Understudy] Combine Fusion", "[Understudy] Apply Fusion", "[Understudy] Train Fusion Combiner",
+    ]
+    assert "pose 4 looks" in told[-1]
+
+
 def test_an_embedding_is_for_the_fusion_whose_combiner_made_it():
     fusion, other = (fusions.fusion(MODEL, seed=seed, encoder=fusions.vision()) for seed in (0, 1))
     alone = fusions.fusion(MODEL, combiner=None, generator=fusions.weights(MODEL, embedding=None))

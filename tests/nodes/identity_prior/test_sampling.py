@@ -137,6 +137,15 @@ def test_other_sigmas_are_refused(sigmas):
         sample(blended(mask=torch.ones(1, 8, 8)), sigmas=torch.tensor(sigmas))
 
 
+def test_a_grid_that_differs_in_its_middle_says_where():
+    """KSampler leaves out a sigma for uni_pc and dpm_2: as many, from and to the same, and others between."""
+    whole = grid(MODEL, 7).tolist()
+    sigmas = [*whole[:-2], whole[-1]]
+    inversion = inverted(MODEL, steps=6)
+    with pytest.raises(ValueError, match=rf"7 sigmas .* on 7 .*; sigma 2 is {sigmas[1]:.4g} and was .*KSampler"):
+        sample(blended(mask=torch.ones(1, 8, 8), inversion=inversion), sigmas=torch.tensor(sigmas))
+
+
 class Resizing:
     """A sampler function that asks for another size."""
 

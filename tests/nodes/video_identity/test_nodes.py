@@ -166,13 +166,45 @@ def test_outside_the_mask_is_white_and_its_extent_is_the_box():
     assert at(half, 240, 240) == [50, 30] and at(half, 240, 100) == [100, 100]
 
 
+def test_what_is_transparent_is_white_and_not_the_black_below_it():
+    mask = torch.zeros(1, 60, 100)
+    mask[:, 20:40, 45:55] = 1
+    cut = torch.cat([picture() * mask[..., None], mask[..., None]], -1)
+    expected, _ = prepare(picture(), ReferenceConfig(480), mask)
+    image, messages = prepare(cut, ReferenceConfig(480))
+    torch.testing.assert_close(image, expected)
+    assert messages == []
+    wide = torch.zeros(1, 60, 100)
+    wide[:, 10:50, 40:60] = 1  # the mask and the transparency both count
+    faced, _ = prepare(cut, ReferenceConfig(480), wide, [[box(40, 25, 20, 10)]])
+    torch.testing.assert_close(faced, expected)
+    half = torch.cat([picture(), torch.full((1, 60, 100, 1), 0.75)], -1)
+    torch.testing.assert_close(prepare(half, ReferenceConfig())[0][0, 250, 256, :2],
+                               0.75 * prepare(picture(), ReferenceConfig())[0][0, 250, 256, :2] + 0.25)
+    clear, messages = prepare(torch.cat([picture(), mask.new_zeros(1, 60, 100, 1)], -1), ReferenceConfig(64))
+    assert torch.equal(clear, prepare(picture(), ReferenceConfig(64))[0])
+    assert messages[0].startswith("the picture is transparent everywhere, so the background stays")
+
+
+def test_a_mask_around_the_person_is_told():
+    """Load Image's mask is 1 where its picture is transparent: the person would be white, without a word."""
+    mask = torch.zeros(1, 60, 100)
+    mask[:, 15:, 30:70] = 1  # cut at the picture's lower edge, as portraits are
+    for sound in (mask, torch.ones(1, 60, 100), 1 - torch.zeros(1, 60, 100)):
+        assert prepare(picture(), ReferenceConfig(64), sound)[1] == []
+    assert prepare(picture(), ReferenceConfig(64), mask, [[box(40, 25, 20, 10)]])[1] == []
+    for faces in (None, [[box(40, 25, 20, 10)]], [[]]):
+        _, messages = prepare(picture(), ReferenceConfig(64), 1 - mask, faces)
+        assert re.match("the mask looks inverted.*Invert Mask", messages[0])
+
+
 def test_batches_alpha_grey_and_what_is_refused():
     images = torch.cat([picture(), picture().flip(2)])
     boxes = [[box(40, 25, 20, 10)], []]
     both, messages = prepare(images, ReferenceConfig(64), None, boxes)
     assert both.shape == (2, 64, 64, 3) and len(messages) == 1 and messages[0].startswith("picture 2: no face")
     assert torch.equal(both[:1], prepare(images[:1], ReferenceConfig(64), None, boxes[:1])[0])
-    alpha = torch.cat([picture(), torch.rand(1, 60, 100, 1)], -1)
+    alpha = torch.cat([picture(), torch.ones(1, 60, 100, 1)], -1)
     assert torch.equal(prepare(alpha, ReferenceConfig(64))[0], prepare(picture(), ReferenceConfig(64))[0])
     grey = prepare(picture()[..., :1], ReferenceConfig(64))[0]
     assert torch.equal(grey[..., 0], grey[..., 2])

@@ -118,6 +118,40 @@ def test_a_mask_per_frame_follows_the_4n_plus_1_rule_and_context_windows():
         call(masked, draw(2, 1, 16, 5, 8, 6))
 
 
+def test_vace_s_reference_picture_is_no_frame_of_the_user_s_video():
+    """WanVaceToVideo puts it before the video, in the latent and in VACE's context; it gets the mask's mean."""
+    model = tiny_model.wan("vace")
+    adapter = method.adapter_from(tiny_model.video_adapter(model))
+    context = draw(5, 1, 1, 96, 3, 8, 6)
+    context[:, :, 16:, 0] = 1e-6  # what process_in leaves of nothing
+    conditions = {"vace_context": context, "vace_strength": [1.0]}
+    mask = torch.zeros(5, 32, 24)
+    mask[1:3] = 1  # half of the second of the video's two latent frames
+    x, one = draw(2, *SHAPE), person(adapter=adapter)
+
+    def result(mask, **options):
+        return call(shown(model, person(adapter=adapter, mask=mask)), x, **conditions, **options)
+
+    def weights(mask, leading):
+        return method.token_weights(mask, 3, 8, 6, (2, 2), leading)[:, 0, 0].tolist()
+
+    assert weights(mask, 1) == [0.25, 0.0, 0.5]
+    whole = torch.cat([torch.full((1, 32, 24), 0.25), torch.zeros(4, 32, 24), torch.full((4, 32, 24), 0.5)])
+    assert weights(whole, 1) == weights(whole, 0) == [0.25, 0.0, 0.5]  # a mask of all frames still fits
+    assert relative(result(mask), result(whole)) < 1e-6
+    assert torch.equal(result(torch.ones(5, 32, 24)), call(shown(model, one), x, **conditions))
+    assert torch.equal(result(torch.zeros(5, 32, 24)), call(model, x, **conditions))
+    with pytest.raises(ValueError, match=r"mask has 6 frames and the video has 5 \(2 in the latent\)"):
+        result(torch.ones(6, 32, 24))
+    part = {"context_window": window([0, 2], 3)}
+    windowed = call(shown(model, person(adapter=adapter, mask=mask)), x[:, :, [0, 2]], options=part,
+                    vace_context=context[:, :, :, [0, 2]], vace_strength=[1.0])
+    assert torch.isfinite(windowed).all()
+    plain = {**conditions, "vace_context": draw(5, 1, 1, 96, 3, 8, 6)}
+    with pytest.raises(ValueError, match=r"mask has 5 frames and the video has 9 \(3 in the latent\)"):
+        call(shown(model, person(adapter=adapter, mask=mask)), x, **plain)
+
+
 def test_a_mask_beside_an_area_is_refused_and_everything_else_beside_it_is_not():
     """The model receives only the area, and nothing says which part of the mask that is."""
 
