@@ -61,7 +61,7 @@ def places(network: Any) -> tuple[Place, ...]:
     if not layers:
         raise ValueError(
             f"model is a {type(network).__name__}, and action identifiers need a UNet with cross-attention, such as "
-            "SD 1.5, SD 2.1 or SDXL, or a Wan model that is not autoregressive: connect one"
+            "SD 1.5, SD 2.1 or SDXL, or a Wan model that attends to the text once in each block: connect one"
         )
     counts = collections.Counter((layer.part, layer.block) for layer in layers)
     return tuple(Place(part, block, count) for (part, block), count in counts.items())

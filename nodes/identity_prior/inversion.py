@@ -54,7 +54,8 @@ def invert(
     if layers:
         subject_tokens.require_subject(positive, "positive")
     else:
-        warning = "this model has no cross-attention, so the source mask is the whole picture"
+        name = type(model.get_model_object("diffusion_model")).__name__
+        warning = f"a {name} has no cross-attention that can be read, so the source mask is the whole picture"
         tell("Invert Image", [warning], logging.WARNING)
     sampler = InversionSampler(config, masks, layers)
     guider = comfy.samplers.CFGGuider(attention.with_recorder(model) if layers else model)

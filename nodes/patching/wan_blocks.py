@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from comfy.ldm.wan.ar_model import CausalWanModel
-from comfy.ldm.wan.model import WanModel
+from comfy.ldm.wan.model import WanAttentionBlock, WanAttentionBlockAudio, WanModel
 
 from .models import MakePatch
 from .unet_layers import CrossAttention
@@ -14,6 +14,8 @@ from .unet_layers import CrossAttention
 PART = "double_block"
 # The key of ComfyUI's transformer_options for a function that is called in place of every attention.
 OVERRIDE = "optimized_attention_override"
+# They attend once each to the video, a picture, the text and a sound, in this order.
+_BLOCKS = (WanAttentionBlock, WanAttentionBlockAudio)
 
 
 def is_wan(network: Any) -> bool:
@@ -22,8 +24,10 @@ def is_wan(network: Any) -> bool:
 
 
 def runs_patches(network: Any) -> bool:
-    """Whether this Wan transformer runs patches of its blocks: the autoregressive one calls its blocks directly."""
-    return not isinstance(network, CausalWanModel)
+    """Whether patches can act on the blocks of this Wan transformer: the autoregressive one calls them directly, and
+    those of some relatives, such as WanAnimate2Model, attend to the video in several parts.
+    """
+    return not isinstance(network, CausalWanModel) and all(type(block) in _BLOCKS for block in network.blocks)
 
 
 def cross_attentions(network: Any) -> tuple[CrossAttention, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from comfy.ldm.wan.model import HumoWanModel, SCAILWanModel
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.restricted_attention import Reference
@@ -26,8 +27,12 @@ from .reference_pass import ReferenceKV, token_grid
 
 # Channels of VACE's context that hold what stays; after them come what changes, and where.
 _VACE_UNCHANGED = 16
-# Tested with tiny weights; other relatives of WanModel run with a warning, if they run patches of their blocks.
-VERIFIED = ("WanModel", "VaceWanModel", "CameraWanModel")
+# Tested with tiny weights; others are refused. WanModel_S2V marks each kind of token, and WanDancerModel embeds a
+# video at another frame rate with other weights, of which a reference would know nothing.
+VERIFIED = (
+    "WanModel", "VaceWanModel", "CameraWanModel", "HumoWanModel", "AnimateWanModel", "SCAILWanModel",
+    "SCAIL2WanModel",
+)
 
 
 def apply(model: Any, reference: VideoReference) -> Any:
@@ -39,8 +44,6 @@ def apply(model: Any, reference: VideoReference) -> Any:
     reference.adapter.check(network.dim, len(network.blocks))
     method.selected_blocks(reference.config, len(network.blocks))
     latents.check_channels(reference.latent, "reference", model.model.latent_format.latent_channels)
-    if reference.mask is not None and type(network).__name__ not in VERIFIED:
-        raise ValueError(f"masks are not verified with a {type(network).__name__}: disconnect `mask`")
     if reference.off:
         if reference.config.strength:
             # Load Image gives such a mask for a picture without alpha, and the video does not show the reason.
@@ -68,10 +71,13 @@ def wan_network(model: Any) -> Any:
     name = type(network).__name__
     if not wan_blocks.is_wan(network):
         raise ValueError(f"model is a {name}, and the video identity adapter needs a Wan video model: connect one")
+    advice = "connect a Wan T2V, I2V, VACE, camera, Animate, HuMo or SCAIL model"
     if not wan_blocks.runs_patches(network):
-        raise ValueError(f"a {name} does not let its attention be extended: connect a Wan T2V, I2V or VACE model")
+        raise ValueError(f"model is a {name}, which does not let its attention be extended: {advice}")
     if name not in VERIFIED:
-        tell("Video identity", [f"the adapter is not verified with {name}"], logging.WARNING)
+        raise ValueError(
+            f"model is a {name}, a relative of Wan in which the video identity adapter is not verified: {advice}"
+        )
     return network
 
 
@@ -210,8 +216,10 @@ class SamplingReferences:
         sliced = by_frame and getattr(window, "total_frames", 0) > 0
         frames = window.total_frames if sliced else x.shape[2]
         patch = base.diffusion_model.patch_size
-        if window is None or 0 in getattr(window, "index_list", ()):  # later windows do not show VACE's picture
-            self._leading = self.cache.get(base, ("leading", frames), lambda: _leading_frames(conditions))
+        if window is None or 0 in getattr(window, "index_list", ()):  # later windows do not show it
+            self._leading = self.cache.get(
+                base, ("leading", frames), lambda: _leading_frames(base.diffusion_model, conditions)
+            )
         key = ("weights", reference, frames, self._leading, *x.shape[-2:])
         # On the CPU, where reading them does not wait for the device.
         weights = self.cache.get(
@@ -227,8 +235,12 @@ class SamplingReferences:
         return weights
 
 
-def _leading_frames(conditions: Mapping[str, Any]) -> int:
-    """How many frames before the video's VACE uses for its reference picture: their changed part and mask are 0."""
+def _leading_frames(network: Any, conditions: Mapping[str, Any]) -> int:
+    """How many latent frames before the video's are a picture of the model's: Animate's first one always, and VACE's
+    where what changes, and where, are 0.
+    """
+    if type(network).__name__ == "AnimateWanModel":
+        return 1
     context = conditions.get("vace_context")
     if context is None:
         return 0
@@ -273,13 +285,23 @@ def _other_tokens(network: Any, x: torch.Tensor, conditions: Mapping[str, Any]) 
     """How many tokens the model adds before and after those of the video."""
     height, width = token_grid(network, x)
     leading = trailing = 0
-    if network.ref_conv is not None and conditions.get("reference_latent") is not None:
+    reference = conditions.get("reference_latent")
+    if reference is not None and network.ref_conv is not None:
         # Fun Control's start reference: one frame, of any size.
-        size = conditions["reference_latent"].shape[-2:]
+        size = reference.shape[-2:]
         leading = (size[0] // network.patch_size[1]) * (size[1] // network.patch_size[2])
+    elif reference is not None and isinstance(network, SCAILWanModel):
+        leading = _tokens(network, reference)
+    elif reference is not None and isinstance(network, HumoWanModel):
+        trailing = _tokens(network, reference)
+    if isinstance(network, SCAILWanModel) and conditions.get("pose_latents") is not None:
+        trailing += _tokens(network, conditions["pose_latents"])
     if conditions.get("time_dim_concat") is not None:  # Phantom
         trailing += conditions["time_dim_concat"].shape[2] * height * width
     for latent in conditions.get("context_latents") or []:
-        rows, columns = token_grid(network, latent)
-        trailing += latent.shape[2] * rows * columns
+        trailing += _tokens(network, latent)
     return leading, trailing
+
+
+def _tokens(network: Any, latent: torch.Tensor) -> int:
+    return latent.shape[2] * math.prod(token_grid(network, latent))

@@ -114,7 +114,12 @@ _WAN_KINDS = {
     "vace": ("WAN21_Vace", {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
     "wan2.2 5B": ("WAN22_T2V", {"in_dim": 48, "out_dim": 48}),
     "causal": ("WAN21_CausalAR_T2V", {}),
-    "humo": ("WAN21_HuMo", {"model_type": "humo", "audio_token_num": 4}),
+    "humo": ("WAN21_HuMo", {"model_type": "humo", "audio_token_num": 16}),
+    "animate": ("WAN22_Animate", {"model_type": "animate", "in_dim": 36, "num_layers": 5}),
+    "scail": ("WAN21_SCAIL", {"model_type": "scail", "in_dim": 20}),
+    "scail 2": ("WAN21_SCAIL2", {"model_type": "scail2", "in_dim": 20}),
+    "s2v": ("WAN22_S2V", {"model_type": "s2v", "audio_inject_layers": [0]}),
+    "wandancer": ("WAN22_WanDancer", {"model_type": "wandancer", "in_dim": 36, "audio_inject_layers": [0]}),
 }
 
 
