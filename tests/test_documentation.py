@@ -160,6 +160,23 @@ def test_help_teaches_the_theatre_s_words(language):
         assert [word for word in needed if word not in page(node_id, language)] == []
 
 
+@pytest.mark.parametrize("language", PAGES)
+def test_the_theatre_s_words_are_in_the_tooltip_where_they_are_typed(language):
+    words = (*config.SPECIES, *config.PATTERNS, *config.HEADWEAR[1:], *config.COLOURS)
+    for node_id, name in (("UnderstudyPuppet", "identity"), ("UnderstudyPuppetSet", "identities")):
+        (widget,) = (widget for widget in NODES[node_id].inputs if widget.id == name)
+        tooltip = widget.tooltip if language == "en" else labels(node_id, language)[1]["inputs"][name]["tooltip"]
+        assert [word for word in words if word not in tooltip] == []
+
+
+@pytest.mark.parametrize("word", [
+    "顔", "人脸", "人形", "木偶", "姿态", "ポーズ", "动作", "動作", "swap", "motion", "face", "puppet", "pose",
+])
+def test_a_search_in_three_languages_finds_a_node(word):
+    """The search finds names in the language of the menus, and aliases in each."""
+    assert [node_id for node_id, schema in NODES.items() if any(word in alias for alias in schema.search_aliases)]
+
+
 def test_there_is_a_help_page_for_each_node_and_no_other():
     expected = {form.format(node_id) for node_id in NODES for form in PAGES.values()}
     assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.*")} == expected

@@ -25,7 +25,10 @@ class UnderstudyLoadActionIdentifier(widgets.LoadNode):
             category=CATEGORY,
             description="Loads a trained action. An ordinary textual-inversion embedding is loaded as one that is "
             "equal in all layers; its placeholder is its file's name in angle brackets.",
-            search_aliases=["ADI", "load action", "load embedding", "textual inversion", "import"],
+            search_aliases=[
+                "ADI", "load action", "load embedding", "textual inversion", "import", "motion", "動作",
+                "动作",
+            ],
             inputs=[
                 cls.file("A file in models/action_identifiers or output/action_identifiers, or an embedding."),
                 io.String.Input(
@@ -52,7 +55,10 @@ class UnderstudyEncodeAction(io.ComfyNode):
             category=CATEGORY,
             description="Encodes a prompt with trained actions, as CLIP Text Encode does without them. The model "
             "that samples needs Apply Action Identifier.",
-            search_aliases=["ADI", "prompt", "text encode", "action", "textual inversion", "P+"],
+            search_aliases=[
+                "ADI", "prompt", "text encode", "action", "textual inversion", "P+", "motion", "動作",
+                "动作",
+            ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder that the actions were trained with."),
                 io.String.Input(
@@ -95,7 +101,7 @@ class UnderstudyApplyActionIdentifier(io.ComfyNode):
             category=CATEGORY,
             description="Lets a model read the actions in prompts from Encode Action, each of its layers with its "
             "own tokens. Plain prompts are read as before.",
-            search_aliases=["ADI", "action", "apply embedding", "layer-wise", "P+"],
+            search_aliases=["ADI", "action", "apply embedding", "layer-wise", "P+", "motion", "動作", "动作"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD, SDXL or Wan model; it is not modified."),
                 widgets.strength(

@@ -243,7 +243,8 @@ class _ActionTrainer:
 
         parameters = {f"{i}.{e}": token for i, by_encoder in enumerate(tokens) for e, token in by_encoder.items()}
         config = TrainingConfig(
-            steps=count * action.context_steps, learning_rate=action.context_learning_rate,
+            steps=count * action.context_steps, steps_per_iteration=count,
+            learning_rate=action.context_learning_rate,
             seed=seed_for(self.config.seed, "context"), checkpoint_every=0,
         )
         try:

@@ -30,7 +30,10 @@ class UnderstudyTrainActionIdentifier(io.ComfyNode):
             category=CATEGORY,
             description="Learns the action that a few pictures share, and not who does it or where, as a word for "
             "prompts: usable on any person, animal or mascot.",
-            search_aliases=["ADI", "learn action", "pose", "textual inversion", "train embedding", "P+"],
+            search_aliases=[
+                "ADI", "learn action", "pose", "textual inversion", "train embedding", "P+", "motion",
+                "動作", "动作",
+            ],
             is_input_list=True,
             inputs=[
                 widgets.model("SD, SDXL or Wan"),

@@ -42,7 +42,10 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
             category=CATEGORY,
             description="Uses the driving prompt in the first steps, which lay out the action, and the target after "
             "them.",
-            search_aliases=["prompt switch", "prompt schedule", "timestep range", "ImPoster", "action transfer"],
+            search_aliases=[
+                "prompt switch", "prompt schedule", "timestep range", "ImPoster", "action transfer",
+                "motion",
+            ],
             inputs=[
                 io.Conditioning.Input("target", tooltip="Prompt of the picture to generate, used after the switch."),
                 io.Conditioning.Input("driving", tooltip="Prompt of the driving picture, used first."),
@@ -71,7 +74,10 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
             category=CATEGORY,
             description="Moves each step towards the layout of a driving picture (its phases) and the look of a "
             "source picture (its amplitudes). Wraps any sampler, for SamplerCustom and similar nodes.",
-            search_aliases=["ImPoster", "action transfer", "pose transfer", "FFT", "Fourier", "phase", "amplitude"],
+            search_aliases=[
+                "ImPoster", "action transfer", "pose transfer", "FFT", "Fourier", "phase", "amplitude",
+                "motion transfer", "swap action", "動作", "ポーズ", "姿态", "动作",
+            ],
             inputs=[
                 io.Sampler.Input("sampler", tooltip="The sampler to guide, for example from KSamplerSelect."),
                 io.Latent.Input("source", tooltip=f"VAE-encoded picture of the subject, {latent_help}"),

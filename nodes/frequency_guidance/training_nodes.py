@@ -28,7 +28,10 @@ class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
             category=CATEGORY,
             description="Trains on one source and one driving picture, so that their texts mean just these two. "
             "Frequency guidance and the prompt switch then put the action on the source.",
-            search_aliases=["ImPoster", "train LoRA", "fine-tune", "action transfer", "DreamBooth"],
+            search_aliases=[
+                "ImPoster", "train LoRA", "fine-tune", "action transfer", "DreamBooth",
+                "motion transfer", "動作", "动作",
+            ],
             is_input_list=True,
             inputs=[
                 widgets.model(),

@@ -37,7 +37,10 @@ class UnderstudyLoadFusion(widgets.LoadNode):
             category=CATEGORY,
             description="Reads a fusion of this pack, or a published checkpoint of either stage, and shows on the "
             "node what it holds and what did not fit.",
-            search_aliases=["FPDM", "load fusion embedding", "pose transfer", "person image synthesis"],
+            search_aliases=[
+                "FPDM", "load fusion embedding", "pose transfer", "person image synthesis", "pose",
+                "ポーズ", "姿态",
+            ],
             inputs=[
                 cls.file("A file in models/fusion_embeddings or output/fusion_embeddings, .safetensors or .ckpt."),
             ],
@@ -63,7 +66,9 @@ class UnderstudyCombineFusion(io.ComfyNode):
             category=CATEGORY,
             description="Combines a source picture and a pose into one embedding, close to that of the picture to "
             "generate.",
-            search_aliases=["FPDM", "fusion embedding", "combiner", "pose transfer", "image embedding"],
+            search_aliases=[
+                "FPDM", "fusion embedding", "combiner", "pose transfer", "image embedding", "ポーズ", "姿态",
+            ],
             inputs=[
                 FUSION.Input("fusion", tooltip="A fusion with a combiner, from Train Fusion Combiner or a file."),
                 io.Image.Input("source", tooltip="The person: one picture per pose, or one for all."),
@@ -133,7 +138,10 @@ class UnderstudyApplyFusion(io.ComfyNode):
             category=CATEGORY,
             description="Conditions the model that the fusion was trained for on the source's appearance instead of "
             "a text, the fusion embedding, and the pose. Connect all three outputs to the sampler.",
-            search_aliases=["FPDM", "pose transfer", "pose guided", "person image synthesis", "reposing"],
+            search_aliases=[
+                "FPDM", "pose transfer", "pose guided", "person image synthesis", "reposing",
+                "swap pose", "motion transfer", "ポーズ", "姿态", "姿势",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The SD 1.5, 2.1 or SDXL model of the training; it is not modified."),
                 FUSION.Input("fusion", tooltip="A fusion with a generator, from Train Fusion Generator or a file."),
@@ -183,7 +191,10 @@ class UnderstudyRetargetPose(io.ComfyNode):
             category=CATEGORY,
             description="Gives the person in a pose the limb lengths of another person, so that a child's pose fits "
             "an adult. Limbs keep their directions, and feet stay on the ground.",
-            search_aliases=["pose retargeting", "body proportions", "OpenPose", "keypoints", "skeleton"],
+            search_aliases=[
+                "pose retargeting", "body proportions", "OpenPose", "keypoints", "skeleton", "pose",
+                "ポーズ", "姿态", "姿势",
+            ],
             inputs=[
                 KEYPOINTS.Input(
                     "keypoints", tooltip="The poses to change, from SDPose Keypoint Extractor or a pose editor.",

@@ -72,7 +72,10 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
             category=CATEGORY,
             description="Trains a combiner: one embedding of a source picture and a pose, which finds the picture of "
             "that person in that pose. How often it succeeds is shown during training.",
-            search_aliases=["FPDM", "train combiner", "fusion embedding", "contrastive", "stage 1", "fine-tune"],
+            search_aliases=[
+                "FPDM", "train combiner", "fusion embedding", "contrastive", "stage 1", "fine-tune",
+                "ポーズ", "姿态",
+            ],
             is_input_list=True,
             inputs=[
                 io.ClipVision.Input(
@@ -134,7 +137,10 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
             category=CATEGORY,
             description="Trains a UNet to draw the person of the source in the pose, guided by appearance, fusion "
             "embedding and pose. Without a fusion it trains with the other two, a good first step.",
-            search_aliases=["FPDM", "train pose transfer", "person image synthesis", "stage 2", "fine-tune", "LoRA"],
+            search_aliases=[
+                "FPDM", "train pose transfer", "person image synthesis", "stage 2", "fine-tune", "LoRA",
+                "ポーズ", "姿态",
+            ],
             is_input_list=True,
             inputs=[
                 widgets.model("SD 1.5, SD 2.1 or SDXL"),

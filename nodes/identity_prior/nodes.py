@@ -51,7 +51,7 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
             category=CATEGORY,
             description="Applies a saved prior to the model, with the identity that it knows. Chain it for several "
             "subjects.",
-            search_aliases=["LIPE", "load LoRA", "identity", "subject", "personalization"],
+            search_aliases=["LIPE", "load LoRA", "identity", "subject", "personalization", "人物", "身份"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the prior was trained on; it is not modified."),
                 cls.file(
@@ -181,7 +181,10 @@ class UnderstudyIdentityMaskBlend(io.ComfyNode):
             category=CATEGORY,
             description="Lets each step change only the subject: where it was in the picture, and where it is in the "
             "edit. The rest follows the inverted picture. Works with the samplers of KSamplerSelect.",
-            search_aliases=["LIPE", "NIMA", "non-rigid edit", "blend", "background preservation", "local edit"],
+            search_aliases=[
+                "LIPE", "NIMA", "non-rigid edit", "blend", "background preservation", "local edit",
+                "swap action", "change pose", "人物", "姿态",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the picture was inverted with; it is not modified."),
                 INVERSION.Input("inversion", tooltip="The picture's path, from Invert Image."),

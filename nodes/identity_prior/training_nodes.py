@@ -31,7 +31,10 @@ class UnderstudyTrainIdentityPrior(io.ComfyNode):
             category=CATEGORY,
             description="Trains a LoRA on 3 to 5 pictures of one subject with detailed captions of action and view, "
             "beside pictures of its class, so that prompts can give it another pose, expression or view.",
-            search_aliases=["LIPE", "DreamBooth", "train LoRA", "fine-tune", "personalization", "subject"],
+            search_aliases=[
+                "LIPE", "DreamBooth", "train LoRA", "fine-tune", "personalization", "subject", "人物",
+                "身份",
+            ],
             is_input_list=True,
             inputs=[
                 widgets.model(),

@@ -9,13 +9,15 @@ from comfy_api.latest import io, ui
 from ..inputs.words import entries
 from . import vision
 from .captions import caption, subject_phrase
-from .config import ACTIONS, NAMED_ACTIONS, SCENES, Identity, Picture, Take
+from .config import ACTIONS, COLOURS, HEADWEAR, NAMED_ACTIONS, PATTERNS, SCENES, SPECIES, Identity, Picture, Take
 from .render import draw_pose, render, render_clip
 from .world import check_name, identity_from_words, pick, sample_identity, staged
 
 _IDENTITY_HELP = (
     "Who it is, in the theatre's words: 'red striped robot with blue trousers and a yellow cap'. 'test 0' to "
-    "'test 23' are puppets that no model of the theatre was trained on; 'random' follows the seed."
+    "'test 23' are puppets that no model of the theatre was trained on; 'random' follows the seed. Species: "
+    f"{', '.join(SPECIES)}. Patterns: {', '.join(PATTERNS)}. Headwear: {', '.join(HEADWEAR[1:])}, no hat. Colours: "
+    f"{', '.join(COLOURS)}."
 )
 _SEED_HELP = "Decides the moment of the action, light, camera, decoration and small angles of the joints."
 _MAX_SEED = 2**63 - 1
@@ -58,8 +60,10 @@ class UnderstudyPuppet(io.ComfyNode):
             display_name="Puppet",
             category="Understudy/Theatre",
             description="Draws a paper puppet: a picture or a clip with mask, pose and caption.",
-            search_aliases=["test image", "sample image", "puppet theatre", "paper doll", "reference pose",
-                            "openpose"],
+            search_aliases=[
+                "test image", "sample image", "puppet theatre", "paper doll", "reference pose",
+                "openpose", "人形", "木偶", "纸偶", "パペット", "motion",
+            ],
             inputs=[
                 io.String.Input("identity", default="red striped robot with blue trousers and a yellow cap",
                                 tooltip=_IDENTITY_HELP),
@@ -108,7 +112,10 @@ class UnderstudyPuppetSet(io.ComfyNode):
             display_name="Puppet Set",
             category="Understudy/Theatre",
             description="Draws many puppets with captions, as lists: a data set without a file.",
-            search_aliases=["test dataset", "training images", "puppet theatre", "sample images", "dataset"],
+            search_aliases=[
+                "test dataset", "training images", "puppet theatre", "sample images", "dataset", "人形",
+                "木偶", "纸偶", "パペット",
+            ],
             inputs=[
                 io.String.Input("identities", default="", multiline=True,
                                 tooltip="Puppets, one a line, taken in turn; empty for random ones. "
@@ -158,7 +165,9 @@ class UnderstudyLoadPuppetVision(io.ComfyNode):
             category="Understudy/Theatre",
             description="Loads the theatre's own small image encoder, which comes with the pack: 64 pixels, 128 "
             "numbers a picture. For puppets; real pictures need a CLIP or DINOv2 from Load CLIP Vision.",
-            search_aliases=["clip vision", "image encoder", "puppet theatre", "load vision model"],
+            search_aliases=[
+                "clip vision", "image encoder", "puppet theatre", "load vision model", "人形", "木偶", "纸偶",
+            ],
             inputs=[],
             outputs=[
                 io.ClipVision.Output(

@@ -31,15 +31,22 @@ class TrainingConfig:
     # Optimiser steps between previews and between checkpoints; 0 is never.
     preview_every: int = 0
     checkpoint_every: int = 100
+    # Optimiser steps in one step as the node counts them, which is how the run is reported.
+    steps_per_iteration: int = 1
 
     def __post_init__(self) -> None:
-        check_limits(self, "steps", "batch_size", lowest=1, fix="1 or more")
+        check_limits(self, "steps", "batch_size", "steps_per_iteration", lowest=1, fix="1 or more")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate is {self.learning_rate}: use a number above 0 and below 1, say 1e-4")
         from_zero = "min_snr_gamma", "weight_decay", "decay", "preview_every", "checkpoint_every"
         check_limits(self, *from_zero, lowest=0, fix="0 (off) or more")
         check_limits(self, "decay", lowest=0, highest=1, fix="a share of the steps, 0 (off) to 1")
         check_choice(self, dtype=DTYPES)
+
+    def counted(self, step: int) -> str:
+        """The place of `step` finished optimiser steps in the run, in steps as the node counts them."""
+        each = self.steps_per_iteration
+        return f"{-(-step // each)} of {-(-self.steps // each)}"
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: it depends on nothing else, so a resumed run repeats it."""

@@ -133,7 +133,7 @@ def _moments(optimiser, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
 
 def _divergence(what: str, value: float, step: int, config: TrainingConfig) -> str:
     return (
-        f"the {what} became {value} at step {step + 1} of {config.steps}, so training stopped and saved nothing "
+        f"the {what} became {value} at step {config.counted(step + 1)}, so training stopped and saved nothing "
         f"of it: lower learning_rate ({config.learning_rate:g}), or train in fp32"
     )
 

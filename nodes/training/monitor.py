@@ -43,7 +43,7 @@ class NodeMonitor:
         self.phase = phase and f"{phase}: "
         self.extra_tensors = extra_tensors
         self.picture: Image.Image | None = None
-        self.bar = comfy.utils.ProgressBar(config.steps)
+        self.bar = comfy.utils.ProgressBar(-(-config.steps // config.steps_per_iteration))
         self.losses: list[float] = []
         self.peak = PeakMemory(device)
 
@@ -59,14 +59,12 @@ class NodeMonitor:
             self.picture = self.preview() or self.picture
         shown = preview_due or step % max(1, config.steps // _UPDATES) == 0 or step == config.steps
         image = ("JPEG", self._card(), None) if shown else None
-        self.bar.update_absolute(step, config.steps, image)
+        self.bar.update_absolute(-(-step // config.steps_per_iteration), self.bar.total, image)
         if shown:
             recent = self.losses[-max(1, len(self.losses) // 10) :]
             mean = sum(recent) / len(recent)
             note = f", {self.note()}" if self.note is not None else ""
-            logging.info(
-                "[Understudy] %soptimiser step %d of %d, loss %.4f%s", self.phase, step, config.steps, mean, note
-            )
+            logging.info("[Understudy] %sstep %s, loss %.4f%s", self.phase, config.counted(step), mean, note)
 
     def checkpoint(self, state: State) -> None:
         if self.checkpoints is not None:

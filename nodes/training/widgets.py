@@ -152,7 +152,7 @@ def config(values: dict[str, Any], steps_per_iteration: int = 1, **fixed: Any) -
     chosen = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(TrainingConfig)}
     for name in _COUNTED:
         chosen[name] *= steps_per_iteration
-    return TrainingConfig(**{**chosen, **fixed})
+    return TrainingConfig(**{**chosen, "steps_per_iteration": steps_per_iteration, **fixed})
 
 
 def settings(values: dict[str, Any], config: TrainingConfig, method: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,10 @@ class UnderstudyPrepareReference(io.ComfyNode):
             category=CATEGORY,
             description="Crops a square around the face and paints the background white, as the video identity "
             "adapter was trained. Connect it to VAE Encode.",
-            search_aliases=["Stand-In", "face crop", "reference image", "identity", "crop face", "white background"],
+            search_aliases=[
+                "Stand-In", "face crop", "reference image", "identity", "crop face", "white background",
+                "face", "顔", "人脸",
+            ],
             inputs=[
                 io.Image.Input(
                     "image",
@@ -91,7 +94,10 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
             category=CATEGORY,
             description="Reads the adapter's weights from .ckpt or .safetensors, in fp16, bf16 or fp32, of any rank. "
             "Wan 2.2 needs two files, one for each of its models.",
-            search_aliases=["Stand-In", "identity adapter", "face video", "load adapter", "character consistency"],
+            search_aliases=[
+                "Stand-In", "identity adapter", "face video", "load adapter", "character consistency",
+                "顔", "人脸",
+            ],
             inputs=[
                 cls.file("A file in models/loras or output/loras. Only adapters are listed: else use Load LoRA."),
             ],
@@ -118,7 +124,10 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
             category=CATEGORY,
             description="Shows a reference picture to a Wan video model, so that the video keeps that person. Chain "
             "it for several people, each with a mask. For Wan 2.2 apply it to both models.",
-            search_aliases=["Stand-In", "face video", "keep identity", "character consistency", "reference", "Wan"],
+            search_aliases=[
+                "Stand-In", "face video", "keep identity", "character consistency", "reference", "Wan",
+                "face swap", "顔", "人脸", "人物",
+            ],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A Wan text-to-video, image-to-video or VACE model; it is not modified.",

@@ -29,7 +29,10 @@ class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
             category=CATEGORY,
             description="Trains an adapter that keeps the person of a reference picture through a video, on pairs of "
             "both. Only updates of the reference's queries, keys and values are trained.",
-            search_aliases=["Stand-In", "train adapter", "identity adapter", "fine-tune", "Wan", "face video"],
+            search_aliases=[
+                "Stand-In", "train adapter", "identity adapter", "fine-tune", "Wan", "face video", "顔",
+                "人脸",
+            ],
             is_input_list=True,
             inputs=[
                 widgets.model("Wan"),

@@ -47,6 +47,21 @@ def test_a_run_returns_every_loss_and_reports_its_peak_memory(caplog):
     assert state.step == 3 and {"shown", "parameter.weight"} <= state.tensors.keys()
 
 
+def test_steps_are_counted_as_the_node_counts_them(caplog):
+    """Train Source and Driving Pair with 2 steps makes 4 optimiser steps; bar and log said 4."""
+    config = TrainingConfig(steps=4, learning_rate=0.1, steps_per_iteration=2)
+    reports = monitor.NodeMonitor(config, CPU)
+    shown = []
+    reports.bar.update_absolute = lambda value, total=None, preview=None: shown.append((value, total))
+    with caplog.at_level(logging.INFO):
+        for step in range(1, 5):
+            reports.progress(step, 1.0)
+    assert reports.bar.total == 2 and shown == [(1, 2), (1, 2), (2, 2), (2, 2)]
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        f"[Understudy] step {i} of 2" for i in (1, 1, 2, 2)
+    ]
+
+
 def test_a_resumed_run_continues_from_the_state():
     checkpoints = InMemory()
     whole, weight = train(steps=5, checkpoints=checkpoints)
@@ -57,7 +72,7 @@ def test_a_resumed_run_continues_from_the_state():
 def test_a_preparatory_run_saves_and_reports_nothing(caplog):
     with caplog.at_level(logging.INFO):
         train(phase="contexts")
-    assert caplog.messages and all("contexts: optimiser step" in message for message in caplog.messages)
+    assert caplog.messages and all("contexts: step" in message for message in caplog.messages)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train(cancel_at=1)
 
