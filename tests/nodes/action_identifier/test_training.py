@@ -137,10 +137,10 @@ def test_the_log_says_which_phase_it_is(caplog):
     with caplog.at_level(logging.INFO):
         train(pictures=exemplars(contrasts=False))
     ours = [record.getMessage() for record in caplog.records if "[Understudy]" in record.getMessage()]
-    phases = [line.removeprefix("[Understudy] ").split(" step")[0] for line in ours]
+    phases = [line.removeprefix("[Understudy] ").split(" step ")[0] for line in ours]
     drawn = [f"drawing contrast {i} of 3" for i in (1, 2, 3)]
     # Two steps a context, three of the action.
-    assert phases[:-1] == 6 * ["contexts: optimiser"] + drawn + 3 * ["action: optimiser"]
+    assert phases[:-1] == 6 * ["contexts:"] + drawn + 3 * ["action:"]
     assert phases[-1].startswith("training: peak memory")
 
 
