@@ -4,8 +4,6 @@ Source: ADI (arXiv 2311.15841): g_ac is the gradient of an anchor, g_ac' that of
 g_a'c that of another action in the anchor's context, all three with one noise and one noise level.
 """
 
-from __future__ import annotations
-
 import torch
 
 MERGES = ("union", "intersection")

@@ -1,7 +1,5 @@
 """Where a spectrum is computed: on the device of the tensor, or on the CPU if that has no complex FFT."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -12,8 +12,6 @@ InfoNCE
     loss = mean_i(logsumexp_j S_ij - S_ii) + l1 mean|[e_s; e_s] - F|.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

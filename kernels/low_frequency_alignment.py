@@ -15,8 +15,6 @@ weights of the places, 1 where none are passed. Per sample and channel, over all
 Without weights, y - x has no frequency above the cutoff, and at s = 1 the statistics of L(y) are m.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

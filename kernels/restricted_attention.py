@@ -22,8 +22,6 @@ Two forms of Out_V:
 There is no Triton form: one is added once it is measured to be faster on a GPU, and none was available.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -28,8 +28,6 @@ s_a = 2 r_a/(B C) here, and with r_p it is s_p = 2 r_p/(B C H W t_p) under `grad
 on four channels is s_a = 5e-7: invisible.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -5,8 +5,6 @@ given columns. Cross-attention from the positions of a picture to the words for 
 (Hertz et al., arXiv 2208.01626).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

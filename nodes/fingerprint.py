@@ -1,7 +1,5 @@
 """Short digests of a model's weights, to tell whether a file was trained with them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Messages to the user: a line in the log and, while a node runs, a text on that node."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

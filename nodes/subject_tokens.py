@@ -3,8 +3,6 @@
 Every room that encodes prompts or looks for the subject reads it here; this module imports no ComfyUI.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Settings of the action identifier. Defaults name their source: ADI (arXiv 2311.15841), or "ours"."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A placeholder is tokenized as copies of one word that the prompt does not have. 
 identifier's vectors, as embeddings do in ComfyUI: weights, lengths and padding stay as its tokenizers make them.
 """
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Action identifiers on disk: safetensors files of the pack, and textual-inversion embeddings, read and written."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

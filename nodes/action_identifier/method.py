@@ -4,8 +4,6 @@ Source: ADI (arXiv 2311.15841); the masks' formulas are in kernels/channel_mask.
 cross-attention layers read: one encoded prompt of T tokens for each of L places in the network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Nodes of the action identifier (ADI): load one, encode prompts with it, let a model read them."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..inputs import widgets

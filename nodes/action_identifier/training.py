@@ -1,7 +1,5 @@
 """From pictures that share an action to its identifier: contexts, contrasts, then the tokens themselves."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Nodes that train an action identifier on a few pictures, and save it (ADI)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Settings of drift alignment. The idea is VAE-LFA's (arXiv 2605.08250); every value here is ours."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...kernels.spectral_guidance import HIGHEST_CUTOFF

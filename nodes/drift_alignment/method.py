@@ -4,8 +4,6 @@ The idea is VAE-LFA's (arXiv 2605.08250, abstract); the formulas are in kernels/
 videos and rounds of different sizes are ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

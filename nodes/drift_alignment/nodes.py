@@ -1,7 +1,5 @@
 """The node of drift alignment (after VAE-LFA)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import HIGHEST_CUTOFF

@@ -1,7 +1,5 @@
 """Weights in pickles, as official checkpoints and embeddings still have them, read without running code in them."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

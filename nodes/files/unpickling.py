@@ -4,8 +4,6 @@ A pickle is a program for a stack machine. This one knows containers, text, numb
 object of any other class, such as the settings that a training script stores beside its weights, becomes an Unknown.
 """
 
-from __future__ import annotations
-
 import pickletools
 import sys
 from collections.abc import Sequence

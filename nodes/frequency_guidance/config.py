@@ -1,7 +1,5 @@
 """Settings of frequency guidance. Defaults name their source: ImPoster (arXiv 2409.15650), or "ours"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES

@@ -3,8 +3,6 @@
 Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidance.py.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Nodes of frequency guidance (ImPoster): the prompt switch and the guided SAMPLER."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES

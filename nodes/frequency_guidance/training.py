@@ -1,7 +1,5 @@
 """Training on a source and a driving picture: ImPoster's fine-tuning, on the path of all trainings on pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

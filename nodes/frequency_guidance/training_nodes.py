@@ -1,7 +1,5 @@
 """Node of frequency guidance's fine-tuning (ImPoster): trains on one source and one driving picture."""
 
-from __future__ import annotations
-
 import logging
 
 from comfy_api.latest import io

@@ -1,7 +1,5 @@
 """Settings of the fusion embedding. Defaults name their source: FPDM (arXiv 2412.07333), or "ours"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..inputs.ranges import check_limits

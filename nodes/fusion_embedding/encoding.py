@@ -1,7 +1,5 @@
 """ComfyUI's image encoders as a fusion uses them: a separate file, since nodes, files and training all call it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

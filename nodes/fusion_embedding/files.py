@@ -1,7 +1,5 @@
 """The weight file of a fusion: safetensors of this pack, or a published Lightning checkpoint as far as it fits."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

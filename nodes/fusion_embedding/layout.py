@@ -1,7 +1,5 @@
 """Weights and sizes of a combiner and a generator; apart from method.py, since files are checked by them alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ to three paths into a UNet: appearance tokens in place of the text's, an embeddi
 a residual of the pose after the first convolution.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

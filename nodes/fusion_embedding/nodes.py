@@ -1,7 +1,5 @@
 """Nodes of the fusion embedding (FPDM): load, combine, apply, and retarget a pose."""
 
-from __future__ import annotations
-
 import logging
 
 from comfy_api.latest import io

@@ -1,7 +1,5 @@
 """Training pairs of source, pose and target: a separate file, as they come from inputs or from a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

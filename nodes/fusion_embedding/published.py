@@ -5,8 +5,6 @@ Key names are derived from the published code; no published weights were availab
 and a UNet in diffusers' names that includes `class_embedding.`.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 Keypoints are ComfyUI's POSE_KEYPOINT, as inputs.keypoints reads them, with the 18 points of OpenPose.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ model they are handed to two patches, one after the time's embedding and one aft
 holds a tensor.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Training of a fusion on pairs: the combiner, stage 1, and the generator, stage 2."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Nodes that train both stages of a fusion (FPDM), the combiner and the generator, and save it."""
 
-from __future__ import annotations
-
 import logging
 
 from comfy_api.latest import io

@@ -5,8 +5,6 @@ what a call is to record travels in `transformer_options` under KEY, and what it
 model may be cached, cloned and run by several threads.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Mapping, Sequence

@@ -2,8 +2,6 @@
 "ours". The publication's code, layers, resolution and thresholds are not known to us.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..inputs.ranges import ALL, check_choice, check_limits, check_range, parse_numbers

@@ -1,7 +1,5 @@
 """Identity priors on disk: ordinary LoRA files whose metadata names their subject and base model."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -3,8 +3,6 @@
 The path comes from the model's own calls, in a sampling run for which ComfyUI loads and frees as for any other.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Source: LIPE (arXiv 2406.17236). Inversion: DDIM (arXiv 2010.02502), its fixed p
 and the mean of renoised predictions (Garibi et al., arXiv 2403.14602).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

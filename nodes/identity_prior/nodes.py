@@ -1,7 +1,5 @@
 """Nodes of the identity prior and the non-rigid edit (LIPE): load, encode, invert, blend, show masks."""
 
-from __future__ import annotations
-
 import torch
 from comfy_api.latest import io, ui
 

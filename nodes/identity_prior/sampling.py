@@ -6,8 +6,6 @@ along the path, so that Euler and DDIM follow it exactly and other samplers as c
 the sampler is done, what is outside is the end of the path itself.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

@@ -1,7 +1,5 @@
 """Training a prior: the subject's pictures and their variants, pictures of its class, and the run on both."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

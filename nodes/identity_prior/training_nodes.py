@@ -1,7 +1,5 @@
 """Nodes that train and save an identity prior (LIPE): a LoRA that knows a subject by a token and its class."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 

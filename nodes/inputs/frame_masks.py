@@ -1,7 +1,5 @@
 """Masks of a video's frames, for a latent whose first frame is one video frame and each later one four."""
 
-from __future__ import annotations
-
 import torch
 
 

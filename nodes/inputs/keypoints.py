@@ -5,8 +5,6 @@ lists [x, y, score, ...]. Its BOUNDING_BOX is a dictionary of x, y, width and he
 picture.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Every function raises ValueError, naming the input, what was found and what to do.
 """
 
-from __future__ import annotations
-
 import torch
 
 

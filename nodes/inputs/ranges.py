@@ -1,7 +1,5 @@
 """Ranges as nodes take them: limits of settings, a part of the schedule in percent, numbers such as `0-19, 25`."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Inputs that nodes of several rooms have, said once; those of Train and Save nodes are in training/widgets.py."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from comfy_api.latest import io

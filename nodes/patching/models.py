@@ -5,8 +5,6 @@ Each function adds one kind of patch under a `key`, and they can be chained. A p
 stays beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

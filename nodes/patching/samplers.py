@@ -1,7 +1,5 @@
 """The only calls that wrap a SAMPLER: the guided one is a new object, and the caller's is never changed."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The cross-attention layers of a UNet, from its own structure: no number of layers is assumed."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from comfy.ldm.modules.attention import SpatialTransformer

@@ -1,7 +1,5 @@
 """The blocks of a Wan transformer: which models run patches of them, and what all such patches have in common."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run's state on disk: one safetensors file per run, replaced as it proceeds, and listed by `resume_from`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

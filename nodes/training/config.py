@@ -1,7 +1,5 @@
 """The settings that every training run has, whatever the method. Defaults name their source, or "ours"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..inputs.ranges import check_choice, check_limits

@@ -1,7 +1,5 @@
 """What ComfyUI's modules lack for a backward pass, added to them for the length of a `with` block."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

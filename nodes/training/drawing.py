@@ -1,7 +1,5 @@
 """Pictures that a model draws for its own training: previews, and pictures to train on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

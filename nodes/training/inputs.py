@@ -1,7 +1,5 @@
 """Training data from a graph: batches, lists and single items, all brought into lists of single items."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

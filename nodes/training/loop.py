@@ -4,8 +4,6 @@ It knows neither ComfyUI nor a model: a method gives it the trainable parameters
 that has made the model differentiable.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable

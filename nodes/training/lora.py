@@ -3,8 +3,6 @@
 A LoRA's low-rank updates of linear layers are forward hooks: no weight is merged, copied or replaced.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a node shows of a training: progress bar, loss curve, preview pictures; and its cancel button."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 It imports no ComfyUI: a method's objective is in its method.py and calls `Denoising` for the loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

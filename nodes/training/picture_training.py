@@ -1,7 +1,5 @@
 """From pictures and texts to a trained LORA_MODEL: the path of every node that trains a LoRA or a whole UNet."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ training.py reads the checkpoint to resume, opens a session (session.py), makes 
 and calls `run`; what was trained goes to the room's files.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

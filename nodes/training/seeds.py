@@ -1,7 +1,5 @@
 """Random seeds by purpose: every generator of a training gets its own, and a resumed run draws the same."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

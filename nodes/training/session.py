@@ -1,7 +1,5 @@
 """A model of ComfyUI's, loaded and differentiable for as long as a training lasts, and then as it was before."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence

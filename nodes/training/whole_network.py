@@ -1,7 +1,5 @@
 """All weights of a network, trained as fp32 copies in their place: nothing of the model is modified."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The inputs and outputs that Train and Save nodes share, and the run that their values ask for, said once each."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The patch of a Wan block whose self-attention sees references; apart, since it holds no tensor and knows no run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ...kernels import restricted_attention

@@ -1,7 +1,5 @@
 """Settings of the video identity adapter. Defaults name their source: Stand-In (arXiv 2508.07901), or "ours"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..inputs.ranges import ALL, check_limits, check_range, parse_numbers

@@ -1,7 +1,5 @@
 """Video identity adapters on disk: the official pickles, and safetensors of the community and of the pack."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Source: Stand-In (arXiv 2508.07901); the attention itself is in kernels/restricted_attention.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import threading

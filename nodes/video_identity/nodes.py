@@ -1,7 +1,5 @@
 """Nodes of the video identity adapter (Stand-In): prepare a reference, load and apply the adapter."""
 
-from __future__ import annotations
-
 import logging
 
 from comfy_api.latest import io, ui

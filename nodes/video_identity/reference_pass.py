@@ -5,8 +5,6 @@ serves every step and both halves of CFG. Its tokens are modulated at timestep 0
 through the feed-forward (as in the official code; the paper's section 3.2 words the second otherwise).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Source: Stand-In (arXiv 2508.07901): the largest face, its box half as long agai
 and masks come from ComfyUI's own nodes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ ends. They travel in `transformer_options` to the blocks, whose first attention,
 Nothing of the model is replaced: its own blocks run with an attention function around the user's.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

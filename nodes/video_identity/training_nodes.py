@@ -1,7 +1,5 @@
 """Nodes that train and save a video identity adapter (Stand-In)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 
