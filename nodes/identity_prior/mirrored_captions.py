@@ -1,7 +1,5 @@
 """Captions of mirror images; apart, since they are about language alone: what is a side, and what only sounds so."""
 
-from __future__ import annotations
-
 import re
 
 _WORD = r"[^\W\d_]+"

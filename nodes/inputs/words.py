@@ -1,7 +1,5 @@
 """Words and lists in text of any script: where a word begins, what separates entries; without ComfyUI."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 
