@@ -8,7 +8,12 @@ import torch
 
 def check_latent(latent: torch.Tensor, name: str) -> None:
     """Latents are [B, C, H, W] or [B, C, T, H, W], at least one of them, of finite values."""
-    if latent.is_nested or latent.ndim not in (4, 5):
+    if latent.is_nested:
+        raise ValueError(
+            f"{name} is not an image or video latent but video and audio in one: connect the video alone, from "
+            f"LTXV Separate AV Latent or VAE Encode, to `{name}`"
+        )
+    if latent.ndim not in (4, 5):
         raise ValueError(f"{name} is not an image or video latent: connect VAE Encode to `{name}`")
     if latent.numel() == 0:
         raise ValueError(f"{name} is an empty batch: connect VAE Encode of at least one picture to `{name}`")

@@ -58,13 +58,34 @@ class _GuidedSampler(comfy.samplers.Sampler):
     def max_denoise(self, model_wrap, sigmas):
         return self.sampler.max_denoise(model_wrap, sigmas)
 
+    def _begin(self, guider: Any, shape: torch.Size) -> Guide:
+        """The guide of a run; of latents that are packed, video and audio as [B, 1, N], it guides the video."""
+        shapes = _packed_shapes(guider)
+        if len(shapes) < 2:
+            return self.begin(guider.inner_model, shape)
+        guide = self.begin(guider.inner_model, torch.Size((shape[0], *shapes[0][1:])))
+
+        def guide_video(latent: torch.Tensor, sigma: float) -> torch.Tensor:
+            video, *others = comfy.utils.unpack_latents(latent, shapes)
+            guided = guide(video, sigma)
+            return latent if guided is video else comfy.utils.pack_latents([guided, *others])[0]
+
+        return guide_video
+
+
+def _packed_shapes(guider: Any) -> list[torch.Size]:
+    """The shapes of the latents that ComfyUI packed into one for this run, or none."""
+    entries = (entry for group in getattr(guider, "conds", {}).values() for entry in group or ())
+    conditions = (entry.get("model_conds", {}) for entry in entries)
+    return next((each["latent_shapes"].cond for each in conditions if "latent_shapes" in each), [])
+
 
 class _GuidedDenoised(_GuidedSampler):
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
         disable_pbar=False,
     ):
-        guided = _GuidedModel(model_wrap, self.begin(model_wrap.inner_model, noise.shape))
+        guided = _GuidedModel(model_wrap, self._begin(model_wrap, noise.shape))
         return self.sampler.sample(
             guided, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
         )
@@ -93,7 +114,7 @@ class _GuidedLatent(_GuidedSampler):
         disable_pbar=False,
     ):
         model_sampling = model_wrap.inner_model.model_sampling
-        guide = self.begin(model_wrap.inner_model, noise.shape)
+        guide = self._begin(model_wrap, noise.shape)
 
         def between_steps(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             scale = input_scale(model_sampling, sigma)

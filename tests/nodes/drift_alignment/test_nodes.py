@@ -130,7 +130,7 @@ def broken(value):
     ({"samples": torch.zeros(1, 4, 8, 8)}, ["all zero", "Empty Latent Image"]),
     ({"samples": torch.zeros(0, 4, 8, 8)}, ["empty"]),
     ({"samples": torch.ones(1, 8, 64)}, ["not an image or video latent", "VAE Encode"]),
-    (nested(), ["not an image or video latent", "VAE Encode"]),
+    (nested(), ["not an image or video latent", "VAE Encode", "video and audio in one", "Separate AV Latent"]),
 ])
 def test_errors_name_the_input_and_the_fix(problem, words):
     for arguments, name in (((problem, latent(1)), "latent"), ((latent(1), latent(2), problem), "earlier (round 1)")):

@@ -4,7 +4,10 @@ import asyncio
 import copy
 import dataclasses
 
+import comfy.conds
+import comfy.latent_formats
 import comfy.model_sampling
+import comfy.nested_tensor
 import comfy.samplers
 import numpy as np
 import pytest
@@ -114,6 +117,43 @@ def test_a_video_model():
             wrapped = guided(sampler, latent(1, *size), latent(2, *size), apply_to=apply_to)
             result = tiny_model.sample(video, wrapped, shape=shape)
             assert torch.isfinite(result).all() and not torch.allclose(result, plain)
+
+
+class AudioVideo(torch.nn.Module):
+    """A network of ComfyUI's kind for latents of video and audio: each is halved."""
+
+    dtype = torch.float32
+
+    def forward(self, x, t, **kwargs):
+        return [0.5 * part for part in x]
+
+
+@pytest.mark.parametrize("apply_to", ["denoised", "latent"])
+def test_the_video_of_nested_latents_is_guided_and_the_audio_stays(apply_to):
+    model = tiny_model.video()
+    base = model.model
+    base.diffusion_model, base.latent_format = AudioVideo(), comfy.latent_formats.MiniMaxH3AV()
+    base.memory_required = lambda *_args, **_kwargs: 0
+    base.extra_conds = lambda **options: {
+        "latent_shapes": comfy.conds.CONDConstant(options["latent_shapes"]),
+    }
+    shapes = (1, 16, 3, 8, 8), (1, 8, 2, 5)
+    noise, empty = (
+        comfy.nested_tensor.NestedTensor([scale * latent(i, *shape)["samples"] for i, shape in enumerate(shapes)])
+        for scale in (1, 0)
+    )
+    sigmas = comfy.samplers.calculate_sigmas(base.model_sampling, "simple", 3)
+    results = []
+    for sampler in (
+        comfy.samplers.sampler_object("euler"),
+        guided("euler", latent(11, *shapes[0]), latent(12, *shapes[0]), apply_to=apply_to, phase_scale=0.5),
+    ):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(tiny_model.conditioning(1), tiny_model.conditioning(2))
+        results.append(guider.sample(noise, empty, sampler, sigmas, disable_pbar=True, seed=1).unbind())
+    (video, audio), (guided_video, guided_audio) = results
+    assert torch.equal(audio, guided_audio) and guided_video.shape == shapes[0]
+    assert torch.isfinite(guided_video).all() and not torch.allclose(video, guided_video)
 
 
 def test_batches_bf16_models_masks_and_previews():
