@@ -43,9 +43,12 @@ class Checkpoints:
         }
         previous = self.path
         self.path = weights.save(tensors, metadata, FOLDER.name, self.name)
-        if previous is not None:
-            previous.unlink(missing_ok=True)
         logging.info("[Understudy] checkpoint %s after optimiser step %d", self.path.name, state.step)
+        if previous is not None:
+            try:
+                previous.unlink(missing_ok=True)
+            except OSError as error:  # another program has it open
+                logging.warning("[Understudy] the earlier checkpoint %s stays: %s", previous.name, error)
 
     def resume(self, name: str) -> State | None:
         """The state in a listed checkpoint, or None for "none".

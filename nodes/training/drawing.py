@@ -37,9 +37,10 @@ def sample_in_training(
 ) -> torch.Tensor:
     """`sample` by the model of a running session, as it is trained so far."""
     with no_training():
-        latent = sample(denoiser.patcher, positive, negative, shape, seed, steps, cfg)
-        denoiser.patcher.pre_run()  # sampling ended with a cleanup of the patcher
-        return latent
+        try:
+            return sample(denoiser.patcher, positive, negative, shape, seed, steps, cfg)
+        finally:
+            denoiser.patcher.pre_run()  # sampling ended with a cleanup of the patcher
 
 
 def preview_of(

@@ -9,11 +9,18 @@ import comfy.utils
 import psutil
 import torch
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 
 from ..messages import tell
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .loop import State
+
+# What a preview or a checkpoint may end with: no memory, no disk, or a model that cannot be drawn.
+_FAILURES = (
+    RuntimeError, MemoryError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    SafetensorError,
+)
 
 Preview = Callable[[], Image.Image | None]
 
@@ -54,7 +61,7 @@ class NodeMonitor:
         config = self.config
         preview_due = config.preview_every and (step % config.preview_every == 0 or step == config.steps)
         if preview_due and self.preview is not None:
-            self.picture = self.preview() or self.picture
+            self.picture = self._drawn() or self.picture
         shown = preview_due or step % max(1, config.steps // _UPDATES) == 0 or step == config.steps
         image = ("JPEG", self._card(), None) if shown else None
         self.bar.update_absolute(-(-step // config.steps_per_iteration), self.bar.total, image)
@@ -67,7 +74,10 @@ class NodeMonitor:
     def checkpoint(self, state: State) -> None:
         if self.checkpoints is not None:
             tensors = {**state.tensors, **self.extra_tensors}
-            self.checkpoints.save(dataclasses.replace(state, tensors=tensors))
+            try:
+                self.checkpoints.save(dataclasses.replace(state, tensors=tensors))
+            except _FAILURES as error:
+                _warn(f"a checkpoint could not be written, and the training goes on: {_told(error)}")
 
     def warn(self, line: str) -> None:
         tell("training", [line], logging.WARNING)
@@ -75,6 +85,19 @@ class NodeMonitor:
     def report_peak_memory(self) -> None:
         """Show on the node the most memory that the run used."""
         tell("training", [f"peak memory {self.peak.gigabytes:.2f} GB on {self.peak.device.type}"])
+
+    def _drawn(self) -> Image.Image | None:
+        """The preview, or None where there is no room, or where it fails: that ends previews, not the training."""
+        try:
+            picture = self.preview()
+            if picture is None:
+                _warn("a preview was left out, since the device has no room for it beside the training")
+            return picture
+        except _FAILURES as error:
+            self.preview = None
+            _warn(f"a preview could not be drawn, and the training goes on without previews: {_told(error)}")
+            comfy.model_management.soft_empty_cache()
+            return None
 
     def _card(self) -> Image.Image:
         """The latest preview with the loss curve under it."""
@@ -96,6 +119,14 @@ class NodeMonitor:
         if self.note is not None:
             draw.text((4, top + 14), self.note(), fill="black")
         return card
+
+
+def _told(error: BaseException) -> str:
+    return f"{error}".strip() or type(error).__name__
+
+
+def _warn(line: str) -> None:
+    tell("training", [line], logging.WARNING)
 
 
 class PeakMemory:

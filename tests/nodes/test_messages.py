@@ -13,6 +13,7 @@ import pytest
 from comfy_execution.utils import CurrentNodeContext
 from faults import prompts
 from launcher import scripts
+from pack.nodes import messages
 from pack.nodes.messages import tell
 
 TEXT = 3  # ComfyUI's BinaryEventTypes.TEXT
@@ -106,3 +107,12 @@ def test_a_running_node_shows_what_it_says(server):
     ((node, text),) = texts_shown(server, prompt)
     assert node == "who" and "whole picture" in text
     assert f"[Understudy] Prepare Reference: {text}" in server.log.read_text(encoding="utf-8")
+
+
+def test_a_picture_that_cannot_be_written_is_no_error(monkeypatch, caplog):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(messages.ui, "PreviewImage", full)
+    assert messages.pictures("Puppet", None, None) is None
+    assert "Puppet: its pictures cannot be shown here" in caplog.text and "No space left" in caplog.text

@@ -24,7 +24,7 @@ class InMemory(Checkpoints):
         self.states.append(state)
 
 
-def train(steps=4, cancel_at=None, **options):
+def train(steps=4, cancel_at=None, preview_every=0, **options):
     weight = torch.nn.Parameter(torch.ones(2))
 
     def objective(step, _generator):
@@ -32,7 +32,7 @@ def train(steps=4, cancel_at=None, **options):
             comfy.model_management.interrupt_current_processing()
         return weight.square().sum()
 
-    config = TrainingConfig(steps=steps, learning_rate=0.1, checkpoint_every=3)
+    config = TrainingConfig(steps=steps, learning_rate=0.1, checkpoint_every=3, preview_every=preview_every)
     return run(objective, {"weight": weight}, config, CPU, **options), weight
 
 
@@ -75,6 +75,58 @@ def test_a_preparatory_run_saves_and_reports_nothing(caplog):
     assert caplog.messages and all("contexts: step" in message for message in caplog.messages)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train(cancel_at=1)
+
+
+FAILURES = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory"), MemoryError(),
+    OSError(28, "No space left on device"), ValueError("bad shape"), TypeError("no colours"), KeyError("model"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_preview_that_fails_leaves_the_run_as_it_would_be(error, monkeypatch, caplog):
+    tried = []
+
+    def preview():
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(monitor.NodeMonitor, "_card", lambda self: None)
+    plain, weight = train(steps=6)
+    watched, same = train(steps=6, preview=preview, preview_every=2)
+    assert plain == watched and torch.equal(weight, same) and len(tried) == 1
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "training goes on without previews" in warning and (f"{error}" or "MemoryError") in warning
+
+
+def test_a_preview_without_room_says_so(caplog):
+    train(steps=2, preview=lambda: None, preview_every=1)
+    assert "a preview was left out" in caplog.text
+
+
+class Unwritable(InMemory):
+    """The disk is full for the first two checkpoints."""
+
+    def save(self, state):
+        super().save(state)
+        if len(self.states) < 3:
+            raise FAILURES[len(self.states)]
+
+
+def test_checkpoints_that_cannot_be_written_leave_the_run_as_it_would_be(caplog):
+    plain, weight = train(steps=10)
+    checkpoints = Unwritable()
+    watched, same = train(steps=10, checkpoints=checkpoints)
+    assert plain == watched and torch.equal(weight, same)
+    assert [state.step for state in checkpoints.states] == [3, 6, 9], "it tries again"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2 and all("checkpoint could not be written" in warning for warning in warnings)
+
+
+def test_a_cancelled_run_whose_checkpoint_fails_is_cancelled(caplog):
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(checkpoints=Unwritable(), cancel_at=1)
+    assert "checkpoint could not be written" in caplog.text
 
 
 def test_the_note_is_shown_beside_the_loss(caplog):
