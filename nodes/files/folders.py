@@ -9,6 +9,7 @@ from pathlib import Path
 
 import folder_paths
 
+from . import contents
 from .names import refused
 
 _BEGINNING = 256 << 10  # bytes; a header of a 14-billion-parameter model's adapter has fewer
@@ -55,9 +56,9 @@ class WeightFolder:
             raise refused(name, "was not found", f"Put it into {folders} and reload the node list")
         return Path(path)
 
-    def fingerprint(self, name: str) -> int:
-        """What `fingerprint_inputs` of a Load node returns: a number that changes when the file is written again."""
-        return self.find(name).stat().st_mtime_ns
+    def fingerprint(self, name: str) -> str:
+        """What `fingerprint_inputs` of a Load node returns: it changes with the file's content."""
+        return contents.digest(self.find(name))
 
 
 @functools.lru_cache(maxsize=16384)

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..files import contents
 from ..inputs.pictures import check_pictures, colour
 from .layout import FusionError
 from .method import check_poses
@@ -78,6 +81,7 @@ class ListedPairs:
         content = hashlib.sha256()
         for views in self.pictures:
             for picture in views:
+                content.update(f"{tuple(picture.shape)}\n".encode())
                 content.update(np.ascontiguousarray(picture.cpu().float().numpy()).tobytes())
         return content.hexdigest()[:16]
 
@@ -117,9 +121,11 @@ class FolderPairs:
 
     def digest(self) -> str:
         content = hashlib.sha256()
-        for paths in self.files:
-            for path in paths:
-                content.update(f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}\n".encode())
+        for path in itertools.chain.from_iterable(self.files):
+            try:
+                content.update(contents.digest(path).encode())
+            except OSError as error:
+                raise FusionError(f"{path} cannot be read ({error.strerror}): replace or remove the pair") from error
         return content.hexdigest()[:16]
 
 
@@ -172,7 +178,8 @@ def _files(folder: Path) -> dict[str, Path]:
     for path in entries:
         # macOS leaves files whose names begin with a dot.
         if path.suffix.lower() in _ENDINGS and path.is_file() and not path.name.startswith("."):
-            other = files.setdefault(path.stem, path)
+            # Systems and copying programs spell one name in several ways.
+            other = files.setdefault(unicodedata.normalize("NFC", path.stem), path)
             if other is not path:
                 raise FusionError(f"{folder} has {other.name} and {path.name}, of one name: remove or rename one")
     return files

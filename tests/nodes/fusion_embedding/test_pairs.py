@@ -1,5 +1,8 @@
 """Pairs of lists and folders: counts, kinds of pictures, damaged ones, and that a folder is read as it goes."""
 
+import os
+import shutil
+import unicodedata
 from pathlib import Path
 
 import folder_paths
@@ -102,6 +105,36 @@ def test_a_folder_is_read_as_it_goes(tmp_path, monkeypatch):
     for i in (250, 3, 77):
         assert actual[i].target.shape == (1, 24, 24, 3)
     assert [path.stem for path in read[::3]] == ["00250", "00003", "00077"] and len(read) == 9
+
+
+def test_repainted_pictures_of_equal_size_under_the_same_names_are_other_data(tmp_path):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    for role in ROLES:
+        (tmp_path / role).mkdir()
+        Image.fromarray(pixels).save(tmp_path / role / "a.bmp")
+    before, path = FolderPairs(tmp_path).digest(), tmp_path / "target" / "a.bmp"
+    times = path.stat()
+    Image.fromarray(pixels + 9).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    repainted = FolderPairs(tmp_path).digest()
+    assert repainted != before
+    Image.fromarray(pixels).save(path)
+    assert FolderPairs(tmp_path).digest() == before, "the same pictures, written again"
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert FolderPairs(tmp_path / "copy").digest() == before, "and copied"
+
+
+def test_names_in_two_spellings_of_unicode_are_one_name(tmp_path):
+    composed, decomposed = "Zoë", unicodedata.normalize("NFD", "Zoë")
+    path = folder(tmp_path, names=("a", composed, "z"))
+    (path / "pose" / f"{composed}.png").rename(path / "pose" / f"{decomposed}.png")
+    found = FolderPairs(path)
+    assert len(found) == 3 and [file.parent.name for file in found.files[1]] == list(ROLES)
+    Image.new("RGB", (8, 8)).save(path / "pose" / f"{composed}.png")
+    if len(list((path / "pose").iterdir())) == 4:  # some file systems see one name there
+        with pytest.raises(FusionError, match="of one name"):
+            FolderPairs(path)
 
 
 def test_what_a_folder_lacks_is_named(tmp_path):
