@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..inputs import widgets
+from ..inputs.checked import CheckedNode
 from . import encoding, files, sampling
 from .config import HIGHEST_STRENGTH
 
@@ -43,7 +44,7 @@ class UnderstudyLoadActionIdentifier(widgets.LoadNode):
         return io.NodeOutput(files.load(action_name, placeholder.strip()))
 
 
-class UnderstudyEncodeAction(io.ComfyNode):
+class UnderstudyEncodeAction(CheckedNode):
     """A prompt in which placeholders stand for trained actions."""
 
     @classmethod
@@ -89,7 +90,7 @@ class UnderstudyEncodeAction(io.ComfyNode):
         return io.NodeOutput(sampling.attach_contexts(conditioning, contexts, connected))
 
 
-class UnderstudyApplyActionIdentifier(io.ComfyNode):
+class UnderstudyApplyActionIdentifier(CheckedNode):
     """A model whose layers read trained actions."""
 
     @classmethod

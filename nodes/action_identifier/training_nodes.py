@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
+from ..inputs.checked import CheckedNode
 from ..messages import tell
 from ..training import drawing, inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
@@ -18,7 +19,7 @@ from .nodes import ACTION, CATEGORY
 _DEFAULT = ActionTrainingConfig()
 
 
-class UnderstudyTrainActionIdentifier(io.ComfyNode):
+class UnderstudyTrainActionIdentifier(CheckedNode):
     """Trains what a few pictures have in common: their action."""
 
     @classmethod
@@ -187,7 +188,7 @@ def _preview(vae, exemplars: training.Exemplars, action: ActionTrainingConfig, c
     return preview
 
 
-class UnderstudySaveActionIdentifier(io.ComfyNode):
+class UnderstudySaveActionIdentifier(CheckedNode):
     """An identifier as a file that the loader lists, and for other programs as an embedding."""
 
     @classmethod

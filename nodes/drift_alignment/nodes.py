@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import HIGHEST_CUTOFF
 from ..inputs import widgets
+from ..inputs.checked import CheckedNode
 from ..training.inputs import single_values
 from . import method
 from .config import DriftAlignmentConfig
@@ -13,7 +14,7 @@ _DEFAULT = DriftAlignmentConfig()
 _MOST_ROUNDS = 100  # as many as ComfyUI allows
 
 
-class UnderstudyAlignLatentDrift(io.ComfyNode):
+class UnderstudyAlignLatentDrift(CheckedNode):
     """A latent whose low frequencies have the statistics of the rounds before it."""
 
     @classmethod

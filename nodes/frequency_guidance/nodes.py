@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
 from ..inputs import widgets
+from ..inputs.checked import CheckedNode
 from ..patching import samplers
 from . import method
 from .config import APPLY_TO, FrequencyGuidanceConfig
@@ -30,7 +31,7 @@ def _cutoff(id: str, tooltip: str) -> io.Float.Input:
     return widgets.cutoff(id, getattr(_DEFAULT, id), tooltip, optional=True, advanced=True)
 
 
-class UnderstudyStepwisePrompt(io.ComfyNode):
+class UnderstudyStepwisePrompt(CheckedNode):
     """Driving prompt first, target prompt from `switch_percent` on."""
 
     @classmethod
@@ -61,7 +62,7 @@ class UnderstudyStepwisePrompt(io.ComfyNode):
         return io.NodeOutput(method.switch_prompt(driving, target, switch_percent))
 
 
-class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
+class UnderstudyFrequencyGuidanceSampler(CheckedNode):
     """Wraps a SAMPLER with guidance toward the source's amplitudes and the driving picture's phases."""
 
     @classmethod

@@ -4,6 +4,7 @@ import logging
 
 from comfy_api.latest import io
 
+from ..inputs.checked import CheckedNode
 from ..messages import tell
 from ..training import inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
@@ -16,7 +17,7 @@ _DEFAULT = SourceDrivingPairConfig()
 _PICTURES = ("source", "driving")
 
 
-class UnderstudyTrainSourceDrivingPair(io.ComfyNode):
+class UnderstudyTrainSourceDrivingPair(CheckedNode):
     """Trains a LoRA, or the whole UNet, on one source and one driving picture, each with its text."""
 
     @classmethod

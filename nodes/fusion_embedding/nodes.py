@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..fingerprint import weights_fingerprint
 from ..inputs import widgets
+from ..inputs.checked import CheckedNode
 from ..messages import tell
 from . import encoding, files, method, retargeting, sampling
 from .config import ApplyConfig, RetargetConfig
@@ -54,7 +55,7 @@ class UnderstudyLoadFusion(widgets.LoadNode):
         return io.NodeOutput(fusion, ui={"text": tuple(report)})
 
 
-class UnderstudyCombineFusion(io.ComfyNode):
+class UnderstudyCombineFusion(CheckedNode):
     """The embedding of a person in a pose."""
 
     @classmethod
@@ -99,7 +100,7 @@ class UnderstudyCombineFusion(io.ComfyNode):
         return io.NodeOutput(method.FusionEmbedding(vectors, weights_fingerprint(fusion.combiner)))
 
 
-class UnderstudyEncodeAppearance(io.ComfyNode):
+class UnderstudyEncodeAppearance(CheckedNode):
     """A picture's appearance as the generator was trained on it."""
 
     @classmethod
@@ -126,7 +127,7 @@ class UnderstudyEncodeAppearance(io.ComfyNode):
         return io.NodeOutput(encoding.appearance(clip_vision, source))
 
 
-class UnderstudyApplyFusion(io.ComfyNode):
+class UnderstudyApplyFusion(CheckedNode):
     """A model and its two conditionings, for the person of the source in the pose."""
 
     @classmethod
@@ -179,7 +180,7 @@ class UnderstudyApplyFusion(io.ComfyNode):
         return io.NodeOutput(*sampling.apply(model, fusion, states, fused, pose, ApplyConfig(strength)))
 
 
-class UnderstudyRetargetPose(io.ComfyNode):
+class UnderstudyRetargetPose(CheckedNode):
     """The source's body proportions on the keypoints of a pose."""
 
     @classmethod

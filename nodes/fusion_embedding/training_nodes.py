@@ -5,6 +5,7 @@ import logging
 from comfy_api.latest import io
 
 from ..fingerprint import weights_fingerprint
+from ..inputs.checked import CheckedNode, File
 from ..messages import tell
 from ..training import inputs, widgets
 from ..training.checkpoints import Checkpoints
@@ -32,8 +33,8 @@ def _pictures() -> list[io.Image.Input]:
     ]
 
 
-def _dataset_folder() -> io.Combo.Input:
-    return io.Combo.Input(
+def _dataset_folder() -> File:
+    return File(
         "dataset_folder", options=pairs.choices(), default=pairs.NONE, optional=True,
         tooltip="Instead of the three inputs: a folder in ComfyUI's input folder that holds the folders source, pose "
         "and target, with the same file name for the pictures of a pair. It may be larger than memory.",
@@ -51,7 +52,7 @@ def _outputs(to: str) -> list:
     return [FUSION.Output(display_name="fusion", tooltip=to), widgets.loss_map()]
 
 
-class _TrainedOnPairs(io.ComfyNode):
+class _TrainedOnPairs(CheckedNode):
     """What both stages share."""
 
     @classmethod
@@ -229,7 +230,7 @@ def _values_and_pairs(lists: dict, node: str) -> tuple[dict, pairs.Pairs]:
     return values, data
 
 
-class UnderstudySaveFusion(io.ComfyNode):
+class UnderstudySaveFusion(CheckedNode):
     """A trained fusion as a file that the loader lists."""
 
     @classmethod

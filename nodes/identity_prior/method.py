@@ -111,8 +111,9 @@ def invert(
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """Raises ValueError for sigmas that do not fall to 0."""
-    if len(sigmas) < 2 or sigmas[-1] != 0 or any(a <= b for a, b in zip(sigmas, sigmas[1:])):
+    """Raises ValueError for sigmas that do not fall to 0, from a finite one."""
+    falling = all(math.inf > a > b for a, b in zip(sigmas, sigmas[1:]))  # not for NaN
+    if len(sigmas) < 2 or sigmas[-1] != 0 or not falling:
         raise ValueError(
             f"sigmas do not fall to 0 ({len(sigmas)} values): connect those of a scheduler, whole, to `sigmas`"
         )

@@ -1,11 +1,12 @@
 """Nodes of the identity prior and the non-rigid edit (LIPE): load, encode, invert, blend, show masks."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .. import subject_tokens
 from ..inputs import widgets
-from ..messages import tell
+from ..inputs.checked import CheckedNode
+from ..messages import pictures, tell
 from . import files, inversion, sampling
 from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
 
@@ -80,7 +81,7 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
         return io.NodeOutput(patched, subject, subject.trigger)
 
 
-class UnderstudyEncodeIdentity(io.ComfyNode):
+class UnderstudyEncodeIdentity(CheckedNode):
     """A prompt about the subject, in which the tokens that name it are tagged."""
 
     @classmethod
@@ -113,7 +114,7 @@ class UnderstudyEncodeIdentity(io.ComfyNode):
         return io.NodeOutput(subject_tokens.encode(clip, identity, text))
 
 
-class UnderstudyInvertImage(io.ComfyNode):
+class UnderstudyInvertImage(CheckedNode):
     """The noise from which a sampler leads back to a picture, and the path in between."""
 
     @classmethod
@@ -169,7 +170,7 @@ class UnderstudyInvertImage(io.ComfyNode):
         return io.NodeOutput(inverted, noise, mask, ui={"text": (summary,)})
 
 
-class UnderstudyIdentityMaskBlend(io.ComfyNode):
+class UnderstudyIdentityMaskBlend(CheckedNode):
     """A model that changes the subject and keeps the rest on the inverted path."""
 
     @classmethod
@@ -219,7 +220,7 @@ class UnderstudyIdentityMaskBlend(io.ComfyNode):
         return io.NodeOutput(sampling.apply(model, inversion, positive, masks, config, mask))
 
 
-class UnderstudyEditMasks(io.ComfyNode):
+class UnderstudyEditMasks(CheckedNode):
     """Where the blend located the subject."""
 
     @classmethod
@@ -248,7 +249,8 @@ class UnderstudyEditMasks(io.ComfyNode):
         source, edited = (_pixels(mask, model) for mask in sampling.masks_of(model, samples["samples"]))
         gap = source.new_full((*source.shape[:2], _GAP), 0.5)
         shown = torch.cat([source, gap, edited], dim=2).unsqueeze(-1).expand(-1, -1, -1, 3)
-        return io.NodeOutput(source, edited, ui=ui.PreviewImage(shown, cls=cls).as_dict())
+        preview = pictures("Show Edit Masks", shown, cls)
+        return io.NodeOutput(source, edited, ui=preview and preview.as_dict())
 
 
 def _pixels(mask: torch.Tensor, model) -> torch.Tensor:

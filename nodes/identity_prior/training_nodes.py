@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from .. import subject_tokens
 from ..fingerprint import fingerprint
+from ..inputs.checked import CheckedNode
 from ..inputs.widgets import IDENTITY
 from ..messages import tell
 from ..subject_tokens import Subject
@@ -19,7 +20,7 @@ from .nodes import CATEGORY
 _DEFAULT = IdentityPriorConfig()
 
 
-class UnderstudyTrainIdentityPrior(io.ComfyNode):
+class UnderstudyTrainIdentityPrior(CheckedNode):
     """Trains a LoRA on the attention of a model, on a few captioned pictures of one subject."""
 
     @classmethod
@@ -145,7 +146,7 @@ def _warnings(clip, subject: Subject, count: int) -> list[str]:
     return warnings
 
 
-class UnderstudySaveIdentityPrior(io.ComfyNode):
+class UnderstudySaveIdentityPrior(CheckedNode):
     """A prior as a LoRA file that says which subject it knows."""
 
     @classmethod

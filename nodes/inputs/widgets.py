@@ -6,25 +6,26 @@ from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import HIGHEST_CUTOFF
 from ..files.folders import WeightFolder
+from .checked import CheckedNode, File
 
 # A `Subject`, which an identity prior knows.
 IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
 
 
-class LoadNode(io.ComfyNode):
+class LoadNode(CheckedNode):
     """A node that reads the file of `FOLDER` that its input `FILE` names, and reads it again when it has changed."""
 
     FOLDER: WeightFolder
     FILE: str
 
     @classmethod
-    def fingerprint_inputs(cls, **values: Any) -> int:
+    def fingerprint_inputs(cls, **values: Any) -> str:
         return cls.FOLDER.fingerprint(values[cls.FILE])
 
     @classmethod
-    def file(cls, tooltip: str) -> io.Combo.Input:
+    def file(cls, tooltip: str) -> File:
         """The files that are listed."""
-        return io.Combo.Input(cls.FILE, options=cls.FOLDER.choices(), tooltip=tooltip)
+        return File(cls.FILE, options=cls.FOLDER.choices(), tooltip=tooltip)
 
 
 def fraction(id: str, default: float, tooltip: str, step: float = 0.01, **options: Any) -> io.Float.Input:

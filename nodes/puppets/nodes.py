@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
+from .. import messages
+from ..inputs.checked import CheckedNode
 from ..inputs.words import entries
 from . import vision
 from .captions import caption, subject_phrase
@@ -52,7 +54,7 @@ def _problem(check, *values) -> str | None:
     return None
 
 
-class UnderstudyPuppet(io.ComfyNode):
+class UnderstudyPuppet(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -101,10 +103,10 @@ class UnderstudyPuppet(io.ComfyNode):
         take = dataclasses.replace(take, mirrored=mirrored)
         pictures = [render(take, size)] if frames == 1 else render_clip(take, frames, size)
         image, mask, pose = _tensors(pictures)
-        return io.NodeOutput(image, mask, pose, pictures[0].caption, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(image, mask, pose, pictures[0].caption, ui=messages.pictures("Puppet", image, cls))
 
 
-class UnderstudyPuppetSet(io.ComfyNode):
+class UnderstudyPuppetSet(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -156,7 +158,7 @@ class UnderstudyPuppetSet(io.ComfyNode):
         return io.NodeOutput(images, masks, poses, [caption(take) for take in takes], subjects)
 
 
-class UnderstudyLoadPuppetVision(io.ComfyNode):
+class UnderstudyLoadPuppetVision(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -81,7 +81,13 @@ def one_each(items: Sequence[Any], count: int, name: str, *, kind: str, each: st
 
 
 def single_values(lists: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The first value of each input of a node whose inputs are all lists; what is not connected is left out."""
+    """The only value of each input of a node whose inputs are all lists; what is not connected is left out.
+
+    Raises ValueError, naming the input, for more than one value.
+    """
+    for name, values in lists.items():
+        if values and len(values) > 1:
+            raise ValueError(f"{name} is a list of {len(values)}: connect one")
     return {name: values[0] for name, values in lists.items() if values}
 
 
@@ -89,6 +95,7 @@ def digest(latents: Sequence[torch.Tensor]) -> str:
     """A short name for the values of these latents, which tells whether a resumed run trains on the same ones."""
     content = hashlib.sha256()
     for latent in latents:
+        content.update(f"{tuple(latent.shape)}\n".encode())
         content.update(latent.detach().cpu().float().contiguous().numpy().tobytes())
     return content.hexdigest()[:16]
 
@@ -98,7 +105,7 @@ def conditioning_digest(conditionings: Sequence[list]) -> str:
     content = hashlib.sha256()
     for part in _leaves(conditionings):
         if isinstance(part, torch.Tensor):
-            content.update(f"{tuple(part.shape)}\n".encode() + digest([part]).encode())
+            content.update(digest([part]).encode())
         else:
             content.update(f"{part}\n".encode())
     return content.hexdigest()[:16]

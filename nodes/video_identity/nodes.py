@@ -2,10 +2,11 @@
 
 import logging
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..inputs import widgets
-from ..messages import tell
+from ..inputs.checked import CheckedNode
+from ..messages import pictures, tell
 from . import files, method, reference_picture, sampling
 from .config import ReferenceConfig, VideoIdentityConfig
 
@@ -30,7 +31,7 @@ def _boxes_input() -> io.BoundingBox.Input:
     return boxes
 
 
-class UnderstudyPrepareReference(io.ComfyNode):
+class UnderstudyPrepareReference(CheckedNode):
     """A picture of a person as the adapter was trained on them: a square around the face, on white."""
 
     @classmethod
@@ -76,7 +77,8 @@ class UnderstudyPrepareReference(io.ComfyNode):
         if len(prepared) > 1:
             messages.append(_ONE_AT_A_TIME.format(len(prepared)))
         tell("Prepare Reference", messages, logging.WARNING)
-        shown = ui.PreviewImage(prepared, cls=cls).as_dict()
+        preview = pictures("Prepare Reference", prepared, cls)
+        shown = preview.as_dict() if preview else {}
         return io.NodeOutput(prepared, ui={**shown, "text": tuple(messages)} if messages else shown)
 
 
@@ -112,7 +114,7 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
         return io.NodeOutput(files.load(adapter_name))
 
 
-class UnderstudyApplyVideoIdentity(io.ComfyNode):
+class UnderstudyApplyVideoIdentity(CheckedNode):
     """A model whose video tokens see one person's reference."""
 
     @classmethod

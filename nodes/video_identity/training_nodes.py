@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from comfy_api.latest import io
 
+from ..inputs.checked import CheckedNode
 from ..inputs.latents import check_not_zero
 from ..messages import tell
 from ..training import inputs, widgets
@@ -17,7 +18,7 @@ from .nodes import ADAPTER, CATEGORY
 _DEFAULT = AdapterTrainingConfig()
 
 
-class UnderstudyTrainVideoIdentityAdapter(io.ComfyNode):
+class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
     """Trains an adapter on videos, each with a picture of the person in it."""
 
     @classmethod
@@ -100,7 +101,7 @@ def _check_references(pictures: Sequence[torch.Tensor]) -> None:
         check_not_zero(picture, "references")
 
 
-class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
+class UnderstudySaveVideoIdentityAdapter(CheckedNode):
     """The adapter's weights as a file that the loader lists."""
 
     @classmethod

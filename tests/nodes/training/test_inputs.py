@@ -113,3 +113,14 @@ def test_a_digest_tells_conditionings_apart():
     ]
     assert len(set(different)) == len(different)
     assert named({"a": 1, "b": text}) == named({"b": text.clone(), "a": 1})
+
+
+def test_two_values_where_one_is_meant_are_refused_by_name():
+    assert inputs.single_values({"seed": [3], "fusion": None, "clip_vision": []}) == {"seed": 3}
+    with pytest.raises(ValueError, match="seed is a list of 2: connect one"):
+        inputs.single_values({"steps": [1], "seed": [3, 4]})
+
+
+def test_latents_of_other_shapes_are_other_data():
+    latent = torch.zeros(1, 4, 2, 8)
+    assert inputs.digest([latent]) != inputs.digest([latent.reshape(1, 4, 4, 4)])
