@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..fingerprint import fingerprint
+from ..inputs.model_fit import check_encoded
 from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
@@ -60,6 +61,7 @@ def train(
     preview(denoiser, clip, [the identifier so far]) is drawn every `config.preview_every` steps. Raises
     loop.TrainingDiverged, ValueError as `session` does, and ComfyUI's interruption.
     """
+    check_encoded([], [*exemplars.latents, *(exemplars.contrasts or ())], model)
     resume = checkpoints.resume(resume_from)
     places = sampling.places(model.get_model_object("diffusion_model"))
     base = fingerprint(model)
@@ -121,9 +123,13 @@ class _ActionTrainer:
         self.denoising = Denoising(_PerLayerDenoiser(denoiser.patcher), config)
         self.latents = [self._into(latent) for latent in exemplars.latents]
         # What else the model reads of a prompt, such as SDXL's pooled vector, is that of the initial word.
+        prompts = [
+            self._encode(exemplars.prompt(i, action.initial_word, action.placeholder))
+            for i in range(len(exemplars.latents))
+        ]
+        check_encoded(prompts, [], denoiser.patcher)
         self.conditions = [
-            denoiser.prepare(self._encode(exemplars.prompt(i, action.initial_word, action.placeholder)), latent)
-            for i, latent in enumerate(exemplars.latents)
+            denoiser.prepare(prompt, latent) for prompt, latent in zip(prompts, exemplars.latents, strict=True)
         ]
 
     def _into(self, latent: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from .. import subject_tokens
 from ..inputs import latents
+from ..inputs.model_fit import check_latents, check_texts
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
@@ -41,9 +42,10 @@ def invert(
     model: Any, positive: list, latent: dict, sigmas: torch.Tensor, config: InversionConfig, masks: MaskConfig
 ) -> Inversion:
     """Invert `latent` under `positive` alone, without CFG. Raises ValueError, naming the input and the fix."""
-    samples = _checked(latent["samples"], model.model.latent_format)
+    samples = _checked(latent["samples"], model)
     method.check_sigmas([float(sigma) for sigma in sigmas])
     prediction_kind(model.get_model_object("model_sampling"), "inversion")
+    check_texts([positive], "positive", model, "use the CLIP of this model in Encode Identity")
     # They skip calls by what changed since a higher sigma, and an inversion comes from lower ones.
     model, cache = models.without_step_caches(model)
     if cache:
@@ -64,16 +66,9 @@ def invert(
     return sampler.inversion
 
 
-def _checked(samples: torch.Tensor, latent_format: Any) -> torch.Tensor:
+def _checked(samples: torch.Tensor, model: Any) -> torch.Tensor:
     latents.check_latent(samples, "latent")
-    channels, dimensions = latent_format.latent_channels, latent_format.latent_dimensions
-    latents.check_channels(samples, "latent", channels)
-    if samples.ndim != 2 + dimensions:
-        expected = f"[B, {channels}, {'T, ' if dimensions == 3 else ''}H, W]"
-        raise ValueError(
-            f"latent has shape {tuple(samples.shape)} and the model's latents are {expected}: encode it with the VAE "
-            "of this model"
-        )
+    check_latents([samples], "latent", model)
     latents.check_not_zero(samples, "latent")
     return samples
 

@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ..inputs.model_fit import check_encoded
 from ..subject_tokens import Subject
 from ..training import drawing, inputs, picture_training
 from ..training.checkpoints import Checkpoints
@@ -43,6 +44,7 @@ def train(
     """
     checkpoints.resume(resume_from)  # one that does not fit is refused before the model draws
     *conditionings, empty = picture_training.encode_texts(clip, [*texts, *classes.texts, ""])
+    check_encoded(conditionings, [*latents, *classes.latents], model)  # also before the model draws
     class_latents = classes.latents
     if classes.texts and not class_latents:
         class_latents = draw_class_pictures(model, conditionings[len(texts) :], empty, latents[0].shape, config.seed)

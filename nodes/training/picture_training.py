@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..inputs.model_fit import check_encoded
 from ..messages import tell
 from .checkpoints import Checkpoints
 from .config import LoraConfig, TrainingConfig
@@ -54,8 +55,9 @@ def train_on_pictures(
 
     Latents are as VAE Encode makes them. `forward_batch` is how many of them a forward pass takes, if not batch_size.
     Returns ComfyUI's LORA_MODEL and LOSS_MAP; the model is not modified. Raises loop.TrainingDiverged, ValueError
-    as `session` does, and ComfyUI's interruption.
+    for texts or latents of another model and as `session` does, and ComfyUI's interruption.
     """
+    check_encoded(conditionings, latents, model)
     resume = checkpoints.resume(resume_from)
     largest = max(latents, key=lambda latent: latent.numel())
     shape = [forward_batch or config.batch_size, *largest.shape[1:]]

@@ -24,6 +24,8 @@ from .differentiable import (
 )
 from .whole_network import BYTES_PER_PARAMETER
 
+# What a CONDITIONING may hold that only sampling applies.
+_UNTRAINED = {"hooks": "hooks, such as a scheduled LoRA", "control": "a ControlNet"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Ours: a backward pass needs activations that ComfyUI's estimate for sampling does not count.
 _MEMORY_FACTOR = 3
@@ -50,13 +52,19 @@ class ModelDenoiser:
 
     def prepare(self, conditioning: list, latent: torch.Tensor) -> dict[str, Any]:
         """The model's conditions of one CONDITIONING for latents of this shape [1, C, ...], as ComfyUI makes them
-        (pooled vectors, sizes, ...), ready for `denoise`. Raises ValueError unless it has one entry.
+        (pooled vectors, sizes, ...), ready for `denoise`. Raises ValueError unless it is one plain entry.
         """
         if len(conditioning) != 1:
             raise ValueError(
                 f"a caption to train on has {len(conditioning)} conditioning entries: connect one plain "
                 "CLIP Text Encode for each picture, without combining or areas"
             )
+        for name, what in _UNTRAINED.items():
+            if conditioning[0][1].get(name) is not None:
+                raise ValueError(
+                    f"a caption to train on holds {what}, which training would ignore: connect CLIP Text Encode "
+                    "without it"
+                )
         entries = comfy.sampler_helpers.convert_cond(conditioning)
         noise = torch.zeros_like(latent, device=self.device)
         # Also as the latent image: inpainting models make their mask and picture of it, here empty ones.
@@ -76,7 +84,8 @@ class ModelDenoiser:
     ) -> torch.Tensor:
         """The denoised estimate [B, C, ...] of B latents at sigma [B], in one forward pass, in fp32.
 
-        `extra_options` are added to the transformer_options.
+        `extra_options` are added to the transformer_options. Raises ValueError for texts or latents of other sizes
+        than the model's.
         """
         batched = comfy.samplers.cond_cat(
             [{key: value.process_cond(batch_size=1, area=None) for key, value in c.items()} for c in conditions],
@@ -86,7 +95,15 @@ class ModelDenoiser:
             **self.transformer_options, "cond_or_uncond": [0] * len(conditions), "sigmas": sigma,
             **(extra_options or {}),
         }
-        return self.model.apply_model(noisy, sigma, transformer_options=options, **batched)
+        try:
+            return self.model.apply_model(noisy, sigma, transformer_options=options, **batched)
+        except RuntimeError as error:
+            if "shapes cannot be multiplied" not in str(error):
+                raise
+            raise ValueError(
+                f"the texts or latents are another model's, whose sizes this model cannot read ({error}): connect "
+                "the CLIP and the VAE that belong to this model"
+            ) from error
 
 
 def _attention_with_gradient(_users_override, *args, **kwargs):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...kernels.restricted_attention import Reference
-from ..inputs.latents import check_channels
+from ..inputs.model_fit import check_latents, check_texts
 from ..messages import tell
 from ..patching import models
 from ..training.checkpoints import Checkpoints
@@ -53,8 +53,8 @@ def prepared(
         warning = "training ignores the references on this model: connect the model without them"
         tell("Train Video Identity Adapter", [warning], logging.WARNING)
     for name, inputs in (("latents", latents), ("references", references)):
-        for latent in inputs:
-            check_channels(latent, name, model.model.latent_format.latent_channels)
+        check_latents(inputs, name, model)
+    check_texts(conditionings, "positive", model)
     weights = len(network.blocks) * len(method.PROJECTIONS) * 2 * rank * network.dim
     # To the model's memory a reference is further frames of the video.
     video, picture = (max(inputs, key=torch.Tensor.numel) for inputs in (latents, references))

@@ -1,5 +1,7 @@
 """Inversion through ComfyUI's model call: exact where it should be, for ε-, v- and flow-prediction."""
 
+import math
+
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
@@ -205,7 +207,10 @@ def test_latents_that_cannot_be_inverted_are_refused(source, words):
         inverted(KINDS["eps"](), source=source)
 
 
-@pytest.mark.parametrize("sigmas", [[5.0, 2.0], [5.0], [2.0, 5.0, 0.0], [5.0, 5.0, 0.0], []])
+@pytest.mark.parametrize("sigmas", [
+    [5.0, 2.0], [5.0], [2.0, 5.0, 0.0], [5.0, 5.0, 0.0], [],
+    [math.nan, 2.0, 0.0], [5.0, math.nan, 0.0], [math.inf, 2.0, 0.0],
+])
 def test_sigmas_that_do_not_fall_to_zero_are_refused(sigmas):
     with pytest.raises(ValueError, match="sigmas do not fall to 0"):
         inverted(KINDS["eps"](), sigmas=torch.tensor(sigmas))
@@ -277,3 +282,9 @@ def test_the_config_refuses_what_does_nothing():
     with pytest.raises(ValueError, match="threshold"):
         MaskConfig(threshold=1.5)
     assert Noise_EmptyNoise().seed == InvertedNoise.seed
+
+
+def test_another_models_text_is_refused_by_name():
+    ((_, options),) = prompt()
+    with pytest.raises(ValueError, match="^positive encodes texts in 24 channels and the model reads 16"):
+        inverted(tiny_model.picture(), positive=[[torch.zeros(1, 8, 24), options]])

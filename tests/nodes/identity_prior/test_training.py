@@ -195,6 +195,13 @@ def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, m
     assert encoded[-1] == ["a sks robot", "a robot here", ""]
 
 
+def test_another_models_clip_is_refused_before_the_model_draws(loaded, puppets, monkeypatch):
+    monkeypatch.setattr(training, "draw_class_pictures", lambda *_: pytest.fail("it draws"))
+    model, _, vae = loaded
+    with pytest.raises(ValueError, match="^clip encodes texts in 40 channels and the model reads "):
+        train((model, tiny_clip.clip("SDXL"), vae), puppets[0], ["a {subject}"])
+
+
 def test_words_and_pictures_that_teach_little_are_told_of(loaded, puppets, monkeypatch, caplog):
     monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
     images = puppets[0]

@@ -6,6 +6,7 @@ import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.samplers
 import comfy.sd
 import diffusers
 import diffusers.training_utils
@@ -13,6 +14,7 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import LCM
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from pack.nodes.inputs import model_fit
 from pack.nodes.training import drawing, loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
@@ -279,12 +281,51 @@ def test_inpainting_models_train_on_an_empty_mask():
     assert all(torch.isfinite(torch.tensor(loss_map["loss"])))
 
 
+def test_another_models_text_is_told_even_where_the_models_structure_does_not_say(monkeypatch):
+    monkeypatch.setattr(model_fit, "text_width", lambda network: None)
+    with session(inference_model(), SHAPE, config()) as denoiser:
+        conditions = [denoiser.prepare([[torch.ones(1, 8, 24), {}]], torch.zeros(SHAPE))]
+        with pytest.raises(ValueError, match="another model's.*24.*connect the CLIP"):
+            denoiser.denoise(torch.zeros(SHAPE), torch.ones(1), conditions)
+
+
+@pytest.mark.parametrize(("name", "words"), [("hooks", "a scheduled LoRA"), ("control", "a ControlNet")])
+def test_what_only_sampling_would_apply_is_refused(name, words):
+    ((text, options),) = tiny_model.conditioning(0)
+    with session(inference_model(), SHAPE, config()) as denoiser:
+        with pytest.raises(ValueError, match=f"a caption to train on holds .*{words}.*: connect"):
+            denoiser.prepare([[text, {**options, name: object()}]], torch.zeros(SHAPE))
+
+
 def test_a_preview_is_skipped_without_free_memory(monkeypatch):
     vae = object()
     preview = drawing.preview_of(vae, [], [], SHAPE, 0)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
     with session(inference_model(), SHAPE, config()) as denoiser:
         assert preview(denoiser) is None
+
+
+def test_a_preview_that_runs_out_of_memory_changes_nothing(monkeypatch, caplog):
+    model, conditionings = inference_model(), [tiny_model.conditioning(i) for i in range(3)]
+    asked = []
+
+    def full(*_args, **_options):
+        asked.append(1)
+        raise comfy.model_management.OOM_EXCEPTION("out of memory")
+
+    def run(preview=None):
+        with torch.inference_mode():
+            return picture_training.train_on_pictures(
+                model, latents(), conditionings[:2], config(steps=4, preview_every=2), LoraConfig(rank=4),
+                checkpoints=Checkpoints("test", {}), resume_from="none", preview=preview,
+            )
+
+    plain, losses = run()
+    monkeypatch.setattr(comfy.samplers.KSAMPLER, "sample", full)
+    watched, same = run(drawing.preview_of(object(), conditionings[0], conditionings[2], SHAPE, 0))
+    assert asked == [1] and losses == same and "out of memory" in caplog.text
+    assert all(torch.equal(plain[key], watched[key]) for key in plain)
+    assert model.model.current_patcher is None and not comfy.model_management.in_training
 
 
 def test_comfyui_can_unload_a_model_whose_training_failed():
