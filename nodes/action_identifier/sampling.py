@@ -161,6 +161,8 @@ class BatchContexts:
 class ContextResolver:
     """What one patched model does with attached contexts. It holds no tensor and knows no run."""
 
+    RUN_STATE = ("warned",)
+
     places: tuple[Place, ...]
     strength: float
     base: str

@@ -63,6 +63,8 @@ def apply(
 class IdentityBlend:
     """The blend of one patched model. A run's state travels with it; only its masks stay, for Show Edit Masks."""
 
+    RUN_STATE = ("run_masks", "_last")
+
     inversion: Inversion
     layers: Sequence[CrossAttention]
     masks: MaskConfig

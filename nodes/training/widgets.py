@@ -7,7 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..files.folders import WeightFolder
-from ..fingerprint import fingerprint, patches_fingerprint
+from ..fingerprint import clip_fingerprint, fingerprint
+from ..inputs.checked import File
+from ..patching.changes import call_changes, weight_changes
 from . import checkpoints
 from .config import DTYPES, TrainingConfig
 
@@ -68,9 +70,9 @@ def seed(trained: str) -> io.Int.Input:
     )
 
 
-def resume_from() -> io.Combo.Input:
+def resume_from() -> File:
     """None, or a checkpoint on disk."""
-    return io.Combo.Input(
+    return File(
         "resume_from", options=checkpoints.choices(), default=checkpoints.NONE,
         tooltip="A checkpoint to continue from, of a run with the same settings. A run that is cancelled after its "
         "first step leaves one.",
@@ -154,8 +156,19 @@ def config(values: dict[str, Any], steps_per_iteration: int = 1, **fixed: Any) -
 
 
 def settings(values: dict[str, Any], config: TrainingConfig, method: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with the one that it continues: the model, the config, the method's settings."""
-    model = {"model": fingerprint(values["model"])} if "model" in values else {}
-    if model and (patches := patches_fingerprint(values["model"])):
-        model["LoRAs on the model"] = patches
-    return {**model, **{name: getattr(config, name) for name in _DECISIVE}, **method}
+    """What a resumed run must share with the one that it continues: the model and the text encoder, with all that
+    changes what they compute, the config, the method's settings.
+    """
+    shared: dict[str, Any] = {}
+    if "model" in values:
+        shared |= {"model": fingerprint(values["model"]), **_changes("the model", values["model"])}
+    if "clip" in values:
+        clip = values["clip"]
+        shared |= {"clip": clip_fingerprint(clip), "CLIP skip": clip.layer_idx, **_changes("clip", clip.patcher)}
+    return {**shared, **{name: getattr(config, name) for name in _DECISIVE}, **method}
+
+
+def _changes(what: str, patcher: Any) -> dict[str, str]:
+    """What lies on a model since its file was loaded, where there is any."""
+    found = {f"LoRAs on {what}": weight_changes(patcher), f"patches on {what}": call_changes(patcher)}
+    return {name: digest for name, digest in found.items() if digest}

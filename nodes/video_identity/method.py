@@ -260,6 +260,7 @@ class ReferenceCache:
 
     # Weights that change with the step make a version each: the two halves of CFG may have different ones.
     VERSIONS = 2
+    RUN_STATE = ("_lock", "_entries")
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

@@ -82,6 +82,8 @@ def wan_network(model: Any) -> Any:
 class SamplingReferences:
     """The references of one patched model, in the order of its nodes, and what is computed for them in a run."""
 
+    RUN_STATE = ("cache", "_size", "_retained", "_expected", "_reached")
+
     def __init__(self, references: tuple[VideoReference, ...]):
         self.references = references
         self.cache = method.ReferenceCache()

@@ -44,7 +44,8 @@ def test_optional_inputs_that_an_old_workflow_lacks_have_their_defaults():
 
 def test_all_nodes_name_what_a_resumed_run_must_share_in_the_same_words(monkeypatch):
     monkeypatch.setattr(widgets, "fingerprint", lambda model: f"of {model}")
-    monkeypatch.setattr(widgets, "patches_fingerprint", lambda model: "" if model == "it" else f"on {model}")
+    monkeypatch.setattr(widgets, "weight_changes", lambda model: "" if model == "it" else f"on {model}")
+    monkeypatch.setattr(widgets, "call_changes", lambda model: "")
     config = widgets.config({"steps": 3, "learning_rate": 0.1, "seed": 4}, batch_size=5)
     shared = {"seed": 4, "batch_size": 5, "learning_rate": 0.1, "dtype": "model", "min_snr_gamma": 0.0}
     assert widgets.settings({"model": "it"}, config, {"rank": 8}) == {"model": "of it", **shared, "rank": 8}
