@@ -11,6 +11,7 @@ import torch
 from ..files import weights
 from ..files.folders import WeightFolder
 from ..files.names import EXTENSION, refused
+from ..messages import tell
 from .loop import State
 
 FOLDER = WeightFolder("training_checkpoints", (EXTENSION,))
@@ -48,7 +49,7 @@ class Checkpoints:
             try:
                 previous.unlink(missing_ok=True)
             except OSError as error:  # another program has it open
-                logging.warning("[Understudy] the earlier checkpoint %s stays: %s", previous.name, error)
+                tell("training", [f"the earlier checkpoint {previous.name} stays: {error}"], logging.WARNING)
 
     def resume(self, name: str) -> State | None:
         """The state in a listed checkpoint, or None for "none".
