@@ -126,7 +126,7 @@ def test_masks_belong_to_the_samples_that_they_made(caplog):
     assert "last run's" not in caplog.text
     assert torch.equal(sampling.masks_of(patched, results[0] * 2)[1], second)
     assert "shows the last run's" in caplog.text
-    with pytest.raises(ValueError, match="has not been sampled"):
+    with pytest.raises(ValueError, match="has not been used by a sampler"):
         sampling.masks_of(blended(), results[0])
     with pytest.raises(ValueError, match="no blend"):
         sampling.masks_of(MODEL, results[0])
