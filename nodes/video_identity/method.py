@@ -1,12 +1,10 @@
-"""Video identity: the adapter, what a reference is, its tokens' positions and weights, and how long it is cached.
+"""Video identity: the adapter, what a reference is, its tokens' positions and weights.
 
 Source: Stand-In (arXiv 2508.07901); the attention itself is in kernels/restricted_attention.py.
 """
 
 import hashlib
 import re
-import threading
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -250,43 +248,3 @@ def token_weights(
     frames -= leading
     video = frame_masks.by_latent_frame(tokens, frames).expand(frames, -1, -1)
     return torch.cat([video.mean().expand(leading, *video.shape[1:]), video]) if leading else video
-
-
-class ReferenceCache:
-    """What was computed for a loaded model and a reference; an entry is complete or absent.
-
-    Thread-safe: one thread computes while the others wait.
-    """
-
-    # Weights that change with the step make a version each: the two halves of CFG may have different ones.
-    VERSIONS = 2
-    RUN_STATE = ("_lock", "_entries")
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._entries: dict[tuple, tuple[weakref.ref, dict[tuple, Any]]] = {}
-
-    def get(self, owner: Any, key: tuple, compute: Callable[[], Any], version: tuple = ()) -> Any:
-        """The value of (owner, key) in this version, computed where there is none.
-
-        What `compute` raises leaves no entry. The newest VERSIONS of a key stay.
-        """
-        with self._lock:
-            entry = self._entries.get((id(owner), *key))
-            # An id alone could be that of a model that no longer exists.
-            versions = entry[1] if entry is not None and entry[0]() is owner else {}
-            if version not in versions:
-                value = compute()
-                while len(versions) >= self.VERSIONS:
-                    del versions[next(iter(versions))]
-                versions[version] = value
-                self._entries[(id(owner), *key)] = (weakref.ref(owner), versions)
-            return versions[version]
-
-    def clear(self) -> None:
-        """Drop every entry."""
-        with self._lock:
-            self._entries.clear()
-
-    def __len__(self) -> int:
-        return len(self._entries)

@@ -7,7 +7,9 @@ Nothing of the model is replaced: its own blocks run with an attention function 
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +33,46 @@ VERIFIED = (
     "WanModel", "VaceWanModel", "CameraWanModel", "HumoWanModel", "AnimateWanModel", "SCAILWanModel",
     "SCAIL2WanModel",
 )
+
+
+class ReferenceCache:
+    """What was computed for a loaded model and a reference; an entry is complete or absent.
+
+    Thread-safe: one thread computes while the others wait.
+    """
+
+    # Weights that change with the step make a version each: the two halves of CFG may have different ones.
+    VERSIONS = 2
+    RUN_STATE = ("_lock", "_entries")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._entries: dict[tuple, tuple[weakref.ref, dict[tuple, Any]]] = {}
+
+    def get(self, owner: Any, key: tuple, compute: Callable[[], Any], version: tuple = ()) -> Any:
+        """The value of (owner, key) in this version, computed where there is none.
+
+        What `compute` raises leaves no entry. The newest VERSIONS of a key stay.
+        """
+        with self._lock:
+            entry = self._entries.get((id(owner), *key))
+            # An id alone could be that of a model that no longer exists.
+            versions = entry[1] if entry is not None and entry[0]() is owner else {}
+            if version not in versions:
+                value = compute()
+                while len(versions) >= self.VERSIONS:
+                    del versions[next(iter(versions))]
+                versions[version] = value
+                self._entries[(id(owner), *key)] = (weakref.ref(owner), versions)
+            return versions[version]
+
+    def clear(self) -> None:
+        """Drop every entry."""
+        with self._lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def apply(model: Any, reference: VideoReference) -> Any:
@@ -86,7 +128,7 @@ class SamplingReferences:
 
     def __init__(self, references: tuple[VideoReference, ...]):
         self.references = references
-        self.cache = method.ReferenceCache()
+        self.cache = ReferenceCache()
         self._begin()
 
     def _begin(self) -> None:
@@ -255,7 +297,7 @@ def _most_entries(conds: Mapping[str, Sequence[Mapping]], size: tuple[int, int])
     entries = [cond for group in conds.values() for cond in group or ()]
     sizes = {_area_size(cond.get("area"), size) for cond in entries} or {size}
     hooked = any(cond.get("hooks") is not None for cond in entries)
-    return len(sizes) * (method.ReferenceCache.VERSIONS if hooked else 1)
+    return len(sizes) * (ReferenceCache.VERSIONS if hooked else 1)
 
 
 def _area_size(area: Sequence | None, size: tuple[int, int]) -> tuple[int, ...]:

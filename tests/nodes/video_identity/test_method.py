@@ -1,6 +1,5 @@
 """Positions, masks, settings and the cache; no ComfyUI in the code under test."""
 
-import threading
 
 import pytest
 import torch
@@ -124,54 +123,3 @@ def test_an_identity_is_named_by_its_content_and_shares_nothing():
     assert again.digest != result.digest == same.digest
     assert not result.off and method.video_reference(ADAPTER, reference, VideoIdentityConfig(strength=0.0)).off
     assert method.video_reference(ADAPTER, reference, VideoIdentityConfig(), torch.zeros(3, 4, 4)).off
-
-
-class Owner:
-    pass
-
-
-def test_the_cache_publishes_only_what_is_complete_and_never_another_s():
-    cache, first, second = method.ReferenceCache(), Owner(), Owner()
-
-    def fails():
-        raise RuntimeError("stopped")
-
-    cache.get(second, ("z",), lambda: 0)
-    cache.clear()
-    with pytest.raises(RuntimeError):
-        cache.get(first, ("a",), fails)
-    assert len(cache) == 0
-    assert cache.get(first, ("a",), lambda: 1) == 1 and cache.get(first, ("a",), fails) == 1
-    assert cache.get(second, ("a",), lambda: 2) == 2 and cache.get(first, ("b",), lambda: 3) == 3
-    # An owner that died and another at its address: simulated, since addresses cannot be asked for.
-    cache._entries[(id(second), "a")] = cache._entries[(id(first), "a")]
-    assert cache.get(second, ("a",), lambda: 4) == 4
-    cache.clear()
-    assert len(cache) == 0 and cache.get(first, ("a",), lambda: 5) == 5
-
-
-def test_the_cache_keeps_two_versions_of_a_key():
-    cache, owner, filled = method.ReferenceCache(), Owner(), []
-    for version in (1, 2, 1, 2, 3, 3, 2, 1):
-        assert cache.get(owner, ("a",), lambda v=version: filled.append(v) or v, (version,)) == version
-    assert filled == [1, 2, 3, 1] and len(cache) == 1
-
-
-def test_the_cache_fills_once_under_threads():
-    cache, owner, filled, answers = method.ReferenceCache(), Owner(), [], []
-    start = threading.Barrier(8)
-
-    def fill():
-        filled.append(1)
-        return len(filled)
-
-    def work():
-        start.wait()
-        answers.append(cache.get(owner, ("a",), fill))
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(filled) == 1 and answers == [1] * 8

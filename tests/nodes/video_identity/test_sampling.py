@@ -98,7 +98,7 @@ def test_the_reference_passes_once_a_run_and_the_cache_changes_no_bit(passes, mo
     result = sample(model)
     assert len(passes) == 1 and len(models.attachment(model, sampling.KEY).cache) == 0
     assert torch.equal(sample(model), result) and len(passes) == 2
-    monkeypatch.setattr(method.ReferenceCache, "get", lambda self, owner, key, compute, *_version: compute())
+    monkeypatch.setattr(sampling.ReferenceCache, "get", lambda self, owner, key, compute, *_version: compute())
     assert torch.equal(sample(model), result)
     assert len(passes) == 2 + 3  # once per step: both halves of CFG are one call
 
