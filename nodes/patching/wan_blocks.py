@@ -53,9 +53,6 @@ class WanBlockPatch:
         """For `models.with_block_patches`: what makes the patch of each block."""
         return {i: functools.partial(cls, i) for i in range(len(network.blocks))}
 
-    def __call__(self, args: dict, extra: dict) -> dict:
-        raise NotImplementedError
-
     def _inner(self, args: dict, extra: dict) -> dict:
         return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
 
