@@ -2,8 +2,8 @@
 
 `PuppetsSD`, for Load Checkpoint: a subclass of ComfyUI's SD15 with 64 channels, a two-layer text encoder of width
 128 and a TAESD-shaped VAE (8 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: ComfyUI's Wan 2.1
-with six blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is ComfyUI's, of width 16. The
-host recognises each by its marker, a tensor that no other model carries.
+with six blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is ComfyUI's, of width 16. ComfyUI
+recognises each by its marker, a tensor that no other model carries.
 """
 
 import comfy.clip_model
