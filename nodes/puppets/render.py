@@ -182,7 +182,8 @@ def _compose(take: Take, phase: float, size: int, scene: np.ndarray) -> Picture:
 
 
 def _scene(take: Take, size: int) -> np.ndarray:
-    return backdrop(take.scene, take.seed, size, 0.5 * (VIEWS[take.framing][take.view][0] + take.dx)).astype(np.float32)
+    shift = VIEWS[take.framing][take.view][0] + take.dx
+    return backdrop(take.scene, take.seed, size, 0.5 * shift).astype(np.float32)
 
 
 def render(take: Take, size: int = 128) -> Picture:
