@@ -1,7 +1,7 @@
 """The tiny models of the puppet theatre, taught to the host's own loaders.
 
 `PuppetsSD`, for Load Checkpoint: a subclass of the host's SD15 with 64 channels, a two-layer text encoder of width
-128 and a TAESD-shaped VAE (8 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: the host's Wan 2.1
+128 and a TAESD-shaped VAE (16 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: the host's Wan 2.1
 with six blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is the host's, of width 16. The
 host recognises each by its marker, a tensor that no other model carries.
 """
@@ -16,7 +16,7 @@ import torch
 from . import tokenizer
 
 MARKER = "understudy_puppets_sd"
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
 UNET_CONFIG = {
     "model_channels": 64,
@@ -48,7 +48,7 @@ SPECIAL_TOKENS = {
 
 
 class PuppetsLatentFormat(comfy.latent_formats.LatentFormat):
-    """Latents [B, 8, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
+    """Latents [B, 16, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
 
     scale_factor = 1.0
     latent_channels = LATENT_CHANNELS

@@ -22,7 +22,7 @@ def still_take(index: int, split: str = "train") -> Take:
     them, and their word keeps them apart in the captions.
     """
     framing = "close-up" if index % CLOSE_UP_EVERY == CLOSE_UP_EVERY - 1 else "full figure"
-    return world.sample_take(index, split, framing)
+    return world.sample_take(index, split)
 
 
 def rendered(

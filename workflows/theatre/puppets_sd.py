@@ -1,0 +1,135 @@
+"""Trains the puppet theatre's tiny Stable Diffusion and writes `workflows/models/checkpoints/puppets_sd.safetensors`.
+
+    python workflows/theatre/puppets_sd.py autoencoder --minutes 45
+    python workflows/theatre/puppets_sd.py unet --minutes 75      # call again to go on
+    python workflows/theatre/puppets_sd.py export                 # the checkpoint, from what has been trained
+
+Stages: `autoencoder`, then `unet` (denoiser and text encoder on its latents), then `export`. A stage that was stopped
+goes on where it was; after its last step, a larger `--…-steps` goes on with the same weights. Sample sheets and
+losses lie beside the state in `.cache/training/puppets_sd`. For several GPUs: `accelerate launch` before the script.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+if __name__ == "__main__":
+    import entry
+
+    entry.enter("puppets_sd")
+
+import entry
+import half_files
+import numpy as np
+import pictures
+import runner
+import sd_autoencoder
+import sd_unet
+import text_encoder
+import torch
+from pack.nodes.puppets import theatre
+
+CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    pictures: int = 24_000
+    size: int = 128  # pixels
+    seed: int = 7
+    matrix_lr: float = 0.02  # Muon's; the rates below are AdamW's
+    autoencoder_steps: int = 16_000
+    autoencoder_batch: int = 16
+    autoencoder_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
+    autoencoder_lr: float = 2e-3
+    autoencoder_ema: float = 0.995
+    latent_noise: float = 0.05  # deviation added before decoding, against the denoiser's own errors
+    unet_steps: int = 100_000
+    unet_cool_down: int = 6_000  # of them, the last, in which the rates fall to zero
+    unet_batch: int = 48
+    unet_lr: float = 6e-4
+    unet_ema: float = 0.999
+    min_snr: float = 5.0
+    drop_caption: float = 0.1
+
+
+def train_autoencoder(folder: Path, config: Config, minutes: float, sheet_minutes: float = 5.0) -> bool:
+    """On windows of the training pictures. True after the last step."""
+    torch.manual_seed(config.seed)
+    images = pictures.stills(folder, "train", config.pictures, config.size)
+    checked = pictures.stills(folder, "validation", min(config.pictures, sd_autoencoder.CHECKED * 2), config.size)
+    stage = runner.Stage(
+        "autoencoder", sd_autoencoder.NarrowTAESD().to(memory_format=torch.channels_last),
+        sd_autoencoder.drawer(images, config.autoencoder_batch, config.autoencoder_crop, config.latent_noise),
+        runner.Schedule(config.autoencoder_steps, config.autoencoder_steps),
+        config.matrix_lr, config.autoencoder_lr, config.autoencoder_ema, config.seed,
+        inspect=sd_autoencoder.inspector(checked),
+    )
+    return runner.run(stage, folder, minutes, sheet_minutes)
+
+
+def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: float = 15.0) -> bool:
+    """On the latents of the training pictures. True after the last step."""
+    torch.manual_seed(config.seed)
+    images = pictures.stills(folder, "train", config.pictures, config.size)
+    data = sd_unet.latents(folder, images, runner.make_accelerator().device)
+    takes = [pictures.still_take(i) for i in range(len(data))]
+    stage = runner.Stage(
+        "unet", sd_unet.Denoiser(config.min_snr),
+        sd_unet.drawer(data, takes, config.unet_batch, config.drop_caption),
+        runner.Schedule(config.unet_steps, config.unet_cool_down),
+        config.matrix_lr, config.unet_lr, config.unet_ema, config.seed, sd_unet.OUTER,
+        sd_unet.inspector(folder, config.size),
+    )
+    return runner.run(stage, folder, minutes, sheet_minutes)
+
+
+def export(folder: Path, config: Config, path: Path) -> None:
+    """Writes the averaged weights under the key names of an ordinary SD 1.x checkpoint, with our marker."""
+    denoiser = sd_unet.Denoiser(config.min_snr)
+    if not runner.trained(denoiser, folder, "unet"):
+        raise SystemExit(f"{folder} holds no trained UNet: run the stage `unet` first")
+    autoencoder = sd_autoencoder.trained(folder, "cpu")
+    prefix = text_encoder.text_prefix(denoiser.text)
+    tensors = {f"model.diffusion_model.{theatre.MARKER}": torch.ones(1)}
+    tensors |= {f"model.diffusion_model.{key}": value for key, value in denoiser.unet.state_dict().items()}
+    tensors |= {f"first_stage_model.{key}": value for key, value in autoencoder.widened().state_dict().items()}
+    tensors |= {prefix + key: value for key, value in denoiser.text.state_dict().items() if "position_ids" not in key}
+    training = {**dataclasses.asdict(config), "autoencoder_steps": runner.steps_done(folder, "autoencoder"),
+                "unet_steps": runner.steps_done(folder, "unet")}
+    half_files.save_half(path, tensors, {"config": json.dumps({"training": training})})
+    print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, {training['unet_steps']} UNet steps, "
+          f"sha256 {half_files.sha256(path)}")
+    images = pictures.stills(folder, "train", config.pictures, config.size)[:512]
+    print("for theatre.py, latent to RGB:", np.round(latent_rgb(autoencoder, images), 4).tolist())
+
+
+def latent_rgb(autoencoder: sd_autoencoder.NarrowTAESD, images: np.ndarray) -> np.ndarray:
+    """Least-squares map [17, 3] from the latents of pictures and a one to RGB in -1..1, for live previews."""
+    with torch.no_grad():
+        pixels = pictures.to_unit(images)
+        latent = autoencoder.encode(pixels).movedim(1, -1).flatten(0, 2).numpy()
+    colours = torch.nn.functional.avg_pool2d(2 * pixels - 1, sd_autoencoder.CELL).movedim(1, -1).flatten(0, 2).numpy()
+    return np.linalg.lstsq(np.hstack([latent, np.ones((len(latent), 1))]), colours, rcond=None)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("autoencoder", "unet", "export"))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
+    parser.add_argument("--output", type=Path, default=CHECKPOINT, help="where `export` writes")
+    entry.add_options(parser, Config)
+    options = parser.parse_args()
+    config, folder = entry.chosen(options, Config), entry.state("puppets_sd")
+    if options.stage == "export":
+        export(folder, config, options.output)
+        return
+    train = {"autoencoder": train_autoencoder, "unet": train_unet}[options.stage]
+    if not train(folder, config, options.minutes):
+        print(f"stopped in stage {options.stage}; call again to go on")
+
+
+if __name__ == "__main__":
+    main()
