@@ -112,8 +112,8 @@ class UnderstudyPuppet(io.ComfyNode):
                 io.String.Input("identity", default="red striped robot with blue trousers and a yellow cap",
                                 tooltip=_IDENTITY_HELP),
                 io.Combo.Input("action", options=list(ALL_ACTIONS), default="waving",
-                               tooltip="What it does. From 'saluting' on, captions have no word for it. 'raising hat' "
-                                       "needs a hat."),
+                               tooltip="What it does; 'raising hat' needs a hat. From 'saluting' on, captions have "
+                                       "no word for it."),
                 io.Combo.Input("scene", options=list(SCENES), default="beach",
                                tooltip="Where it is, with its light."),
                 io.Int.Input("frames", default=1, min=1, max=257, step=4,
