@@ -114,8 +114,7 @@ class UnderstudyPuppet(io.ComfyNode):
                 io.Combo.Input("action", options=list(ALL_ACTIONS), default="waving",
                                tooltip="What it does; 'raising hat' needs a hat. From 'saluting' on, captions have "
                                        "no word for it."),
-                io.Combo.Input("scene", options=list(SCENES), default="beach",
-                               tooltip="Where it is, with its light."),
+                io.Combo.Input("scene", options=list(SCENES), default="beach", tooltip="Where it is."),
                 io.Int.Input("frames", default=1, min=1, max=257, step=4,
                              tooltip="1 for a picture; 4n+1 (17, 33, …) for one cycle of the action."),
                 io.Int.Input("seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True,

@@ -96,7 +96,7 @@ def test_proportions_at_the_resolution_of_the_models():
     for species in config.SPECIES:
         full = render.render(config.Take(puppet(species), "standing"))
         high = np.ptp(np.nonzero(full.mask)[0]) / 128
-        assert 0.76 < high < (0.84 if species in ("person", "penguin") else 0.96), species  # the others' ears are tall
+        assert 0.76 < high < (0.84 if species in ("person", "penguin") else 0.96), species  # others' ears are tall
         face = np.isin(full.parts, [config.PART_NAMES.index(part) for part in ("head", "face", "ears")])
         assert np.ptp(np.nonzero(face)[0]) > 0.42 * np.ptp(np.nonzero(full.mask)[0])
         near = render.render(close_up(species, "nodding"))
