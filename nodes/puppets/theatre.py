@@ -2,7 +2,7 @@
 
 `PuppetsSD`, for Load Checkpoint: a subclass of the host's SD15 with 64 channels, a two-layer text encoder of width
 128 and a TAESD-shaped VAE (16 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: the host's Wan 2.1
-with six blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is the host's, of width 16. The
+with eight blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is the host's, of width 16. The
 host recognises each by its marker, a tensor that no other model carries.
 """
 
@@ -38,7 +38,7 @@ TEXT_CONFIG = {
     "projection_dim": TEXT_WIDTH,
 }
 WAN_MARKER = "understudy_puppets_wan"
-WAN_CONFIG = {"dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 6}
+WAN_CONFIG = {"dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 8}
 WAN_SHIFT = 3.0  # of the flow schedule, in training and as the sampler's default; the host's 8 is for larger clips
 SPECIAL_TOKENS = {
     "start": tokenizer.WORDS.index(tokenizer.START),

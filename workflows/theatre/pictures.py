@@ -1,5 +1,6 @@
 """The pictures that the theatre's models learn from, rendered once and kept on disk, and sheets to look at."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -21,8 +22,7 @@ def still_take(index: int, split: str = "train") -> Take:
     Close-ups are few, since the figures to reach are of full figures; the autoencoder and the image encoder need
     them, and their word keeps them apart in the captions.
     """
-    framing = "close-up" if index % CLOSE_UP_EVERY == CLOSE_UP_EVERY - 1 else "full figure"
-    return world.sample_take(index, split)
+    return world.sample_take(index, split, "close_up" if index % CLOSE_UP_EVERY == CLOSE_UP_EVERY - 1 else "full")
 
 
 def rendered(
@@ -51,6 +51,11 @@ def _drawn(take, size, draw, indices: range) -> np.ndarray:
 def draw_still(take: Take, size: int) -> np.ndarray:
     """uint8 [H, W, 3]."""
     return render.render(take, size).image
+
+
+def draw_moment(take: Take, later: float, size: int) -> np.ndarray:
+    """uint8 [H, W, 3], `later` cycles after the take's own phase."""
+    return draw_still(dataclasses.replace(take, phase=take.phase + later), size)
 
 
 def stills(folder: Path, split: str, count: int, size: int) -> np.ndarray:

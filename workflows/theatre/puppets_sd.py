@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
     entry.enter("puppets_sd")
 
+import autoencoding
 import entry
 import half_files
 import numpy as np
@@ -41,6 +42,7 @@ class Config:
     seed: int = 7
     matrix_lr: float = 0.02  # Muon's; the rates below are AdamW's
     autoencoder_steps: int = 16_000
+    autoencoder_cool_down: int = 8_000  # of them, the last, in which the rates fall to zero
     autoencoder_batch: int = 16
     autoencoder_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
     autoencoder_lr: float = 2e-3
@@ -63,7 +65,7 @@ def train_autoencoder(folder: Path, config: Config, minutes: float, sheet_minute
     stage = runner.Stage(
         "autoencoder", sd_autoencoder.NarrowTAESD().to(memory_format=torch.channels_last),
         sd_autoencoder.drawer(images, config.autoencoder_batch, config.autoencoder_crop, config.latent_noise),
-        runner.Schedule(config.autoencoder_steps, config.autoencoder_steps),
+        runner.Schedule(config.autoencoder_steps, config.autoencoder_cool_down),
         config.matrix_lr, config.autoencoder_lr, config.autoencoder_ema, config.seed,
         inspect=sd_autoencoder.inspector(checked),
     )
@@ -111,7 +113,7 @@ def latent_rgb(autoencoder: sd_autoencoder.NarrowTAESD, images: np.ndarray) -> n
     with torch.no_grad():
         pixels = pictures.to_unit(images)
         latent = autoencoder.encode(pixels).movedim(1, -1).flatten(0, 2).numpy()
-    colours = torch.nn.functional.avg_pool2d(2 * pixels - 1, sd_autoencoder.CELL).movedim(1, -1).flatten(0, 2).numpy()
+    colours = torch.nn.functional.avg_pool2d(2 * pixels - 1, autoencoding.CELL).movedim(1, -1).flatten(0, 2).numpy()
     return np.linalg.lstsq(np.hstack([latent, np.ones((len(latent), 1))]), colours, rcond=None)[0]
 
 

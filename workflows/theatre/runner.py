@@ -154,7 +154,7 @@ class _Run:
         self.accelerator.backward(loss)
         value = self.accelerator.reduce(loss.detach(), "mean").item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of {self.stage.name} is {value} at step {self.step}; nothing was saved")
+            raise FloatingPointError(f"loss {value} at step {self.step} of {self.stage.name}; nothing was saved")
         self.accelerator.clip_grad_norm_(self.parameters, 1.0)
         factor = self.stage.schedule.factor(self.step)
         for rate, optimiser in self.optimisers:
@@ -191,8 +191,8 @@ class _Run:
         row = [self.step, f"{loss:.5f}", f"{self.stage.schedule.factor(self.step - 1):.4f}", f"{pace:.3f}", figures]
         with open(self.log, "a", newline="") as file:
             csv.writer(file).writerow(row)
-        print(f"{self.stage.name} {self.step}/{self.stage.schedule.steps} loss {loss:.4f} {pace:.2f} steps/s {figures}",
-              flush=True)
+        name, end = self.stage.name, self.stage.schedule.steps
+        print(f"{name} {self.step}/{end} loss {loss:.4f} {pace:.2f} steps/s {figures}", flush=True)
 
     def _save(self) -> None:
         """The whole state into a new folder that then takes the place of the last one."""

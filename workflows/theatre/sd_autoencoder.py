@@ -1,6 +1,5 @@
 """The stills' autoencoder as it is trained: TAESD with 16 latent channels, narrower where the picture is large."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import pictures
 import runner
 import torch
 import torch.nn.functional as F
+from autoencoding import CELL, corners, decibels, reconstruction_loss
 from comfy.taesd import taesd
 from pack.nodes.puppets import theatre
 
 WIDTHS = (16, 32, 64, 64)  # channels at full, half, quarter and eighth size; TAESD has 64 at all
-CELL = 8  # pixels a latent
 CHECKED = 126  # held-out pictures, for the figures while it trains
 SHOWN = 12  # of them on a sheet
 
@@ -90,22 +89,6 @@ class NarrowTAESD(torch.nn.Module):
         return full
 
 
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Of pixels [B, 3, H, W] in 0..1: colours, and differences of neighbours.
-
-    Ink lines are few pixels, and all of the drawing.
-    """
-    difference = output - target
-    edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
-    return difference.abs().mean() + 2 * difference.square().mean() + 0.5 * edges
-
-
-def corners(rng: np.random.Generator, count: int, size: int, crop: int) -> np.ndarray:
-    """Tops and lefts, int [count, 2], of windows on the latent grid, nearer the middle than the rim."""
-    # The mean of two uniform draws: a triangular density over the possible corners.
-    return CELL * np.rint(rng.random((count, 2, 2)).mean(2) * (size - crop) / CELL).astype(int)
-
-
 def drawer(images: np.ndarray, batch: int, crop: int, deviation: float) -> Callable:
     """draw(rng, step) -> (windows, noise) for `NarrowTAESD.forward`."""
 
@@ -114,7 +97,8 @@ def drawer(images: np.ndarray, batch: int, crop: int, deviation: float) -> Calla
         places = corners(rng, batch, images.shape[1], crop)
         windows = [images[i, y : y + crop, x : x + crop] for i, (y, x) in zip(numbers, places, strict=True)]
         shape = (batch, theatre.LATENT_CHANNELS, crop // CELL, crop // CELL)
-        return pictures.to_unit(np.stack(windows)), deviation * torch.from_numpy(rng.standard_normal(shape, np.float32))
+        noise = deviation * torch.from_numpy(rng.standard_normal(shape, np.float32))
+        return pictures.to_unit(np.stack(windows)), noise
 
     return draw
 
@@ -134,11 +118,6 @@ def inspector(images: np.ndarray) -> Callable:
         return figures, pictures.sheet([row for pair in pairs for row in pair])
 
     return inspect
-
-
-def decibels(errors: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of mean square errors, of a range of 1."""
-    return -10 * math.log10(errors.mean())
 
 
 def trained(folder: Path, device) -> NarrowTAESD:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import autoencoding
 import comfy.ops
 import numpy as np
 import pictures
@@ -137,7 +138,7 @@ def inspector(folder: Path, size: int) -> Callable:
 
     def inspect(denoiser: Denoiser) -> tuple[str, np.ndarray]:
         autoencoder = sd_autoencoder.trained(folder, next(denoiser.parameters()).device)
-        latent = sample(denoiser, texts, size // sd_autoencoder.CELL, seed=0)
+        latent = sample(denoiser, texts, size // autoencoding.CELL, seed=0)
         drawn = np.split(pictures.to_bytes(autoencoder.decode(latent)), 2)
         return "", pictures.sheet([truth[0], drawn[0], truth[1], drawn[1]])
 

@@ -42,11 +42,16 @@ def trained(checkpoint: Path, device) -> CLIPTextModel:
     return text.to(device).eval().requires_grad_(False)
 
 
-def training_text(take: Take, rng: np.random.Generator, drop: float) -> str:
-    """A caption with clauses left out at random, or nothing with probability `drop`."""
+def training_text(
+    take: Take, rng: np.random.Generator, drop: float, drop_clause: float = 0.12, bare: float = 0.0
+) -> str:
+    """A caption with clauses left out at random, or nothing with probability `drop`.
+
+    `drop_clause` and `bare` are those of `captions.training_caption`.
+    """
     if rng.random() < drop:
         return ""
-    words = captions.training_caption(take, rng).split()
+    words = captions.training_caption(take, rng, drop_clause, bare).split()
     if rng.random() < _FREE_WORD_SHARE:  # free words appear without a meaning, so that an untaught one is harmless
         words.insert(rng.integers(0, len(words) + 1), str(rng.choice(tokenizer.FREE_WORDS)))
     return " ".join(words)
