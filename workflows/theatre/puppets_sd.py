@@ -61,7 +61,7 @@ def train_autoencoder(folder: Path, config: Config, minutes: float, sheet_minute
     """On windows of the training pictures. True after the last step."""
     torch.manual_seed(config.seed)
     images = pictures.stills(folder, "train", config.pictures, config.size)
-    checked = pictures.stills(folder, "validation", min(config.pictures, sd_autoencoder.CHECKED * 2), config.size)
+    checked = pictures.stills(folder, "validation", sd_autoencoder.CHECKED, config.size)
     stage = runner.Stage(
         "autoencoder", sd_autoencoder.NarrowTAESD().to(memory_format=torch.channels_last),
         sd_autoencoder.drawer(images, config.autoencoder_batch, config.autoencoder_crop, config.latent_noise),

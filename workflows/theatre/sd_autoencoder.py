@@ -13,7 +13,7 @@ from comfy.taesd import taesd
 from pack.nodes.puppets import theatre
 
 WIDTHS = (16, 32, 64, 64)  # channels at full, half, quarter and eighth size; TAESD has 64 at all
-CHECKED = 126  # held-out pictures, for the figures while it trains
+CHECKED = 252  # held-out pictures, for the figures while it trains
 SHOWN = 12  # of them on a sheet
 
 
