@@ -94,11 +94,7 @@ def export(folder: Path, config: Config, path: Path) -> None:
     if not runner.trained(denoiser, folder, "unet"):
         raise SystemExit(f"{folder} holds no trained UNet: run the stage `unet` first")
     autoencoder = sd_autoencoder.trained(folder, "cpu")
-    prefix = text_encoder.text_prefix(denoiser.text)
-    tensors = {f"model.diffusion_model.{theatre.MARKER}": torch.ones(1)}
-    tensors |= {f"model.diffusion_model.{key}": value for key, value in denoiser.unet.state_dict().items()}
-    tensors |= {f"first_stage_model.{key}": value for key, value in autoencoder.widened().state_dict().items()}
-    tensors |= {prefix + key: value for key, value in denoiser.text.state_dict().items() if "position_ids" not in key}
+    tensors = checkpoint_tensors(denoiser, autoencoder)
     training = {**dataclasses.asdict(config), "autoencoder_steps": runner.steps_done(folder, "autoencoder"),
                 "unet_steps": runner.steps_done(folder, "unet")}
     half_files.save_half(path, tensors, {"config": json.dumps({"training": training})})
@@ -106,6 +102,18 @@ def export(folder: Path, config: Config, path: Path) -> None:
           f"sha256 {half_files.sha256(path)}")
     images = pictures.stills(folder, "train", config.pictures, config.size)[:512]
     print("for theatre.py, latent to RGB:", np.round(latent_rgb(autoencoder, images), 4).tolist())
+
+
+def checkpoint_tensors(
+    denoiser: sd_unet.Denoiser, autoencoder: sd_autoencoder.NarrowTAESD
+) -> dict[str, torch.Tensor]:
+    """Every weight under its name in the checkpoint."""
+    prefix = text_encoder.text_prefix(denoiser.text)
+    tensors = {f"model.diffusion_model.{theatre.MARKER}": torch.ones(1)}
+    tensors |= {f"model.diffusion_model.{key}": value for key, value in denoiser.unet.state_dict().items()}
+    tensors |= {f"first_stage_model.{key}": value for key, value in autoencoder.widened().state_dict().items()}
+    text = denoiser.text.state_dict().items()
+    return tensors | {prefix + key: value for key, value in text if "position_ids" not in key}
 
 
 def latent_rgb(autoencoder: sd_autoencoder.NarrowTAESD, images: np.ndarray) -> np.ndarray:
