@@ -76,7 +76,7 @@ def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: floa
     """On the latents of the training pictures. True after the last step."""
     torch.manual_seed(config.seed)
     images = pictures.stills(folder, "train", config.pictures, config.size)
-    data = sd_unet.latents(folder, images, runner.make_accelerator().device)
+    data = sd_unet.latents(folder, images)
     takes = [pictures.still_take(i) for i in range(len(data))]
     stage = runner.Stage(
         "unet", sd_unet.Denoiser(config.min_snr),

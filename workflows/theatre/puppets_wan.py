@@ -109,11 +109,10 @@ def train_clips(folder: Path, config: Config, minutes: float, sheet_minutes: flo
 
 def training_latents(folder: Path, config: Config) -> dict[str, np.ndarray]:
     """float16 latents of frames and clips as the trained autoencoder gives them."""
-    device = runner.make_accelerator().device
     counts = {"frames": config.frames, "clips": config.clips}
     return {
         kind: wan_transformer.latents(
-            folder, wan_transformer.rendered(folder, kind, "train", count, config.size), kind, device
+            folder, wan_transformer.rendered(folder, kind, "train", count, config.size), kind
         )
         for kind, count in counts.items()
     }

@@ -7,6 +7,7 @@ import autoencoding
 import comfy.ops
 import numpy as np
 import pictures
+import runner
 import sd_autoencoder
 import text_encoder
 import torch
@@ -84,17 +85,18 @@ class Denoiser(torch.nn.Module):
         return (error * snr.clamp(max=self.min_snr) / snr).mean()
 
 
-def latents(folder: Path, images: np.ndarray, device) -> np.ndarray:
+def latents(folder: Path, images: np.ndarray) -> np.ndarray:
     """float16 [N, 16, H/8, W/8] of the training pictures, encoded once with the trained autoencoder."""
+    accelerator = runner.make_accelerator()
 
     def encode() -> np.ndarray:
-        autoencoder, parts = sd_autoencoder.trained(folder, device), []
+        autoencoder, parts = sd_autoencoder.trained(folder, accelerator.device), []
         for start in range(0, len(images), _ENCODED_AT_ONCE):
-            pixels = pictures.to_unit(images[start : start + _ENCODED_AT_ONCE]).to(device)
+            pixels = pictures.to_unit(images[start : start + _ENCODED_AT_ONCE]).to(accelerator.device)
             parts.append(autoencoder.encode(pixels).to(torch.float16).cpu().numpy())
         return np.concatenate(parts)
 
-    with torch.no_grad():
+    with torch.no_grad(), accelerator.autocast():
         return np.array(pictures.kept(folder / f"latents_{len(images)}.npy", encode))
 
 

@@ -99,7 +99,7 @@ def train(
     """
     device = runner.make_accelerator().device
     images = wan_transformer.rendered(folder, "clips", "train", config.clips, config.size)
-    clips = wan_transformer.latents(folder, images, "clips", device)
+    clips = wan_transformer.latents(folder, images, "clips")
     mean, deviation = (value[:, None, None, None] for value in wan_transformer.statistics(clips))
     theatre.register()
     model = comfy.sd.load_diffusion_model(str(transformer))

@@ -7,6 +7,7 @@ from pathlib import Path
 import comfy.ops
 import numpy as np
 import pictures
+import runner
 import text_encoder
 import torch
 import wan_autoencoder
@@ -51,18 +52,18 @@ def rendered(folder: Path, kind: str, split: str, count: int, size: int) -> np.n
     return pictures.rendered(path, functools.partial(take, split=split), count, size, draw)
 
 
-def latents(folder: Path, images: np.ndarray, kind: str, device) -> np.ndarray:
+def latents(folder: Path, images: np.ndarray, kind: str) -> np.ndarray:
     """float16 [N, 16, 1 + T/4, H/8, W/8] of training frames or clips, as the trained autoencoder gives them."""
-    at_once = max(2, _ENCODED_AT_ONCE // images.shape[1])
+    at_once, accelerator = max(2, _ENCODED_AT_ONCE // images.shape[1]), runner.make_accelerator()
 
     def encode() -> np.ndarray:
-        autoencoder, parts = wan_autoencoder.trained(folder, device), []
+        autoencoder, parts = wan_autoencoder.trained(folder, accelerator.device), []
         for start in range(0, len(images), at_once):
-            pixels = wan_autoencoder.to_pixels(images[start : start + at_once]).to(device)
+            pixels = wan_autoencoder.to_pixels(images[start : start + at_once]).to(accelerator.device)
             parts.append(autoencoder.encode(pixels).to(torch.float16).cpu().numpy())
         return np.concatenate(parts)
 
-    with torch.no_grad():
+    with torch.no_grad(), accelerator.autocast():
         return np.array(pictures.kept(folder / f"latents_{kind}_{len(images)}.npy", encode))
 
 

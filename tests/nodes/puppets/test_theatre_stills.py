@@ -231,7 +231,7 @@ def test_the_exported_file_is_what_was_trained(trained):
 
 def test_latents_are_kept(trained):
     folder, _ = trained
-    data = sd_unet.latents(folder, np.zeros((14, 32, 32, 3)), CPU)
+    data = sd_unet.latents(folder, np.zeros((14, 32, 32, 3)))
     assert data.shape == (14, 16, 4, 4) and data.dtype == np.float16 and data.std() > 0
 
 
