@@ -1,9 +1,9 @@
-"""The tiny models of the puppet theatre, taught to the host's own loaders.
+"""The tiny models of the puppet theatre, registered with ComfyUI's own loaders.
 
-`PuppetsSD`, for Load Checkpoint: a subclass of the host's SD15 with 64 channels, a two-layer text encoder of width
-128 and a TAESD-shaped VAE (16 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: the host's Wan 2.1
-with eight blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is the host's, of width 16. The
-host recognises each by its marker, a tensor that no other model carries.
+`PuppetsSD`, for Load Checkpoint: a subclass of ComfyUI's SD15 with 64 channels, a two-layer text encoder of width 128
+and a TAESD-shaped VAE (16 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: ComfyUI's Wan 2.1 with
+eight blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is ComfyUI's, of width 16. ComfyUI
+recognises each by its marker, a tensor that no other model has.
 """
 
 import comfy.clip_model
@@ -39,7 +39,7 @@ TEXT_CONFIG = {
 }
 WAN_MARKER = "understudy_puppets_wan"
 WAN_CONFIG = {"dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 8}
-WAN_SHIFT = 3.0  # of the flow schedule, in training and as the sampler's default; the host's 8 is for larger clips
+WAN_SHIFT = 3.0  # of the flow schedule, in training and as the sampler's default; ComfyUI's 8 is for larger clips
 SPECIAL_TOKENS = {
     "start": tokenizer.WORDS.index(tokenizer.START),
     "end": tokenizer.WORDS.index(tokenizer.END),
@@ -59,7 +59,7 @@ class PuppetsLatentFormat(comfy.latent_formats.LatentFormat):
 
 
 class _WordTokenizerLoader:
-    """The host asks a tokenizer class for `from_pretrained`; ours is built from the vocabulary, not read."""
+    """ComfyUI asks a tokenizer class for `from_pretrained`; ours is built from the vocabulary, not read."""
 
     @staticmethod
     def from_pretrained(_path, **_options):
@@ -83,7 +83,7 @@ class PuppetsTokenizer(comfy.sd1_clip.SD1Tokenizer):
 class PuppetsTextModel(comfy.clip_model.CLIPTextModel):
     def __init__(self, config_dict, dtype, device, operations):
         super().__init__(config_dict, dtype, device, operations)
-        # The host's class always has CLIP's 49,408 rows: six megabytes of words that the theatre does not know.
+        # ComfyUI's class always has CLIP's 49,408 rows: six megabytes of words that the theatre does not know.
         self.text_model.embeddings.token_embedding = operations.Embedding(
             config_dict["vocab_size"], config_dict["hidden_size"], dtype=dtype, device=device
         )
@@ -104,7 +104,7 @@ class PuppetsClipModel(comfy.sd1_clip.SD1ClipModel):
 
 
 class PuppetsSD(comfy.supported_models.SD15):
-    """ε-prediction, SD 1.5's noise schedule; matched before the host's own models, by `MARKER` only."""
+    """ε-prediction, SD 1.5's noise schedule; matched before ComfyUI's own models, by `MARKER` only."""
 
     unet_config = UNET_CONFIG
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
@@ -112,7 +112,7 @@ class PuppetsSD(comfy.supported_models.SD15):
     latent_format = PuppetsLatentFormat
 
     def inpaint_model(self):
-        return False  # the host takes more than four input channels for an inpainting model
+        return False  # ComfyUI takes more than four input channels for an inpainting model
 
     def process_unet_state_dict(self, state_dict):
         state_dict.pop(MARKER, None)
@@ -136,7 +136,7 @@ class PuppetsWanLatentFormat(comfy.latent_formats.Wan21):
 
 
 class PuppetsWan(comfy.supported_models.WAN21_T2V):
-    """Wan 2.1 text to video of the theatre's size; matched before the host's own, by size and `WAN_MARKER`."""
+    """Wan 2.1 text to video of the theatre's size; matched before ComfyUI's own, by size and `WAN_MARKER`."""
 
     unet_config = {**comfy.supported_models.WAN21_T2V.unet_config, **WAN_CONFIG}
     unet_extra_config = {"text_dim": TEXT_WIDTH}
@@ -156,7 +156,7 @@ class PuppetsWan(comfy.supported_models.WAN21_T2V):
 
 
 def register() -> None:
-    """Put the theatre's architectures in front of the host's list, once."""
+    """Put the theatre's architectures in front of ComfyUI's list, once."""
     for architecture in (PuppetsSD, PuppetsWan):
         if architecture not in comfy.supported_models.models:
             comfy.supported_models.models.insert(0, architecture)

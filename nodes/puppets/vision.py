@@ -1,6 +1,6 @@
-"""The theatre's image encoder: the host's own CLIP vision class, small enough to train on a CPU.
+"""The theatre's image encoder: ComfyUI's own CLIP vision class, small enough to train on a CPU.
 
-The host's loader knows encoders by their number of layers and takes none of this size, so this builds it.
+ComfyUI's loader knows encoders by their number of layers and takes none of this size, so this builds it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from .. import files
 
-# In no list of the host: its own loader would refuse the file.
+# In no list of ComfyUI: its own loader would refuse the file.
 FILE = files.PACK_ROOT / "workflows" / "models" / "clip_vision" / "puppets_vision.safetensors"
 # Half the side of the theatre's pictures; 64 places and a class token.
 VISION_CONFIG = {
@@ -24,7 +24,7 @@ VISION_CONFIG = {
 
 
 def vision(weights: Mapping[str, torch.Tensor]) -> Any:
-    """A CLIP_VISION with these weights, under the host's names and in its precision for encoders."""
+    """A CLIP_VISION with these weights, under ComfyUI's names and in its precision for encoders."""
     made = comfy.clip_vision.ClipVisionModel(dict(VISION_CONFIG))
     made.model.load_state_dict(dict(weights))
     return made
