@@ -2,11 +2,13 @@
 
     python workflows/theatre/puppets_sd.py autoencoder --minutes 45
     python workflows/theatre/puppets_sd.py unet --minutes 75      # call again to go on
+    python workflows/theatre/puppets_sd.py decoder --minutes 45   # at any time after the autoencoder
     python workflows/theatre/puppets_sd.py export                 # the checkpoint, from what has been trained
 
-Stages: `autoencoder`, then `unet` (denoiser and text encoder on its latents), then `export`. A stage that was stopped
-goes on where it was; after its last step, a larger `--…-steps` goes on with the same weights. Sample sheets and
-losses lie beside the state in `.cache/training/puppets_sd`. For several GPUs: `accelerate launch` before the script.
+Stages: `autoencoder`; `unet`, denoiser and text encoder on its latents; `decoder`, which goes on with the decoder
+alone and so leaves the latents as they are; `export`. A stage that was stopped goes on where it was; after its last
+step, a larger `--…-steps` goes on with the same weights. Sample sheets and losses lie beside the state in
+`.cache/training/puppets_sd`. For several GPUs: `accelerate launch` before the script.
 """
 
 import argparse
@@ -47,6 +49,8 @@ class Config:
     autoencoder_crop: int = 64  # pixels; crops spend the steps on the puppet, not on the sky
     autoencoder_lr: float = 2e-3
     autoencoder_ema: float = 0.995
+    decoder_steps: int = 8_000
+    decoder_cool_down: int = 4_000
     latent_noise: float = 0.05  # deviation added before decoding, against the denoiser's own errors
     unet_steps: int = 100_000
     unet_cool_down: int = 6_000  # of them, the last, in which the rates fall to zero
@@ -60,13 +64,31 @@ class Config:
 def train_autoencoder(folder: Path, config: Config, minutes: float, sheet_minutes: float = 5.0) -> bool:
     """On windows of the training pictures. True after the last step."""
     torch.manual_seed(config.seed)
-    images = pictures.stills(folder, "train", config.pictures, config.size)
-    checked = pictures.stills(folder, "validation", sd_autoencoder.CHECKED, config.size)
+    schedule = runner.Schedule(config.autoencoder_steps, config.autoencoder_cool_down)
+    autoencoder = sd_autoencoder.NarrowTAESD().to(memory_format=torch.channels_last)
+    return _run_autoencoder("autoencoder", autoencoder, schedule, 1.0, folder, config, minutes, sheet_minutes)
+
+
+def train_decoder(folder: Path, config: Config, minutes: float, sheet_minutes: float = 5.0) -> bool:
+    """The same with a frozen encoder, so that latents, and a UNet trained on them, stay good. True after the end."""
+    autoencoder = sd_autoencoder.NarrowTAESD()
+    if not runner.trained(autoencoder, folder, "autoencoder"):
+        raise SystemExit(f"{folder} holds no trained autoencoder: run the stage `autoencoder` first")
+    autoencoder.requires_grad_(False).taesd_decoder.requires_grad_(True)
+    autoencoder.to(memory_format=torch.channels_last)
+    schedule = runner.Schedule(config.decoder_steps, config.decoder_cool_down)
+    return _run_autoencoder("decoder", autoencoder, schedule, 0.5, folder, config, minutes, sheet_minutes)
+
+
+def _run_autoencoder(name, autoencoder, schedule, rate, folder, config, minutes, sheet_minutes) -> bool:
+    images, checked = (
+        pictures.stills(folder, split, count, config.size)
+        for split, count in (("train", config.pictures), ("validation", sd_autoencoder.CHECKED))
+    )
     stage = runner.Stage(
-        "autoencoder", sd_autoencoder.NarrowTAESD().to(memory_format=torch.channels_last),
+        name, autoencoder,
         sd_autoencoder.drawer(images, config.autoencoder_batch, config.autoencoder_crop, config.latent_noise),
-        runner.Schedule(config.autoencoder_steps, config.autoencoder_cool_down),
-        config.matrix_lr, config.autoencoder_lr, config.autoencoder_ema, config.seed,
+        schedule, rate * config.matrix_lr, rate * config.autoencoder_lr, config.autoencoder_ema, config.seed,
         inspect=sd_autoencoder.inspector(checked),
     )
     return runner.run(stage, folder, minutes, sheet_minutes)
@@ -95,8 +117,8 @@ def export(folder: Path, config: Config, path: Path) -> None:
         raise SystemExit(f"{folder} holds no trained UNet: run the stage `unet` first")
     autoencoder = sd_autoencoder.trained(folder, "cpu")
     tensors = checkpoint_tensors(denoiser, autoencoder)
-    training = {**dataclasses.asdict(config), "autoencoder_steps": runner.steps_done(folder, "autoencoder"),
-                "unet_steps": runner.steps_done(folder, "unet")}
+    steps = {f"{name}_steps": runner.steps_done(folder, name) for name in (*sd_autoencoder.STAGES, "unet")}
+    training = {**dataclasses.asdict(config), **steps}
     half_files.save_half(path, tensors, {"config": json.dumps({"training": training})})
     print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, {training['unet_steps']} UNet steps, "
           f"sha256 {half_files.sha256(path)}")
@@ -127,7 +149,7 @@ def latent_rgb(autoencoder: sd_autoencoder.NarrowTAESD, images: np.ndarray) -> n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("autoencoder", "unet", "export"))
+    parser.add_argument("stage", choices=("autoencoder", "decoder", "unet", "export"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so many minutes")
     parser.add_argument("--output", type=Path, default=CHECKPOINT, help="where `export` writes")
     entry.add_options(parser, Config)
@@ -136,8 +158,8 @@ def main() -> None:
     if options.stage == "export":
         export(folder, config, options.output)
         return
-    train = {"autoencoder": train_autoencoder, "unet": train_unet}[options.stage]
-    if not train(folder, config, options.minutes):
+    stages = {"autoencoder": train_autoencoder, "decoder": train_decoder, "unet": train_unet}
+    if not stages[options.stage](folder, config, options.minutes):
         print(f"stopped in stage {options.stage}; call again to go on")
 
 

@@ -14,7 +14,8 @@ from pack.nodes.puppets import theatre
 
 WIDTHS = (16, 32, 64, 64)  # channels at full, half, quarter and eighth size; TAESD has 64 at all
 CHECKED = 252  # held-out pictures, for the figures while it trains
-SHOWN = 12  # of them on a sheet
+SHOWN = 12  # of them in a row of a sheet
+STAGES = ("autoencoder", "decoder")  # the later one goes on from the earlier, with its encoder
 
 
 class NarrowTAESD(torch.nn.Module):
@@ -121,8 +122,8 @@ def inspector(images: np.ndarray) -> Callable:
 
 
 def trained(folder: Path, device) -> NarrowTAESD:
-    """The averaged autoencoder of the stage `autoencoder`, frozen. Raises FileNotFoundError where it has no state."""
+    """The averaged autoencoder as far as it has been trained, frozen. Raises FileNotFoundError without a state."""
     autoencoder = NarrowTAESD()
-    if not runner.trained(autoencoder, folder, "autoencoder"):
-        raise FileNotFoundError(f"{folder} holds no trained autoencoder: run the stage `autoencoder` first")
+    if not any(runner.trained(autoencoder, folder, name) for name in reversed(STAGES)):
+        raise FileNotFoundError(f"{folder} holds no trained autoencoder: run the stage `{STAGES[0]}` first")
     return autoencoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)

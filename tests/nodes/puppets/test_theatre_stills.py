@@ -11,6 +11,7 @@ import pytest
 import torch
 from host.scripts import ROOT
 from pack.nodes.puppets import theatre, tokenizer, world
+from safetensors.torch import load_file
 
 sys.path.append(str(ROOT / "workflows" / "theatre"))  # where the training scripts find each other
 import autoencoding  # noqa: E402
@@ -25,7 +26,7 @@ import text_encoder  # noqa: E402
 CPU = torch.device("cpu")
 TINY = puppets_sd.Config(
     pictures=14, size=32, autoencoder_steps=2, autoencoder_cool_down=1, autoencoder_batch=2, autoencoder_crop=16,
-    unet_steps=2, unet_cool_down=1, unet_batch=3,
+    decoder_steps=2, decoder_cool_down=1, unet_steps=2, unet_cool_down=1, unet_batch=3,
 )
 
 
@@ -191,6 +192,7 @@ def trained(tmp_path_factory):
         patch.setattr(sd_unet, "SHOWN", 2)
         assert puppets_sd.train_autoencoder(folder, TINY, math.inf)
         assert puppets_sd.train_unet(folder, TINY, math.inf)
+        assert puppets_sd.train_decoder(folder, TINY, math.inf)
         path = folder / "puppets_sd.safetensors"
         puppets_sd.export(folder, TINY, path)
     return folder, path
@@ -198,7 +200,7 @@ def trained(tmp_path_factory):
 
 def test_stages_leave_sheets_and_losses(trained):
     folder, _ = trained
-    for name in ("autoencoder", "unet"):
+    for name in ("autoencoder", "decoder", "unet"):
         assert list((folder / f"{name}_sheets").iterdir())
         assert [row["step"] for row in csv.DictReader(open(folder / f"{name}_losses.csv"))] == ["2"]
     rows = list(csv.DictReader(open(folder / "autoencoder_losses.csv")))
@@ -227,6 +229,14 @@ def test_the_exported_file_is_what_was_trained(trained):
     with torch.no_grad():
         expected = narrow.encode(pixels)
     torch.testing.assert_close(vae.encode(pixels.movedim(1, -1)), expected, rtol=0, atol=2e-2)  # fp16 weights
+
+
+def test_the_decoder_goes_on_and_the_encoder_stays(trained):
+    folder, _ = trained
+    before, after = (load_file(folder / name / "average.safetensors") for name in ("autoencoder", "decoder"))
+    assert all(torch.equal(before[key], after[key]) == (not key.startswith("taesd_decoder")) for key in before)
+    found = sd_autoencoder.trained(folder, CPU).state_dict()
+    assert all(torch.equal(found[key], after[key]) for key in after)
 
 
 def test_latents_are_kept(trained):
