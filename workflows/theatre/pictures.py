@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import runner
 import torch
 from pack.nodes.puppets import render, world
 from pack.nodes.puppets.config import Take
@@ -29,19 +30,23 @@ def rendered(
     path: Path, take: Callable[[int], Take], count: int, size: int, draw: Callable[[Take, int], np.ndarray]
 ) -> np.ndarray:
     """uint8 [count, ...]: draw(take(i), size) of each i, made by all cores once and kept at `path`."""
-    if not path.exists():
-        print(f"rendering {count} of {path.name}", flush=True)
-        ranges = [range(start, min(start + _PART, count)) for start in range(0, count, _PART)]
-        temporary = path.with_suffix(".part")
-        with ProcessPoolExecutor(os.cpu_count()) as pool, open(temporary, "wb") as file:
-            parts = pool.map(functools.partial(_drawn, take, size, draw), ranges)
-            for number, part in enumerate(parts):
-                if number == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *part.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(part.tobytes())
-        os.replace(temporary, path)
+    with runner.make_accelerator().main_process_first():  # the others find it made
+        if not path.exists():
+            _render(path, take, count, size, draw)
     return np.load(path, mmap_mode="r")
+
+
+def _render(path: Path, take, count: int, size: int, draw) -> None:
+    print(f"rendering {count} of {path.name}", flush=True)
+    ranges = [range(start, min(start + _PART, count)) for start in range(0, count, _PART)]
+    temporary = path.with_suffix(".part")
+    with ProcessPoolExecutor(os.cpu_count()) as pool, open(temporary, "wb") as file:
+        for number, part in enumerate(pool.map(functools.partial(_drawn, take, size, draw), ranges)):
+            if number == 0:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *part.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(part.tobytes())
+    os.replace(temporary, path)
 
 
 def _drawn(take, size, draw, indices: range) -> np.ndarray:
@@ -82,9 +87,10 @@ def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array at `path`, made first where it is not there; not read into memory at once."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part.npy")
-        np.save(temporary, make())
-        os.replace(temporary, path)
+    with runner.make_accelerator().main_process_first():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".part.npy")
+            np.save(temporary, make())
+            os.replace(temporary, path)
     return np.load(path, mmap_mode="r")

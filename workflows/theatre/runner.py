@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from optimisers import KernelMuon, split_parameters
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -70,7 +70,8 @@ def make_accelerator() -> Accelerator:
     """bf16 where the processor has it; elsewhere PyTorch emulates it, several times slower than fp32."""
     cuda = torch.cuda.is_available()
     native = cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return Accelerator(cpu=not cuda, mixed_precision="bf16" if native else "no")
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # single frames do not reach layers in time
+    return Accelerator(cpu=not cuda, mixed_precision="bf16" if native else "no", kwargs_handlers=[unused])
 
 
 def trained(module: torch.nn.Module, folder: Path, name: str) -> bool:
