@@ -35,6 +35,7 @@ import torch
 from pack.nodes.puppets import theatre
 
 CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
+UNET_STAGES = ("unet", "unet2", "unet3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Config:
     decoder_steps: int = 8_000
     decoder_cool_down: int = 4_000
     latent_noise: float = 0.05  # deviation added before decoding, against the denoiser's own errors
-    unet_steps: int = 100_000
-    unet_cool_down: int = 6_000  # of them, the last, in which the rates fall to zero
+    unet_stage: int = 1  # each later one begins with the weights of the one before
+    unet_steps: int = 20_000
+    unet_cool_down: int = 4_000  # of them, the last, in which the rates fall to zero
     unet_batch: int = 48
     unet_lr: float = 6e-4
     unet_ema: float = 0.999
@@ -95,14 +97,22 @@ def _run_autoencoder(name, autoencoder, schedule, rate, folder, config, minutes,
 
 
 def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: float = 15.0) -> bool:
-    """On the latents of the training pictures. True after the last step."""
+    """On the latents of the training pictures. True after the last step.
+
+    Stages after the first begin with the averaged weights of the one before, and leave the text encoder as it is: by
+    then the video model reads with it, too.
+    """
     torch.manual_seed(config.seed)
     images = pictures.stills(folder, "train", config.pictures, config.size)
     data = sd_unet.latents(folder, images)
     takes = [pictures.still_take(i) for i in range(len(data))]
+    denoiser = sd_unet.Denoiser(config.min_snr)
+    if config.unet_stage > 1:
+        if not runner.trained(denoiser, folder, UNET_STAGES[config.unet_stage - 2]):
+            raise SystemExit(f"{folder} holds no UNet of stage {config.unet_stage - 1}: train that first")
+        denoiser.text.requires_grad_(False)
     stage = runner.Stage(
-        "unet", sd_unet.Denoiser(config.min_snr),
-        sd_unet.drawer(data, takes, config.unet_batch, config.drop_caption),
+        UNET_STAGES[config.unet_stage - 1], denoiser, sd_unet.drawer(data, takes, config.unet_batch, config.drop_caption),
         runner.Schedule(config.unet_steps, config.unet_cool_down),
         config.matrix_lr, config.unet_lr, config.unet_ema, config.seed, sd_unet.OUTER,
         sd_unet.inspector(folder, config.size),
@@ -113,11 +123,11 @@ def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: floa
 def export(folder: Path, config: Config, path: Path) -> None:
     """Writes the averaged weights under the key names of an ordinary SD 1.x checkpoint, with our marker."""
     denoiser = sd_unet.Denoiser(config.min_snr)
-    if not runner.trained(denoiser, folder, "unet"):
-        raise SystemExit(f"{folder} holds no trained UNet: run the stage `unet` first")
+    if not runner.trained(denoiser, folder, UNET_STAGES[config.unet_stage - 1]):
+        raise SystemExit(f"{folder} holds no UNet of stage {config.unet_stage}: run the stage `unet` first")
     autoencoder = sd_autoencoder.trained(folder, "cpu")
     tensors = checkpoint_tensors(denoiser, autoencoder)
-    steps = {f"{name}_steps": runner.steps_done(folder, name) for name in (*sd_autoencoder.STAGES, "unet")}
+    steps = {f"{name}_steps": runner.steps_done(folder, name) for name in (*sd_autoencoder.STAGES, *UNET_STAGES)}
     training = {**dataclasses.asdict(config), **steps}
     half_files.save_half(path, tensors, {"config": json.dumps({"training": training})})
     print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, {training['unet_steps']} UNet steps, "

@@ -1,6 +1,7 @@
 """How `puppets_sd` is trained: its pictures, autoencoder and UNet, and the file that comes of them."""
 
 import csv
+import dataclasses
 import math
 import sys
 
@@ -237,6 +238,19 @@ def test_the_decoder_goes_on_and_the_encoder_stays(trained):
     assert all(torch.equal(before[key], after[key]) == (not key.startswith("taesd_decoder")) for key in before)
     found = sd_autoencoder.trained(folder, CPU).state_dict()
     assert all(torch.equal(found[key], after[key]) for key in after)
+
+
+def test_a_later_stage_goes_on_with_the_average_and_the_text_encoder_stays(trained, monkeypatch):
+    folder, _ = trained
+    monkeypatch.setattr(sd_unet, "SHOWN", 2)
+    with pytest.raises(SystemExit, match="stage 2"):
+        puppets_sd.train_unet(folder, dataclasses.replace(TINY, unet_stage=3), math.inf)
+    assert puppets_sd.train_unet(folder, dataclasses.replace(TINY, unet_stage=2, unet_steps=1), math.inf)
+    before, after = (load_file(folder / name / "average.safetensors") for name in ("unet", "unet2"))
+    for key in before:
+        change = (after[key] - before[key]).abs().max()
+        assert change == 0 if key.startswith("text.") else change < 0.05, key
+    assert any((after[key] != before[key]).any() for key in before)
 
 
 def test_latents_are_kept(trained):
