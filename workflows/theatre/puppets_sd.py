@@ -112,7 +112,8 @@ def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: floa
             raise SystemExit(f"{folder} holds no UNet of stage {config.unet_stage - 1}: train that first")
         denoiser.text.requires_grad_(False)
     stage = runner.Stage(
-        UNET_STAGES[config.unet_stage - 1], denoiser, sd_unet.drawer(data, takes, config.unet_batch, config.drop_caption),
+        UNET_STAGES[config.unet_stage - 1], denoiser,
+        sd_unet.drawer(data, takes, config.unet_batch, config.drop_caption),
         runner.Schedule(config.unet_steps, config.unet_cool_down),
         config.matrix_lr, config.unet_lr, config.unet_ema, config.seed, sd_unet.OUTER,
         sd_unet.inspector(folder, config.size),
