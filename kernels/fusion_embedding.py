@@ -1,4 +1,4 @@
-"""FPDM's fusion embedding: a source picture's and a pose's embedding become one that looks for the target picture.
+"""FPDM's fusion embedding: the embeddings of a source picture and a pose become one that retrieves the target.
 
 Source: Fusion Embedding for Pose-Guided Person Image Synthesis with Diffusion Model (arXiv 2412.07333). With e_s, e_p
 and e_t the unnormalised embeddings [N, D] of source, pose and target by one image encoder:
@@ -11,8 +11,6 @@ InfoNCE
 
     loss = mean_i(logsumexp_j S_ij - S_ii) + l1 mean|[e_s; e_s] - F|.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
@@ -28,24 +26,21 @@ Drop = Callable[[torch.Tensor], torch.Tensor]
 def combine(
     source: torch.Tensor, pose: torch.Tensor, weights: Mapping[str, torch.Tensor], drop: Drop | None = None
 ) -> torch.Tensor:
-    """e_f [N, D], of unit length, of embeddings [N, D]; `weights` are `<layer>.weight` and `<layer>.bias` of LAYERS.
+    """e_f [N, D], of unit length, for embeddings [N, D]; `weights` are `<layer>.weight` and `<layer>.bias` of LAYERS.
 
-    `drop` is the dropout of training; without it nothing is dropped. No autograd formula of its own.
+    `drop` is the dropout of training; without it nothing is dropped. Gradients are autograd's.
     """
     drop = drop or (lambda x: x)
 
     def layer(name: str, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    projected = torch.cat(
-        [
-            drop(functional.relu(layer("pose_projection", pose))),
-            drop(functional.relu(layer("source_projection", source))),
-        ],
-        dim=-1,
-    )
-    gate = torch.sigmoid(layer("gate", drop(functional.relu(layer("gate_hidden", projected)))))
-    mixed = layer("output", drop(functional.relu(layer("mixing", projected))))
+    def hidden(name: str, x: torch.Tensor) -> torch.Tensor:
+        return drop(functional.relu(layer(name, x)))
+
+    projected = torch.cat([hidden("pose_projection", pose), hidden("source_projection", source)], dim=-1)
+    gate = torch.sigmoid(layer("gate", hidden("gate_hidden", projected)))
+    mixed = layer("output", hidden("mixing", projected))
     return functional.normalize(mixed + gate * pose + (1 - gate) * source, dim=-1)
 
 
@@ -53,29 +48,29 @@ def source_enhanced_info_nce(
     source: torch.Tensor, target: torch.Tensor, fused: torch.Tensor, temperature: float, l1: float
 ) -> torch.Tensor:
     """The loss of N embeddings [N, D] of each kind, a scalar. `temperature` and `l1` have no units."""
-    wanted, found = torch.cat([target, source]), torch.cat([fused, source])
-    similarity = functional.normalize(wanted, dim=-1) @ functional.normalize(found, dim=-1).T / temperature
+    t, f = torch.cat([target, source]), torch.cat([fused, source])
+    similarity = functional.normalize(t, dim=-1) @ functional.normalize(f, dim=-1).T / temperature
     contrast = (similarity.logsumexp(dim=1) - similarity.diagonal()).mean()
-    return contrast + l1 * (torch.cat([source, source]) - found).abs().mean()
+    return contrast + l1 * (torch.cat([source, source]) - f).abs().mean()
 
 
 def retrieval_ranks(fused: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How many of N targets [N, D] are nearer to each e_f than its own, [N]; below 1 is found at once.
+    """For each e_f, how many of the N targets [N, D] are nearer than its pair's own, [N]; below 1, that one is first.
 
-    Ours: among the targets alone. Equal ones count half each: a pair that stands there twice is found, and embeddings
-    that have all become one find nothing.
+    Ours: only targets are ranked. Ties count half, so duplicate pairs still match, and embeddings that have all
+    collapsed into one do not.
     """
     similarity = functional.normalize(fused, dim=-1) @ functional.normalize(target, dim=-1).T
-    apart = similarity - similarity.diagonal().unsqueeze(1)
-    equal = (apart.abs() <= 1e-6).sum(dim=1) - 1  # without itself
-    return (apart > 1e-6).sum(dim=1) + equal / 2
+    difference = similarity - similarity.diagonal().unsqueeze(1)
+    ties = (difference.abs() <= 1e-6).sum(dim=1) - 1  # not counting the pair's own target
+    return (difference > 1e-6).sum(dim=1) + ties / 2
 
 
 def dropout(rate: float, generator: torch.Generator) -> Drop:
-    """Inverted dropout whose every call draws from `generator`, which lives on the CPU."""
+    """Inverted dropout that draws from `generator`, on the CPU, at every call."""
 
     def drop(x: torch.Tensor) -> torch.Tensor:
-        kept = torch.rand(x.shape, generator=generator) >= rate
-        return x * kept.to(x.device) / (1 - rate)
+        keep = torch.rand(x.shape, generator=generator) >= rate
+        return x * keep.to(x.device) / (1 - rate)
 
     return drop

@@ -1,29 +1,26 @@
-"""Attention of video tokens to themselves and to reference images that see nothing but themselves.
+"""Attention of video tokens to themselves and to reference images, which attend only to themselves.
 
 Source: Stand-In (arXiv 2508.07901), restricted self-attention. The weights and the second and later references
 are ours.
 
 Notation. Q_V, K_V, V_V belong to the N video tokens, Q_I, K_I, V_I to the R tokens of one reference image; queries
-and keys carry their rotary position already. Everything is [B, T, H, D]: batch, tokens, heads, head width.
+and keys already carry their rotary positions. Everything is [B, T, H, D]: batch, tokens, heads, head width.
 
     Out_I = Attn(Q_I, K_I, V_I)                              a reference sees neither video nor another reference
     Out_V = Attn(Q_V, [K_V; K_I], [V_V; V_I])
 
 A weight w in 0..1 for each video token multiplies the reference's unnormalised attention, which is the same as
-adding log w to its scores: 1 is published, 0 leaves exactly Attn(Q_V, K_V, V_V).
+adding log w to its scores: 1 is the published method, 0 gives exactly Attn(Q_V, K_V, V_V).
 
-Three forms of Out_V:
-- `eager` is the definition: all scores, one softmax.
-- `joint` is the fast path for weights of 1: keys and values go into one buffer of N + R rows, and whatever
-  attention function the caller has runs on it, once.
+Two forms of Out_V:
+- `joint` is the fast path for weights of 1: keys and values go into buffers of N + R rows, and the caller's
+  attention function runs on them once.
 - `weighted` merges segments by their log-sum-exp l: with g = sigmoid(l_I + log w - l_V) the result is
   Out_V + g (Out_I' - Out_V), where Out_I' = Attn(Q_V, K_I, V_I). It is exact, needs no N x (N + R) mask, and
   costs one more small attention for each reference. It saves nothing, so it runs only where a weight is not 1.
 
-No Triton form exists yet: it enters with a measured win on a GPU, and none was at hand.
+There is no Triton form: one is added once it is measured to be faster on a GPU, and none was available.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,7 +31,7 @@ import torch
 # attention(q, k, v) -> out, all [B, T, H, D], one softmax over the keys
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Queries merged at a time, and scores held at a time, in fp32; they bound the memory, not the result.
+# Queries merged at once, and fp32 scores held at once; these limit the memory and do not change the result.
 _ROWS = 4096
 _SCORES = 1 << 26
 
@@ -50,29 +47,6 @@ class Reference(NamedTuple):
     weight: torch.Tensor | None = None
 
 
-def eager_pair(
-    q_v: torch.Tensor, k_v: torch.Tensor, v_v: torch.Tensor,
-    q_i: torch.Tensor, k_i: torch.Tensor, v_i: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out_V and Out_I of one published layer, with one reference; each like its query."""
-    return eager(q_v, k_v, v_v, [Reference(k_i, v_i)]), eager(q_i, k_i, v_i, [])
-
-
-def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: Sequence[Reference]) -> torch.Tensor:
-    """The definition of Out_V, in fp32 (fp64 for fp64); q's shape and dtype."""
-    dtype = _accumulator(q)
-    scores = [_scores(q, k, dtype)]
-    values = [v.to(dtype)]
-    for reference in references:
-        score = _scores(q, reference.k, dtype)
-        if reference.weight is not None:
-            score = score + _log_weight(reference.weight, dtype)[:, None, :, None]
-        scores.append(score)
-        values.append(reference.v.to(dtype).expand(q.shape[0], -1, -1, -1))
-    probabilities = torch.softmax(torch.cat(scores, dim=-1), dim=-1)
-    return torch.einsum("bhnm,bmhd->bnhd", probabilities, torch.cat(values, dim=1)).to(q.dtype)
-
-
 def joint(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: Sequence[Reference], attention: Attention
 ) -> torch.Tensor:
@@ -83,7 +57,7 @@ def joint(
     if not references:
         return attention(q, k, v)
     if any(reference.weight is not None for reference in references):
-        raise ValueError("one softmax knows no weights: use weighted() for references that have them")
+        raise ValueError("joint() takes no weights, and a reference has one: use weighted()")
     return attention(q, append(k, [r.k for r in references]), append(v, [r.v for r in references]))
 
 
@@ -99,13 +73,11 @@ def append(rows: torch.Tensor, tails: Sequence[torch.Tensor]) -> torch.Tensor:
     return buffer
 
 
-def weighted(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: Sequence[Reference]
-) -> torch.Tensor:
+def weighted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: Sequence[Reference]) -> torch.Tensor:
     """Out_V with a weight for each query and reference, exactly; q's shape and dtype.
 
     References without a weight share the video's softmax. A token whose weights are all 0 gets what the same
-    backend answers without references, bit for bit.
+    backend returns without references, bit for bit.
     """
     whole = [reference for reference in references if reference.weight is None]
     if whole:
@@ -125,7 +97,7 @@ def attention_with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tup
     backend = lse_backend(q, k, v)
     if backend == "explicit":
         return _explicit(q, k, v)
-    # PyTorch's kernels want [B, H, T, D] and give [B, H, T], or longer where they pad.
+    # PyTorch's kernels take [B, H, T, D] and return a log-sum-exp [B, H, T], longer where they pad.
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if backend == "flash_cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
@@ -137,9 +109,9 @@ def attention_with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tup
 
 
 def lse_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
-    """Which kernel gives a log-sum-exp here: flash_cpu, flash, efficient, or explicit where no other can.
+    """Which kernel computes the log-sum-exp: flash_cpu, flash, efficient, or explicit where none of these can.
 
-    PyTorch's own have no gradient through the log-sum-exp, so where one is wanted the answer is explicit.
+    PyTorch's kernels have no gradient through the log-sum-exp, so where one is needed this is explicit.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         return "explicit"
@@ -148,7 +120,7 @@ def lse_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
     if q.device.type != "cuda" or q.shape[-1] % 8 != 0:
         return "explicit"
     half = q.dtype in (torch.float16, torch.bfloat16)
-    # Flash kernels need an Ampere or newer; the memory-efficient one runs on everything CUDA, in fp32 too.
+    # Flash kernels need Ampere or newer; the memory-efficient one runs on every CUDA device, also in fp32.
     ampere = torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0)
     if half and q.shape[-1] <= 256 and ampere:
         return "flash"
@@ -157,7 +129,7 @@ def lse_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
 
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _accumulator(q)
-    k, v = k.to(dtype), v.to(dtype)  # once, not once for each part of the queries
+    k, v = k.to(dtype), v.to(dtype)  # once, not for each part of the queries
     outs, sums = [], []
     count = max(1, _SCORES // (q.shape[0] * q.shape[2] * k.shape[1]))
     for rows in q.split(count, dim=1):
@@ -168,7 +140,7 @@ def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.
 
 
 def _merge(out, lse, other, other_lse) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two segments of one softmax as one; a second segment of weight 0 changes no bit of the first."""
+    """Merges two segments of one softmax; a second segment of weight 0 changes no bit of the first."""
     gate = torch.sigmoid(other_lse - lse)[..., None]
     parts = [
         torch.lerp(a.to(gate.dtype), b.to(gate.dtype), g).to(out.dtype)

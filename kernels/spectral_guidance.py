@@ -4,7 +4,7 @@ Source: ImPoster (arXiv 2409.15650), whose sampling step is z <- z - s_a grad G_
 
 Notation. Latents x, s (source) and d (driving) are real, [..., H, W]; the transform runs over the last two
 axes, so [B, C, H, W] is taken per channel and [B, C, T, H, W] per channel and frame. X, S, D are orthonormal
-spectra: by Parseval a step in the spectrum has the length of the step in the latent, at every resolution.
+spectra: by Parseval, a step in the spectrum is as long as the step in the latent, at every resolution.
 
     G_a          = 1/2 sum_k (|X_k| - |S_k|)^2
     G_p circular = sum_k |X_k| (1 - cos(arg X_k - arg D_k))            ours: amplitude-weighted and smooth
@@ -14,11 +14,11 @@ Sums run over the whole plane, so a loss has one value per plane, shape x.shape[
 x. `paper` cannot tell an angle from its negative, hence a picture from its 180 degree rotation; it leaves out
 the bins that are real in every real plane (angle 0 or pi), where it is constant and cannot be descended.
 
-Scales. 1.0 always means "all the way", and it is free of units, resolution and model:
-- `per_bin` moves every bin the fraction s of its own way: |X| linearly to |S|, and the angle along the arc to
-  the driving angle (for `paper`, |angle| to |angle| with the bin's own sign). For |X| that is the plain
+Scales. They have no unit; 1.0 means "all the way" at every resolution and for every model:
+- `per_bin` moves every bin by the fraction s of its distance: |X| linearly to |S|, and the angle along the arc to
+  the driving angle (for `paper`, |angle| to |angle| with the sign of the bin). For |X| that is the plain
   gradient step. For `circular` it is the gradient step preconditioned by |X| per bin, taken along the arc
-  instead of its chord so that amplitudes are kept; s = 1 is a minimiser of either.
+  instead of its chord so that amplitudes stay; s = 1 is a minimiser of either.
 - `gradient` is plain descent, x - s_a t_a grad G_a - s_p t_p grad G_p, with t = 2 G / |grad G|^2 per plane:
   the step at which a quadratic loss with minimum 0 reaches its minimum. For G_a, t is exactly 1.
 
@@ -28,19 +28,19 @@ s_a = 2 r_a/(B C) here, and with r_p it is s_p = 2 r_p/(B C H W t_p) under `grad
 on four channels is s_a = 5e-7: invisible.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .dispatch import fft_device
+from .fft_device import fft_device
 
 DISTANCES = ("circular", "paper")
 RULES = ("per_bin", "gradient")
 _CUTOFF_ROUNDING = 1e-9
+# The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
+HIGHEST_CUTOFF = 0.75
 
 
 class Band(NamedTuple):
@@ -55,7 +55,7 @@ ALL_BANDS = Band()
 
 @dataclass(frozen=True)
 class Target:
-    """What an estimate is moved to; made by `prepare` once per sampling. Spectra are [..., H, W//2 + 1].
+    """What an estimate is moved towards; `prepare` makes it once per sampling run. Spectra are [..., H, W//2 + 1].
 
     `amplitude` is |S|; `phasor` is D/|D|, and 0 where the driving phase is undefined or outside its band.
     """
@@ -75,30 +75,26 @@ class Losses(NamedTuple):
 
 
 def prepare(
-    source: torch.Tensor | None,
-    driving: torch.Tensor | None,
-    *,
-    distance: str = "circular",
-    amplitude_band: Band = ALL_BANDS,
-    phase_band: Band = ALL_BANDS,
+    source: torch.Tensor | None, driving: torch.Tensor | None, *, distance: str = "circular",
+    amplitude_band: Band = ALL_BANDS, phase_band: Band = ALL_BANDS,
 ) -> Target:
     """Spectra of the source and the driving latent, [..., H, W]; None switches a term off.
 
     Both stay on their device, or on the CPU where that device lacks the complex FFT.
-    Raises ValueError for two sizes, for no latent, for an unknown distance, or for a band without a bin.
+    Raises ValueError for different sizes, no latent, an unknown distance, or a band without a bin.
     """
     if distance not in DISTANCES:
         raise ValueError(f"phase distance {distance!r} is unknown: use one of {', '.join(DISTANCES)}")
     sizes = {tuple(latent.shape[-2:]) for latent in (source, driving) if latent is not None}
     if len(sizes) != 1:
-        raise ValueError(f"source and driving latent need one common size, not {sorted(sizes)}")
+        raise ValueError(f"source and driving latent need one common size, not {sorted(sizes)}: encode both at it")
     (size,) = sizes
     amplitude = mask = phasor = None
     if source is not None:
-        amplitude = _spectrum(source).abs()
+        amplitude = half_spectrum(source).abs()
         mask = band_mask(size, amplitude_band, amplitude.device)
     if driving is not None:
-        spectrum = _spectrum(driving)
+        spectrum = half_spectrum(driving)
         band = band_mask(size, phase_band, spectrum.device)
         if distance == "paper":
             band &= ~_real_bins(size, band.device)
@@ -113,7 +109,7 @@ def band_mask(size: tuple[int, int], band: Band, device: torch.device | str = "c
     rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
     columns = torch.fft.rfftfreq(width, dtype=torch.float64)[None, :]
     frequency = torch.sqrt(rows**2 + columns**2)
-    # A cutoff like 0.3 names the bin 3/10, whatever the rounding of either.
+    # A cutoff such as 0.3 includes the bin 3/10, however either is rounded.
     mask = (frequency >= band.low - _CUTOFF_ROUNDING) & (frequency <= band.high + _CUTOFF_ROUNDING)
     if not mask.any():
         raise ValueError(
@@ -125,7 +121,7 @@ def band_mask(size: tuple[int, int], band: Band, device: torch.device | str = "c
 
 def losses(x: torch.Tensor, target: Target) -> Losses:
     """G_a and G_p of x [..., H, W], fp32 (fp64 for fp64)."""
-    spectrum = _spectrum(_checked(x, target))
+    spectrum = half_spectrum(_checked(x, target))
     length = spectrum.abs()
     zero = length.new_zeros(length.shape[:-2])
     amplitude = phase = zero
@@ -144,7 +140,7 @@ def gradient(
 
     Both terms share one transform and one inverse. Bins without a phase (zero amplitude) get no gradient.
     """
-    spectrum = _spectrum(_checked(x, target))
+    spectrum = half_spectrum(_checked(x, target))
     length = spectrum.abs()
     total = torch.zeros_like(spectrum)
     if target.amplitude is not None and amplitude_weight != 0:
@@ -155,13 +151,9 @@ def gradient(
 
 
 def update(
-    x: torch.Tensor,
-    target: Target,
-    amplitude_scale: float,
-    phase_scale: float,
-    rule: str = "per_bin",
+    x: torch.Tensor, target: Target, amplitude_scale: float, phase_scale: float, rule: str = "per_bin"
 ) -> torch.Tensor:
-    """x [..., H, W] moved toward the target by scales in 0..1 (see the module's text); x's shape and dtype.
+    """x [..., H, W] moved towards the target by scales in 0..1 (see the module's text); x's shape and dtype.
 
     Scales of 0 return x itself, bit for bit.
     """
@@ -171,7 +163,7 @@ def update(
     move_phase = target.phasor is not None and phase_scale != 0
     if not (move_amplitude or move_phase):
         return x
-    spectrum = _spectrum(_checked(x, target))
+    spectrum = half_spectrum(_checked(x, target))
     length = spectrum.abs()
     if rule == "gradient":
         step = torch.zeros_like(spectrum)
@@ -226,7 +218,8 @@ def _phase_error(spectrum: torch.Tensor, target: Target) -> torch.Tensor:
     return torch.where(target.phasor != 0, torch.where(angle < 0, -error, error), 0)
 
 
-def _spectrum(x: torch.Tensor) -> torch.Tensor:
+def half_spectrum(x: torch.Tensor) -> torch.Tensor:
+    """The orthonormal spectrum [..., H, W//2 + 1] of x [..., H, W], on its device or on the CPU (fft_device)."""
     # complex half precision is missing or inexact on most backends: upcast, compute, cast back once.
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.fft.rfft2(x.to(fft_device(x.device), dtype), norm="ortho")
@@ -244,8 +237,8 @@ def _symmetric(spectrum: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Inverse transforms differ by backend in what they do with the rest, hence the explicit projection.
     """
     width = size[1]
-    own = spectrum[..., :: width // 2] if width % 2 == 0 else spectrum[..., :1]
-    own.copy_(0.5 * (own + own.flip(-2).roll(1, -2).conj()))
+    mirrored = spectrum[..., :: width // 2] if width % 2 == 0 else spectrum[..., :1]
+    mirrored.copy_(0.5 * (mirrored + mirrored.flip(-2).roll(1, -2).conj()))
     return spectrum
 
 
@@ -263,12 +256,12 @@ def _plane_sum(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _floor(length: torch.Tensor) -> torch.Tensor:
-    """Amplitudes up to here are rounding of the transform, and their phase is noise; [..., 1, 1]."""
+    """Amplitudes up to this are rounding errors of the transform, and their phase is noise; [..., 1, 1]."""
     return 4 * torch.finfo(length.dtype).eps * length.amax((-2, -1), keepdim=True)
 
 
 def _checked(x: torch.Tensor, target: Target) -> torch.Tensor:
     if tuple(x.shape[-2:]) != target.size:
         size = tuple(x.shape[-2:])
-        raise ValueError(f"the target was prepared for latents of {target.size}, and this one is {size}")
+        raise ValueError(f"the target was prepared for latents of {target.size}, not {size}: prepare one for those")
     return x

@@ -1,17 +1,15 @@
-"""How much each query looks at a few tokens: those columns of an attention's probabilities, never the full map.
+"""How much each query attends to a few tokens: those columns of an attention's probabilities, never the full map.
 
-For queries q, keys k and heads h: P = softmax(q kᵀ / √D), and the answer is the mean over h of the sum of P over the
-asked columns. Cross-attention of a picture's places to the words of a subject gives the subject's place
+For queries q, keys k and heads h: P = softmax(q kᵀ / √D), and the result is the mean over h of the sum of P over the
+given columns. Cross-attention from the positions of a picture to the words for a subject shows where the subject is
 (Hertz et al., arXiv 2208.01626).
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
 
-# Bytes of a chunk of queries: a hundredth of the full map in fp32, but never less than this, where launches count.
+# Bytes of a chunk of queries: a hundredth of the full map in fp32, but at least so many, or kernel launches dominate.
 _SHARE = 100
 _LEAST_BYTES = 4 << 20
 
@@ -23,7 +21,7 @@ def token_attention(q: torch.Tensor, k: torch.Tensor, heads: int, columns: Seque
     Raises ValueError for no column, or one that k does not have.
     """
     if not columns or min(columns) < 0 or max(columns) >= k.shape[1]:
-        raise ValueError(f"columns are {list(columns)} and there are {k.shape[1]} tokens: name some of those")
+        raise ValueError(f"columns are {list(columns)}, but there are {k.shape[1]} tokens: name one or more of those")
     chosen = torch.tensor(list(columns), device=k.device)
     width = q.shape[-1] // heads
     # Upcast, since a sum of exponentials in fp16 overflows; k is short, and q comes in chunks.
@@ -39,6 +37,6 @@ def token_attention(q: torch.Tensor, k: torch.Tensor, heads: int, columns: Seque
 
 
 def chunk_rows(batch: int, queries: int, tokens: int, heads: int, width: int) -> int:
-    """How many queries are looked at at once: their logits and fp32 copies stay within the bound."""
+    """How many queries are processed at once: their logits and fp32 copies stay within the limit."""
     full = 4 * batch * heads * queries * tokens
     return max(1, min(queries, max(full // _SHARE, _LEAST_BYTES) // (4 * batch * heads * (tokens + width))))

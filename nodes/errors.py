@@ -1,4 +1,4 @@
-"""How the pack's own exceptions are called where the host shows them."""
+"""The names under which ComfyUI shows the pack's exceptions."""
 
 from typing import TypeVar
 
@@ -6,6 +6,6 @@ Error = TypeVar("Error", bound=type[Exception])
 
 
 def shown_by_name(error: Error) -> Error:
-    """An exception class that the host announces by its name alone, as it does builtin ones, without the module."""
+    """An exception class that ComfyUI shows by its name alone, without the module, as it does for builtin ones."""
     error.__module__ = "builtins"
     return error

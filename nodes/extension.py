@@ -1,85 +1,46 @@
-"""The one list of node classes, and what the pack registers with the host before they load."""
+"""Gathers what the rooms declare: the nodes, in menu order, and the weight folders that ComfyUI lists."""
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import files
-from .action_identifier.nodes import (
-    UnderstudyApplyActionIdentifier,
-    UnderstudyEncodeAction,
-    UnderstudyLoadActionIdentifier,
-    UnderstudySaveActionIdentifier,
-)
-from .action_identifier.training_nodes import UnderstudyTrainActionIdentifier
-from .frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
-from .frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair
-from .fusion_embedding.nodes import (
-    UnderstudyApplyFusion,
-    UnderstudyCombineFusion,
-    UnderstudyLoadFusion,
-    UnderstudyRetargetPose,
-    UnderstudySaveFusion,
-)
-from .fusion_embedding.training_nodes import UnderstudyTrainFusionCombiner, UnderstudyTrainFusionGenerator
-from .identity_prior.nodes import (
-    UnderstudyEditMasks,
-    UnderstudyEncodeIdentity,
-    UnderstudyIdentityMaskBlend,
-    UnderstudyInvertImage,
-    UnderstudyLoadIdentityPrior,
-    UnderstudySaveIdentityPrior,
-)
-from .identity_prior.training_nodes import UnderstudyTrainIdentityPrior
-from .puppets import theatre
-from .puppets.nodes import UnderstudyLoadPuppetVision, UnderstudyPuppet, UnderstudyPuppetSet
-from .video_identity.nodes import (
-    UnderstudyApplyVideoIdentity,
-    UnderstudyLoadVideoIdentityAdapter,
-    UnderstudyPrepareReference,
-    UnderstudySaveVideoIdentityAdapter,
-)
-from .video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
+from .action_identifier.files import FOLDER as ACTION_IDENTIFIERS
+from .action_identifier.nodes import NODES as ACTION_NODES
+from .action_identifier.training_nodes import NODES as ACTION_TRAINING
+from .drift_alignment.nodes import NODES as DRIFT_NODES
+from .frequency_guidance.nodes import NODES as FREQUENCY_NODES
+from .frequency_guidance.training_nodes import NODES as FREQUENCY_TRAINING
+from .fusion_embedding.files import FOLDER as FUSION_EMBEDDINGS
+from .fusion_embedding.nodes import NODES as FUSION_NODES
+from .fusion_embedding.training_nodes import NODES as FUSION_TRAINING
+from .identity_prior.nodes import NODES as IDENTITY_NODES
+from .identity_prior.training_nodes import NODES as IDENTITY_TRAINING
+from .puppets import menus, theatre
+from .puppets.nodes import NODES as THEATRE_NODES
+from .training.checkpoints import FOLDER as TRAINING_CHECKPOINTS
+from .video_identity.nodes import NODES as VIDEO_NODES
+from .video_identity.training_nodes import NODES as VIDEO_TRAINING
 
 METHOD_NODES: list[type[io.ComfyNode]] = [
-    UnderstudyFrequencyGuidanceSampler,
-    UnderstudyStepwisePrompt,
-    UnderstudyTrainSourceDrivingPair,
-    UnderstudyTrainIdentityPrior,
-    UnderstudySaveIdentityPrior,
-    UnderstudyLoadIdentityPrior,
-    UnderstudyEncodeIdentity,
-    UnderstudyInvertImage,
-    UnderstudyIdentityMaskBlend,
-    UnderstudyEditMasks,
-    UnderstudyTrainFusionCombiner,
-    UnderstudyTrainFusionGenerator,
-    UnderstudySaveFusion,
-    UnderstudyLoadFusion,
-    UnderstudyCombineFusion,
-    UnderstudyApplyFusion,
-    UnderstudyRetargetPose,
-    UnderstudyPrepareReference,
-    UnderstudyLoadVideoIdentityAdapter,
-    UnderstudyApplyVideoIdentity,
-    UnderstudyTrainVideoIdentityAdapter,
-    UnderstudySaveVideoIdentityAdapter,
-    UnderstudyTrainActionIdentifier,
-    UnderstudySaveActionIdentifier,
-    UnderstudyLoadActionIdentifier,
-    UnderstudyEncodeAction,
-    UnderstudyApplyActionIdentifier,
+    *FREQUENCY_NODES, *FREQUENCY_TRAINING,
+    *IDENTITY_TRAINING, *IDENTITY_NODES,
+    *FUSION_TRAINING, *FUSION_NODES,
+    *VIDEO_NODES, *VIDEO_TRAINING,
+    *ACTION_TRAINING, *ACTION_NODES,
+    *DRIFT_NODES,
 ]
+FOLDERS = [ACTION_IDENTIFIERS, FUSION_EMBEDDINGS, TRAINING_CHECKPOINTS]
 
-THEATRE_NODES: list[type[io.ComfyNode]] = [
-    UnderstudyPuppet,
-    UnderstudyPuppetSet,
-    UnderstudyLoadPuppetVision,
-]
+
+def register_folders() -> None:
+    """Make ComfyUI list the rooms' weight folders and, if the theatre is shown, its models."""
+    for folder in FOLDERS:
+        folder.register()
+    menus.register_models()
 
 
 class UnderstudyExtension(ComfyExtension):
     async def on_load(self) -> None:
-        files.register_folders()
+        register_folders()
         theatre.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return METHOD_NODES + (THEATRE_NODES if files.theatre_enabled() else [])
+        return METHOD_NODES + (THEATRE_NODES if menus.is_shown() else [])

@@ -1,28 +1,32 @@
-"""A short name for the weights of a model, to tell whether a file was learnt beside them."""
-
-from __future__ import annotations
+"""Short digests of a model's weights, to tell whether a file was trained with them."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-_SAMPLED_WEIGHTS = 8  # tensors looked into, spread over the model
-_SAMPLED_VALUES = 16  # of each
+_SAMPLED_WEIGHTS = 8  # tensors, spread over the model
+_SAMPLED_VALUES = 16  # in each of them
 
 
 def fingerprint(model: Any) -> str:
-    """16 hex digits of a MODEL's key names, shapes and a few raw weights, LoRAs on it not counted.
+    """16 hex digits of a MODEL's key names, shapes and a few raw weights, without the LoRAs on it.
 
-    Equal for equal files; a file in another precision, or of another training, has its own.
+    Equal for equal files, different for another precision or another training.
     """
-    originals = {key.removeprefix("diffusion_model."): kept.weight for key, kept in model.backup.items()}
+    originals = {key.removeprefix("diffusion_model."): backup.weight for key, backup in model.backup.items()}
     return weights_fingerprint(model.model.diffusion_model.state_dict(), originals)
 
 
+def clip_fingerprint(clip: Any) -> str:
+    """The same of a CLIP's text encoders."""
+    originals = {key: moved.weight for key, moved in clip.patcher.backup.items()}
+    return weights_fingerprint(clip.cond_stage_model.state_dict(), originals)
+
+
 def weights_fingerprint(weights: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor] = {}) -> str:
-    """The same of any weights by name; `originals` stand for those of their names."""
+    """The same digest of any weights by name; where `originals` has a name, its tensor is used instead."""
     content = hashlib.sha256()
     for key in sorted(weights):
         content.update(f"{key} {tuple(weights[key].shape)}\n".encode())
@@ -32,26 +36,6 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor], originals: Mapping[
     return content.hexdigest()[:16]
 
 
-def patches_fingerprint(model: Any) -> str:
-    """16 hex digits of the LoRAs and other weights that are patched onto a MODEL; empty where there are none."""
-    content = hashlib.sha256()
-    for key in sorted(model.patches):
-        for strength, patch, own, offset, _ in model.patches[key]:
-            content.update(f"{key} {type(patch).__name__} {strength} {own} {offset}\n".encode())
-            for part in _parts(getattr(patch, "weights", patch)):
-                content.update(_sampled(part) if isinstance(part, torch.Tensor) else f"{part}\n".encode())
-    return content.hexdigest()[:16] if model.patches else ""
-
-
 def _sampled(tensor: torch.Tensor) -> bytes:
     values = tensor.detach().flatten()
     return values[:: max(1, values.numel() // _SAMPLED_VALUES)].cpu().float().numpy().tobytes()
-
-
-def _parts(value: Any) -> Iterator[torch.Tensor | str | int | float | None]:
-    """The tensors, names and numbers of a patch, in their order."""
-    if isinstance(value, torch.Tensor | str | int | float | None):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _parts(part)

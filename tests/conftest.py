@@ -1,4 +1,4 @@
-"""The alias package `pack`, ComfyUI on the path (CPU), and one headless server for the end-to-end tests."""
+"""Makes the pack importable as `pack` beside ComfyUI (on the CPU), and starts one headless server for all tests."""
 
 import atexit
 import os
@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.append(str(Path(__file__).parent))
+_TESTS = Path(__file__).parent
+sys.path += [str(_TESTS), str(_TESTS.parent / "workflows")]
 
-from host import scripts  # noqa: E402
-from host.server import Server  # noqa: E402
+from launcher import scripts  # noqa: E402
+from launcher.server import Server  # noqa: E402
 
 scripts.alias_pack()
 _BASE = Path(tempfile.mkdtemp(prefix="understudy-tests-"))
@@ -26,7 +27,7 @@ _SHARE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 2))
 _THREADS = max(1, min(4, (os.cpu_count() or 2) // _SHARE))
 torch.set_num_threads(_THREADS)
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = str(_THREADS)  # of the servers that tests start
+    os.environ["OMP_NUM_THREADS"] = str(_THREADS)  # for the servers that tests start
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -1,7 +1,7 @@
-"""Run the test suite: `python tests/run.py [pytest arguments]`, with `--soak` the long tests too.
+"""Runs the test suite: `python tests/run.py [pytest arguments]`; `--soak` adds the long tests.
 
-The first start makes an environment and gets ComfyUI (see tests/host); later starts take seconds. The whole suite
-runs in a process for each core, four at most; what is named runs in one.
+The first start makes an environment and gets ComfyUI (see workflows/launcher); later starts take seconds. The whole
+suite runs in one process per core, at most four; tests that you name run in one process.
 """
 
 import os
@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "workflows"))
 
-from host import environment  # noqa: E402
+from launcher import environment  # noqa: E402
 
-_ALONE = ("-n", "-s", "--pdb", "--trace")  # a number of processes, or a conversation with one
+_ALONE = ("-n", "-s", "--pdb", "--trace")  # set the number of processes, or need a terminal
 
 
 def side_by_side(arguments: list[str]) -> list[str]:
-    """Options of pytest for the whole suite, a file to a process; none where tests or processes are named."""
+    """Options that make pytest run the whole suite in parallel; none if tests or a number of processes are named."""
     named = any(not argument.startswith("-") or argument.startswith(_ALONE) for argument in arguments)
     return [] if named else ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
 

@@ -1,7 +1,9 @@
-"""Help pages, translations, the setting and the README say what the nodes and commands are: no more, no less."""
+"""Help pages, translations, the setting and the READMEs say exactly what the nodes and commands are."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -14,17 +16,24 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from host.scripts import ROOT
-from host.server import PACK_NAME
-from pack.nodes import patching
+from launcher.scripts import ROOT
+from launcher.server import PACK_NAME
+from launcher.workflow_files import Workflow
 from pack.nodes.extension import METHOD_NODES, THEATRE_NODES
+from pack.nodes.patching import samplers
 from pack.nodes.puppets import config
-from shipped import all_files, shipped_files
+from support.shipped import all_files, shipped_files
 
 NODES = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in METHOD_NODES + THEATRE_NODES}
 DOCS = ROOT / "web" / "docs"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-# English is the page of every language that has none of its own.
+GUIDES = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in (
+        "README.md", "CONTRIBUTING.md", "workflows/README.md", "workflows/models/SOURCES.md", "tests/README.md",
+        "tests/experiments/README.md", "tests/experiments/PROTOCOL.md",
+    )
+}
+README = GUIDES["README.md"]
+# Languages without a page of their own show the English one.
 PAGES = {"en": "{}.md", "ja": "{}/ja.md", "zh": "{}/zh.md"}
 TRANSLATIONS = ("ja", "zh")
 HEADINGS = {"en": ("Inputs", "Outputs"), "ja": ("入力", "出力"), "zh": ("输入", "输出")}
@@ -44,16 +53,16 @@ def page(node_id: str, language: str) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """What stands below `## heading`, up to the next one."""
+    """The text below `## heading`, up to the next one."""
     return re.split(r"^## ", text.split(f"\n## {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of every table row, headers left out."""
+    """The cells of every table row, without headers."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     rules = [i for i, line in enumerate(lines) if set(line) <= set("|- ")]
-    kept = [line for i, line in enumerate(lines) if i not in rules and i + 1 not in rules]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in kept]
+    rows = [line for i, line in enumerate(lines) if i not in rules and i + 1 not in rules]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
 
 
 def labelled(cell: str) -> tuple[str, str]:
@@ -63,12 +72,12 @@ def labelled(cell: str) -> tuple[str, str]:
 
 
 def named_values(node_id: str, widget) -> tuple[str, ...]:
-    """The words that a text on this input has to give, in every language."""
+    """The words that a text about this input must contain, in every language."""
     if widget.id in ("actions", "scenes"):
         return config.ACTIONS if widget.id == "actions" else config.SCENES
     options = tuple(getattr(widget, "options", None) or ())
     if widget.id == "apply_to":
-        return (*options, "ddim", *patching.STEPWISE_SAMPLERS)
+        return (*options, "ddim", *samplers.STEPWISE_SAMPLERS)
     return options if len(options) < 6 else ()
 
 
@@ -91,7 +100,7 @@ def test_help_names_every_input_with_its_default(node_id, language):
     assert [labelled(row[0])[1] for row in table] == [widget.id for widget in widgets]
     for row, widget in zip(table, widgets, strict=True):
         assert len(row) == 3 and all(row), widget.id
-        # A socket may carry a default of the host's own, which nobody sees.
+        # A socket may have a default of ComfyUI's, which nobody sees.
         default = None if getattr(widget, "force_input", None) else getattr(widget, "default", None)
         if isinstance(default, float):
             assert float(row[1]) == default and UNIT[language] in row[2], widget.id
@@ -99,7 +108,7 @@ def test_help_names_every_input_with_its_default(node_id, language):
             texts = {None: "–", "": EMPTY[language], False: "false", True: "true"}
             shown = row[1].strip("`")  # words in angle brackets are code, lest they be taken for HTML
             assert shown == (texts[default] if default in ("", None) or isinstance(default, bool) else str(default))
-        if widget.id not in ("actions", "scenes"):  # their words stand below the table
+        if widget.id not in ("actions", "scenes"):  # their words are below the table
             assert [word for word in named_values(node_id, widget) if word not in row[2]] == []
 
 
@@ -121,6 +130,9 @@ def test_help_has_every_part(node_id, language):
 
 
 def labels(node_id: str, language: str) -> tuple[str, dict]:
+    """The name that a node shows, and the locale's entry; English is the schema's own text and has no entry."""
+    if language == "en":
+        return NODES[node_id].display_name, {}
     texts = locale(language, "nodeDefs")[node_id]
     return texts["display_name"], texts
 
@@ -148,6 +160,23 @@ def test_help_teaches_the_theatre_s_words(language):
         assert [word for word in needed if word not in page(node_id, language)] == []
 
 
+@pytest.mark.parametrize("language", PAGES)
+def test_the_theatre_s_words_are_in_the_tooltip_where_they_are_typed(language):
+    words = (*config.SPECIES, *config.PATTERNS, *config.HEADWEAR[1:], *config.COLOURS)
+    for node_id, name in (("UnderstudyPuppet", "identity"), ("UnderstudyPuppetSet", "identities")):
+        (widget,) = (widget for widget in NODES[node_id].inputs if widget.id == name)
+        tooltip = widget.tooltip if language == "en" else labels(node_id, language)[1]["inputs"][name]["tooltip"]
+        assert [word for word in words if word not in tooltip] == []
+
+
+@pytest.mark.parametrize("word", [
+    "顔", "人脸", "人形", "木偶", "姿态", "ポーズ", "动作", "動作", "swap", "motion", "face", "puppet", "pose",
+])
+def test_a_search_in_three_languages_finds_a_node(word):
+    """The search finds names in the language of the menus, and aliases in each."""
+    assert [node_id for node_id, schema in NODES.items() if any(word in alias for alias in schema.search_aliases)]
+
+
 def test_there_is_a_help_page_for_each_node_and_no_other():
     expected = {form.format(node_id) for node_id in NODES for form in PAGES.values()}
     assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.*")} == expected
@@ -161,7 +190,7 @@ def shown_inputs(schema) -> list[str]:
     return ids
 
 
-@pytest.mark.parametrize("language", PAGES)
+@pytest.mark.parametrize("language", TRANSLATIONS)
 def test_locales_cover_each_node_exactly(language):
     texts = locale(language, "nodeDefs")
     assert list(texts) == list(NODES)
@@ -182,15 +211,19 @@ def test_locales_cover_each_node_exactly(language):
     assert [text for text in compiled if I18N_SYNTAX & set(text)] == []
 
 
-def test_english_locale_is_the_schema():
-    """The frontend shows the locale's text in place of the schema's: the two must not drift apart."""
-    for node_id, text in locale("en", "nodeDefs").items():
-        schema = NODES[node_id]
-        assert (text["display_name"], text["description"]) == (schema.display_name, schema.description)
-        for widget in schema.inputs:
-            assert text["inputs"][widget.id] == {"name": widget.id, "tooltip": widget.tooltip}
-        for slot, output in zip(text["outputs"].values(), schema.outputs, strict=True):
-            assert (slot.get("name"), slot["tooltip"]) == (output.display_name, output.tooltip)
+def test_english_texts_are_plain_in_the_schema():
+    """The frontend shows the schema's names and tooltips where a language has no `nodeDefs.json`: English has none.
+
+    Compared once in frontend 1.47.12, classic nodes and Nodes 2.0: names, labels, tooltips, outputs and
+    control_after_generate were the same with a file of the schema's texts and without it, in English and Japanese.
+    """
+    assert not (ROOT / "locales" / "en" / "nodeDefs.json").exists()
+    texts = [
+        text for schema in NODES.values() for text in (
+            schema.display_name, schema.description, *(output.display_name or "" for output in schema.outputs)
+        )
+    ]
+    assert [text for text in texts if I18N_SYNTAX & set(text)] == []
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)
@@ -209,7 +242,9 @@ def test_translations_are_translated_and_keep_the_values_to_type(node_id, langua
 
 @pytest.mark.parametrize("language", PAGES)
 def test_locales_cover_categories_and_the_setting(language):
-    assert {path.stem for path in (ROOT / "locales" / language).iterdir()} == {"main", "nodeDefs", "settings"}
+    assert {path.stem for path in (ROOT / "locales" / language).iterdir()} == (
+        {"main", "settings"} | ({"nodeDefs"} if language in TRANSLATIONS else set())
+    )
     script = (ROOT / "web" / "understudy.js").read_text(encoding="utf-8")
     setting = re.search(r'id: "([\w.]+)"', script)[1]
     groups = json.loads(re.search(r"category: (\[.*\])", script)[1])[:-1]
@@ -221,19 +256,19 @@ def test_locales_cover_categories_and_the_setting(language):
     if language == "en":
         plain = re.sub(r'"\s*\+\s*"', "", script)
         assert all(f'"{text}"' in plain for text in texts[setting.replace(".", "_")].values())
-    assert f'"{setting}"' in (ROOT / "nodes" / "files.py").read_text(encoding="utf-8")
+    assert f'"{setting}"' in (ROOT / "nodes" / "puppets" / "menus.py").read_text(encoding="utf-8")
 
 
 def test_there_are_three_languages():
     assert {path.name for path in (ROOT / "locales").iterdir()} == set(PAGES)
 
 
-def test_the_host_serves_script_help_and_translations(server):
+def test_comfyui_serves_script_help_and_translations(server):
     assert f"/extensions/{PACK_NAME}/understudy.js" in server.get("/extensions")
     translations = server.get("/i18n")
     for language in PAGES:
         served = translations[language]
-        assert served["nodeDefs"] == locale(language, "nodeDefs")
+        assert served.get("nodeDefs", {}) == (locale(language, "nodeDefs") if language in TRANSLATIONS else {})
         assert served["settings"] == locale(language, "settings")
         assert served["nodeCategories"] == locale(language, "main")["nodeCategories"]
     for node_id in NODES:
@@ -243,23 +278,39 @@ def test_the_host_serves_script_help_and_translations(server):
                 assert answer.read().decode() == page(node_id, language)
 
 
-def test_readme_names_every_command_and_they_exist():
+def readme_links() -> dict[str, str]:
+    """{path in the repository: label} of the links that README and the page of templates and nodes have."""
+    return {
+        os.path.normpath(Path(guide).parent / target): label.strip("`")
+        for guide in ("README.md", "workflows/README.md")
+        for label, target in re.findall(r"(?<!!)\[([^\[\]]+)\]\(([^)#]+)", GUIDES[guide])
+    }
+
+
+def test_readme_is_one_screen():
+    assert len(README.encode()) <= 8192
+
+
+def test_guides_name_every_command_and_they_exist():
     scripts = [
         name for name in all_files() if name.endswith(".py") and name.startswith(("tests/", "workflows/"))
         and re.search(r"^if __name__ == ", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
     ]
     assert {"workflows/run.py", "tests/run.py"} <= set(scripts)
-    assert [name for name in scripts if f"python {name}" not in README] == []
-    for name, options in re.findall(r"^python (\S+)(.*)$", README, re.MULTILINE):
+    text = "\n".join(GUIDES.values())
+    assert [name for name in scripts if f"python {name}" not in text] == []
+    for name, options in re.findall(r"^ *python (\S+\.py)(.*)$", text, re.MULTILINE):
         source = (ROOT / name).read_text(encoding="utf-8")
         assert [option for option in re.findall(r"--[\w-]+", options) if option not in source] == []
 
 
 def test_readme_names_every_node_workflow_and_licence():
-    assert [word for node_id, schema in NODES.items() for word in (
-        f"`{node_id}`", schema.display_name.partition(" (")[0]) if word not in README] == []
+    links = readme_links()
+    for node_id, schema in NODES.items():
+        assert links.get(f"web/docs/{node_id}.md") == schema.display_name.partition(" (")[0]
     workflows = [path.stem for path in (ROOT / "workflows").glob("*.json")]
-    assert [stem for stem in workflows if stem not in README] == []
+    table = "\n".join(line for line in README.splitlines() if line.startswith("| "))
+    assert [stem for stem in workflows if f"[`{stem}`](workflows/{stem}.json)" not in table] == []
     for family, licence in (
         ("Theatre", "GPL-3.0-or-later"), ("Stable Diffusion 1.5", "CreativeML Open RAIL-M"),
         ("Stable Diffusion 2.1, SDXL", "CreativeML Open RAIL++-M"), ("Wan 2.1, Wan 2.2", "Apache-2.0"),
@@ -267,19 +318,60 @@ def test_readme_names_every_node_workflow_and_licence():
         assert re.search(rf"^\| {re.escape(family)}.*{re.escape(licence)} \|$", README, re.MULTILINE), family
 
 
-def test_what_the_readme_points_to_exists():
-    linked = re.findall(r"\]\(([^)]+)\)", README)
-    ours = re.findall(r"`((?:tests|nodes|kernels|workflows|web|locales)/[^`<>]*)`", README)
-    assert linked and len(ours) > 10
-    assert [name for name in sorted({*linked, *ours}) if not (ROOT / name).exists()] == []
+def test_the_page_of_templates_links_every_model_file():
+    text = GUIDES["workflows/README.md"]
+    for path in (ROOT / "workflows").glob("*.json"):
+        for model in Workflow(path).models():
+            assert f"[{model['name']}]({model['url']})" in text and f"`{model['directory']}`" in text
+
+
+def anchors(text: str) -> set[str]:
+    """The fragments that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_what_a_guide_points_to_exists(guide):
+    text = GUIDES[guide]
+    linked = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for target in linked:
+        name, _, fragment = target.partition("#")
+        if "://" not in name:
+            path = (ROOT / guide).parent / name if name else ROOT / guide
+            assert path.exists(), target
+            assert not fragment or fragment in anchors(path.read_text(encoding="utf-8")), target
+    ours = re.findall(r"`((?:tests|nodes|kernels|workflows|web|locales)/[^`<>*]*)`", text)
+    assert linked or guide.endswith(("SOURCES.md", "PROTOCOL.md"))
+    assert len(ours) > 10 or guide != "tests/README.md"
+    assert [name for name in sorted({*ours}) if not (ROOT / name).exists()] == []
+
+
+def test_every_result_picture_is_linked():
+    """Sheets of development cases are written beside them, and git ignores them."""
+    linked = set(re.findall(r"results/(\w+\.jpg)", GUIDES["tests/experiments/README.md"]))
+    pictures = (ROOT / "tests" / "experiments" / "results").glob("*.jpg")
+    assert {path.name for path in pictures if not path.stem.endswith("_development")} == linked
+
+
+def test_the_repository_stays_small():
+    run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in run.stdout.split("\0") if name]
+    assert sum(path.stat().st_size for path in files if path.is_file()) <= 58 * 2**20
 
 
 def test_readme_and_project_agree():
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)
     required = project["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
-    assert f"({required} or newer)" in README
+    assert f"ComfyUI {required} or newer" in README
     assert f"Python {project['project']['requires-python'].removeprefix('>=')} or newer" in README
+    assert f"`comfy node install {project['project']['name']}`" in README
+    urls = project["project"]["urls"]
+    assert set(urls) == {"Homepage", "Repository", "Issues"}
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
 
 
 TEXT = {".py", ".md", ".json", ".js", ".toml", ".txt", ".html"}
@@ -291,8 +383,9 @@ MACHINE_PATHS = re.compile(r"(?<![\w.:/}])/(?:work|root|home|tmp|mnt|Users|opt|s
 
 
 def readable_files() -> list[str]:
-    names = {*shipped_files(), *(name for name in all_files() if name.startswith("tests/host/"))}
-    return sorted(name for name in names | {"workflows/run.py", "README.md"} if Path(name).suffix in TEXT)
+    launcher = {name for name in all_files() if name.startswith(("workflows/launcher/", "tests/launcher/"))}
+    names = {*shipped_files(), *launcher, "workflows/run.py", *GUIDES}
+    return sorted(name for name in names if Path(name).suffix in TEXT)
 
 
 @pytest.mark.parametrize("text", ["pypi.org/simple", "see /home/me/x", r"C:\Users", "files.pythonhosted.org"])

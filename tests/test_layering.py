@@ -1,4 +1,4 @@
-"""Who may import and call what: formulas without ComfyUI, one place that patches, one that touches files."""
+"""Who may import and call what: formulas without ComfyUI, one place that patches, one room that touches files."""
 
 import ast
 import os
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 import pytest
-from host.scripts import ROOT
-from shipped import shipped_modules, tree
+from launcher.scripts import ROOT
+from support.shipped import shipped_modules, tree
 
-HOST_MODULES = {
+COMFYUI_MODULES = {
     "comfy", "comfy_api", "comfy_extras", "comfy_execution", "comfy_config", "folder_paths", "nodes",
     "server", "execution", "latent_preview", "node_helpers", "app", "utils",
 }
@@ -28,24 +28,26 @@ def formulas() -> list[str]:
     return [
         name for name in shipped_modules()
         if name.startswith("kernels/") or PurePosixPath(name).name in ("method.py", "config.py")
+        or name in ("nodes/training/loop.py", "nodes/training/objective.py")
     ]
 
 
 def imports(name: str) -> Iterator[tuple[int, str]]:
-    """(level, module) of each import statement of a file, wherever in it."""
+    """(level, module) of each import statement of a file, wherever in it; `from .. import a` names ..a."""
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or ""
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.level, module) for module in names)
 
 
-WITHOUT_HOST = """
+WITHOUT_COMFYUI = """
 import importlib, sys, types
 class NoHost:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {host!r}:
-            raise ImportError("imports the host's " + name)
+        if name.split(".")[0] in {modules!r}:
+            raise ImportError("imports ComfyUI's " + name)
 sys.meta_path.insert(0, NoHost())
 pack = types.ModuleType("pack")
 pack.__path__ = [{root!r}]
@@ -57,11 +59,11 @@ for name in {names!r}:
 
 
 def test_formulas_import_without_comfyui(tmp_path):
-    """In a process of its own, since the other tests have imported ComfyUI into this one."""
-    names = [name.removesuffix(".py").replace("/", ".") for name in formulas() if "/triton/" not in name]
+    """In a separate process, since the other tests have imported ComfyUI into this one."""
+    names = [name.removesuffix(".py").replace("/", ".") for name in formulas()]
     names = [name.removesuffix(".__init__") for name in names]
     assert "kernels.spectral_guidance" in names and "nodes.frequency_guidance.method" in names
-    code = WITHOUT_HOST.format(host=HOST_MODULES, root=str(ROOT), names=names)
+    code = WITHOUT_COMFYUI.format(modules=COMFYUI_MODULES, root=str(ROOT), names=names)
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path,
@@ -72,28 +74,47 @@ def test_formulas_import_without_comfyui(tmp_path):
 
 
 def test_formulas_name_no_comfyui_module_even_inside_functions():
-    found = [
+    violations = [
         f"{name}: {module}" for name in formulas() for level, module in imports(name)
-        if level == 0 and module.split(".")[0] in HOST_MODULES
+        if level == 0 and module.split(".")[0] in COMFYUI_MODULES
     ]
-    assert found == []
+    assert violations == []
 
 
 def test_formulas_import_no_node_modules():
-    found = [
+    violations = [
         f"{name}: {'.' * level}{module}" for name in formulas() for level, module in imports(name)
-        if level and module.split(".")[-1] in ("nodes", "patching", "files", "extension")
+        if level and {"nodes", "patching", "files", "extension"} & set(module.split("."))
     ]
-    assert found == []
+    assert violations == []
+
+
+def rooms() -> set[str]:
+    """The methods' folders in nodes/."""
+    return {path.parent.name for path in (ROOT / "nodes").glob("*/method.py")}
+
+
+def test_no_method_imports_another():
+    """What two of them need belongs to neither."""
+    assert len(rooms()) >= 5
+    violations = []
+    for name in shipped_modules():
+        room = PurePosixPath(name).parts[1] if name.startswith("nodes/") else ""
+        others = rooms() - {room}
+        if room in rooms():
+            violations += [
+                f"{name}: {path}" for level, path in imports(name) if level and others & {*path.split(".")}
+            ]
+    assert violations == []
 
 
 def test_the_pack_imports_itself_by_relative_imports_only():
-    """`nodes` is the host's module, and `pack` a name of the tests alone."""
-    found = [
+    """`nodes` is a module of ComfyUI, and the name `pack` exists only in the tests."""
+    violations = [
         f"{name}: {module}" for name in shipped_modules() for level, module in imports(name)
         if level == 0 and module.split(".")[0] in ("pack", "kernels", "workflows", "tests", "nodes")
     ]
-    assert found == []
+    assert violations == []
 
 
 def called(name: str) -> Iterator[tuple[int, str]]:
@@ -104,26 +125,26 @@ def called(name: str) -> Iterator[tuple[int, str]]:
 
 
 def test_one_module_patches_models():
-    found = [
-        f"{name}:{line}: {call}" for name in shipped_modules() if name != "nodes/patching.py"
+    violations = [
+        f"{name}:{line}: {call}" for name in shipped_modules() if not name.startswith("nodes/patching/")
         for line, call in called(name) if PATCHING_CALLS.fullmatch(call)
     ]
-    assert found == []
+    assert violations == []
 
 
-def test_one_module_reads_and_writes_weight_files():
-    found = [
-        f"{name}:{line}: {call}" for name in shipped_modules() if name != "nodes/files.py"
+def test_one_room_reads_and_writes_weight_files():
+    violations = [
+        f"{name}:{line}: {call}" for name in shipped_modules() if not name.startswith("nodes/files/")
         for line, call in called(name) if call in FILE_CALLS
     ]
-    assert found == []
+    assert violations == []
 
 
 @pytest.mark.parametrize("call", [
     "set_model_attn2_patch", "set_model_unet_function_wrapper", "add_patches", "add_object_patch",
     "add_wrapper", "add_wrapper_with_key",
 ])
-def test_the_patching_rule_knows_the_host_s_calls(call):
+def test_the_patching_rule_knows_comfyui_s_calls(call):
     from comfy.model_patcher import ModelPatcher
 
     assert hasattr(ModelPatcher, call) and PATCHING_CALLS.fullmatch(call)
@@ -166,7 +187,7 @@ def test_house_rules_can_fail(code):
 
 
 def test_house_rules():
-    found = [f"{name}, {breach}" for name in shipped_modules() for breach in breaches(tree(name))]
-    found += [f"{name}: over 400 lines" for name in shipped_modules()
+    violations = [f"{name}, {breach}" for name in shipped_modules() for breach in breaches(tree(name))]
+    violations += [f"{name}: over 400 lines" for name in shipped_modules()
               if len((ROOT / name).read_text(encoding="utf-8").splitlines()) > 400]
-    assert found == []
+    assert violations == []

@@ -14,8 +14,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from host.scripts import ROOT
-from shipped import shipped_files, shipped_modules, tree
+from launcher.scripts import ROOT
+from support.shipped import shipped_files, shipped_modules, tree
 
 BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 MODULES = {
@@ -35,8 +35,8 @@ ATTRIBUTES = {
 UNPICKLING = {("torch", "load"), ("torch", "save"), ("torch", "hub"), ("np", "load"), ("numpy", "load")}
 
 
-def findings(module: ast.Module, loads_weights: bool = False) -> Iterator[str]:
-    """What the rules forbid in a file; only the pack's file module (`loads_weights`) may call torch.load."""
+def findings(module: ast.Module) -> Iterator[str]:
+    """What the rules forbid in a file."""
     for node in ast.walk(module):
         place = f"line {getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
@@ -57,8 +57,7 @@ def findings(module: ast.Module, loads_weights: bool = False) -> Iterator[str]:
             owner, name = node.value.id, node.attr
             if owner == "os" and (name in OS_CALLS or name.startswith(("exec", "spawn"))):
                 yield f"{place}: os.{name}"
-            permitted = loads_weights and (owner, name) == ("torch", "load")
-            if (owner, name) in UNPICKLING and not permitted:
+            if (owner, name) in UNPICKLING:
                 yield f"{place}: {owner}.{name}"
             if name in ATTRIBUTES:
                 yield f"{place}: .{name}"
@@ -99,12 +98,9 @@ def test_the_scan_passes(code):
 
 
 def test_nothing_forbidden_stands_in_what_ships():
-    assert "nodes/files.py" in shipped_modules() and "__init__.py" in shipped_modules()
-    found = [
-        f"{name}, {finding}" for name in shipped_modules()
-        for finding in findings(tree(name), loads_weights=name == "nodes/files.py")
-    ]
-    assert found == []
+    assert "nodes/files/pickles.py" in shipped_modules() and "__init__.py" in shipped_modules()
+    violations = [f"{name}, {finding}" for name in shipped_modules() for finding in findings(tree(name))]
+    assert violations == []
 
 
 def test_only_the_pack_s_own_kinds_of_files_ship():
@@ -119,7 +115,7 @@ HEAVY = ("diffusers", "transformers", "peft")
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():
-    """At the top of a file they would slow every start of the host."""
+    """At the top of a file they would slow down every start of ComfyUI."""
     late = []
     for name in shipped_modules():
         for node in tree(name).body:
@@ -131,8 +127,8 @@ def test_heavy_libraries_are_imported_where_they_are_used():
 
 IMPORT = """
 import asyncio, sys
-sys.path.append({tests!r})
-from host import scripts
+sys.path.append({workflows!r})
+from launcher import scripts
 scripts.alias_pack()
 scripts.add_comfy_path(__import__("pathlib").Path({base!r}))
 import comfy_api.latest, comfy.sd, nodes, latent_preview
@@ -165,8 +161,8 @@ print("ADDED", *sorted({{name.split(".")[0] for name in set(sys.modules) - befor
 
 
 def test_the_import_adds_little_and_touches_no_network_or_process(tmp_path):
-    """In a fresh process, after the host: every module of the pack, its folders and all its schemas."""
-    code = IMPORT.format(tests=str(ROOT / "tests"), base=str(tmp_path), root=str(ROOT))
+    """In a new process, after ComfyUI: every module of the pack, its folders and all its schemas."""
+    code = IMPORT.format(workflows=str(ROOT / "workflows"), base=str(tmp_path), root=str(ROOT))
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path,
@@ -174,7 +170,7 @@ def test_the_import_adds_little_and_touches_no_network_or_process(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     answers = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines() if line.split()}
-    assert answers["ROOT"] == [], "the pack's root imports something before the host asks for its nodes"
+    assert answers["ROOT"] == [], "the pack's root imports something before ComfyUI asks for its nodes"
     assert int(answers["NODES"][0]) > 0
     foreign = set(answers["ADDED"]) - set(sys.stdlib_module_names) - {"pack"}
     assert foreign == set(), "import these inside the functions that need them"

@@ -1,6 +1,6 @@
 import { app } from "../../scripts/app.js";
 
-// The server reads the value from the user's settings when it starts; see theatre_enabled in nodes/files.py.
+// The server reads the value from the user's settings when it starts; see is_shown in nodes/puppets/menus.py.
 app.registerExtension({
   name: "Understudy",
   settings: [
@@ -9,8 +9,8 @@ app.registerExtension({
       category: ["Understudy", "Theatre", "Show"],
       name: "Show the puppet theatre",
       tooltip:
-        "The nodes and checkpoints of the puppet theatre stand in the menus. Takes effect after a restart of " +
-        "ComfyUI. The environment variable UNDERSTUDY_THEATRE goes before this setting.",
+        "Lists the nodes and checkpoints of the puppet theatre in the menus. Takes effect after a restart of " +
+        "ComfyUI. The environment variable UNDERSTUDY_THEATRE overrides this setting.",
       type: "boolean",
       defaultValue: true,
     },

@@ -1,14 +1,14 @@
 """Run the pack's workflows in a real ComfyUI and make a gallery of their pictures.
 
     python workflows/run.py                  every workflow whose models are present
-    python workflows/run.py NAME ...         these only: names as --list shows them, or paths of .json files
+    python workflows/run.py NAME ...         only these: names from --list, the first part of one, or .json files
     python workflows/run.py --list           what there is
     python workflows/run.py --serve          ComfyUI with the pack, for a browser
 
 It needs Python 3.10 or newer and pip. The first start makes an environment and gets ComfyUI, both in .cache;
-later starts take seconds. COMFYUI_PATH names a ComfyUI of yours to use instead, which is never written to.
-Exit code: 0 if everything ran that could, 1 if a workflow failed or one asked for by name could not run, 2
-for wrong arguments, 130 after Ctrl-C.
+later starts take seconds. Set COMFYUI_PATH to use your own ComfyUI instead, which is never written to.
+Exit code: 0 if everything that could run did, 1 if a workflow failed or one that you named could not run,
+2 for wrong arguments, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "workflows"))
 
-from host import environment, execution, gallery, source, workflows  # noqa: E402
-from host.server import Server, ServerError  # noqa: E402
+from launcher import environment, execution, gallery, source, workflow_files  # noqa: E402
+from launcher.server import Server, ServerError  # noqa: E402
 
 CACHE = ROOT / ".cache"
-# In every folder of pictures that a run made, and may empty again.
+# Marks a folder of pictures that a run made, and may empty again.
 MARK = ".understudy-gallery"
 
 
@@ -37,12 +37,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="workflows to run; all of them if left out")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="workflows to run (default: all)")
     parser.add_argument(
-        "--list", action="store_true", help="name the workflows and the model files they need"
+        "--list", action="store_true", help="list the workflows and the model files that they need"
     )
     parser.add_argument("--serve", action="store_true", help="start ComfyUI with the pack, for a browser")
-    parser.add_argument("--port", type=int, default=8188, help="port of --serve (default: 8188)")
+    parser.add_argument("--port", type=int, default=8188, help="port for --serve (default: 8188)")
     parser.add_argument(
         "--output", type=Path, default=CACHE / "gallery", metavar="DIR", help="where the gallery goes"
     )
@@ -55,15 +55,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def list_workflows(found: list[workflows.Workflow]) -> None:
-    for workflow in found:
+def list_workflows(workflows: list[workflow_files.Workflow]) -> None:
+    for workflow in workflows:
         print(f"{workflow.stem}\n    {workflow.title}")
         for model in workflow.models():
             print(f"    needs {model['directory']}/{model['name']}")
 
 
 def models_folder(comfyui: Path) -> Path:
-    """The models of the user's own ComfyUI, else a folder of ours for downloaded models."""
+    """The models folder of the user's own ComfyUI, or else one in the cache, for downloaded models."""
     if comfyui != source.cached(ROOT) and (comfyui / "models").is_dir():
         return comfyui / "models"
     (CACHE / "models").mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def models_folder(comfyui: Path) -> Path:
 
 
 def serve(comfyui: Path, port: int, cpu: bool | None) -> int:
-    """ComfyUI with the pack until it ends or Ctrl-C."""
+    """Run ComfyUI with the pack until it ends or Ctrl-C is pressed; returns the exit code."""
     options = ("--preview-method", "auto")
     base = CACHE / "serve"
     with Server(comfyui, base, models=models_folder(comfyui), port=port, cpu=cpu, options=options) as server:
@@ -83,7 +83,7 @@ def serve(comfyui: Path, port: int, cpu: bool | None) -> int:
 
 
 class Progress:
-    """What a workflow does right now: a bar on a terminal, a line per node elsewhere."""
+    """What a workflow is doing: a progress bar on a terminal, a line per node elsewhere."""
 
     def __init__(self, name: str):
         # rich comes with comfy-cli.
@@ -92,7 +92,7 @@ class Progress:
 
         self.live = None
         self.title, self.total = name, 0
-        self.begun: list[str] = []
+        self.started: list[str] = []
         console = Console()
         if console.is_terminal:
             columns = (TextColumn(name), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[node]}"))
@@ -114,33 +114,33 @@ class Progress:
         if kind == "queued":
             self.total = len(event["nodes"])
         elif kind in ("executing", "execution_cached"):
-            if event["node"] in self.begun:
+            if event["node"] in self.started:
                 return
-            self.begun.append(event["node"])
+            self.started.append(event["node"])
             self.title = event["title"]
             self._draw(0, self.title)
             if not self.live:
-                print(f"  [{len(self.begun)}/{self.total}] {self.title}", flush=True)
+                print(f"  [{len(self.started)}/{self.total}] {self.title}", flush=True)
         elif kind == "progress":
             steps = f"{event['completed']}/{event['total']}"
             self._draw(event["completed"] / max(1, event["total"]), f"{self.title} {steps}")
 
     def _draw(self, part: float, text: str) -> None:
         if self.live:
-            done = max(0, len(self.begun) - 1) + part
-            self.live.update(self.task, total=max(self.total, len(self.begun)), completed=done, node=text)
+            done = max(0, len(self.started) - 1) + part
+            self.live.update(self.task, total=max(self.total, len(self.started)), completed=done, node=text)
 
 
-def run_workflow(server: Server, workflow: workflows.Workflow, output: Path) -> gallery.Entry:
+def run_workflow(server: Server, workflow: workflow_files.Workflow, output: Path) -> gallery.Entry:
     """Run one workflow and collect what it saved under `output`."""
     missing = server.missing(workflow.models())
     if missing:
         lines = [f"  {model['url']}\n    -> {model['directory']}/{model['name']}" for model in missing]
         return gallery.Entry(
-            workflow, "skipped", "It needs model files that are not here:\n" + "\n".join(lines)
+            workflow, "skipped", "Its model files are missing. Download them:\n" + "\n".join(lines)
         )
     folder = output / workflow.stem
-    check_own(folder)
+    check_replaceable(folder)
     with Progress(workflow.stem) as progress:
         result = execution.run(server, workflow.path, progress.show)
     entry = gallery.Entry(workflow, "failed" if result.error else "done", result.error or "", result.seconds)
@@ -158,14 +158,14 @@ def run_workflow(server: Server, workflow: workflows.Workflow, output: Path) -> 
     return entry
 
 
-def check_own(folder: Path) -> None:
-    """Raise SetupError where `folder`, which a run empties, holds what no run made."""
+def check_replaceable(folder: Path) -> None:
+    """Raise SetupError if `folder`, which a run empties, holds files that no run made."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise source.SetupError(f"{folder} holds files that no run made: choose another --output.")
 
 
 def report(entry: gallery.Entry) -> None:
-    """Say what came of a workflow."""
+    """Print how a workflow ended."""
     if entry.state == "done":
         print(f"done     {entry.workflow.stem}  {entry.seconds:.1f} s", flush=True)
     else:
@@ -173,7 +173,7 @@ def report(entry: gallery.Entry) -> None:
 
 
 def machine(server: Server) -> str:
-    """What the pictures were made on, in one line."""
+    """The device and versions that the pictures are made with, in one line."""
     stats = server.get("/system_stats")
     device = stats["devices"][0]
     name = (
@@ -183,54 +183,54 @@ def machine(server: Server) -> str:
     return f"{name}; ComfyUI {system['comfyui_version']}, PyTorch {system['pytorch_version']}"
 
 
-def run(options: argparse.Namespace, found: list[workflows.Workflow], comfyui: Path) -> int:
+def run(options: argparse.Namespace, workflows: list[workflow_files.Workflow], comfyui: Path) -> int:
     """Run the workflows on one server and write the gallery; returns the exit code."""
     entries = []
     options.output.mkdir(parents=True, exist_ok=True)
     models = models_folder(comfyui)
-    # Pictures and trained files of a run do not pile up: all of it goes when the server has stopped.
+    # A run's pictures and trained files do not pile up: they are deleted when the server has stopped.
     with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as base:
         print("Starting ComfyUI", flush=True)
         with Server(comfyui, Path(base), models=models, cpu=options.cpu or None) as server:
-            made_on = machine(server)
-            print(made_on, flush=True)
-            for workflow in found:
+            description = machine(server)
+            print(description, flush=True)
+            for workflow in workflows:
                 entries.append(run_workflow(server, workflow, options.output))
                 report(entries[-1])
                 if not server.alive():
                     break
     gallery.write_contact_sheet(entries, options.output / "contact_sheet.jpg")
-    gallery.write_page(entries, options.output / "index.html", made_on)
+    gallery.write_page(entries, options.output / "index.html", description)
     for entry in entries:
         if options.thumbnails and entry.state == "done" and entry.main:
             gallery.save_thumbnail(entry.main, entry.workflow.path.with_suffix(".jpg"))
     if any(entry.state == "skipped" for entry in entries):
-        print(f"Model files are looked for in {models}.")
+        print(f"Put model files into the folders of {models}.")
     print(f"Gallery: {options.output / 'index.html'}")
-    # A skipped workflow is no failure unless it was asked for by name.
+    # A skipped workflow counts as a failure only if the user named it.
     wanted = ("done",) if options.names else ("done", "skipped")
-    return 0 if len(entries) == len(found) and all(entry.state in wanted for entry in entries) else 1
+    return 0 if len(entries) == len(workflows) and all(entry.state in wanted for entry in entries) else 1
 
 
 def main() -> int:
     options = parse(sys.argv[1:])
     try:
-        found = workflows.find(ROOT / "workflows", options.names)
+        workflows = workflow_files.find(ROOT / "workflows", options.names)
     except source.SetupError as error:
         print(error, file=sys.stderr)
         return 2
     if options.list:
-        list_workflows(found)
+        list_workflows(workflows)
         return 0
     environment.enter(ROOT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # Shells start background jobs with Ctrl-C ignored, and every process of ours would inherit that.
+    # Shells start background jobs with Ctrl-C ignored, which every child process would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         comfyui = source.obtain(ROOT)
         if options.serve:
             return serve(comfyui, options.port, options.cpu or None)
-        return run(options, found, comfyui)
+        return run(options, workflows, comfyui)
     except (source.SetupError, ServerError) as error:
         print(error, file=sys.stderr)
         return 1

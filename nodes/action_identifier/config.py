@@ -1,13 +1,13 @@
 """Settings of the action identifier. Defaults name their source: ADI (arXiv 2311.15841), or "ours"."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
 from ...kernels.channel_mask import MERGES
+from ..inputs.ranges import check_choice, check_limits
+from ..inputs.words import entries
 
-# Prompts give these a meaning: spaces part words, brackets and colons weigh them.
+# Prompts give these a meaning: spaces separate words, brackets and colons weight them.
 _FORBIDDEN = re.compile(r"[\s():\\{}]")
 HIGHEST_STRENGTH = 2.0
 MINIMUM_EXEMPLARS = 2
@@ -15,7 +15,7 @@ MINIMUM_EXEMPLARS = 2
 
 @dataclass(frozen=True)
 class ActionTrainingConfig:
-    """What is learnt and how. Raises ValueError, naming the field and the fix, for values that learn nothing."""
+    """What is trained and how. Raises ValueError, naming the field and the fix, for values that train nothing."""
 
     # Ours: brackets that no prompt has by chance.
     placeholder: str = "<action>"
@@ -27,12 +27,12 @@ class ActionTrainingConfig:
     mask_percentile: float = 0.6
     # Ours: the merge that moves more channels.
     merge: str = MERGES[0]
-    # Ours: quickly learnt, lest the context's token takes the action, too.
+    # Ours: trained briefly, so that the context's token does not learn the action as well.
     context_steps: int = 100
     context_learning_rate: float = 5e-3
-    # Ours: actions that a base model can draw, to set against the one that is learnt.
+    # Ours: actions that a base model can draw, to compare with the one that is learned.
     contrast_words: str = "standing, sitting, running, jumping, kicking"
-    # False: no triples and no masks, as P+ (arXiv 2303.09522) learns tokens for each layer, from batches; for
+    # False: no triples and no masks, as P+ (arXiv 2303.09522) trains tokens for each layer, on batches; for
     # comparisons.
     triples: bool = True
     # False: one token for all layers, as textual inversion (arXiv 2208.01618) has; for comparisons.
@@ -41,25 +41,23 @@ class ActionTrainingConfig:
     def __post_init__(self) -> None:
         check_placeholder(self.placeholder)
         if not self.initial_word.strip():
-            raise ValueError("initial_word is empty: give a word that is near the action, say dancing")
+            raise ValueError("initial_word is empty: give a word that is close to the action, say dancing")
         if not self.contrasts:
-            raise ValueError("contrast_words is empty: name actions that are not the one to learn, parted by commas")
+            raise ValueError("contrast_words is empty: name actions other than the one to learn, separated by commas")
         if not 0 < self.mask_percentile < 1:
             raise ValueError(f"mask_percentile is {self.mask_percentile}: use a number between 0 and 1, say 0.6")
-        if self.merge not in MERGES:
-            raise ValueError(f"merge is {self.merge!r}: use one of {', '.join(MERGES)}")
-        if self.context_steps < 1:
-            raise ValueError(f"context_steps is {self.context_steps}: use 1 or more")
+        check_choice(self, merge=MERGES)
+        check_limits(self, "context_steps", lowest=1, fix="1 or more")
 
     @property
     def contrasts(self) -> list[str]:
-        """The other actions, the initial word left out where there are more."""
-        words = [word.strip() for word in self.contrast_words.split(",") if word.strip()]
+        """The other actions, without the initial word unless it is the only one."""
+        words = entries(self.contrast_words)
         return [word for word in words if word != self.initial_word.strip()] or words
 
 
 def check_placeholder(placeholder: str) -> None:
-    """Raises ValueError for a placeholder that a prompt could not hold as one word."""
+    """Raises ValueError for a placeholder that could not be one word of a prompt."""
     if not placeholder or _FORBIDDEN.search(placeholder):
         raise ValueError(
             f"placeholder is {placeholder!r}: use one word without spaces, brackets ( ) {{ }}, colons and "

@@ -1,49 +1,48 @@
-"""Prompts with identifiers, through the host's own tokenizers and text encoders.
+"""Prompts with identifiers, apart because nodes and training both encode them through ComfyUI's text encoders.
 
-A placeholder is tokenized as copies of one word that the prompt does not have, and these tokens then become the
-identifier's vectors, as embeddings are for the host: its weights, lengths and padding stay its own.
+A placeholder is tokenized as copies of one word that the prompt does not have. These tokens then become the
+identifier's vectors, as embeddings do in ComfyUI: weights, lengths and padding stay as its tokenizers make them.
 """
 
-from __future__ import annotations
-
 import numbers
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from ..identity_prior import subject
-from ..identity_prior.method import SUBJECT, Identity
-from .method import ActionError, ActionIdentifier
+from ..inputs.words import replace_words, words_pattern
+from ..subject_tokens import SUBJECT, Subject, tag_subject_tokens
+from .method import ActionError, ActionIdentifier, placeholders
 
-# What the host's tokenizers give: encoder -> sections of (token id or embedding, weight).
+# What ComfyUI's tokenizers return: encoder -> sections of (token id or embedding, weight).
 Tokens = dict[str, list[list[tuple[Any, float]]]]
+# tokens[placeholder][encoder]: [L, n, D]
+ByPlaceholder = Mapping[str, Mapping[str, torch.Tensor]]
 
-# Single tokens of the tokenizers in use; the first that is one here and not in the prompt serves.
+# Single tokens of the tokenizers in use; the first that is one here and is not in the prompt is used.
 _STAND_INS = ("sks", "zwx", "vkt", "xjq", "zebra", "violin", "copper", "garden")
-# Where this is one token, it is the one of every unknown word.
+# Where this is one token, it is that of every unknown word.
 _NONSENSE = "xqzvkjwq"
-# Prompts that go through the text encoder at once.
-_AT_ONCE = 16
+# Prompts that go through the text encoder in one batch.
+_BATCH_SIZE = 16
 
 
-def expand_subject(text: str, identity: Identity | None) -> str:
-    """`text` with {subject} as an identity prior's token and class noun. Raises ValueError where one is missing."""
+def expand_subject(text: str, subject: Subject | None) -> str:
+    """`text` with {subject} as a subject's token and class noun. Raises ValueError where one is missing."""
     if SUBJECT not in text:
         return text
-    if identity is None:
+    if subject is None:
         raise ValueError(f"text contains {SUBJECT}: connect `identity`, or write the subject in words")
-    return text.replace(SUBJECT, identity.trigger)
+    return replace_words(text, [SUBJECT], lambda _subject: subject.trigger)
 
 
 def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
-    """Raises ValueError where a placeholder is missing in the text, or two identifiers share one."""
-    seen = set()
+    """Raises ValueError where a placeholder is missing from the text, or two identifiers share one."""
+    seen: set[str] = set()
     for action in actions:
         if action.placeholder in seen:
             raise ValueError(
-                f"two actions have the placeholder {action.placeholder}: give one of them another, by `placeholder` "
+                f"two actions have the placeholder {action.placeholder}: give one of them another with `placeholder` "
                 "of Load Action Identifier"
             )
         seen.add(action.placeholder)
@@ -56,27 +55,17 @@ def check_prompt(text: str, actions: Sequence[ActionIdentifier]) -> None:
 
 def contains(text: str, placeholder: str) -> bool:
     """Whether the text holds the placeholder as a word: `wave` is not in `microwave`."""
-    return bool(_pattern([placeholder]).search(text))
+    return bool(words_pattern([placeholder]).search(text))
 
 
 def in_words(text: str, words: Mapping[str, str]) -> str:
     """The text with words[placeholder] for each placeholder."""
-    return _pattern(words).sub(lambda match: words[match[0]], text)
+    return replace_words(text, words, words.__getitem__)
 
 
 def plain_text(text: str, actions: Sequence[ActionIdentifier]) -> str:
     """The text with each placeholder as its initial word: what it means at strength 0."""
     return in_words(text, {action.placeholder: action.initial_word for action in actions})
-
-
-def _pattern(placeholders: Iterable[str]) -> re.Pattern:
-    """Matches the placeholders, longer ones first; one that begins or ends with a letter, as a whole word."""
-    names = sorted(placeholders, key=len, reverse=True)
-    word = re.compile(r"\w")
-    return re.compile("|".join(
-        r"(?<!\w)" * bool(word.match(name)) + re.escape(name) + r"(?!\w)" * bool(word.match(name[-1]))
-        for name in names
-    ))
 
 
 def word_ids(tokenize: Callable[[str], Tokens], word: str) -> dict[str, list[int]]:
@@ -90,7 +79,7 @@ def word_ids(tokenize: Callable[[str], Tokens], word: str) -> dict[str, list[int
 
 
 def unknown_words(tokenize: Callable[[str], Tokens], text: str) -> list[str]:
-    """Those words of the text that an encoder has in pieces only, or as the one token of all that it lacks."""
+    """The words of the text that an encoder splits into pieces, or reads as its one token for unknown words."""
     nonsense = word_ids(tokenize, _NONSENSE)
 
     def known(word: str) -> bool:
@@ -99,54 +88,55 @@ def unknown_words(tokenize: Callable[[str], Tokens], text: str) -> list[str]:
     return [word for word in text.split() if not known(word)]
 
 
-class Prompt:
-    """A text whose placeholders stand as marks, ready for vectors of any value.
+class _Mark(NamedTuple):
+    """Holds the place of one of a placeholder's tokens among those of a prompt."""
 
-    counts[placeholder][encoder]: how many tokens it takes.
+    placeholder: str
+    index: int
+
+
+class Prompt:
+    """A tokenized text whose placeholders take vectors of any value, as many as the tokens that it is made with.
+
+    tokens[placeholder][encoder]: [L, n, D]. Raises ValueError where no word is free to mark them.
     """
 
-    def __init__(self, tokenize: Callable[[str], Tokens], text: str, counts: Mapping[str, Mapping[str, int]]):
-        pattern = _pattern(counts)
-        order = [match[0] for match in pattern.finditer(text)]
-        self.places: dict[str, list[tuple[str, int]]] = {}
-        self.tokens: Tokens = {}
+    def __init__(self, tokenize: Callable[[str], Tokens], text: str, tokens: ByPlaceholder):
+        counts = token_counts(tokens)
+        order = [match[0] for match in words_pattern(counts).finditer(text)]
+        self.marked: Tokens = {}
         for encoder in next(iter(counts.values())):
-            _, marked, mark = _marked(tokenize, text, encoder, counts)
-            self.tokens[encoder] = [
-                [(_MARK if _is(token, mark) else token, weight) for token, weight in section]
+            marks = iter([_Mark(name, i) for name in order for i in range(counts[name][encoder])])
+            _, marked, word_id = _marked(tokenize, text, encoder, counts)
+            self.marked[encoder] = [
+                [(next(marks) if _is(token, word_id) else token, weight) for token, weight in section]
                 for section in marked[encoder]
             ]
-            self.places[encoder] = [(name, j) for name in order for j in range(counts[name][encoder])]
 
-    def filled(self, vectors: Mapping[str, Mapping[str, torch.Tensor]]) -> Tokens:
-        """The host's tokens with vectors[placeholder][encoder], [n, D], in their places."""
-        filled: Tokens = {}
-        for encoder, sections in self.tokens.items():
-            places = iter(self.places[encoder])
-            filled[encoder] = [
-                [(_vector(vectors, encoder, next(places)) if token is _MARK else token, weight)
-                 for token, weight in section]
+    def at_layer(self, tokens: ByPlaceholder, layer: int) -> Tokens:
+        """ComfyUI's tokens with those of one layer in their places; where L is 1, all layers have the same."""
+
+        def vector(encoder: str, mark: _Mark) -> torch.Tensor:
+            layers = tokens[mark.placeholder][encoder]
+            return layers[min(layer, len(layers) - 1), mark.index]
+
+        return {
+            encoder: [
+                [(vector(encoder, token) if isinstance(token, _Mark) else token, weight) for token, weight in section]
                 for section in sections
             ]
-        return filled
-
-
-_MARK = object()
+            for encoder, sections in self.marked.items()
+        }
 
 
 def _is(token: Any, mark: int) -> bool:
-    # Embeddings of the user's own stand among the ids as tensors.
+    # The user's embeddings are among the ids as tensors.
     return isinstance(token, numbers.Integral) and token == mark
 
 
-def _vector(vectors, encoder: str, place: tuple[str, int]) -> torch.Tensor:
-    placeholder, index = place
-    return vectors[placeholder][encoder][index]
-
-
 def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int]:
-    """The text with a word for each of an identifier's tokens, this text tokenized, and the id of the word."""
-    pattern = _pattern(counts)
+    """The text with one word in place of each of an identifier's tokens, that text tokenized, and the word's id."""
+    pattern = words_pattern(counts)
     in_text = {token for section in tokenize(pattern.sub(" ", text))[encoder] for token, _ in section}
     for word in _STAND_INS:
         ids = word_ids(tokenize, word)[encoder]
@@ -154,24 +144,27 @@ def _marked(tokenize, text: str, encoder: str, counts) -> tuple[str, Tokens, int
             continue
         written = pattern.sub(lambda match: f" {' '.join([word] * counts[match[0]][encoder])} ", text)
         marked = tokenize(written)
-        found = sum(_is(token, ids[0]) for section in marked[encoder] for token, _ in section)
-        if found == sum(counts[match[0]][encoder] for match in pattern.finditer(text)):
+        occurrences = sum(_is(token, ids[0]) for section in marked[encoder] for token, _ in section)
+        if occurrences == sum(counts[match[0]][encoder] for match in pattern.finditer(text)):
             return written, marked, ids[0]
-    raise ValueError(f"no word is free to stand for the action in text: leave out one of {', '.join(_STAND_INS)}")
+    raise ValueError(
+        "no word is free to mark the action while `text` is tokenized: remove one of these from it: "
+        f"{', '.join(_STAND_INS)}"
+    )
 
 
-def name_subject(
-    conditioning: list, clip: Any, text: str, actions: Sequence[ActionIdentifier], identity: Identity
+def tag_subject(
+    conditioning: list, clip: Any, text: str, actions: Sequence[ActionIdentifier], subject: Subject
 ) -> list:
-    """The CONDITIONING of `encode`, with the columns in which its layers read the identity's words.
+    """The CONDITIONING of `encode`, tagged with the positions of the subject's tokens as its layers read them.
 
-    Where an action takes more or fewer tokens than its initial word, they are other columns than of the plain prompt.
+    They differ from those of the plain prompt where an action takes more or fewer tokens than its initial word.
     Raises ValueError as Encode Identity does.
     """
     widths = encoder_widths(clip)
     counts = token_counts({action.placeholder: action.for_encoders(widths) for action in actions})
     written, _, _ = _marked(clip.tokenize, text, next(iter(widths)), counts)
-    return subject.remembering(conditioning, clip, identity, written)
+    return tag_subject_tokens(conditioning, clip, subject, written)
 
 
 def encode_each(encode: Callable[[Tokens], Sequence[torch.Tensor]], prompts: Sequence[Tokens]) -> list[torch.Tensor]:
@@ -180,13 +173,13 @@ def encode_each(encode: Callable[[Tokens], Sequence[torch.Tensor]], prompts: Seq
     encode(tokens) gives tensors [1, T, C], their sections joined along T.
     """
     sizes = {len(sections) for tokens in prompts for sections in tokens.values()}
-    # As further sections of one prompt, so that they are one batch; only where all encoders have as many of them.
-    at_once = _AT_ONCE if len(sizes) == 1 else 1
+    # One batch as further sections of one prompt; only where all encoders have equally many of them.
+    size = _BATCH_SIZE if len(sizes) == 1 else 1
     parts = []
-    for first in range(0, len(prompts), at_once):
-        some = prompts[first : first + at_once]
-        joined = {name: [section for tokens in some for section in tokens[name]] for name in some[0]}
-        parts.append([torch.cat(encoded.chunk(len(some), dim=1)) for encoded in encode(joined)])
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        joined = {name: [section for tokens in batch for section in tokens[name]] for name in batch[0]}
+        parts.append([torch.cat(encoded.chunk(len(batch), dim=1)) for encoded in encode(joined)])
     return [torch.cat(encoded) for encoded in zip(*parts, strict=True)]
 
 
@@ -198,59 +191,59 @@ def encode(clip: Any, text: str, actions: Sequence[ActionIdentifier]) -> tuple[l
     check_prompt(text, actions)
     widths = encoder_widths(clip)
     tokens = {action.placeholder: action.for_encoders(widths) for action in actions}
-    # Several entries come of a clip with scheduled LoRAs.
+    # A clip with scheduled LoRAs gives several entries.
     plain = clip.encode_from_tokens_scheduled(clip.tokenize(plain_text(text, actions)), show_pbar=False)
-    prompt = Prompt(clip.tokenize, text, token_counts(tokens))
-    filled = [prompt.filled(at_layer(tokens, layer)) for layer in range(common_layers(actions))]
+    prompt = Prompt(clip.tokenize, text, tokens)
+    prompts = [prompt.at_layer(tokens, layer) for layer in range(common_layers(actions))]
 
     def entries(joined: Tokens) -> list[torch.Tensor]:
         return [entry[0] for entry in clip.encode_from_tokens_scheduled(joined, show_pbar=False)]
 
-    return plain, encode_each(entries, filled)
+    return plain, encode_each(entries, prompts)
 
 
-def token_counts(tokens: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, int]]:
-    """How many tokens each placeholder takes in each encoder, of tokens[placeholder][encoder], [L, n, D]."""
-    return {name: {encoder: v.shape[1] for encoder, v in found.items()} for name, found in tokens.items()}
-
-
-def at_layer(tokens: Mapping[str, Mapping[str, torch.Tensor]], layer: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The tokens [n, D] of one layer; those that are equal for all layers have one."""
-    return {name: {e: v[min(layer, len(v) - 1)] for e, v in found.items()} for name, found in tokens.items()}
+def token_counts(tokens: ByPlaceholder) -> dict[str, dict[str, int]]:
+    """How many tokens each placeholder takes in each encoder."""
+    return {
+        name: {encoder: vectors.shape[1] for encoder, vectors in by_encoder.items()}
+        for name, by_encoder in tokens.items()
+    }
 
 
 def common_layers(actions: Sequence[ActionIdentifier]) -> int:
     """How many contexts these identifiers need. Raises ActionError for identifiers of different models."""
     places = {action.places for action in actions if action.places}
     if len(places) > 1:
-        names = ", ".join(action.placeholder for action in actions if action.places)
-        raise ActionError(f"{names} were learnt for different models: use identifiers of one kind of model")
+        names = placeholders([action for action in actions if action.places])
+        raise ActionError(f"{names} were trained for different models: use identifiers of one kind of model")
     return max(len(next(iter(places), ())), 1)
 
 
 def word_vectors(clip: Any, word: str) -> dict[str, torch.Tensor]:
-    """The text encoders' own embeddings of a word, [n, D] each, fp32 on the CPU. Raises ValueError for no word."""
+    """The text encoders' own embeddings of a word, [n, D] each, fp32 on the CPU. Raises ValueError where an encoder
+    has no token for it.
+    """
     vectors = {}
     for name, ids in word_ids(clip.tokenize, word).items():
         if not ids:
-            raise ValueError(f"the text encoder knows no word of {word!r}: give another initial_word, say dancing")
+            raise ValueError(f"the text encoder has no token for {word!r}: give another initial_word, say dancing")
         embedding = encoder_of(clip, name).transformer.get_input_embeddings()
-        found = embedding(torch.tensor(ids, device=embedding.weight.device), out_dtype=torch.float32)
-        vectors[name] = found.detach().cpu().clone()
+        values = embedding(torch.tensor(ids, device=embedding.weight.device), out_dtype=torch.float32)
+        vectors[name] = values.detach().cpu().clone()
     return vectors
 
 
 def encoder_widths(clip: Any) -> dict[str, int]:
-    """The width of each text encoder's token embeddings, by the name under which the host tokenizes for it."""
+    """The width of each text encoder's token embeddings, by the name under which ComfyUI tokenizes for it."""
     return {
         name: encoder_of(clip, name).transformer.get_input_embeddings().weight.shape[1] for name in clip.tokenize("")
     }
 
 
 def encoder_of(clip: Any, name: str) -> Any:
-    """The host's text encoder module for tokens under `name`."""
+    """ComfyUI's text encoder module for tokens under `name`. Raises ValueError for an unknown one."""
     stage = clip.cond_stage_model
-    found = getattr(stage, f"clip_{name}", None) or getattr(stage, name, None)
-    if found is None:
+    encoder = getattr(stage, f"clip_{name}", None) or getattr(stage, name, None)
+    if encoder is None:
         raise ValueError(f"clip has an unknown text encoder, {name}: connect that of an SD, SDXL or Wan model")
-    return found
+    return encoder

@@ -1,15 +1,12 @@
 """Action identifier: tokens for each cross-attention layer that put an action, and nothing else, on any subject.
 
-Source: ADI (arXiv 2311.15841); the masks' formulas are in kernels/channel_mask.py. Contexts are what the
-cross-attention layers read, [L, T, C]: one encoded prompt of T tokens for each of L places in the network.
+Source: ADI (arXiv 2311.15841); the masks' formulas are in kernels/channel_mask.py. Contexts, [L, T, C], are what the
+cross-attention layers read: one encoded prompt of T tokens for each of L places in the network.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -35,16 +32,16 @@ class Place(NamedTuple):
 
 @shown_by_name
 class ActionError(ValueError):
-    """An identifier that is none, or does not fit; the message says what was expected and found."""
+    """An identifier that is not valid, or does not fit; the message says what was expected and found."""
 
 
 @dataclass(frozen=True)
 class ActionIdentifier:
-    """One learnt action. tokens[encoder]: [L, n, D] for the n tokens that stand for `placeholder`, fp32.
+    """One trained action. tokens[encoder]: [L, n, D] for the n tokens that stand for `placeholder`, fp32.
 
-    `places` are the L places of the network it was learnt for; without any, L is 1 and it fits every network.
+    `places` are the L places of the network it was trained for; without any, L is 1 and it fits every network.
     `initial_word` is what the placeholder means at strength 0; `base` is the fingerprint of the model, or empty.
-    Raises ActionError for tokens of another form, not finite ones included.
+    Raises ActionError for tokens of another shape or with values that are not finite.
     """
 
     placeholder: str
@@ -64,21 +61,21 @@ class ActionIdentifier:
                     "width]"
                 )
             if not tokens.is_floating_point() or not torch.isfinite(tokens).all():
-                raise ActionError(f"its tokens of encoder {encoder} hold values that are no finite numbers")
+                raise ActionError(f"its tokens of encoder {encoder} hold values that are not finite numbers")
 
     def for_encoders(self, widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """The tokens by encoder of a text encoder model with these widths. Raises ActionError where they differ."""
         if ANY_ENCODER in self.tokens and len(widths) == 1:
-            found = {encoder: self.tokens[ANY_ENCODER] for encoder in widths}
+            by_encoder = {encoder: self.tokens[ANY_ENCODER] for encoder in widths}
         else:
-            found = dict(self.tokens)
-        have = {encoder: tokens.shape[-1] for encoder, tokens in found.items()}
-        if have != dict(widths):
+            by_encoder = dict(self.tokens)
+        trained_widths = {encoder: tokens.shape[-1] for encoder, tokens in by_encoder.items()}
+        if trained_widths != dict(widths):
             raise ActionError(
-                f"{self.placeholder} was learnt for another kind of model, with {_encoders(have)}, and this clip has "
-                f"{_encoders(widths)}: connect the clip of the model that it was learnt with"
+                f"{self.placeholder} was trained for another kind of model, with {_encoders(trained_widths)}, and "
+                f"this clip has {_encoders(widths)}: connect the clip of the model that it was trained with"
             )
-        return found
+        return by_encoder
 
 
 def _encoders(widths: Mapping[str, int]) -> str:
@@ -86,14 +83,20 @@ def _encoders(widths: Mapping[str, int]) -> str:
     return f"text encoder{'s' * (len(widths) > 1)} {listed}"
 
 
-def check_places(expected: Sequence[Place], found: Sequence[Place], placeholders: str) -> None:
-    """Raises ActionError where an identifier for the places `expected` meets a network with others."""
-    if expected and tuple(expected) != tuple(found):
-        differing = next((pair for pair in zip(expected, found, strict=False) if pair[0] != pair[1]), None)
+def placeholders(actions: Sequence[ActionIdentifier]) -> str:
+    """The placeholders of some identifiers, for a message."""
+    return ", ".join(action.placeholder for action in actions)
+
+
+def check_places(action: ActionIdentifier, places: Sequence[Place]) -> None:
+    """Raises ActionError where an identifier meets a network with other places than it was trained for."""
+    expected = action.places
+    if expected and expected != tuple(places):
+        differing = next((pair for pair in zip(expected, places, strict=False) if pair[0] != pair[1]), None)
         first = "" if differing is None else f"; the first that differs is {differing[0]}, here {differing[1]}"
         raise ActionError(
-            f"{placeholders} was learnt for another kind of model, with {_count(expected)}, and this one has "
-            f"{_count(found)}{first}: connect the model that it was learnt with, or one of its kind"
+            f"{action.placeholder} was trained for another kind of model, with {_count(expected)}, and this one has "
+            f"{_count(places)}{first}: connect the model that it was trained with, or one of its kind"
         )
 
 
@@ -101,48 +104,11 @@ def _count(places: Sequence[Place]) -> str:
     return f"{sum(place.layers for place in places)} cross-attention layers in {len(places)} places"
 
 
-@dataclass(frozen=True)
-class Rows:
-    """`count` samples of a batch: their contexts [1 or count, L, T, C], or None for those without an action."""
-
-    count: int
-    contexts: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class BatchContexts:
-    """The contexts of a whole batch, in its order, for a call whose prompts have `length` tokens."""
-
-    rows: tuple[Rows, ...]
-    length: int = 0
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor], length: int) -> BatchContexts:
-        """With change(contexts) in place of each tensor of contexts, for prompts of `length` tokens."""
-        return BatchContexts(tuple(
-            row if row.contexts is None else Rows(row.count, change(row.contexts)) for row in self.rows
-        ), length)
-
-    def at(self, layer: int, context: torch.Tensor) -> torch.Tensor:
-        """What layer number `layer` reads where all layers would read `context` [B, T, C].
-
-        The prompts are its last `length` tokens; what a model puts before them stays.
-        """
-        before, prompts = context[:, : -self.length], context[:, -self.length :]
-        parts = []
-        for row, plain in zip(self.rows, prompts.split([row.count for row in self.rows]), strict=True):
-            if row.contexts is None:
-                parts.append(plain)
-                continue
-            own = row.contexts[:, min(layer, row.contexts.shape[1] - 1)].to(context)
-            parts.append(own.expand(row.count, -1, -1))
-        # Attention gives the same for keys that are all repeated equally often.
-        length = math.lcm(*(part.shape[1] for part in parts))
-        joined = torch.cat([part.repeat(1, length // part.shape[1], 1) for part in parts])
-        return torch.cat([before, joined], dim=1) if before.shape[1] else joined
-
-
 def blended(plain: torch.Tensor, contexts: torch.Tensor, strength: float) -> torch.Tensor:
-    """From the plain prompt [1, T, C] at strength 0 to the contexts [L, T, C] at 1, and as far again beyond at 2."""
+    """From the plain prompt [1, T, C] at strength 0 to the contexts [L, T, C] at 1, and as far again beyond at 2.
+
+    Raises ActionError where their lengths differ and strength is not 1.
+    """
     if strength == 1:
         return contexts
     if plain.shape[1] != contexts.shape[1]:
@@ -154,52 +120,39 @@ def blended(plain: torch.Tensor, contexts: torch.Tensor, strength: float) -> tor
 
 
 class Triple(NamedTuple):
-    """Indices of the exemplars of a step: the anchor, whose contrast belongs to it, and another of the action."""
+    """Indices of two exemplars: the anchor, with which goes its contrast, and another of the same action."""
 
     anchor: int
     other: int
 
 
-def draw_triple(count: int, generator: torch.Generator) -> Triple:
-    """Two different exemplars of `count`."""
-    anchor, other = torch.randperm(count, generator=generator)[:2].tolist()
-    return Triple(anchor, other)
-
-
+@dataclass
 class TripleObjective:
-    """The anchor's denoising error, whose gradient follows the channels of the action alone.
+    """The anchor's denoising error, whose gradient follows the channels of the action alone. For the training loop.
 
-    tokens: name -> parameter [L, n, D]. loss(triple, copies, noise seed's generator) -> errors [3] of the anchor, the
-    other exemplar and the contrast, in one forward pass; copies[name] is [3, L, n, D], each sample's own tokens.
-    After a call, `masks` say which elements the step may move. For the training loop.
+    tokens: name -> parameter [L, n, D]. triple_loss(triple, copies, generator) -> errors [3] of the anchor, the other
+    exemplar and the contrast, in one forward pass with one noise and one noise level; copies[name] is [3, L, n, D],
+    the tokens of each sample. After a call, `masks` say which elements the step may move.
     """
 
-    def __init__(
-        self,
-        loss: Callable[[Triple, dict[str, torch.Tensor], torch.Generator], torch.Tensor],
-        tokens: Mapping[str, torch.Tensor],
-        exemplars: int,
-        percentile: float,
-        merge: str,
-    ):
-        self.loss = loss
-        self.tokens = tokens
-        self.exemplars = exemplars
-        self.percentile = percentile
-        self.merge = merge
-        self.masks: dict[str, torch.Tensor] = {}
+    triple_loss: Callable[[Triple, dict[str, torch.Tensor], torch.Generator], torch.Tensor]
+    tokens: Mapping[str, torch.Tensor]
+    exemplars: int
+    percentile: float
+    merge: str
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
-        triple = draw_triple(self.exemplars, generator)
+        triple = Triple(*torch.randperm(self.exemplars, generator=generator)[:2].tolist())
         copies = {
             name: token.detach().expand(3, *token.shape).clone().requires_grad_()
             for name, token in self.tokens.items()
         }
-        errors = self.loss(triple, copies, generator)
+        errors = self.triple_loss(triple, copies, generator)
         # The samples of a batch do not meet, so each copy's gradient is that of its own error.
         gradients = torch.autograd.grad(errors.sum(), list(copies.values()))
         # What is not finite must stop the run, though the mask may hide it.
-        finite = all(found.isfinite().all() for found in (errors, *gradients))
+        finite = all(values.isfinite().all() for values in (errors, *gradients))
         value = errors.detach()[0] if finite else torch.full_like(errors.detach()[0], float("nan"))
         for (name, token), gradient in zip(self.tokens.items(), gradients, strict=True):
             anchor, same_action, same_context = gradient
@@ -209,11 +162,32 @@ class TripleObjective:
         return value
 
 
-def mean_token(tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One token [n, D] for all layers: the mean over them. Ours, for hosts that know one embedding a word."""
-    return {encoder: token.float().mean(0) for encoder, token in tokens.items()}
+@dataclass
+class BatchObjective:
+    """The mean denoising error of a random batch of exemplars, as P+ (arXiv 2303.09522) trains layer-wise tokens:
+    no triples and no masks. For the training loop.
+
+    batch_loss(exemplar_ids, generator) -> errors [B].
+    """
+
+    batch_loss: Callable[[list[int], torch.Generator], torch.Tensor]
+    exemplars: int
+    batch_size: int
+
+    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
+        exemplar_ids = torch.randperm(self.exemplars, generator=generator)[: self.batch_size].tolist()
+        return self.batch_loss(exemplar_ids, generator).mean()
 
 
-def describe(actions: Sequence[Any]) -> str:
-    """The placeholders of some identifiers, for a message."""
-    return ", ".join(action.placeholder for action in actions)
+@dataclass
+class ContextObjective:
+    """The denoising error of one exemplar after the other, for the token of its surroundings. For the training loop.
+
+    exemplar_loss(exemplar_id, generator) -> its error [1].
+    """
+
+    exemplar_loss: Callable[[int, torch.Generator], torch.Tensor]
+    exemplars: int
+
+    def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
+        return self.exemplar_loss(step % self.exemplars, generator).mean()

@@ -1,119 +1,78 @@
-"""Nodes of the action identifier (ADI): load and save one, encode prompts with it, let a model read them."""
-
-from __future__ import annotations
-
-import logging
+"""Nodes of the action identifier (ADI): load one, encode prompts with it, let a model read them."""
 
 from comfy_api.latest import io
 
-from . import encoding, identifier_files, running
+from ..inputs import widgets
+from ..inputs.checked import CheckedNode
+from . import encoding, files, sampling
 from .config import HIGHEST_STRENGTH
 
 CATEGORY = "Understudy/Action identifier"
 ACTION = io.Custom("UNDERSTUDY_ACTION")
-IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
-_MOST_ACTIONS = 100  # as many as the host allows
+_MOST_ACTIONS = 100  # as many as ComfyUI allows
 
 
-class UnderstudySaveActionIdentifier(io.ComfyNode):
-    """An identifier as a file that the loader lists, and for other programs as an embedding."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveActionIdentifier",
-            display_name="Save Action Identifier (ADI)",
-            category=CATEGORY,
-            description="Writes a learnt action to output/action_identifiers, where it can be loaded.",
-            search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export"],
-            is_output_node=True,
-            inputs=[
-                ACTION.Input("action", tooltip="A trained or loaded action."),
-                io.String.Input(
-                    "filename_prefix", default="action",
-                    tooltip="Name in output/action_identifiers, with folders if you like. A number is added; nothing "
-                    "is replaced.",
-                ),
-                io.Boolean.Input(
-                    "textual_inversion", default=False, optional=True, advanced=True,
-                    tooltip="Also writes the mean of all layers to output/embeddings, an ordinary embedding for "
-                    "programs without this pack. It keeps less of the action.",
-                ),
-            ],
-            outputs=[],
-        )
-
-    @classmethod
-    def execute(cls, action, filename_prefix, textual_inversion=False) -> io.NodeOutput:
-        logging.info("[Understudy] saved %s", identifier_files.save(action, filename_prefix))
-        if textual_inversion:
-            logging.info("[Understudy] saved %s", identifier_files.export(action, filename_prefix))
-        return io.NodeOutput()
-
-
-class UnderstudyLoadActionIdentifier(io.ComfyNode):
+class UnderstudyLoadActionIdentifier(widgets.LoadNode):
     """An identifier from a file, or an embedding as one."""
 
+    FOLDER, FILE = files.FOLDER, "action_name"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyLoadActionIdentifier",
-            display_name="Load Action Identifier (ADI)",
+            node_id="UnderstudyLoadActionIdentifier", display_name="Load Action Identifier (ADI)",
             category=CATEGORY,
-            description="Reads a learnt action. An ordinary textual-inversion embedding is read as one that is equal "
-            "in all layers; its placeholder is its file's name in angle brackets.",
-            search_aliases=["ADI", "load action", "load embedding", "textual inversion", "import"],
+            description="Loads a trained action. An ordinary textual-inversion embedding is loaded as one that is "
+            "equal in all layers; its placeholder is its file's name in angle brackets.",
+            search_aliases=[
+                "ADI", "load action", "load embedding", "textual inversion", "import", "motion", "動作",
+                "动作",
+            ],
             inputs=[
-                io.Combo.Input(
-                    "action_name", options=identifier_files.choices(),
-                    tooltip="A file in models/action_identifiers or output/action_identifiers, or an embedding.",
-                ),
+                cls.file("A file in models/action_identifiers or output/action_identifiers, or an embedding."),
                 io.String.Input(
                     "placeholder", default="", optional=True, advanced=True,
-                    tooltip="Another word for the action in prompts, say where two actions share one. Empty keeps "
-                    "its own.",
+                    tooltip="Another word for the action in prompts, for example where two actions share one. Empty "
+                    "leaves it as it is.",
                 ),
             ],
             outputs=[ACTION.Output(display_name="action", tooltip="Connect it to Encode Action.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, action_name, placeholder="") -> int:
-        """A file written anew under its name is read anew."""
-        return identifier_files.find(action_name).stat().st_mtime_ns
-
-    @classmethod
     def execute(cls, action_name, placeholder="") -> io.NodeOutput:
-        return io.NodeOutput(identifier_files.load(action_name, placeholder.strip()))
+        return io.NodeOutput(files.load(action_name, placeholder.strip()))
 
 
-class UnderstudyEncodeAction(io.ComfyNode):
-    """A prompt in which placeholders stand for learnt actions."""
+class UnderstudyEncodeAction(CheckedNode):
+    """A prompt in which placeholders stand for trained actions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyEncodeAction",
-            display_name="Encode Action (ADI)",
+            node_id="UnderstudyEncodeAction", display_name="Encode Action (ADI)",
             category=CATEGORY,
-            description="Encodes a prompt with learnt actions, as CLIP Text Encode does without them. The model that "
-            "samples needs Apply Action Identifier.",
-            search_aliases=["ADI", "prompt", "text encode", "action", "textual inversion", "P+"],
+            description="Encodes a prompt with trained actions, as CLIP Text Encode does without them. The model "
+            "that samples needs Apply Action Identifier.",
+            search_aliases=[
+                "ADI", "prompt", "text encode", "action", "textual inversion", "P+", "motion", "動作",
+                "动作",
+            ],
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder that the actions were learnt with."),
+                io.Clip.Input("clip", tooltip="The text encoder that the actions were trained with."),
                 io.String.Input(
                     "text", multiline=True,
                     tooltip="The prompt, with each placeholder where its action belongs. Weights and embeddings "
                     "work. '{subject}' becomes the identity's words.",
                 ),
                 io.Autogrow.Input(
-                    "actions", tooltip="The learnt actions, from Load or Train Action Identifier; any number.",
+                    "actions", tooltip="The actions, from Load or Train Action Identifier; any number.",
                     template=io.Autogrow.TemplatePrefix(
-                        ACTION.Input("action", tooltip="A learnt action whose placeholder is in the text."),
+                        ACTION.Input("action", tooltip="An action whose placeholder is in the text."),
                         prefix="action", min=1, max=_MOST_ACTIONS,
                     ),
                 ),
-                IDENTITY.Input(
+                widgets.IDENTITY.Input(
                     "identity", optional=True,
                     tooltip="An identity prior. '{subject}' in the text stands for its token and class noun.",
                 ),
@@ -127,28 +86,26 @@ class UnderstudyEncodeAction(io.ComfyNode):
         expanded = encoding.expand_subject(text, identity)
         conditioning, contexts = encoding.encode(clip, expanded, connected)
         if expanded != text:
-            conditioning = encoding.name_subject(conditioning, clip, expanded, connected, identity)
-        return io.NodeOutput(running.seal(conditioning, contexts, connected))
+            conditioning = encoding.tag_subject(conditioning, clip, expanded, connected, identity)
+        return io.NodeOutput(sampling.attach_contexts(conditioning, contexts, connected))
 
 
-class UnderstudyApplyActionIdentifier(io.ComfyNode):
-    """A model whose layers read learnt actions."""
+class UnderstudyApplyActionIdentifier(CheckedNode):
+    """A model whose layers read trained actions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyApplyActionIdentifier",
-            display_name="Apply Action Identifier (ADI)",
+            node_id="UnderstudyApplyActionIdentifier", display_name="Apply Action Identifier (ADI)",
             category=CATEGORY,
-            description="Lets a model read the actions in prompts from Encode Action: each of its layers its own "
-            "tokens. Plain prompts are read as ever.",
-            search_aliases=["ADI", "action", "apply embedding", "layer-wise", "P+"],
+            description="Lets a model read the actions in prompts from Encode Action, each of its layers with its "
+            "own tokens. Plain prompts are read as before.",
+            search_aliases=["ADI", "action", "apply embedding", "layer-wise", "P+", "motion", "動作", "动作"],
             inputs=[
-                io.Model.Input("model", tooltip="An SD, SDXL or Wan model. It is not changed."),
-                io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=HIGHEST_STRENGTH, step=0.01, round=False,
-                    tooltip="How far from the initial word to the learnt action: 0 is the word, 1 the action, 2 as "
-                    "far again. For all actions in the prompts.",
+                io.Model.Input("model", tooltip="An SD, SDXL or Wan model; it is not modified."),
+                widgets.strength(
+                    "How far to go from the initial word to the action: 0 is the word, 1 the action, 2 twice "
+                    "as far. Applies to all actions in the prompts.", highest=HIGHEST_STRENGTH,
                 ),
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a sampler or a guider.")],
@@ -156,4 +113,7 @@ class UnderstudyApplyActionIdentifier(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength) -> io.NodeOutput:
-        return io.NodeOutput(running.apply(model, strength))
+        return io.NodeOutput(sampling.apply(model, strength))
+
+
+NODES = [UnderstudyLoadActionIdentifier, UnderstudyEncodeAction, UnderstudyApplyActionIdentifier]

@@ -1,6 +1,4 @@
-"""Node that learns an action from a few pictures (ADI)."""
-
-from __future__ import annotations
+"""Nodes that train an action identifier on a few pictures, and save it (ADI)."""
 
 import logging
 from collections.abc import Sequence
@@ -9,122 +7,116 @@ import torch
 from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
+from ..inputs.checked import CheckedNode
 from ..messages import tell
-from ..training import checkpoints, inputs, picture_training, widgets
+from ..training import drawing, inputs, picture_training, widgets
+from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
-from . import encoding, running, training
+from . import encoding, files, sampling, training
 from .config import MINIMUM_EXEMPLARS, ActionTrainingConfig
 from .nodes import ACTION, CATEGORY
 
 _DEFAULT = ActionTrainingConfig()
 
 
-class UnderstudyTrainActionIdentifier(io.ComfyNode):
-    """Learns what a few pictures have in common: their action."""
+class UnderstudyTrainActionIdentifier(CheckedNode):
+    """Trains what a few pictures have in common: their action."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainActionIdentifier",
-            display_name="Train Action Identifier (ADI)",
+            node_id="UnderstudyTrainActionIdentifier", display_name="Train Action Identifier (ADI)",
             category=CATEGORY,
             description="Learns the action that a few pictures share, and not who does it or where, as a word for "
             "prompts: usable on any person, animal or mascot.",
-            search_aliases=["ADI", "learn action", "pose", "textual inversion", "train embedding", "P+"],
+            search_aliases=[
+                "ADI", "learn action", "pose", "textual inversion", "train embedding", "P+", "motion",
+                "動作", "动作",
+            ],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to learn with, SD, SDXL or Wan. It is not changed."),
-                io.Clip.Input("clip", tooltip="Its text encoder, which the word is learnt for. It is not changed."),
-                io.Vae.Input("vae", tooltip="Encodes the pictures, and decodes previews where memory allows."),
+                widgets.model("SD, SDXL or Wan"),
+                io.Clip.Input("clip", tooltip="Its text encoder, for which the word is trained; it is not modified."),
+                widgets.vae("the pictures"),
                 io.Image.Input(
                     "images", tooltip="Pictures that share the action, of different subjects in different places: at "
                     "least 2, better 5 to 10, all of one size, as a batch or a list.",
                 ),
                 io.String.Input(
                     "subjects", multiline=True,
-                    tooltip="Who is in each picture and where, without the action: a line or a list item a picture, "
-                    "or one for all.",
+                    tooltip="Who is in each picture and where, without the action: a line or a list item per "
+                    "picture, or one for all.",
                 ),
                 io.String.Input(
                     "placeholder", default=_DEFAULT.placeholder,
-                    tooltip="The word that will stand for the action in prompts. One that no prompt has by chance.",
+                    tooltip="The word that will stand for the action in prompts; choose one that no prompt has by "
+                    "chance.",
                 ),
                 io.String.Input(
                     "initial_word", default=_DEFAULT.initial_word,
-                    tooltip="What the word starts as, and means at strength 0: a word that is near the action.",
+                    tooltip="What the word starts as, and means at strength 0: a word close to the action.",
                 ),
-                io.Int.Input(
-                    "steps", default=_DEFAULT.steps, min=1, max=100_000,
-                    tooltip="Optimiser steps, each on three pictures in one pass.",
-                ),
+                widgets.steps(_DEFAULT.steps, "Optimiser steps, each on three pictures in one pass."),
                 io.Int.Input(
                     "context_steps", default=_DEFAULT.context_steps, min=1, max=10_000,
-                    tooltip="Optimiser steps a picture that learn its surroundings first, in order to draw them with "
-                    "another action. More learns the action with them. Without effect with contrast_images.",
+                    tooltip="Optimiser steps per picture that first learn its surroundings, to draw them with "
+                    "another action. Too many learn the action with them. No effect with contrast_images.",
                 ),
-                widgets.learning_rate(_DEFAULT.learning_rate, "Of AdamW, for the action's tokens."),
+                widgets.learning_rate(_DEFAULT.learning_rate, "It is that of the action's tokens."),
                 io.Float.Input(
                     "mask_percentile", default=_DEFAULT.mask_percentile, min=0.01, max=0.99, step=0.01, round=False,
-                    tooltip="Where channels are parted, as a fraction of them: higher counts more as free of the "
-                    "surroundings, and fewer as the action's.",
+                    tooltip="Where channels are divided, as a fraction of them: a higher value counts more of them "
+                    "as independent of the surroundings, and fewer as the action's.",
                 ),
                 io.Combo.Input(
                     "merge", options=list(MERGES), default=_DEFAULT.merge,
-                    tooltip="Which channels a step may move: union those that pass one of the two comparisons, "
+                    tooltip="Which channels a step may change: union takes those that pass either comparison, "
                     "intersection only those that pass both.",
                 ),
                 widgets.seed("action"),
                 io.Image.Input(
                     "contrast_images", optional=True,
-                    tooltip="For each picture one of the same surroundings with another action, in the same order. "
-                    "Without them the model draws them.",
+                    tooltip="For each picture, one of the same surroundings with another action, in the same order. "
+                    "If not connected, the model draws them.",
                 ),
                 widgets.resume_from(),
                 widgets.dtype(),
-                widgets.gradient_checkpointing(),
-                io.Int.Input(
-                    "preview_every", default=0, min=0, max=100_000, optional=True, advanced=True,
-                    tooltip="Steps between preview pictures of the first subject with the action, from one noise; 0 "
-                    "is never.",
-                ),
-                widgets.checkpoint_every("Steps"),
+                *widgets.on_the_way("Steps", "the first subject with the action"),
                 io.String.Input(
                     "contrast_words", default=_DEFAULT.contrast_words, optional=True, advanced=True,
-                    tooltip="Actions, parted by commas, that the model draws for comparison: none may be the one to "
-                    "learn. Without effect with contrast_images.",
+                    tooltip="Actions, separated by commas, that the model draws for comparison: none may be the one "
+                    "to learn. No effect with contrast_images.",
                 ),
                 widgets.min_snr_gamma(),
             ],
             outputs=[
                 ACTION.Output(display_name="action", tooltip="Connect it to Encode or Save Action Identifier."),
-                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Connect it to Plot Loss Graph."),
+                widgets.loss_map(),
             ],
         )
 
     @classmethod
     def execute(cls, images, subjects, contrast_images=None, **lists) -> io.NodeOutput:
-        given = {name: values[0] for name, values in lists.items()}
-        action = _action(given)
-        config = widgets.config(
-            given, preview_every=given.get("preview_every", 0), min_snr_gamma=given.get("min_snr_gamma", 0.0)
-        )
-        exemplars = _exemplars(given["vae"], images, subjects, contrast_images)
-        tell("Train Action Identifier", _doubts(given["clip"], action, exemplars), logging.WARNING)
-        settings = widgets.settings(given, config, _settings(action, exemplars))
+        values = inputs.single_values(lists)
+        action = _action(values)
+        config = widgets.config(values)
+        exemplars = _exemplars(values["vae"], images, subjects, contrast_images)
+        tell("Train Action Identifier", _warnings(values["clip"], action, exemplars), logging.WARNING)
+        settings = widgets.settings(values, config, _settings(action, exemplars))
         identifier, loss_map = training.train(
-            given["model"], given["clip"], exemplars, action, config,
-            checkpoints=checkpoints.Checkpoints("action_identifier", settings),
-            resume_from=given["resume_from"], preview=_preview(given["vae"], exemplars, action, config),
+            values["model"], values["clip"], exemplars, action, config,
+            checkpoints=Checkpoints("action_identifier", settings),
+            resume_from=values["resume_from"], preview=_preview(values["vae"], exemplars, action, config),
         )
         return io.NodeOutput(identifier, loss_map)
 
 
-def _action(given: dict) -> ActionTrainingConfig:
+def _action(values: dict) -> ActionTrainingConfig:
     names = ("placeholder", "initial_word", "steps", "context_steps", "learning_rate", "mask_percentile", "merge")
-    values = {name: given[name] for name in names}
+    chosen = {name: values[name] for name in names}
     for name in ("placeholder", "initial_word"):
-        values[name] = values[name].strip()
-    return ActionTrainingConfig(**values, contrast_words=given.get("contrast_words", _DEFAULT.contrast_words))
+        chosen[name] = chosen[name].strip()
+    return ActionTrainingConfig(**chosen, contrast_words=values.get("contrast_words", _DEFAULT.contrast_words))
 
 
 def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:
@@ -133,9 +125,9 @@ def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:
     if len(pictures) < MINIMUM_EXEMPLARS:
         raise ValueError(
             f"images holds {len(pictures)} picture: give at least {MINIMUM_EXEMPLARS} that share the action, better "
-            "5 to 10, since what they share is what is learnt"
+            "5 to 10, since what they share is what is learned"
         )
-    texts = inputs.lines(subjects, len(pictures), "subjects")
+    texts = inputs.texts_for(subjects, len(pictures), "subjects")
     contrasts = None if contrast_images is None else inputs.pictures(contrast_images, "contrast_images")
     if contrasts is not None and len(contrasts) != len(pictures):
         raise ValueError(
@@ -147,20 +139,20 @@ def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:
     return training.Exemplars(picture_training.encode_pictures(vae, pictures), texts, encoded)
 
 
-def _doubts(clip, action: ActionTrainingConfig, exemplars: training.Exemplars) -> list[str]:
-    """What probably spoils the action, though it can be learnt."""
-    doubts = []
+def _warnings(clip, action: ActionTrainingConfig, exemplars: training.Exemplars) -> list[str]:
+    """What will probably weaken the action, though training can go on."""
+    warnings = []
     if unknown := encoding.unknown_words(clip.tokenize, action.initial_word):
-        doubts.append(
+        warnings.append(
             f"initial_word: the text encoder does not know {', '.join(unknown)} as a whole word: use a verb that it "
             "knows, say dancing"
         )
     if not all(subject.strip() for subject in exemplars.subjects):
-        doubts.append(
-            "subjects are empty, so who is in the pictures and where will be learnt with the action: describe each "
+        warnings.append(
+            "subjects are empty, so who is in the pictures and where will be learned with the action: describe each "
             "picture without it"
         )
-    return doubts
+    return warnings
 
 
 def _check_sizes(pictures: Sequence[torch.Tensor]) -> None:
@@ -174,7 +166,7 @@ def _check_sizes(pictures: Sequence[torch.Tensor]) -> None:
 
 
 def _settings(action: ActionTrainingConfig, exemplars: training.Exemplars) -> dict:
-    """The node's own of what a resumed run must share with the one it goes on from."""
+    """The method's part of what a resumed run must share with the one that it continues."""
     contrasts = exemplars.contrasts
     return {
         "images": inputs.digest(exemplars.latents), "subjects": list(exemplars.subjects),
@@ -189,8 +181,38 @@ def _preview(vae, exemplars: training.Exemplars, action: ActionTrainingConfig, c
     text = exemplars.prompt(0, action.placeholder, action.placeholder)
 
     def preview(denoiser, clip, actions):
-        positive = running.seal(*encoding.encode(clip, text, actions), actions)
+        positive = sampling.attach_contexts(*encoding.encode(clip, text, actions), actions)
         (negative,) = picture_training.encode_texts(clip, [""])
-        return picture_training.preview_of(vae, positive, negative, exemplars.latents[0].shape, config.seed)(denoiser)
+        return drawing.preview_of(vae, positive, negative, exemplars.latents[0].shape, config.seed)(denoiser)
 
     return preview
+
+
+class UnderstudySaveActionIdentifier(CheckedNode):
+    """An identifier as a file that the loader lists, and for other programs as an embedding."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        textual_inversion = io.Boolean.Input(
+            "textual_inversion", default=False, optional=True, advanced=True,
+            tooltip="Also saves the mean of all layers in output/embeddings, an ordinary embedding for programs "
+            "without this pack. It preserves less of the action.",
+        )
+        return widgets.save_schema(
+            "UnderstudySaveActionIdentifier", "Save Action Identifier (ADI)", CATEGORY,
+            ACTION.Input("action", tooltip="A trained or loaded action."), prefix="action", folder=files.FOLDER,
+            options=[textual_inversion],
+            description="Saves a trained action in output/action_identifiers, where Load Action Identifier lists "
+            "it.",
+            search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export"],
+        )
+
+    @classmethod
+    def execute(cls, action, filename_prefix, textual_inversion=False) -> io.NodeOutput:
+        logging.info("[Understudy] saved %s", files.save(action, filename_prefix))
+        if textual_inversion:
+            logging.info("[Understudy] saved %s", files.export(action, filename_prefix))
+        return io.NodeOutput()
+
+
+NODES = [UnderstudyTrainActionIdentifier, UnderstudySaveActionIdentifier]

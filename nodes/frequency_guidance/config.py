@@ -1,14 +1,11 @@
 """Settings of frequency guidance. Defaults name their source: ImPoster (arXiv 2409.15650), or "ours"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
-from ...kernels.spectral_guidance import DISTANCES, RULES
+from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
+from ..inputs.ranges import check_choice, check_limits, check_range
 
 APPLY_TO = ("denoised", "latent")
-# The highest frequency of a plane is sqrt(1/2) cycles per pixel: a cutoff from here on lets everything pass.
-HIGHEST_CUTOFF = 0.75
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class FrequencyGuidanceConfig:
 
     # Ours: a small pull; on the puppet theatre the amplitude term adds little to the phase term.
     amplitude_scale: float = 0.1
-    # Ours: all the way, in low bands and early steps; all bands in every step bring the driving subject too.
+    # Ours: all the way, in low bands and early steps; all bands in every step bring the driving subject as well.
     phase_scale: float = 1.0
     # Ours: the published |angle| ("paper") cannot tell a picture from its 180 degree rotation.
     phase_distance: str = "circular"
@@ -28,7 +25,7 @@ class FrequencyGuidanceConfig:
     start_percent: float = 0.0
     # Ours, with the low band. Published: every step (the last one of 50 excepted).
     end_percent: float = 0.4
-    # Ours: every frequency its own way, so that 1 is all the way. Published: the plain gradient.
+    # Ours: each frequency by a share of its distance, so that 1 is all the way. Published: the plain gradient.
     update: str = "per_bin"
     # Ours: low frequencies carry the pose. Published: all bands.
     phase_low: float = 0.0
@@ -37,25 +34,14 @@ class FrequencyGuidanceConfig:
     amplitude_high: float = HIGHEST_CUTOFF
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("phase_distance", self.phase_distance, DISTANCES),
-            ("apply_to", self.apply_to, APPLY_TO),
-            ("update", self.update, RULES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
-        for name, value in (("amplitude_scale", self.amplitude_scale), ("phase_scale", self.phase_scale)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} is {value}: use 0 (off) to 1 (all the way)")
-        for low, high, unit in (
+        check_choice(self, phase_distance=DISTANCES, apply_to=APPLY_TO, update=RULES)
+        check_limits(self, "amplitude_scale", "phase_scale", lowest=0, highest=1, fix="0 (off) to 1 (all the way)")
+        for low, high, what in (
             ("start_percent", "end_percent", "the range of steps"),
             ("phase_low", "phase_high", "the phase band"),
             ("amplitude_low", "amplitude_high", "the amplitude band"),
         ):
-            if not getattr(self, low) < getattr(self, high):
-                raise ValueError(
-                    f"{unit} is empty: set {low} ({getattr(self, low)}) below {high} ({getattr(self, high)})"
-                )
+            check_range(what, **{low: getattr(self, low), high: getattr(self, high)})
 
     @property
     def off(self) -> bool:
@@ -77,5 +63,5 @@ class SourceDrivingPairConfig:
     rank: int = 4
 
 
-# Ours: a higher rate is taken for a LoRA's that was left standing.
+# Ours: a higher rate is taken for that of a LoRA, left from an earlier run.
 HIGHEST_WHOLE_UNET_LEARNING_RATE = 5e-4

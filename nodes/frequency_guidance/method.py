@@ -3,21 +3,20 @@
 Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidance.py.
 """
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...kernels import spectral_guidance
-from ..training.loop import step_seed
+from ..inputs import latents, ranges
+from ..training.objective import Sample
+from ..training.seeds import seed_for
 from .config import FrequencyGuidanceConfig
 
-# Sigma grids and percents round one schedule differently; a step that lies on a limit counts as on it.
-_SIGMA_TOLERANCE = 1e-5
-
-# Schedulers land on multiples of 1/steps and 1/1000; beside them, rounding decides nothing.
+# Schedulers land on multiples of 1/steps and 1/1000; away from them, rounding decides nothing.
 _SWITCH_OFFSET = 0.00037
 # The narrowest step in percent that every model's percent-to-sigma map resolves in fp32.
 _SWITCH_GAP = 1e-6
@@ -26,65 +25,54 @@ Guide = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 class FrequencyGuidance:
-    """Guidance toward one source and one driving latent; holds no state of any sampling run.
+    """Guidance toward one source and one driving latent; it holds no state of a sampling run.
 
-    source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one with scale 0 is not looked at.
+    source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one whose scale is 0 is ignored.
     Raises ValueError, naming the input, for latents that are empty, all zero, not finite, or nested.
     """
 
     def __init__(self, source: torch.Tensor, driving: torch.Tensor, config: FrequencyGuidanceConfig):
         self.config = config
-        self._source = _valid("source", source) if config.amplitude_scale > 0 else None
-        self._driving = _valid("driving", driving) if config.phase_scale > 0 else None
+        self._source = source if config.amplitude_scale > 0 else None
+        self._driving = driving if config.phase_scale > 0 else None
+        for name, latent in (("source", self._source), ("driving", self._driving)):
+            if latent is not None:
+                latents.check_picture(latent, name)
 
     def begin(self, model: Any, shape: torch.Size) -> Guide:
-        """What one sampling run applies to latents of `shape`: guide(latent, sigma) -> latent, of like dtype.
+        """The guide of one sampling run for latents of `shape`: guide(latent, sigma) -> latent of the same dtype.
 
-        `model` gives `process_latent_in`, which takes the latents to the model's space, and `model_sampling`.
-        Guidance acts where start >= sigma > end, and returns the same tensor elsewhere.
+        `model` is a BaseModel: its `process_latent_in` takes latents to the model's space.
+        It acts in its part of the schedule, and returns the same tensor elsewhere.
         Raises ValueError where source or driving do not fit `shape`.
         """
         config = self.config
-        start = model.model_sampling.percent_to_sigma(config.start_percent) * (1 + _SIGMA_TOLERANCE)
-        end = model.model_sampling.percent_to_sigma(config.end_percent) * (1 + _SIGMA_TOLERANCE)
+        guided = ranges.sigma_range(model.model_sampling, config.start_percent, config.end_percent)
         source = _fit("source", self._source, shape, model)
         driving = _fit("driving", self._driving, shape, model)
-        target: spectral_guidance.Target | None = None
+
+        @functools.cache
+        def target_on(device: torch.device) -> spectral_guidance.Target:
+            return spectral_guidance.prepare(
+                *(None if latent is None else latent.to(device) for latent in (source, driving)),
+                distance=config.phase_distance,
+                amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
+                phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),
+            )
 
         def guide(latent: torch.Tensor, sigma: float) -> torch.Tensor:
-            nonlocal target
-            if not start >= sigma > end:
+            if sigma not in guided:
                 return latent
             if latent.shape != shape:
                 raise ValueError(
                     f"the sampler changed the latent from {tuple(shape)} to {tuple(latent.shape)}: "
                     "frequency guidance needs a sampler that keeps the size"
                 )
-            if target is None:
-                target = spectral_guidance.prepare(
-                    None if source is None else source.to(latent.device),
-                    None if driving is None else driving.to(latent.device),
-                    distance=config.phase_distance,
-                    amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
-                    phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),
-                )
             return spectral_guidance.update(
-                latent, target, config.amplitude_scale, config.phase_scale, config.update
+                latent, target_on(latent.device), config.amplitude_scale, config.phase_scale, config.update
             )
 
         return guide
-
-
-def _valid(name: str, latent: torch.Tensor) -> torch.Tensor:
-    if latent.is_nested or latent.ndim not in (4, 5):
-        raise ValueError(f"{name} is no image or video latent: connect the output of VAE Encode to `{name}`")
-    if latent.numel() == 0:
-        raise ValueError(f"{name} is an empty batch: connect at least one VAE-encoded picture to `{name}`")
-    if not torch.isfinite(latent).all():
-        raise ValueError(f"{name} holds NaN or infinite values: encode it again, with the VAE in fp32")
-    if not latent.any():
-        raise ValueError(f"{name} is all zero, as Empty Latent Image makes it: connect a VAE-encoded picture")
-    return latent
 
 
 def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) -> torch.Tensor | None:
@@ -94,17 +82,13 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
     if len(shape) not in (4, 5):
         raise ValueError(
             f"frequency guidance works on [B, C, H, W] and [B, C, T, H, W] latents, and this model's is "
-            f"{tuple(shape)}: it cannot steer audio or packed latents"
+            f"{tuple(shape)}: it cannot steer audio or packed latents; use another model"
         )
     if len(shape) == 5 and latent.ndim == 4:
         latent = latent.unsqueeze(2)  # a picture, for a video model
     if latent.ndim != len(shape):
         raise ValueError(f"{name} is a video latent and the model makes pictures: encode one frame of it")
-    if latent.shape[1] != shape[1]:
-        raise ValueError(
-            f"{name} has {latent.shape[1]} channels and the sampled latent has {shape[1]}: "
-            f"encode {name} with the VAE of this model"
-        )
+    latents.check_channels(latent, name, shape[1])
     if latent.shape[-2:] != shape[-2:]:
         ratio = model.latent_format.spacial_downscale_ratio
         height, width = shape[-2] * ratio, shape[-1] * ratio
@@ -112,11 +96,7 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
             f"{name} is a latent of {latent.shape[-1]} x {latent.shape[-2]} (width x height) and the sampled "
             f"one is {shape[-1]} x {shape[-2]}: resize {name} to {width} x {height} pixels before VAE Encode"
         )
-    if latent.shape[0] not in (1, shape[0]):
-        raise ValueError(
-            f"{name} holds {latent.shape[0]} latents and the batch is {shape[0]}: connect one latent"
-            + (f", or {shape[0]} of them" if shape[0] > 1 else "")
-        )
+    latents.check_batch(len(latent), shape[0], name, "latent")
     if len(shape) == 5 and latent.shape[2] not in (1, shape[2]):
         raise ValueError(
             f"{name} has {latent.shape[2]} latent frames and the sampled video has {shape[2]}: "
@@ -128,10 +108,10 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
 def switch_prompt(driving: list, target: list, switch_percent: float) -> list:
     """A CONDITIONING that is `driving` before `switch_percent` (0..1 of the schedule), then `target`.
 
-    Exactly one of them acts at any sigma, and a step that lies on `switch_percent` takes `target`. The host's
-    ranges include both their ends, so the two leave a gap as wide as a few fp32 sigmas; `target` fills it
-    as a default conditioning, which the host uses only where no other one is active. Ranges that the
-    conditionings already have are kept within their part. The given lists and their entries stay as they are.
+    Exactly one of them acts at any sigma, and a step on `switch_percent` takes `target`. ComfyUI's ranges include
+    both ends, so the two leave a gap as wide as a few fp32 sigmas; `target` fills it as a default conditioning,
+    which ComfyUI uses only where no other is active. Ranges that the conditionings already have are cut to their
+    part. The input lists and their entries are not modified.
     """
     switch = switch_percent - _SWITCH_OFFSET
     if switch <= 0.0:
@@ -147,31 +127,31 @@ def switch_prompt(driving: list, target: list, switch_percent: float) -> list:
 
 
 def _within(conditioning: list, start: float, end: float) -> list:
-    """Copies of the entries, their ranges cut to start..end; entries without any of it are left out."""
-    kept = []
+    """Copies of the entries with their ranges cut to start..end; entries outside it are left out."""
+    cut = []
     for tensor, options in conditioning:
         first = max(start, options.get("start_percent", 0.0))
         last = min(end, options.get("end_percent", 1.0))
         if first < last:
-            kept.append([tensor, {**options, "start_percent": first, "end_percent": last}])
-    return kept
+            cut.append([tensor, {**options, "start_percent": first, "end_percent": last}])
+    return cut
 
 
-class PairObjective:
-    """ImPoster's fine-tuning: steps take the source and the driving picture in turn, two with one noise and level.
+@dataclass
+class SourceDrivingObjective:
+    """ImPoster's fine-tuning: steps take the source and the driving picture in turn, both with one noise and level.
 
-    loss(latent, conditions, generator) -> [B] is the denoising error; `samples` are the source and the driving
-    one, each with `latent` and `conditions`.
+    loss(latent, conditions, generator) -> [B] is the denoising loss; `samples` are those of the source and the
+    driving picture.
     """
 
-    def __init__(self, loss: Callable[..., torch.Tensor], samples: Sequence[Any], seed: int):
-        self.loss = loss
-        self.samples = samples
-        self.seed = seed
+    loss: Callable[..., torch.Tensor]
+    samples: Sequence[Sample]
+    seed: int
 
     def __call__(self, step: int, _generator: torch.Generator) -> torch.Tensor:
-        iteration, turn = divmod(step, len(self.samples))
-        sample = self.samples[turn]
-        # The iteration's generator, not the step's: both pictures meet the same noise and noise level.
-        generator = torch.Generator().manual_seed(step_seed(self.seed, iteration))
+        iteration, index = divmod(step, len(self.samples))
+        sample = self.samples[index]
+        # The iteration's generator, not the step's: both pictures get the same noise and noise level.
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "step", iteration))
         return self.loss(sample.latent, [sample.conditions], generator).mean()

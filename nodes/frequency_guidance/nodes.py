@@ -1,13 +1,13 @@
 """Nodes of frequency guidance (ImPoster): the prompt switch and the guided SAMPLER."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
-from ...kernels.spectral_guidance import DISTANCES, RULES
-from .. import patching
+from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
+from ..inputs import widgets
+from ..inputs.checked import CheckedNode
+from ..patching import samplers
 from . import method
-from .config import APPLY_TO, HIGHEST_CUTOFF, FrequencyGuidanceConfig
+from .config import APPLY_TO, FrequencyGuidanceConfig
 
 CATEGORY = "Understudy/Frequency guidance"
 _DEFAULT = FrequencyGuidanceConfig()
@@ -15,144 +15,97 @@ _DEFAULT = FrequencyGuidanceConfig()
 _SWITCH_PERCENT = 0.12
 
 
-def _percent(id: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=0.001, round=0.001, tooltip=tooltip)
-
-
 def _scale(id: str, tooltip: str) -> io.Float.Input:
-    default = getattr(_DEFAULT, id)
-    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=0.01, round=False, tooltip=tooltip)
+    return widgets.fraction(id, getattr(_DEFAULT, id), tooltip)
 
 
 def _choice(id: str, options: tuple[str, ...], tooltip: str, advanced: bool = False) -> io.Combo.Input:
     return io.Combo.Input(
-        id,
-        options=list(options),
-        default=getattr(_DEFAULT, id),
-        tooltip=tooltip,
-        optional=advanced,
+        id, options=list(options), default=getattr(_DEFAULT, id), tooltip=tooltip, optional=advanced,
         advanced=advanced or None,
     )
 
 
 def _cutoff(id: str, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(
-        id,
-        default=getattr(_DEFAULT, id),
-        min=0.0,
-        max=HIGHEST_CUTOFF,
-        step=0.01,
-        round=0.001,
-        tooltip=f"{tooltip}, in cycles per latent pixel. 0 to {HIGHEST_CUTOFF} is everything.",
-        optional=True,
-        advanced=True,
-    )
+    tooltip = f"{tooltip}, in cycles per latent pixel. 0 to {HIGHEST_CUTOFF} is everything."
+    return widgets.cutoff(id, getattr(_DEFAULT, id), tooltip, optional=True, advanced=True)
 
 
-class UnderstudyStepwisePrompt(io.ComfyNode):
+class UnderstudyStepwisePrompt(CheckedNode):
     """Driving prompt first, target prompt from `switch_percent` on."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyStepwisePrompt",
-            display_name="Stepwise Prompt (ImPoster)",
+            node_id="UnderstudyStepwisePrompt", display_name="Switch Prompt During Sampling (ImPoster)",
             category=CATEGORY,
-            description="The driving prompt lays out the action in the first steps; the target follows.",
+            description="Uses the driving prompt in the first steps, which lay out the action, and the target after "
+            "them.",
             search_aliases=[
-                "prompt switch",
-                "prompt schedule",
-                "timestep range",
-                "ImPoster",
-                "action transfer",
+                "prompt switch", "prompt schedule", "timestep range", "ImPoster", "action transfer",
+                "motion",
             ],
             inputs=[
+                io.Conditioning.Input("target", tooltip="Prompt of the picture to generate, used after the switch."),
                 io.Conditioning.Input("driving", tooltip="Prompt of the driving picture, used first."),
-                io.Conditioning.Input(
-                    "target", tooltip="Prompt of the wanted picture, used from the switch on."
-                ),
-                _percent(
-                    "switch_percent",
-                    _SWITCH_PERCENT,
+                widgets.percent(
+                    "switch_percent", _SWITCH_PERCENT,
                     "Where the target prompt takes over, as a fraction of the schedule: 0 uses the target "
-                    "only, 1 the driving prompt only. A step right on it takes the target.",
+                    "only, 1 the driving prompt only. A step exactly at it uses the target.",
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="Connect it to positive.")],
         )
 
     @classmethod
-    def execute(cls, driving, target, switch_percent) -> io.NodeOutput:
+    def execute(cls, target, driving, switch_percent) -> io.NodeOutput:
         return io.NodeOutput(method.switch_prompt(driving, target, switch_percent))
 
 
-class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
+class UnderstudyFrequencyGuidanceSampler(CheckedNode):
     """Wraps a SAMPLER with guidance toward the source's amplitudes and the driving picture's phases."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        latent_help = (
-            "at the size of the result. One latent, or one for each of the batch. Its mask is not used."
-        )
+        latent_help = "at the size of the result. One latent, or one per latent of the batch. Its mask is ignored."
         return io.Schema(
-            node_id="UnderstudyFrequencyGuidanceSampler",
-            display_name="Frequency Guidance Sampler (ImPoster)",
+            node_id="UnderstudyFrequencyGuidanceSampler", display_name="Frequency Guidance Sampler (ImPoster)",
             category=CATEGORY,
-            description="Pulls each step toward the layout of a driving picture (its phases) and the look of "
-            "a source picture (its amplitudes). Wraps any sampler, for SamplerCustom and its kin.",
+            description="Moves each step towards the layout of a driving picture (its phases) and the look of a "
+            "source picture (its amplitudes). Wraps any sampler, for SamplerCustom and similar nodes.",
             search_aliases=[
-                "ImPoster",
-                "action transfer",
-                "pose transfer",
-                "FFT",
-                "Fourier",
-                "phase",
-                "amplitude",
+                "ImPoster", "action transfer", "pose transfer", "FFT", "Fourier", "phase", "amplitude",
+                "motion transfer", "swap action", "動作", "ポーズ", "姿态", "动作",
             ],
             inputs=[
-                io.Sampler.Input(
-                    "sampler", tooltip="The sampler to guide, from KSamplerSelect for instance."
-                ),
-                io.Latent.Input("source", tooltip=f"VAE-encoded picture of who it is, {latent_help}"),
+                io.Sampler.Input("sampler", tooltip="The sampler to guide, for example from KSamplerSelect."),
+                io.Latent.Input("source", tooltip=f"VAE-encoded picture of the subject, {latent_help}"),
                 io.Latent.Input("driving", tooltip=f"VAE-encoded picture of the action, {latent_help}"),
                 _scale(
                     "amplitude_scale",
-                    "How far the amplitudes go to the source's in each step: 0 is off, 1 all the way. Higher "
-                    "keeps more of the source's overall look.",
+                    "How far each step moves the amplitudes to the source's: 0 is off, 1 all the way. Higher "
+                    "values keep more of the source's overall look.",
                 ),
                 _scale(
                     "phase_scale",
-                    "How far the phases go to the driving picture's in each step: 0 is off, 1 all the way. "
-                    "Higher follows the action more and, past that, the driving subject too.",
+                    "How far each step moves the phases to the driving picture's: 0 is off, 1 all the way. "
+                    "Higher values follow the action more, and then also the driving subject.",
                 ),
                 _choice(
-                    "phase_distance",
-                    DISTANCES,
+                    "phase_distance", DISTANCES,
                     "circular compares angles around the circle. paper is the published |angle|, which "
                     "cannot tell a picture from its 180 degree rotation.",
                 ),
                 _choice(
-                    "apply_to",
-                    APPLY_TO,
-                    "denoised guides each step's estimate of the picture and works with every sampler. "
+                    "apply_to", APPLY_TO,
+                    "denoised guides the estimate of the picture in each step and works with every sampler. "
                     "latent guides the noisy latent between steps, as published, and works with "
-                    f"ddim, {', '.join(patching.STEPWISE_SAMPLERS)}.",
+                    f"ddim, {', '.join(samplers.STEPWISE_SAMPLERS)}.",
                 ),
-                _percent(
-                    "start_percent",
-                    _DEFAULT.start_percent,
-                    "Where guidance begins, as a fraction of the schedule.",
-                ),
-                _percent(
-                    "end_percent",
-                    _DEFAULT.end_percent,
-                    "Where guidance ends, as a fraction of the schedule. Ending early leaves the details to "
-                    "the model.",
-                ),
+                *widgets.percent_range(_DEFAULT, "guidance", "An early end leaves the details to the model."),
                 _choice(
-                    "update",
-                    RULES,
-                    "per_bin moves each frequency its own way, 1 all the way. gradient is plain descent on the "
+                    "update", RULES,
+                    "per_bin moves each frequency by a share of its distance. gradient is plain descent on the "
                     "losses, as published; its phase steps are far rougher: use 0.03 or less.",
                     advanced=True,
                 ),
@@ -174,5 +127,8 @@ class UnderstudyFrequencyGuidanceSampler(io.ComfyNode):
         if config.off:
             return io.NodeOutput(sampler)
         guidance = method.FrequencyGuidance(source["samples"], driving["samples"], config)
-        wrap = patching.guide_latent if config.apply_to == "latent" else patching.guide_denoised
+        wrap = samplers.guide_latent if config.apply_to == "latent" else samplers.guide_denoised
         return io.NodeOutput(wrap(sampler, guidance.begin))
+
+
+NODES = [UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt]

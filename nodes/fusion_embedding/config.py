@@ -1,20 +1,20 @@
 """Settings of the fusion embedding. Defaults name their source: FPDM (arXiv 2412.07333), or "ours"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
-# Ours: what a pose drawing has where somebody stands, in 0..1; the background of an OpenPose drawing is black.
+from ..inputs.ranges import check_limits
+
+# Ours: the least contrast, in 0..1, of a drawing that shows somebody; OpenPose drawings have a black background.
 PERSON_THRESHOLD = 0.05
-# Published: the CFG of its samples.
+# Published: the CFG of the samples.
 GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)
 class CombinerConfig:
-    """Stage 1: the combiner and, where it is trained, the image encoder."""
+    """Stage 1: the combiner and, if it is trained, the image encoder."""
 
-    # Published: 5 epochs in batches of 48. Ours: this many steps, since data sets differ in size.
+    # Published: 5 epochs in batches of 48. Ours: a number of steps, since data sets differ in size.
     steps: int = 2000
     batch_size: int = 48
     # Published: AdamW at 1e-5 with weight decay 1e-4, temperature 0.07, L1 weight 1e-4, dropout 0.5.
@@ -33,21 +33,23 @@ class CombinerConfig:
         if not 0 < self.temperature <= 1:
             raise ValueError(f"temperature is {self.temperature}: use a number above 0 and up to 1, say 0.07")
         if self.batch_size < 2:
-            raise ValueError("batch_size is 1: a target is found among others, so use 2 or more, 48 as published")
+            raise ValueError(
+                f"batch_size is {self.batch_size}, but targets are retrieved among others: use 2 or more, say 48"
+            )
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Stage 2: appearance tokens, class embedding and pose path, with the UNet or a LoRA of it."""
+    """Stage 2: appearance tokens, class embedding and pose path, with the whole UNet or a LoRA of it."""
 
     # Ours: the publication counts epochs of a large data set.
     steps: int = 10_000
     batch_size: int = 1
-    # Published: AdamW at 1e-4, the whole UNet. A LoRA alone is ours, and learns well at the same rate.
+    # Published: AdamW at 1e-4, the whole UNet. Ours: a LoRA, which trains well at the same rate.
     learning_rate: float = 1e-4
     whole_unet: bool = False
     rank: int = 16
-    # Published: each of source, fusion embedding and pose is left out in this share. Ours: by picture, not by batch.
+    # Published: the shares in which source, fusion embedding and pose are left out. Ours: per picture, not per batch.
     source_drop: float = 0.2
     fusion_drop: float = 0.2
     pose_drop: float = 0.2
@@ -61,33 +63,30 @@ class GeneratorConfig:
         for name in ("source_drop", "fusion_drop", "pose_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 0 (never) to below 1, 0.2 as published")
-        if not 0 <= self.noise_offset <= 1:
-            raise ValueError(f"noise_offset is {self.noise_offset}: use 0 (off) to 1, 0.1 as published")
+        check_limits(self, "noise_offset", lowest=0, highest=1, fix="0 (off) to 1, 0.1 as published")
 
 
 @dataclass(frozen=True)
 class ApplyConfig:
     """Sampling with a trained generator."""
 
-    # Published: everything that was learnt, at its full weight.
+    # Published: everything that was trained, at its full weight.
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 2:
-            raise ValueError(f"strength is {self.strength}: use 0 (off) to 1 (as published), at most 2")
+        check_limits(self, "strength", lowest=0, highest=2, fix="0 (off) to 1 (as published), at most 2")
 
 
 @dataclass(frozen=True)
 class RetargetConfig:
     """Body proportions of one skeleton on the pose of another; all of it is ours."""
 
-    # 0 keeps the pose's own proportions, 1 takes the source's.
+    # 0 keeps the proportions of the pose, 1 takes those of the source.
     amount: float = 1.0
-    # A point below this score was not found. It is what SDPose Draw Keypoints leaves out by default.
+    # Points below this score count as not detected; the default of SDPose Draw Keypoints.
     score_threshold: float = 0.3
-    # The largest factor on a limb: a wrongly found joint must not draw a giant.
+    # The largest factor on a limb: a wrongly detected joint must not draw a giant.
     largest_factor: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.amount <= 1:
-            raise ValueError(f"amount is {self.amount}: use 0 (off) to 1 (all of the source's proportions)")
+        check_limits(self, "amount", lowest=0, highest=1, fix="0 (off) to 1 (all of the source's proportions)")

@@ -1,43 +1,41 @@
-"""FPDM's parts as plain weights by name, what they compute, and what fits what; it knows no ComfyUI.
+"""FPDM's parts as weights by name, what they compute, and the objectives of both training stages.
 
 Source: arXiv 2412.07333. A combiner turns two embeddings into one (kernels/fusion_embedding.py). A generator has up
 to three paths into a UNet: appearance tokens in place of the text's, an embedding that is added to the time's, and
 a residual of the pose after the first convolution.
 """
 
-from __future__ import annotations
-
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import collections
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from ...kernels import fusion_embedding as kernel
-from ..errors import shown_by_name
 from ..fingerprint import weights_fingerprint
-from .config import PERSON_THRESHOLD
-
-Weights = dict[str, torch.Tensor]
+from ..training.objective import Denoising, draw_batch
+from .config import PERSON_THRESHOLD, CombinerConfig, GeneratorConfig
+from .layout import FusionError, Weights, pose_blocks
 
 LORA, WHOLE = "lora", "whole"
+# What training leaves out at random, each at its own rate.
+CONDITIONS = ("source", "fusion", "pose")
+_SHOWN_STEPS = 20  # of retrieval, in what is shown while training
 
-
-@shown_by_name
-class FusionError(ValueError):
-    """Weights, pictures or sizes that do not belong together; the message names the fix."""
+# Ours: a drawing's background takes at least half of it, in values that survive JPEG.
+_BLACK, _WHITE, _BACKGROUND = 0.15, 0.85, 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
     """What the nodes hand on and files hold; parts that are not trained yet are None.
 
-    combiner, generator: weights by name, as `new_combiner` and `new_generator` name them. encoder: the host's
-    CLIP_VISION where stage 1 trained one. unet: weights by name, `unet_kind` LORA (a LORA_MODEL) or WHOLE (the
-    weights themselves, under the host's names or diffusers'). probe: where stage 1 froze its encoder, what that gives
-    for encoding.probe's picture, [D] on the CPU; files of others have none.
+    combiner, generator: weights by name, as `new_combiner` and `new_generator` name them. encoder: ComfyUI's
+    CLIP_VISION if stage 1 trained one. unet: weights by name, `unet_kind` LORA (a LORA_MODEL) or WHOLE (the weights
+    themselves, under ComfyUI's names or diffusers'). probe: if stage 1 froze its encoder, that encoder's embedding of
+    encoding.probe's picture, [D] on the CPU. prediction: of the generator's model, "noise" or "v"; "" if unknown.
     """
 
     combiner: Weights | None = None
@@ -46,145 +44,78 @@ class Fusion:
     unet: Weights | None = None
     unet_kind: str = ""
     probe: torch.Tensor | None = None
+    prediction: str = ""
 
     @property
     def parts(self) -> list[str]:
-        """What there is, in words."""
-        found = [name for name in ("combiner", "encoder", "generator") if getattr(self, name) is not None]
-        return found + ([f"{self.unet_kind} UNet" if self.unet_kind == WHOLE else "LoRA"] if self.unet else [])
+        """The names of the parts that it has."""
+        names = [name for name in ("combiner", "encoder", "generator") if getattr(self, name) is not None]
+        return names + ([f"{self.unet_kind} UNet" if self.unet_kind == WHOLE else "LoRA"] if self.unet else [])
 
 
 @dataclass(frozen=True)
 class FusionEmbedding:
-    """e_f of each picture, [B, D], of unit length, fp32 on the CPU, and the fingerprint of the combiner it is of."""
+    """e_f of each picture, [B, D], of unit length, fp32 on the CPU, and the fingerprint of its combiner."""
 
     vectors: torch.Tensor
     combiner: str
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Widths that the parts of a generator share with a model: of its appearance encoder's tokens, its own tokens
-    (context), e_f (None where that path is off), the time's embedding, and channels after its first convolution.
-    """
-
-    encoder: int
-    context: int
-    embedding: int | None
-    time: int
-    channels: int
-
-
-# The combiner
-
-
-def embedding(fusion: Fusion, vectors: torch.Tensor) -> FusionEmbedding:
-    """What a fusion's combiner made."""
-    return FusionEmbedding(vectors, weights_fingerprint(fusion.combiner))
-
-
-def vectors_for(fusion: Fusion, made: FusionEmbedding | None) -> torch.Tensor | None:
-    """e_f [B, D] for a fusion's generator, or None where none is given. Raises FusionError where it is not for it."""
-    if made is None:
+def vectors_for(fusion: Fusion, embedding: FusionEmbedding | None) -> torch.Tensor | None:
+    """e_f [B, D] for a fusion's generator, or None. Raises FusionError if it is not for this one."""
+    if embedding is None:
         return None
     if fusion.generator is not None and "embedding.first.weight" not in fusion.generator:
-        raise FusionError("this fusion was trained without a fusion embedding: leave fusion_embed free")
-    if fusion.combiner is not None and made.combiner != weights_fingerprint(fusion.combiner):
+        raise FusionError("this fusion was trained without a fusion embedding: disconnect fusion_embed")
+    if fusion.combiner is not None and embedding.combiner != weights_fingerprint(fusion.combiner):
         raise FusionError(
-            "fusion_embed is of another combiner than this fusion's: connect one fusion to both Combine Fusion and "
+            "fusion_embed is from another combiner than this fusion's: connect one fusion to both Combine Fusion and "
             "Apply Fusion"
         )
-    return made.vectors
+    return embedding.vectors
 
 
-def new_combiner(width: int, projection: int, hidden: int, generator: torch.Generator) -> Weights:
-    """A combiner's first weights for embeddings of `width`, fp32, uniform as linear layers begin."""
-    shapes = {
-        "pose_projection": (projection, width), "source_projection": (projection, width),
-        "gate_hidden": (hidden, 2 * projection), "gate": (1, hidden),
-        "mixing": (hidden, 2 * projection), "output": (width, hidden),
-    }
-    return dict(_begun({name: shapes[name] for name in kernel.LAYERS}, generator))
-
-
-def combiner_width(weights: Mapping[str, torch.Tensor]) -> int:
-    """D of the embeddings that a combiner takes and gives. Raises FusionError, naming the first bad key."""
-    projection, width = _matrix(weights, "pose_projection.weight")
-    hidden, _ = _matrix(weights, "mixing.weight")
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, out, given in (
-        ("pose_projection", projection, width), ("source_projection", projection, width),
-        ("gate_hidden", hidden, 2 * projection), ("gate", 1, hidden),
-        ("mixing", hidden, 2 * projection), ("output", width, hidden),
-    ):
-        expected |= {f"{name}.weight": (out, given), f"{name}.bias": (out,)}
-    _check_all(weights, expected, "combiner")
-    return width
-
-
-# The generator
-
-
-def new_generator(
-    sizes: Sizes, hidden: int, pose_channels: Sequence[int], generator: torch.Generator
-) -> Weights:
-    """A generator's first weights, fp32. Last layers of the embedding and the pose path are 0, so that both start as
-    if they were not there; published for the pose, ours for the embedding.
+class UNetInputs(NamedTuple):
+    """What a UNet reads of B pictures. tokens: [B, T, context], instead of the text's. embedding: [B, time], added to
+    the time's, or 0 as [1, 1] if that path is off. residual: [B, channels, h, w], added after the first convolution.
     """
-    shapes = {"appearance.first": (hidden, sizes.encoder), "appearance.second": (sizes.context, hidden)}
-    if sizes.embedding is not None:
-        shapes |= {
-            "embedding.first": (sizes.embedding, sizes.embedding), "embedding.second": (sizes.time, sizes.embedding)
-        }
-    shapes["pose.conv_in"] = (pose_channels[0], 3, 3, 3)
-    for i, (given, out) in enumerate(zip(pose_channels, pose_channels[1:], strict=False)):
-        shapes[f"pose.blocks.{2 * i}"] = (given, given, 3, 3)
-        shapes[f"pose.blocks.{2 * i + 1}"] = (out, given, 3, 3)
-    shapes["pose.conv_out"] = (sizes.channels, pose_channels[-1], 3, 3)
-    weights = dict(_begun(shapes, generator))
-    weights |= {"appearance.norm.weight": torch.ones(hidden), "appearance.norm.bias": torch.zeros(hidden)}
-    for name in ("embedding.second", "pose.conv_out"):
-        for part in ("weight", "bias"):
-            if f"{name}.{part}" in weights:
-                weights[f"{name}.{part}"].zero_()
-    return weights
+
+    tokens: torch.Tensor
+    embedding: torch.Tensor
+    residual: torch.Tensor
 
 
-def generator_sizes(weights: Mapping[str, torch.Tensor]) -> Sizes:
-    """What a generator fits. Raises FusionError, naming the first bad key."""
-    hidden, encoder = _matrix(weights, "appearance.first.weight")
-    context, _ = _matrix(weights, "appearance.second.weight")
-    expected = {
-        "appearance.first.weight": (hidden, encoder), "appearance.first.bias": (hidden,),
-        "appearance.second.weight": (context, hidden), "appearance.second.bias": (context,),
-        "appearance.norm.weight": (hidden,), "appearance.norm.bias": (hidden,),
-    }
-    embedding = time = None
-    if any(key.startswith("embedding.") for key in weights):
-        inner, embedding = _matrix(weights, "embedding.first.weight")
-        time, _ = _matrix(weights, "embedding.second.weight")
-        expected |= {
-            "embedding.first.weight": (inner, embedding), "embedding.first.bias": (inner,),
-            "embedding.second.weight": (time, inner), "embedding.second.bias": (time,),
-        }
-        if "embedding.norm.weight" in weights:
-            expected |= {"embedding.norm.weight": (inner,), "embedding.norm.bias": (inner,)}
-    blocks = _pose_blocks(weights)
-    given = _outputs(weights, "pose.conv_in.weight")
-    expected |= {"pose.conv_in.weight": (given, 3, 3, 3), "pose.conv_in.bias": (given,)}
-    for i in range(blocks):
-        out = _outputs(weights, f"pose.blocks.{i}.weight") if i % 2 else given
-        expected |= {f"pose.blocks.{i}.weight": (out, given, 3, 3), f"pose.blocks.{i}.bias": (out,)}
-        given = out
-    channels = _outputs(weights, "pose.conv_out.weight")
-    expected |= {"pose.conv_out.weight": (channels, given, 3, 3), "pose.conv_out.bias": (channels,)}
-    _check_all(weights, expected, "generator")
-    return Sizes(encoder, context, embedding, time or 0, channels)
+def unet_inputs(
+    weights: Mapping[str, torch.Tensor], states: torch.Tensor, fused: torch.Tensor | None, pose: torch.Tensor,
+    keep: Mapping[str, torch.Tensor] | None = None,
+) -> UNetInputs:
+    """What a generator makes of hidden states [B, T, encoder], e_f [B, D] or None, and drawings [B, 3, H, W] in 0..1,
+    on the device of its weights; each may have one row for all.
+
+    keep: 1 or 0 per picture, [B], for each of CONDITIONS. What is left out is 0, as published: the tokens, e_f, and
+    the residual.
+    """
+    device = weights["appearance.first.weight"].device
+    source, fusion, drawn = (
+        torch.ones(1, device=device) if keep is None else keep[name].to(device) for name in CONDITIONS
+    )
+    tokens = appearance_tokens(weights, states.to(device)) * source.reshape(-1, 1, 1)
+    embedding = torch.zeros(1, 1, device=device)
+    if fused is not None:
+        embedding = class_embedding(weights, fused.to(device) * fusion.reshape(-1, 1))
+    # Without a graph one at a time: a drawing at full size takes far more memory than its residual.
+    at_once = len(pose) if torch.is_grad_enabled() else 1
+    residual = torch.cat([pose_residual(weights, part.to(device)) for part in pose.split(at_once)])
+    return UNetInputs(tokens, embedding, residual * drawn.reshape(-1, 1, 1, 1))
 
 
-def pose_reduction(weights: Mapping[str, torch.Tensor]) -> int:
-    """How many pixels of a pose become one place of its residual, along each side."""
-    return 2 ** (_pose_blocks(weights) // 2)
+def left_out(weights: Mapping[str, torch.Tensor], inputs: UNetInputs) -> UNetInputs:
+    """One row like `inputs` for which source, fusion and pose are left out."""
+    embedding = inputs.embedding
+    if "embedding.first.weight" in weights:
+        first = weights["embedding.first.weight"]
+        embedding = class_embedding(weights, first.new_zeros(1, first.shape[1]))
+    return UNetInputs(torch.zeros_like(inputs.tokens[:1]), embedding, torch.zeros_like(inputs.residual[:1]))
 
 
 def appearance_tokens(weights: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
@@ -193,27 +124,26 @@ def appearance_tokens(weights: Mapping[str, torch.Tensor], states: torch.Tensor)
 
 
 def class_embedding(weights: Mapping[str, torch.Tensor], fused: torch.Tensor) -> torch.Tensor:
-    """What is added to the time's embedding, [B, time], of e_f [B, D]; an e_f of zeros is one that is left out."""
+    """What is added to the time's embedding, [B, time], for e_f [B, D]; zeros stand for one that is left out."""
     return _projection(weights, "embedding", fused)
 
 
 def pose_residual(weights: Mapping[str, torch.Tensor], pose: torch.Tensor) -> torch.Tensor:
-    """What is added after the first convolution, [B, channels, H / r, W / r], of drawings [B, 3, H, W] in 0..1.
-
-    The layers and their names are those of diffusers' ControlNetConditioningEmbedding.
+    """What is added after the first convolution, [B, channels, H / r, W / r], for drawings [B, 3, H, W] in 0..1, with
+    r = pose_reduction(weights). Layers and names are those of diffusers' ControlNetConditioningEmbedding.
     """
 
     def convolved(name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
         return functional.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride=stride, padding=1)
 
     x = functional.silu(convolved("pose.conv_in", pose))
-    for i in range(_pose_blocks(weights)):
+    for i in range(pose_blocks(weights)):
         x = functional.silu(convolved(f"pose.blocks.{i}", x, stride=1 + i % 2))
     return convolved("pose.conv_out", x)
 
 
 def _projection(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    """Linear, GELU, layer norm where there is one, linear."""
+    """Linear, GELU, layer norm if it has one, linear."""
     x = functional.gelu(functional.linear(x, weights[f"{name}.first.weight"], weights[f"{name}.first.bias"]))
     scale = weights.get(f"{name}.norm.weight")
     if scale is not None:
@@ -221,32 +151,128 @@ def _projection(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor)
     return functional.linear(x, weights[f"{name}.second.weight"], weights[f"{name}.second.bias"])
 
 
-# Pictures and batches
+# embed(indices of B pairs) -> the embeddings of their sources, poses and targets, [B, D] each
+Embed = Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
+
+
+class RetrievalObjective:
+    """Stage 1: the published loss on seeded batches of `count` pairs, and how often a target is retrieved."""
+
+    def __init__(self, embed: Embed, count: int, weights: Weights, batch_size: int, config: CombinerConfig):
+        self.embed, self.count, self.weights, self.config = embed, count, weights, config
+        self.batch_size = min(batch_size, count)
+        self.ranks: collections.deque[torch.Tensor] = collections.deque(maxlen=_SHOWN_STEPS)
+
+    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
+        order = torch.randperm(self.count, generator=generator)[: self.batch_size]
+        source, pose, target = self.embed([int(i) for i in order])
+        drop = kernel.dropout(self.config.dropout, generator) if self.config.dropout else None
+        fused = kernel.combine(source, pose, self.weights, drop)
+        self.ranks.append(kernel.retrieval_ranks(fused.detach(), target.detach()).cpu())
+        return kernel.source_enhanced_info_nce(source, target, fused, self.config.temperature, self.config.l1)
+
+    def accuracy(self) -> str:
+        """Shares of targets that are first and among the first five of their batch, lately, under dropout."""
+        ranks = torch.cat(list(self.ranks))
+        first, five = ((ranks < n).float().mean() for n in (1, 5))
+        return f"top-1 {first:.0%}, top-5 {five:.0%} of {self.batch_size}"
+
+
+class EncodedPair(NamedTuple):
+    """One pair as a generator reads it: latent [1, C, h, w] as VAE Encode makes it, hidden states [1, T, encoder],
+    e_f [1, D] or None, and the drawing [1, 3, H, W] at the latent's size.
+    """
+
+    latent: torch.Tensor
+    states: torch.Tensor
+    fused: torch.Tensor | None
+    pose: torch.Tensor
+
+
+class PairBatch(NamedTuple):
+    """The conditions of B pairs in one forward pass, as `unet_inputs` takes them."""
+
+    states: torch.Tensor
+    fused: torch.Tensor | None
+    pose: torch.Tensor
+    keep: dict[str, torch.Tensor]
+
+
+class PoseTransferObjective:
+    """Stage 2: the denoising loss on seeded batches of pairs of one size, with noise offset and independent drops.
+
+    `encoded[i]` is an EncodedPair, and `encoded.sizes()` lists height and width of each pair's latent.
+    """
+
+    def __init__(self, denoising: Denoising, encoded: Any, batch_size: int, config: GeneratorConfig):
+        self.denoising, self.encoded, self.batch_size, self.config = denoising, encoded, batch_size, config
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for i, size in enumerate(encoded.sizes()):
+            buckets.setdefault(size, []).append(i)
+        self.buckets = list(buckets.values())
+
+    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
+        pairs = [self.encoded[i] for i in draw_batch(self.buckets, self.batch_size, generator)]
+        tokens = sorted({pair.states.shape[1] for pair in pairs})
+        if len(tokens) > 1:
+            raise FusionError(
+                f"appearance_encoder gives {tokens[0]} and {tokens[-1]} tokens for sources of different sizes: set "
+                "batch_size to 1, scale the sources to one size, or use a CLIP or DINOv2 model"
+            )
+        into = self.denoising.denoiser.model.process_latent_in
+        clean = torch.cat([into(pair.latent.clone()).float() for pair in pairs])
+        noise = torch.randn(clean.shape, generator=generator)
+        noise += self.config.noise_offset * torch.randn((*clean.shape[:2], 1, 1), generator=generator)
+        level = torch.randint(len(self.denoising.denoiser.sigmas), (len(clean),), generator=generator)
+        keep = {
+            name: (torch.rand(len(pairs), generator=generator) >= getattr(self.config, f"{name}_drop")).float()
+            for name in CONDITIONS
+        }
+        fused = None if pairs[0].fused is None else torch.cat([pair.fused for pair in pairs])
+        states, pose = (torch.cat([getattr(pair, name) for pair in pairs]) for name in ("states", "pose"))
+        return self.denoising.loss_at(clean, PairBatch(states, fused, pose, keep), noise, level).mean()
 
 
 def check_poses(pose: torch.Tensor, name: str = "pose") -> None:
-    """Raises FusionError, naming the picture, where a drawing [B, H, W, 3] in 0..1 has nobody on it or no colours."""
+    """Raises FusionError, naming the picture, if a drawing [B, H, W, 3] in 0..1 shows nobody, or has no colours."""
     for i, drawn in enumerate(pose[..., :3].flatten(1, 2)):  # without alpha, which is 1 on black
         of = f" {i + 1} of {len(pose)}" if len(pose) > 1 else ""
         if not _spread(drawn, 0) > PERSON_THRESHOLD:
             raise FusionError(
-                f"{name}{of} shows no person: draw a skeleton of a picture in which a pose detector finds one, or "
-                "take the pose of the Puppet node"
+                f"{name}{of} shows no person: connect a skeleton drawn from a picture in which a pose detector finds "
+                "somebody, or the pose of the Puppet node"
             )
         # A grey file comes with three equal channels.
         if not _spread(drawn, 1) > PERSON_THRESHOLD:
             raise FusionError(
-                f"{name}{of} is grey: the colours tell the limbs apart: connect the coloured OpenPose drawing"
+                f"{name}{of} is grey, but colours tell the limbs apart: connect the coloured OpenPose drawing"
             )
 
 
+def pose_warnings(pose: torch.Tensor, name: str = "pose") -> list[str]:
+    """What a drawing [B, H, W, 3] in 0..1 looks like that no training shows: a photograph, a skeleton on white."""
+    brightest = pose[..., :3].amax(-1).flatten(1)
+    black = (brightest < _BLACK).float().mean(1)
+    white = (pose[..., :3].amin(-1).flatten(1) > _WHITE).float().mean(1)
+    lines = []
+    for i, (dark, light) in enumerate(zip(black.tolist(), white.tolist(), strict=True)):
+        if dark < _BACKGROUND:
+            of = f" {i + 1} of {len(pose)}" if len(pose) > 1 else ""
+            kind = "a skeleton on white" if light >= _BACKGROUND else "a photograph"
+            lines.append(
+                f"{name}{of} looks like {kind}, and a pose is an OpenPose drawing on black: connect one, from SDPose "
+                "Draw Keypoints or Puppet"
+            )
+    return lines
+
+
 def _spread(drawn: torch.Tensor, dim: int) -> float:
-    """The largest difference along places (0) or channels (1) of a drawing [H W, C]."""
+    """The largest difference between pixels (0) or channels (1) of a drawing [H W, C]."""
     return float((drawn.amax(dim) - drawn.amin(dim)).max())
 
 
-def rows(counts: Mapping[str, int]) -> int:
-    """The batch that inputs of these lengths make: equal ones, or one for all. Raises FusionError, naming them."""
+def common_batch_size(counts: Mapping[str, int]) -> int:
+    """The batch size of inputs with these lengths, equal or 1. Raises FusionError, naming them, if they differ."""
     most = max(counts.values())
     if not most or any(count not in (1, most) for count in counts.values()):
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -254,54 +280,6 @@ def rows(counts: Mapping[str, int]) -> int:
     return most
 
 
-def expanded(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """One row for all, or the rows as they are."""
+def to_batch(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, ...]: one row repeated without a copy, or the rows as they are."""
     return tensor.expand(count, *tensor.shape[1:]) if len(tensor) == 1 else tensor
-
-
-# Shapes
-
-
-def _begun(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weight and bias of each layer, uniform within 1 / sqrt(inputs), as PyTorch's layers begin."""
-    for name, shape in shapes.items():
-        bound = math.prod(shape[1:]) ** -0.5
-        yield f"{name}.weight", torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        yield f"{name}.bias", torch.empty(shape[0]).uniform_(-bound, bound, generator=generator)
-
-
-def _pose_blocks(weights: Mapping[str, torch.Tensor]) -> int:
-    count = sum(key.startswith("pose.blocks.") and key.endswith(".weight") for key in weights)
-    if count % 2:
-        raise FusionError(f"its pose path has {count} blocks, and they come in pairs")
-    return count
-
-
-def _tensor(weights: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
-    if key not in weights:
-        raise FusionError(f"it has no {key!r}")
-    return weights[key]
-
-
-def _outputs(weights: Mapping[str, torch.Tensor], key: str) -> int:
-    shape = _tensor(weights, key).shape
-    if not shape:
-        raise FusionError(f"its {key!r} is a single number, where a convolution is expected")
-    return shape[0]
-
-
-def _matrix(weights: Mapping[str, torch.Tensor], key: str) -> tuple[int, int]:
-    shape = _tensor(weights, key).shape
-    if len(shape) != 2:
-        raise FusionError(f"its {key!r} has shape {tuple(shape)}, where a matrix is expected")
-    return shape[0], shape[1]
-
-
-def _check_all(weights: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], part: str) -> None:
-    for key, shape in expected.items():
-        found = tuple(_tensor(weights, key).shape)
-        if found != shape:
-            raise FusionError(f"its {key!r} has shape {found}, where {shape} is expected")
-    foreign = sorted(set(weights) - set(expected))
-    if foreign:
-        raise FusionError(f"it has {foreign[0]!r}, which is no part of a {part}")

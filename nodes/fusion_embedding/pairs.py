@@ -1,10 +1,10 @@
-"""Pairs to learn from: source, pose and target, of lists in a graph or of a folder that no memory has to hold."""
-
-from __future__ import annotations
+"""Training pairs of source, pose and target: a separate file, as they come from inputs or from a folder."""
 
 import contextlib
 import hashlib
+import itertools
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,17 +14,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .method import FusionError, check_poses
+from ..files import contents
+from ..inputs.pictures import check_pictures, colour
+from .layout import FusionError
+from .method import check_poses
 
 NONE = "none"
 ROLES = ("source", "pose", "target")
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# What PIL raises for a file that ends too soon, is damaged, or says that it is a giant.
+# What PIL raises for a truncated or damaged file, or one that claims to be huge.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Pair(NamedTuple):
-    """Pictures [1, H, W, 3] in 0..1; the pose is a drawing of whoever the target shows."""
+    """Pictures [1, H, W, 3] in 0..1; the pose is a drawing of the person in the target."""
 
     source: torch.Tensor
     pose: torch.Tensor
@@ -42,20 +45,20 @@ class Pairs(Protocol):
         """Height and width of the target in pixels, without reading its pixels."""
 
     def digest(self) -> str:
-        """A short name for this very data, to tell whether a resumed run learns the same."""
+        """A short name for this data, which tells whether a resumed run trains on the same."""
 
 
 class ListedPairs:
-    """Batches and lists of a graph, used where they lie; one source serves all."""
+    """Batches and lists of a graph, not copied; one source may serve all."""
 
     def __init__(self, source: Sequence[torch.Tensor], pose: Sequence[torch.Tensor], target: Sequence[torch.Tensor]):
         self.pictures = [_views(batches, name) for batches, name in zip((source, pose, target), ROLES, strict=True)]
-        counts = {name: len(found) for name, found in zip(ROLES, self.pictures, strict=True)}
+        counts = {name: len(views) for name, views in zip(ROLES, self.pictures, strict=True)}
         self.count = counts["target"]
         if counts["pose"] != self.count or counts["source"] not in (1, self.count):
-            given = ", ".join(f"{name} {count}" for name, count in counts.items())
+            numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise FusionError(
-                f"the numbers of pictures differ ({given}): give each target its own pose, and each its own source "
+                f"the numbers of pictures differ ({numbers}): connect one pose per target, and one source per target "
                 "or one for all"
             )
 
@@ -63,8 +66,10 @@ class ListedPairs:
         return self.count
 
     def __getitem__(self, index: int) -> Pair:
-        pair = Pair(*(_colour(found[index % len(found)], name)
-                      for name, found in zip(ROLES, self.pictures, strict=True)))
+        pair = Pair(*(
+            colour(views[index % len(views)], name, FusionError).clone()
+            for name, views in zip(ROLES, self.pictures, strict=True)
+        ))
         check_poses(pair.pose, f"pose {index + 1}")
         return pair
 
@@ -74,30 +79,31 @@ class ListedPairs:
 
     def digest(self) -> str:
         content = hashlib.sha256()
-        for found in self.pictures:
-            for picture in found:
+        for views in self.pictures:
+            for picture in views:
+                content.update(f"{tuple(picture.shape)}\n".encode())
                 content.update(np.ascontiguousarray(picture.cpu().float().numpy()).tobytes())
         return content.hexdigest()[:16]
 
 
 class FolderPairs:
-    """A folder with the folders source, pose and target, whose files of one name are a pair."""
+    """A folder with the folders source, pose and target, in which files of the same name are a pair."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        found = {role: _files(folder / role) for role in ROLES}
-        names = [set(files) for files in found.values()]
+        by_role = {role: _files(folder / role) for role in ROLES}
+        names = [set(files) for files in by_role.values()]
         if not all(names):
-            empty = next(role for role, files in found.items() if not files)
-            raise FusionError(f"{folder / empty} has no picture: put {', '.join(ROLES)} folders of pictures there")
-        lonely = sorted(set.union(*names) - set.intersection(*names))
-        if lonely:
-            others = f" and {len(lonely) - 1} others" if len(lonely) > 1 else ""
+            empty = next(role for role, files in by_role.items() if not files)
+            raise FusionError(f"{folder / empty} has no picture: {folder} needs pictures in {', '.join(ROLES)}")
+        incomplete = sorted(set.union(*names) - set.intersection(*names))
+        if incomplete:
+            others = f" and {len(incomplete) - 1} others" if len(incomplete) > 1 else ""
             raise FusionError(
-                f"{lonely[0]!r}{others} in {folder}: not in all of {', '.join(ROLES)}: give the three pictures of a "
-                "pair one name"
+                f"{incomplete[0]!r}{others} in {folder}: not in all of {', '.join(ROLES)}: give the pictures of a "
+                "pair the same name"
             )
-        self.files = [tuple(found[role][name] for role in ROLES) for name in sorted(names[0])]
+        self.files = [tuple(by_role[role][name] for role in ROLES) for name in sorted(names[0])]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -108,37 +114,39 @@ class FolderPairs:
         return pair
 
     def size(self, index: int) -> tuple[int, int]:
-        with _opened(self.files[index][2]) as image:
+        with _open_picture(self.files[index][2]) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5  # the camera lay on its side
-        return (width, height) if turned else (height, width)
+            rotated = image.getexif().get(0x0112, 1) >= 5  # the camera was turned by 90 degrees
+        return (width, height) if rotated else (height, width)
 
     def digest(self) -> str:
         content = hashlib.sha256()
-        for paths in self.files:
-            for path in paths:
-                content.update(f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}\n".encode())
+        for path in itertools.chain.from_iterable(self.files):
+            try:
+                content.update(contents.digest(path).encode())
+            except OSError as error:
+                raise FusionError(f"{path} cannot be read ({error.strerror}): replace or remove the pair") from error
         return content.hexdigest()[:16]
 
 
 def choices() -> list[str]:
-    """What `dataset_folder` offers: "none", and each folder in the host's input folder that holds the three."""
+    """What `dataset_folder` offers: "none", and each folder in ComfyUI's input folder that has the three folders."""
     listed = set(folder_paths.get_input_subfolders())
     return [NONE, *(name for name in sorted(listed) if all(f"{name}/{role}" in listed for role in ROLES))]
 
 
-def chosen(given: dict[str, Sequence[torch.Tensor] | None], dataset_folder: str) -> Pairs:
+def open_pairs(pictures: dict[str, Sequence[torch.Tensor] | None], dataset_folder: str) -> Pairs:
     """The folder's pairs, or those of the connected pictures. Raises FusionError, naming what is missing."""
     if dataset_folder != NONE:
         return _in_input_folder(dataset_folder)
-    missing = [name for name in ROLES if not given.get(name)]
+    missing = [name for name in ROLES if not pictures.get(name)]
     if missing:
         raise FusionError(f"{', '.join(missing)}: nothing is connected. Connect pictures, or choose a dataset_folder")
-    return ListedPairs(*(given[name] for name in ROLES))
+    return ListedPairs(*(pictures[name] for name in ROLES))
 
 
 def folder_digest(dataset_folder: str) -> str:
-    """The digest of a folder's pairs as they are now, empty for none. Raises FusionError as `chosen` does."""
+    """The digest of a folder's pairs as they are now, "" for "none". Raises FusionError as `open_pairs` does."""
     return "" if dataset_folder == NONE else _in_input_folder(dataset_folder).digest()
 
 
@@ -146,25 +154,18 @@ def _in_input_folder(name: str) -> FolderPairs:
     root = folder_paths.get_input_directory()
     path = os.path.join(root, name)
     if not folder_paths.is_within_directory(root, path):
-        raise FusionError(f"dataset_folder {name!r} leaves the input folder: choose a listed one")
+        raise FusionError(f"dataset_folder {name!r} leaves the input folder: choose one of the list")
     return FolderPairs(Path(path))
 
 
 def _views(batches: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:
     """Each picture as [1, H, W, C], sharing the memory of its batch."""
     for batch in batches:
-        if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
-            raise FusionError(f"{name} has shape {tuple(batch.shape)}: connect pictures, [B, H, W, 3]")
-    views = [batch[i : i + 1] for batch in batches for i in range(len(batch))]
+        check_pictures(batch, name, FusionError)
+    views = [picture[None] for batch in batches for picture in batch]
     if not views:
         raise FusionError(f"{name} holds no picture: connect at least one")
     return views
-
-
-def _colour(picture: torch.Tensor, name: str) -> torch.Tensor:
-    if not torch.isfinite(picture).all():
-        raise FusionError(f"{name} holds NaN or infinite values: load or render the picture again")
-    return picture.expand(-1, -1, -1, 3).clone() if picture.shape[-1] == 1 else picture[..., :3].clone()
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -173,23 +174,24 @@ def _files(folder: Path) -> dict[str, Path]:
     except OSError as error:
         fix = f"it needs the folders {', '.join(ROLES)}"
         raise FusionError(f"{folder} cannot be read ({error.strerror}): {fix}") from error
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in entries:
-        # Names that begin with a dot are leftovers of other systems.
+        # macOS leaves files whose names begin with a dot.
         if path.suffix.lower() in _ENDINGS and path.is_file() and not path.name.startswith("."):
-            other = found.setdefault(path.stem, path)
+            # Systems and copying programs spell one name in several ways.
+            other = files.setdefault(unicodedata.normalize("NFC", path.stem), path)
             if other is not path:
                 raise FusionError(f"{folder} has {other.name} and {path.name}, of one name: remove or rename one")
-    return found
+    return files
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture in a file. Raises FusionError, naming the file, for what PIL raises then and in the block."""
+def _open_picture(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file. Raises FusionError, naming the file, for what PIL raises here and in the block."""
     try:
         image = Image.open(path)
     except _UNREADABLE as error:
-        raise FusionError(f"{path} is no picture that can be read ({error}): replace or remove the pair") from error
+        raise FusionError(f"{path} is not a readable picture ({error}): replace or remove the pair") from error
     try:
         with image:
             yield image
@@ -198,9 +200,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _read(path: Path) -> torch.Tensor:
-    with _opened(path) as image:
+    with _open_picture(path) as image:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # grey in 16 bits, which PIL would cut off at 255
+        if upright.mode.startswith("I"):  # grey in 16 bits, which PIL would clip at 255
             upright = Image.fromarray((np.array(upright) / 257).round().astype(np.uint8))
         pixels = np.array(upright.convert("RGB"))
     return torch.from_numpy(pixels).float().div_(255).unsqueeze(0)

@@ -1,26 +1,30 @@
-"""Nodes that train a fusion (FPDM): stage 1, the combiner, and stage 2, the generator."""
+"""Nodes that train both stages of a fusion (FPDM), the combiner and the generator, and save it."""
 
-from __future__ import annotations
+import logging
 
 from comfy_api.latest import io
 
 from ..fingerprint import weights_fingerprint
-from ..training import checkpoints, widgets
-from . import encoding, pairs, training
+from ..inputs.checked import CheckedNode, File
+from ..messages import tell
+from ..training import inputs, widgets
+from ..training.checkpoints import Checkpoints
+from . import encoding, files, pairs, training
 from .config import CombinerConfig, GeneratorConfig
-from .method import Fusion
+from .method import Fusion, pose_warnings
 from .nodes import CATEGORY, FUSION
 
 _COMBINER = CombinerConfig()
 _GENERATOR = GeneratorConfig()
+_POSES_CHECKED = 8  # of all, spread evenly: reading more from a folder takes time
 
 
 def _pictures() -> list[io.Image.Input]:
-    """What a pair is made of."""
+    """The three inputs of a pair."""
     return [
         io.Image.Input(
             "source", optional=True,
-            tooltip="Who it is: one picture for each pair, as a batch or a list, or one for all.",
+            tooltip="The person: one picture per pair, as a batch or a list, or one for all.",
         ),
         io.Image.Input(
             "pose", optional=True, tooltip="OpenPose drawings of the people in target, in the same order.",
@@ -29,11 +33,11 @@ def _pictures() -> list[io.Image.Input]:
     ]
 
 
-def _dataset_folder() -> io.Combo.Input:
-    return io.Combo.Input(
+def _dataset_folder() -> File:
+    return File(
         "dataset_folder", options=pairs.choices(), default=pairs.NONE, optional=True,
-        tooltip="In place of the three inputs: a folder in ComfyUI's input folder that holds source, pose and target "
-        "folders, with one file name for a pair. It is read as it goes and may be larger than memory.",
+        tooltip="Instead of the three inputs: a folder in ComfyUI's input folder that holds the folders source, pose "
+        "and target, with the same file name for the pictures of a pair. It may be larger than memory.",
     )
 
 
@@ -45,188 +49,204 @@ def _share(id: str, tooltip: str) -> io.Float.Input:
 
 
 def _outputs(to: str) -> list:
-    return [
-        FUSION.Output(display_name="fusion", tooltip=to),
-        io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Connect it to Plot Loss Graph."),
-    ]
+    return [FUSION.Output(display_name="fusion", tooltip=to), widgets.loss_map()]
 
 
-class _LearntFromPairs(io.ComfyNode):
+class _TrainedOnPairs(CheckedNode):
     """What both stages share."""
 
     @classmethod
     def fingerprint_inputs(cls, dataset_folder=(pairs.NONE,), **_lists) -> str:
-        """A folder whose pictures changed is learnt anew."""
+        """Trains again if the pictures of the folder changed."""
         return pairs.folder_digest(dataset_folder[0] or pairs.NONE)  # None where it is a link
 
 
-class UnderstudyTrainFusionCombiner(_LearntFromPairs):
+class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
     """Stage 1: trains a combiner, and with it the image encoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainFusionCombiner",
-            display_name="Train Fusion Combiner (FPDM)",
+            node_id="UnderstudyTrainFusionCombiner", display_name="Train Fusion Combiner (FPDM)",
             category=CATEGORY,
-            description="Learns to make one embedding of a source picture and a pose that finds the picture of that "
-            "person in that pose. How often it does is shown while it trains.",
-            search_aliases=["FPDM", "train combiner", "fusion embedding", "contrastive", "stage 1", "fine-tune"],
+            description="Trains a combiner: one embedding of a source picture and a pose, which finds the picture of "
+            "that person in that pose. How often it succeeds is shown during training.",
+            search_aliases=[
+                "FPDM", "train combiner", "fusion embedding", "contrastive", "stage 1", "fine-tune",
+                "ポーズ", "姿态",
+            ],
             is_input_list=True,
             inputs=[
                 io.ClipVision.Input(
-                    "clip_vision", tooltip="The image encoder for source, pose and target. It is not changed.",
+                    "clip_vision", tooltip="The image encoder for source, pose and target; it is not modified.",
                 ),
                 *_pictures(),
-                io.Int.Input(
-                    "steps", default=_COMBINER.steps, min=1, max=1_000_000,
-                    tooltip="Optimiser steps. Published: 5 times through the data, 48 pairs a step.",
+                widgets.steps(
+                    _COMBINER.steps, "Optimiser steps. Published: 5 times through the data, 48 pairs per step.",
+                    most=1_000_000,
                 ),
-                widgets.learning_rate(_COMBINER.learning_rate, "Of AdamW. Published: 0.00001."),
+                widgets.learning_rate(_COMBINER.learning_rate, "Published: 0.00001."),
                 io.Float.Input(
                     "temperature", default=_COMBINER.temperature, min=0.01, max=1.0, step=0.01, round=False,
-                    tooltip="Divides similarities: lower looks harder at the most alike. Published: 0.07.",
+                    tooltip="Divides similarities: lower values look harder at the most similar ones. Published: "
+                    "0.07.",
                 ),
-                io.Int.Input(
-                    "batch_size", default=_COMBINER.batch_size, min=2, max=4096,
-                    tooltip="Pairs in a step, among which each target is to be found. Published: 48.",
+                widgets.batch_size(
+                    _COMBINER.batch_size, "Pairs per step, among which each target is retrieved. Published: 48.",
+                    least=2, most=4096,
                 ),
                 io.Boolean.Input(
                     "train_encoder", default=_COMBINER.train_encoder,
-                    tooltip="Trains a copy of the encoder, as published: 16 bytes of memory a weight more, and the "
-                    "file holds it. Off, only the combiner learns.",
+                    tooltip="Trains a copy of the encoder, as published: 16 more bytes of memory per weight, and the "
+                    "file holds it. When off, only the combiner is trained.",
                 ),
                 widgets.seed("combiner"),
                 _dataset_folder(),
                 widgets.resume_from(),
-                widgets.gradient_checkpointing(),
-                widgets.checkpoint_every("Steps"),
+                *widgets.on_the_way("Steps"),
             ],
             outputs=_outputs("Connect it to Train Fusion Generator, or to Save Fusion."),
         )
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
-        given, data = _given(lists)
+        values, data = _values_and_pairs(lists, "Train Fusion Combiner")
         combiner = CombinerConfig(
-            temperature=given["temperature"], batch_size=given["batch_size"], train_encoder=given["train_encoder"]
+            temperature=values["temperature"], batch_size=values["batch_size"], train_encoder=values["train_encoder"]
         )
-        config = widgets.config(given, batch_size=combiner.batch_size, weight_decay=combiner.weight_decay)
+        config = widgets.config(values, weight_decay=combiner.weight_decay)
         settings = {
             "pairs": data.digest(), "temperature": combiner.temperature, "train_encoder": combiner.train_encoder,
-            "clip_vision": weights_fingerprint(given["clip_vision"].get_sd()),
+            "clip_vision": weights_fingerprint(values["clip_vision"].get_sd()),
         }
-        kept = checkpoints.Checkpoints("fusion_combiner", widgets.settings(given, config, settings))
+        checkpoints = Checkpoints("fusion_combiner", widgets.settings(values, config, settings))
         fusion, loss_map = training.train_combiner(
-            given["clip_vision"], data, config, combiner, checkpoints=kept, resume_from=given["resume_from"],
+            values["clip_vision"], data, config, combiner, checkpoints=checkpoints, resume_from=values["resume_from"],
         )
         return io.NodeOutput(fusion, loss_map)
 
 
-class UnderstudyTrainFusionGenerator(_LearntFromPairs):
+class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
     """Stage 2: trains the paths into a UNet, with a LoRA of it or the whole of it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyTrainFusionGenerator",
-            display_name="Train Fusion Generator (FPDM)",
+            node_id="UnderstudyTrainFusionGenerator", display_name="Train Fusion Generator (FPDM)",
             category=CATEGORY,
-            description="Learns to draw the person of the source in the pose: appearance, fusion embedding and pose "
-            "lead a UNet. Without a fusion it learns with the other two, a good first step.",
-            search_aliases=["FPDM", "train pose transfer", "person image synthesis", "stage 2", "fine-tune", "LoRA"],
+            description="Trains a UNet to draw the person of the source in the pose, guided by appearance, fusion "
+            "embedding and pose. Without a fusion it trains with the other two, a good first step.",
+            search_aliases=[
+                "FPDM", "train pose transfer", "person image synthesis", "stage 2", "fine-tune", "LoRA",
+                "ポーズ", "姿态",
+            ],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The SD 1.5, 2.1 or SDXL model to learn beside. It is not changed."),
-                io.Vae.Input("vae", tooltip="Encodes the targets, and decodes previews where memory allows."),
+                widgets.model("SD 1.5, SD 2.1 or SDXL"),
+                widgets.vae("the targets"),
                 FUSION.Input(
                     "fusion", optional=True,
-                    tooltip="From Train Fusion Combiner. Leave it free for stage 2 alone, without an embedding.",
+                    tooltip="From Train Fusion Combiner. If not connected, stage 2 is trained alone, without an "
+                    "embedding.",
                 ),
                 io.ClipVision.Input(
                     "appearance_encoder",
-                    tooltip="Encodes the source's appearance, frozen; DINOv2 Large as published, or another.",
+                    tooltip="Encodes the source's appearance, and stays frozen: DINOv2 Large, as published, or "
+                    "another.",
                 ),
                 *_pictures(),
-                io.Int.Input(
-                    "steps", default=_GENERATOR.steps, min=1, max=10_000_000,
-                    tooltip="Optimiser steps. The default is ours.",
-                ),
+                widgets.steps(_GENERATOR.steps, "Optimiser steps. The default is ours.", most=10_000_000),
                 widgets.learning_rate(
-                    _GENERATOR.learning_rate, "Of AdamW. Published: 0.0001, for the whole UNet; ours for a LoRA, too."
+                    _GENERATOR.learning_rate, "Published for the whole UNet: 0.0001; for a LoRA the default is ours."
                 ),
-                io.Int.Input(
-                    "batch_size", default=_GENERATOR.batch_size, min=1, max=1024,
-                    tooltip="Pairs in a step, all of one size. More is steadier, and takes more memory.",
+                widgets.batch_size(
+                    _GENERATOR.batch_size, "Pairs per step, all of one size. More is steadier and takes more memory.",
                 ),
-                io.Boolean.Input(
-                    "whole_unet", default=_GENERATOR.whole_unet,
-                    tooltip="Learns all weights of the UNet, as published: 16 bytes of memory a weight more, 14 GB "
-                    "for SD 2.1, and a file of 3.5 GB. Off, it learns a LoRA, for smaller cards.",
-                ),
+                widgets.whole_unet(_GENERATOR.whole_unet, "When off, a LoRA is trained, which fits smaller cards."),
                 widgets.seed("generator"),
                 _dataset_folder(),
                 widgets.resume_from(),
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
-                    tooltip="The encoder of the combiner. Only for a fusion that holds none.",
+                    tooltip="The encoder of the combiner. Only needed for a fusion that holds none.",
                 ),
-                io.Int.Input(
-                    "rank", default=_GENERATOR.rank, min=1, max=256, optional=True, advanced=True,
-                    tooltip="Rank of the LoRA: more learns more, and takes more memory. Not for whole_unet.",
-                ),
-                _share("source_drop", "Share of pictures that learn without appearance. Published: 0.2."),
-                _share("fusion_drop", "Share of pictures that learn without fusion embedding. Published: 0.2."),
-                _share("pose_drop", "Share of pictures that learn without pose. Published: 0.2."),
+                widgets.lora_rank(_GENERATOR.rank, "No effect with whole_unet.", optional=True, advanced=True),
+                _share("source_drop", "Share of pictures trained without appearance. Published: 0.2."),
+                _share("fusion_drop", "Share of pictures trained without fusion embedding. Published: 0.2."),
+                _share("pose_drop", "Share of pictures trained without pose. Published: 0.2."),
                 io.Float.Input(
                     "noise_offset", default=_GENERATOR.noise_offset, min=0.0, max=1.0, step=0.01, round=False,
                     optional=True, advanced=True,
-                    tooltip="Noise that is equal over the picture, beside the usual: for dark darks. Published: 0.1.",
+                    tooltip="Extra noise that is constant over the picture, for deeper darks. Published: 0.1.",
                 ),
                 widgets.dtype(),
-                widgets.gradient_checkpointing(),
-                io.Int.Input(
-                    "preview_every", default=0, min=0, max=100_000, optional=True, advanced=True,
-                    tooltip="Steps between preview pictures of the first pair, with a fixed noise; 0 is never.",
-                ),
-                widgets.checkpoint_every("Steps"),
+                *widgets.on_the_way("Steps", "the first pair"),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
         )
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
-        given, data = _given(lists)
-        chosen = {
-            name: given[name] for name in ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset")
-            if name in given
-        }
-        generator = GeneratorConfig(batch_size=given["batch_size"], whole_unet=given["whole_unet"], **chosen)
-        config = widgets.config(
-            given, batch_size=generator.batch_size, preview_every=given.get("preview_every", 0)
+        values, data = _values_and_pairs(lists, "Train Fusion Generator")
+        options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset")
+        generator = GeneratorConfig(
+            batch_size=values["batch_size"], whole_unet=values["whole_unet"],
+            **{name: values[name] for name in options if name in values},
         )
-        fusion = given.get("fusion") or Fusion()
-        settings = {
-            "pairs": data.digest(), "rank": "whole UNet" if generator.whole_unet else generator.rank,
-            "source_drop": generator.source_drop, "fusion_drop": generator.fusion_drop,
-            "pose_drop": generator.pose_drop, "noise_offset": generator.noise_offset,
-            "vae": weights_fingerprint(given["vae"].get_sd()),
-            "appearance_encoder": weights_fingerprint(given["appearance_encoder"].get_sd()),
-            "combiner": weights_fingerprint(fusion.combiner or {}),
-        }
-        if fusion.combiner is not None:
-            encoder = encoding.chosen(fusion, given.get("clip_vision"))
-            settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
-        kept = checkpoints.Checkpoints("fusion_generator", widgets.settings(given, config, settings))
+        config = widgets.config(values)
+        fusion = values.get("fusion") or Fusion()
+        settings = widgets.settings(values, config, _generator_settings(values, data, generator, fusion))
         trained, loss_map = training.train_generator(
-            given["model"], given["vae"], given["appearance_encoder"], data, fusion, given.get("clip_vision"), config,
-            generator, checkpoints=kept, resume_from=given["resume_from"],
+            values["model"], values["vae"], values["appearance_encoder"], data, fusion, values.get("clip_vision"),
+            config, generator, checkpoints=Checkpoints("fusion_generator", settings),
+            resume_from=values["resume_from"],
         )
         return io.NodeOutput(trained, loss_map)
 
 
-def _given(lists: dict) -> tuple[dict, pairs.Pairs]:
-    """The settings of a node whose every input is a list, and the pairs."""
+def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorConfig, fusion: Fusion) -> dict:
+    """The method's part of what a resumed run must share with the one that it continues."""
+    settings = {
+        "pairs": data.digest(), "rank": "whole UNet" if generator.whole_unet else generator.rank,
+        "source_drop": generator.source_drop, "fusion_drop": generator.fusion_drop,
+        "pose_drop": generator.pose_drop, "noise_offset": generator.noise_offset,
+        "vae": weights_fingerprint(values["vae"].get_sd()),
+        "appearance_encoder": weights_fingerprint(values["appearance_encoder"].get_sd()),
+        "combiner": weights_fingerprint(fusion.combiner or {}),
+    }
+    if fusion.combiner is not None:
+        encoder = encoding.encoder_for(fusion, values.get("clip_vision"))
+        settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
+    return settings
+
+
+def _values_and_pairs(lists: dict, node: str) -> tuple[dict, pairs.Pairs]:
+    """The settings of a node whose every input is a list, and the pairs, of which a few poses are looked at."""
     pictures = {name: lists.pop(name, None) for name in pairs.ROLES}
-    given = {name: values[0] for name, values in lists.items() if values}
-    return given, pairs.chosen(pictures, given.get("dataset_folder", pairs.NONE))
+    values = inputs.single_values(lists)
+    data = pairs.open_pairs(pictures, values.get("dataset_folder", pairs.NONE))
+    checked = sorted({i * len(data) // _POSES_CHECKED for i in range(_POSES_CHECKED)})
+    tell(node, [line for i in checked for line in pose_warnings(data[i].pose, f"pose {i + 1}")], logging.WARNING)
+    return values, data
+
+
+class UnderstudySaveFusion(CheckedNode):
+    """A trained fusion as a file that the loader lists."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return widgets.save_schema(
+            "UnderstudySaveFusion", "Save Fusion (FPDM)", CATEGORY,
+            FUSION.Input("fusion", tooltip="A trained or loaded fusion."), prefix="fusion", folder=files.FOLDER,
+            description="Writes a fusion to output/fusion_embeddings, with all its parts. The log names them.",
+            search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export"],
+        )
+
+    @classmethod
+    def execute(cls, fusion, filename_prefix) -> io.NodeOutput:
+        path = files.save(fusion, filename_prefix)
+        logging.info("[Understudy] saved %s, %s", path, ", ".join(fusion.parts))
+        return io.NodeOutput()
+
+
+NODES = [UnderstudyTrainFusionCombiner, UnderstudyTrainFusionGenerator, UnderstudySaveFusion]

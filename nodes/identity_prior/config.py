@@ -2,15 +2,13 @@
 "ours". The publication's code, layers, resolution and thresholds are not known to us.
 """
 
-from __future__ import annotations
-
-import re
 from dataclasses import dataclass
+
+from ..inputs.ranges import ALL, check_choice, check_limits, check_range, parse_numbers
 
 AUGMENTS = ("none", "crop", "crop_and_flip")
 METHODS = ("ddim", "fixed_point", "renoise")
-AUTO_LAYERS, ALL_LAYERS = "auto", "all"
-_LAYER_RANGE = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -23,56 +21,49 @@ class IdentityPriorConfig:
     rank: int = 8
     # Published: a loss on the class beside that on the subject. The weight 1 is DreamBooth's (arXiv 2208.12242).
     prior_weight: float = 1.0
-    # Ours: a mirrored text or emblem is another identity, so nothing is changed unless asked.
+    # Ours: mirroring a text or an emblem changes the identity, so it has to be asked for.
     augment: str = "none"
-    # Ours: how many pictures of the class the base model makes where none are given.
+    # Ours: how many pictures of the class the base model draws where none are connected.
     class_count: int = 8
 
     def __post_init__(self) -> None:
-        if self.augment not in AUGMENTS:
-            raise ValueError(f"augment is {self.augment!r}: use one of {', '.join(AUGMENTS)}")
-        if self.prior_weight < 0:
-            raise ValueError(f"prior_weight is {self.prior_weight}: use 0 (off) or more, 1 is usual")
-        if self.class_count < 1:
-            raise ValueError(f"class_count is {self.class_count}: use 1 or more, or set prior_weight to 0")
+        check_choice(self, augment=AUGMENTS)
+        check_limits(self, "prior_weight", lowest=0, fix="0 (off) or more, 1 is usual")
+        check_limits(self, "class_count", lowest=1, fix="1 or more, or set prior_weight to 0")
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """From the subject's columns of cross-attention to a mask. Raises ValueError, naming the field."""
+    """From the cross-attention to the subject's tokens to a mask. Raises ValueError, naming the field."""
 
-    # Ours, of the map's range from its least to its greatest value; by the overlap with true masks on the theatre.
+    # Ours, as a fraction of the map's range; chosen by the overlap with true masks on the theatre.
     threshold: float = 0.5
     # Ours, in latent cells: the model needs room around the subject.
     grow: int = 1
     # Ours: "auto" is five layers, of a UNet's coarsest that have 8 cells, of the middle third of a transformer's.
-    layers: str = AUTO_LAYERS
-    # Cells of the longer side at which layers are averaged; 0 is the finest of them.
+    layers: str = AUTO
+    # Cells on the longer side at which layers are averaged; 0 is the finest layer's.
     resolution: int = 0
-    # Ours, in cells of that resolution: the deviation of a Gaussian. As the threshold.
+    # Ours, in cells of that resolution: the standard deviation of a Gaussian. Chosen as the threshold was.
     smoothing: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"threshold is {self.threshold}: use 0 (everything) to 1 (the strongest place alone)")
-        if self.grow < 0 or self.resolution < 0 or self.smoothing < 0:
-            raise ValueError("grow, resolution and smoothing are 0 or more: 0 is off")
-        parse_layers(self.layers)
+        check_limits(self, "threshold", lowest=0, highest=1, fix="0 (everything) to 1 (only the strongest cell)")
+        check_limits(self, "grow", "resolution", "smoothing", lowest=0, fix="0 or more")
+        parse_numbers("layers", self.layers, (AUTO, ALL))
 
 
 @dataclass(frozen=True)
 class InversionConfig:
     """From a picture to its path over the sigmas."""
 
-    # Ours: exact for Euler and DDIM once it has converged.
+    # Ours: exact for Euler and DDIM, once converged.
     method: str = "fixed_point"
     iterations: int = 4
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}: use one of {', '.join(METHODS)}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations is {self.iterations}: use 1 or more")
+        check_choice(self, method=METHODS)
+        check_limits(self, "iterations", lowest=1, fix="1 or more")
 
 
 @dataclass(frozen=True)
@@ -83,24 +74,4 @@ class BlendConfig:
     end_percent: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.start_percent < self.end_percent:
-            raise ValueError(
-                f"the range of steps is empty: set start_percent ({self.start_percent}) below end_percent "
-                f"({self.end_percent})"
-            )
-
-
-def parse_layers(text: str) -> frozenset[int] | None:
-    """The layers named by text such as `4-6, 9`; None for `auto` and `all`. Raises ValueError for other text."""
-    if text.strip().lower() in (AUTO_LAYERS, ALL_LAYERS):
-        return None
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = _LAYER_RANGE.fullmatch(part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise ValueError(
-                f"layers is {text!r}: use {AUTO_LAYERS!r}, {ALL_LAYERS!r}, or numbers and ranges such as '4-6, 9'"
-            )
-        chosen.update(range(first, last + 1))
-    return frozenset(chosen)
+        check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)

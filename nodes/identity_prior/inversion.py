@@ -1,10 +1,11 @@
-"""Inversion in the host: a picture's path over the sigmas, by the model's own calls, and the noise at its start."""
+"""Inversion: a picture's path from noise, and where its subject is; apart from sampling.py, which runs on its result.
 
-from __future__ import annotations
+The path comes from the model's own calls, in a sampling run for which ComfyUI loads and frees as for any other.
+"""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,14 @@ import comfy.samplers
 import latent_preview
 import torch
 
-from .. import patching
+from .. import subject_tokens
+from ..inputs import latents
+from ..inputs.model_fit import check_latents, check_texts
+from ..messages import tell
+from ..patching import models, samplers
+from ..patching.unet_layers import CrossAttention
 from ..training.objective import prediction_kind
-from . import capture, method
+from . import attention, method
 from .config import InversionConfig, MaskConfig
 
 
@@ -32,115 +38,132 @@ class Inversion:
         return self.trajectory.latents.nbytes / 2**20
 
 
-def run(
+def invert(
     model: Any, positive: list, latent: dict, sigmas: torch.Tensor, config: InversionConfig, masks: MaskConfig
 ) -> Inversion:
     """Invert `latent` under `positive` alone, without CFG. Raises ValueError, naming the input and the fix."""
-    samples = _checked(latent["samples"], model.model.latent_format)
-    grid = [float(sigma) for sigma in sigmas]
-    method.check_sigmas(grid)
+    samples = _checked(latent["samples"], model)
+    method.check_sigmas([float(sigma) for sigma in sigmas])
     prediction_kind(model.get_model_object("model_sampling"), "inversion")
-    layers = capture.layers_of(model)
+    check_texts([positive], "positive", model, "use the CLIP of this model in Encode Identity")
+    # They skip calls by what changed since a higher sigma, and an inversion comes from lower ones.
+    model, cache = models.without_step_caches(model)
+    if cache:
+        tell("Invert Image", [f"{cache} is left out of the inversion, which needs every call of the model"])
+    layers = attention.layers_of(model)
     if layers:
-        capture.require_subject(positive, "positive")
+        subject_tokens.require_subject(positive, "positive")
     else:
-        logging.warning("[Understudy] this model has no cross-attention: the source mask is the whole picture")
-    sampler = Inverting(config, masks, layers)
-    guider = comfy.samplers.CFGGuider(capture.watched(model) if layers else model)
+        name = type(model.get_model_object("diffusion_model")).__name__
+        warning = f"a {name} has no cross-attention that can be read, so the source mask is the whole picture"
+        tell("Invert Image", [warning], logging.WARNING)
+    sampler = InversionSampler(config, masks, layers)
+    guider = comfy.samplers.CFGGuider(attention.with_recorder(model) if layers else model)
     guider.set_conds(positive, positive)
     guider.set_cfg(1.0)
-    callback = latent_preview.prepare_callback(model, len(grid) - 1)
+    callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     guider.sample(torch.zeros_like(samples), samples, sampler, sigmas, callback=callback, disable_pbar=True, seed=0)
-    return Inversion(method.Trajectory(grid, sampler.path), sampler.mask, config.method)
+    return sampler.inversion
 
 
-def _checked(samples: torch.Tensor, latent_format: Any) -> torch.Tensor:
-    if samples.is_nested or samples.ndim not in (4, 5) or samples.numel() == 0:
-        raise ValueError("latent is no image or video latent: connect VAE Encode to `latent`")
-    channels, dimensions = latent_format.latent_channels, latent_format.latent_dimensions
-    if samples.shape[1] != channels or samples.ndim != 2 + dimensions:
-        wanted = f"[B, {channels}, {'T, ' if dimensions == 3 else ''}H, W]"
-        raise ValueError(
-            f"latent has shape {tuple(samples.shape)} and the model's latents are {wanted}: encode the picture with "
-            "this model's own VAE"
-        )
-    if not torch.isfinite(samples).all():
-        raise ValueError("latent holds NaN or infinite values: encode it again, with the VAE in fp32")
-    if not samples.any():
-        raise ValueError("latent is all zero, as Empty Latent Image makes it: connect VAE Encode to `latent`")
+def _checked(samples: torch.Tensor, model: Any) -> torch.Tensor:
+    latents.check_latent(samples, "latent")
+    check_latents([samples], "latent", model)
+    latents.check_not_zero(samples, "latent")
     return samples
 
 
-class Inverting(comfy.samplers.Sampler):
-    """Runs the sigmas backwards as a SAMPLER, so that the host loads, watches and frees as in every run."""
+@dataclass(eq=False)
+class InversionSampler(comfy.samplers.Sampler):
+    """Inversion as a SAMPLER, which is how ComfyUI loads, patches, watches and frees a model for a run.
 
-    def __init__(self, config: InversionConfig, masks: MaskConfig, layers: Sequence[capture.Layer]):
-        self.config = config
-        self.masks = masks
-        self.layers = layers
-        self.path: torch.Tensor | None = None
-        self.mask: torch.Tensor | None = None
+    `inversion` is what its run found; the run's samples are the picture itself.
+    """
+
+    config: InversionConfig
+    masks: MaskConfig
+    layers: Sequence[CrossAttention]
+    inversion: Inversion = field(init=False)
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
         grid = [float(sigma) for sigma in sigmas]
-        sampling = model_wrap.inner_model.model_sampling
-        scales = {sigma: float(patching.input_scale(sampling, sigmas.new_tensor(sigma))) for sigma in grid}
-        entries = capture.columns_by_entry(model_wrap.conds)
-        kept = _storage((len(grid), *latent_image.shape))
-        estimate = heat = None
-        steps = 0
-
-        def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-            nonlocal estimate, heat
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            options = extra_args["model_options"]
-            watch = capture.Watch(entries, self.layers, self.masks, x.shape) if self.layers else None
-            if watch is not None:
-                options = {**options, "transformer_options": {**options["transformer_options"], capture.KEY: watch}}
-            estimate = model_wrap(
-                x.to(latent_image.device), x.new_full((len(x),), sigma, device=latent_image.device),
-                model_options=options, seed=extra_args["seed"],
-            ).to(kept)
-            if watch is not None and (watch.maps or heat is None):  # a cache beside it may have skipped the model
-                heat = watch.heat()
-            return estimate
-
-        total = None
-
-        def on_step(i: int, x: torch.Tensor) -> None:
-            nonlocal total, steps
-            if not torch.isfinite(x).all():
-                raise ValueError(
-                    f"the inversion became NaN or infinite at sigma {grid[i]:.4g}: set method to ddim, give the "
-                    "scheduler more steps, or load the model in bf16 or fp32"
-                )
-            if heat is not None:
-                total = heat if total is None else total + heat
-            steps += 1
-            if callback is not None:
-                callback(steps - 1, estimate, x, len(grid) - 1)
-
-        self.path = method.invert(
-            denoise, latent_image.to(kept), grid, scales.__getitem__, self.config.method, self.config.iterations,
-            on_step,
+        model_sampling = model_wrap.inner_model.model_sampling
+        scales = {sigma: float(samplers.input_scale(model_sampling, sigmas.new_tensor(sigma))) for sigma in grid}
+        clean = latent_image.to(_path_device((len(grid), *latent_image.shape)), torch.float32)
+        steps = _Steps(model_wrap, extra_args, latent_image.device, self.layers, self.masks, grid, callback)
+        path = method.invert(
+            steps.denoise, clean, grid, scales.__getitem__, self.config.method, self.config.iterations,
+            steps.finish_step,
         )
-        if total is None:
-            frames = latent_image.shape[2] if latent_image.ndim == 5 else 1
-            self.mask = torch.ones(len(latent_image), frames, *latent_image.shape[-2:])
-        else:
-            self.mask = method.subject_mask(total / steps, latent_image.shape[-2:], self.masks).to(kept.device)
+        self.inversion = Inversion(method.Trajectory(grid, path), steps.source_mask(clean), self.config.method)
         return latent_image
 
 
-def _storage(shape: Sequence[int]) -> torch.Tensor:
-    """An empty tensor on the device where a path of this shape is kept: where the host keeps what nodes hand on, but
-    in main memory where that has no room."""
+@dataclass(eq=False)
+class _Steps:
+    """The model's calls in one inversion, and the subject's map, [B, T, h, w], summed over the steps."""
+
+    guider: Any
+    extra_args: Mapping[str, Any]
+    device: torch.device
+    layers: Sequence[CrossAttention]
+    masks: MaskConfig
+    sigmas: Sequence[float]
+    callback: Callable | None
+    denoised: torch.Tensor | None = None
+    heat: torch.Tensor | None = None
+    heat_sum: torch.Tensor | float = 0.0
+
+    def __post_init__(self) -> None:
+        self.subject = subject_tokens.positions_by_entry(self.guider.conds)
+
+    def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The guider's estimate of x [B, C, ...] at sigma, where x is stored."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        options = self.extra_args["model_options"]
+        recorder = None
+        if self.layers:
+            recorder = attention.AttentionRecorder(self.subject, self.layers, self.masks, x.shape)
+            options = recorder.added_to(options)
+        self.denoised = self.guider(
+            x.to(self.device), x.new_full((len(x),), sigma, device=self.device),
+            model_options=options, seed=self.extra_args["seed"],
+        ).to(x)
+        if recorder is not None:
+            self.heat = recorder.heat(self.heat)
+        return self.denoised
+
+    def finish_step(self, i: int, x: torch.Tensor) -> None:
+        """After step i of the sampler arrived at x, from the last step to the first. Raises ValueError for NaN."""
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"the inversion became NaN or infinite at sigma {self.sigmas[i]:.4g}: set method to ddim, give the "
+                "scheduler more steps, or load the model in bf16 or fp32"
+            )
+        if self.heat is not None:
+            self.heat_sum = self.heat_sum + self.heat
+        if self.callback is not None:
+            count = len(self.sigmas) - 1
+            self.callback(count - 1 - i, self.denoised, x, count)
+
+    def source_mask(self, clean: torch.Tensor) -> torch.Tensor:
+        """[B, T, H, W] of the source latent `clean`, stored beside it; all of it where nothing shows the subject."""
+        if not self.layers:
+            return torch.ones(len(clean), clean.shape[2] if clean.ndim == 5 else 1, *clean.shape[-2:])
+        mean = self.heat_sum / (len(self.sigmas) - 1)
+        return method.subject_mask(mean, clean.shape[-2:], self.masks).to(clean.device)
+
+
+def _path_device(shape: Sequence[int]) -> torch.device:
+    """Where a path of this shape, in fp32, is stored: where ComfyUI keeps what nodes hand on, or in main memory where
+    that has no room.
+    """
     device = comfy.model_management.intermediate_device()
     size = 4 * torch.Size(shape).numel()
     if device.type != "cpu" and comfy.model_management.get_free_memory(device) < 4 * size:
-        device = torch.device("cpu")
-    return torch.empty(0, device=device)
+        return torch.device("cpu")
+    return device
 
 
 class InvertedNoise:
@@ -151,7 +174,7 @@ class InvertedNoise:
     def __init__(self, model: Any, inversion: Inversion):
         self.start = inversion.trajectory.latents[0]
         self.sigma = inversion.trajectory.sigmas[0]
-        self.sampling = model.get_model_object("model_sampling")
+        self.model_sampling = model.get_model_object("model_sampling")
         self.latent_format = model.model.latent_format
 
     def generate_noise(self, input_latent: dict) -> torch.Tensor:
@@ -159,16 +182,17 @@ class InvertedNoise:
         samples = input_latent["samples"]
         if samples.is_nested or samples.shape[1:] != self.start.shape[1:] or len(self.start) not in (1, len(samples)):
             raise ValueError(
-                f"the noise was inverted for latents {tuple(self.start.shape)} and this one is "
+                f"the noise was inverted for latents of shape {tuple(self.start.shape)}, and the sampler's has shape "
                 f"{tuple(samples.shape)}: connect the inverted latent to the sampler"
             )
         image = samples.detach().to("cpu", torch.float32, copy=True)
-        if image.any():  # as the host: an empty latent is not shifted
+        if image.any():  # as ComfyUI does: an empty latent is not shifted
             image = self.latent_format.process_in(image)
         sigma = torch.tensor(self.sigma)
-        model = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=self.sampling))
-        most = comfy.samplers.Sampler().max_denoise(model, [self.sigma])
+        model = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=self.model_sampling))
+        max_denoise = comfy.samplers.Sampler().max_denoise(model, [self.sigma])
         # The scaling is affine in the noise: what it makes of 0 and of 1 says how to undo it.
-        nothing = self.sampling.noise_scaling(sigma, torch.zeros_like(image), image, most)
-        unit = self.sampling.noise_scaling(sigma, torch.ones_like(image), torch.zeros_like(image), most)
-        return (self.start.to("cpu", torch.float32) - nothing) / unit
+        scaling = self.model_sampling.noise_scaling
+        at_zero = scaling(sigma, torch.zeros_like(image), image, max_denoise)
+        factor = scaling(sigma, torch.ones_like(image), torch.zeros_like(image), max_denoise)
+        return (self.start.to("cpu", torch.float32) - at_zero) / factor

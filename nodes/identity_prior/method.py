@@ -1,13 +1,10 @@
-"""Identity prior and non-rigid edit: the subject's words, the prior's loss, inversion, masks and the blend.
+"""Identity prior and non-rigid edit: the prior's loss, inversion, masks and the blend.
 
 Source: LIPE (arXiv 2406.17236). Inversion: DDIM (arXiv 2010.02502), its fixed point (Pan et al., arXiv 2309.04907)
 and the mean of renoised predictions (Garibi et al., arXiv 2403.14602).
 """
 
-from __future__ import annotations
-
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,103 +12,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..training.objective import alike
+from ..inputs import frame_masks, latents
+from ..inputs.ranges import SIGMA_TOLERANCE
+from ..training.objective import same_bucket
 from .config import MaskConfig
-
-SUBJECT = "{subject}"
-# Percents, grids and samplers round one sigma differently; so near counts as on it.
-SIGMA_TOLERANCE = 1e-4
 
 # denoise(x, sigma) -> the denoised estimate of x [B, C, ...] at sigma
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Who a prior knows: its token and class in prompts, the captions it learnt, and the base model's fingerprint."""
-
-    token: str
-    class_noun: str
-    captions: tuple[str, ...] = ()
-    base: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.token.split()) != 1 or not self.class_noun.strip():
-            raise ValueError(
-                f"identity_token is {self.token!r} and class_noun {self.class_noun!r}: give one rare word such as "
-                "sks, and what the subject is, such as dog"
-            )
-
-    @property
-    def trigger(self) -> str:
-        """What stands for the subject in a prompt."""
-        return f"{self.token} {' '.join(self.class_noun.split())}"
-
-    def expand(self, text: str, name: str = "text") -> str:
-        """`text` with the subject's words. Raises ValueError, naming the input, where the text has no subject."""
-        expanded = " ".join(text.replace(SUBJECT, self.trigger).split())
-        if not _words(self.trigger).search(expanded):
-            raise ValueError(
-                f"{name} does not name the subject: {text!r} has neither {SUBJECT} nor {self.trigger!r} as words of "
-                f"their own. Write {SUBJECT} where the subject stands"
-            )
-        return expanded
-
-    def of_class(self, text: str) -> str:
-        """`text` about any member of the class."""
-        noun = " ".join(self.class_noun.split())
-        text = " ".join(text.replace(SUBJECT, self.trigger).split())
-        # The token alone, too: beside the class it would come to mean any member.
-        for words in (self.trigger, self.token):
-            text = _words(words).sub(lambda _match: noun, text)
-        return text
-
-
-def _words(text: str) -> re.Pattern[str]:
-    """Finds `text` in any case, but not as a part of longer words; scripts without spaces may follow on it."""
-    return re.compile(rf"(?<![A-Za-z0-9_]){re.escape(text)}(?![A-Za-z0-9_])", re.IGNORECASE)
-
-
-def columns_of(tokens: Sequence[Sequence[tuple]], phrase: Sequence[int]) -> tuple[int, ...]:
-    """Where the phrase's tokens stand among the columns of the encoded text, at each time it occurs.
-
-    tokens: chunks of (id, weight, word), word 0 for start, end and padding; the chunks are encoded side by side.
-    """
-    placed, start = [], 0
-    for chunk in tokens:
-        placed += [(start + i, entry[0]) for i, entry in enumerate(chunk) if entry[2] != 0]
-        start += len(chunk)
-    # An embedding's tokens are tensors, which are no part of a phrase.
-    ids = [token if isinstance(token, int) else -1 for _, token in placed]
-    found: list[int] = []
-    for i in range(len(ids) - len(phrase) + 1):
-        if phrase and ids[i : i + len(phrase)] == list(phrase):
-            found += [placed[j][0] for j in range(i, i + len(phrase))]
-    return tuple(dict.fromkeys(found))
-
-
+@dataclass
 class PriorObjective:
     """The loss on the subject plus `weight` times that on its class, both in one forward pass.
 
     loss(clean, conditions, generator) -> [B]; subject and classes draw batches of samples, of one shape each.
     """
 
-    def __init__(self, loss: Callable[..., torch.Tensor], subject: Any, classes: Any, weight: float):
-        self.loss = loss
-        self.subject = subject
-        self.classes = classes
-        self.weight = weight
+    loss: Callable[..., torch.Tensor]
+    subject: Any
+    classes: Any
+    weight: float
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         subject = self.subject.draw(generator)
-        others = self.classes.draw(generator)
-        if not alike(subject[0], others[0]):
-            return self._mean(subject, generator) + self.weight * self._mean(others, generator)
-        both = self._losses([*subject, *others], generator)
+        classes = self.classes.draw(generator)
+        if not same_bucket(subject[0], classes[0]):
+            first, second = (self._losses(samples, generator).mean() for samples in (subject, classes))
+            return first + self.weight * second
+        both = self._losses([*subject, *classes], generator)
         return both[: len(subject)].mean() + self.weight * both[len(subject) :].mean()
-
-    def _mean(self, samples, generator) -> torch.Tensor:
-        return self._losses(samples, generator).mean()
 
     def _losses(self, samples, generator) -> torch.Tensor:
         clean = torch.cat([sample.latent for sample in samples])
@@ -147,7 +76,7 @@ class Trajectory:
         return self.latents[i + 1] - (self.latents[i] - self.latents[i + 1]) * (low / (high - low))
 
     def _segment(self, sigma: float) -> tuple[int, float, float]:
-        """The step that starts at sigma or above it; the first one for what lies higher."""
+        """The step that starts at sigma or above it, the first one for higher sigmas: its number and its ends."""
         lower = self.sigmas[1:-1]
         i = sum(sigma <= low * (1 + SIGMA_TOLERANCE) for low in lower)
         return i, self.sigmas[i], self.sigmas[i + 1]
@@ -157,12 +86,12 @@ def invert(
     denoise: Denoise, clean: torch.Tensor, sigmas: Sequence[float], scale: Callable[[float], float],
     method: str, iterations: int, on_step: Callable[[int, torch.Tensor], None],
 ) -> torch.Tensor:
-    """The path of `clean` [B, C, ...] backwards over `sigmas`, falling to 0: [S + 1, B, C, ...] from noise on.
+    """The path of `clean` [B, C, ...] backwards over `sigmas`, which fall to 0: [S + 1, B, C, ...], noise first.
 
     A step of Euler or DDIM leads from x at `high` to x + (low - high) d(x, high) with d = (x - denoised) / sigma;
-    its inverse wants d at the very x that is looked for. `ddim` takes d at a first guess, `fixed_point` repeats with
+    its inverse needs d at the very x that it solves for. `ddim` takes d at a first guess, `fixed_point` repeats with
     the better one, `renoise` averages all predictions but the first. scale(sigma) is the model's input for x = 1.
-    on_step(i, x) is told each new x, i counting steps of the sampler from the last one to the first.
+    on_step(i, x) receives each new x, with the sampler's steps i in reverse order.
     """
     path = [clean]
     for i in reversed(range(len(sigmas) - 1)):
@@ -182,8 +111,9 @@ def invert(
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """Raises ValueError where no path can be made over them."""
-    if len(sigmas) < 2 or sigmas[-1] != 0 or any(a <= b for a, b in zip(sigmas, sigmas[1:])):
+    """Raises ValueError for sigmas that do not fall to 0, from a finite one."""
+    falling = all(math.inf > a > b for a, b in zip(sigmas, sigmas[1:]))  # not for NaN
+    if len(sigmas) < 2 or sigmas[-1] != 0 or not falling:
         raise ValueError(
             f"sigmas do not fall to 0 ({len(sigmas)} values): connect those of a scheduler, whole, to `sigmas`"
         )
@@ -202,8 +132,8 @@ def same_grid(edit: Sequence[float], inverted: Sequence[float]) -> bool:
 # Masks
 
 
-def average(maps: Sequence[torch.Tensor], resolution: int) -> torch.Tensor:
-    """The mean of maps [B, T, h, w] of several layers, at `resolution` cells of the longer side; 0 is the finest."""
+def mean_map(maps: Sequence[torch.Tensor], resolution: int) -> torch.Tensor:
+    """The mean of several layers' maps [B, T, h, w], at `resolution` cells on the longer side; 0 is the finest's."""
     finest = max(maps, key=lambda heat: heat.shape[-2] * heat.shape[-1])
     size = finest.shape[-2:]
     if resolution:
@@ -217,55 +147,35 @@ def subject_mask(heat: torch.Tensor, size: Sequence[int], config: MaskConfig) ->
     """
     heat = _resized(_blurred(heat.float(), config.smoothing), size)
     low, high = (edge(heat.flatten(1), 1)[..., None, None, None] for edge in (torch.amin, torch.amax))
-    # A map without any range tells nothing: the subject may be anywhere.
+    # A constant map does not show the subject, which may be anywhere.
     level = torch.where(high > low, (heat - low) / (high - low).clamp(min=1e-12), torch.ones_like(heat))
     return (level >= config.threshold).float()
 
 
 def grown(mask: torch.Tensor, cells: int) -> torch.Tensor:
-    """The mask [B, T, H, W], wider by so many cells on every side."""
+    """The mask [B, T, H, W], wider by `cells` on every side."""
     return F.max_pool2d(mask, 2 * cells + 1, stride=1, padding=cells) if cells else mask
 
 
-def union(*masks: torch.Tensor) -> torch.Tensor:
-    """M = M_s ∪ M_e; the higher one where they are soft."""
-    result = masks[0]
-    for mask in masks[1:]:
-        result = torch.maximum(result, mask)
-    return result
+def union(source: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """M = M_s ∪ M_e; the higher value where they are soft."""
+    return torch.maximum(source, edited)
 
 
 def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """An outside MASK [F, H, W] for latents of `shape` [B, C, (T,) H, W]: [1 or B, 1 or T, H, W], 0 and 1 stay exact.
+    """A user's MASK [F, H, W] for latents of `shape` [B, C, (T,) H, W]: [1 or B, 1 or T, H, W], 0 and 1 stay exact.
 
     For pictures F is 1 or B, and any number where B is 1; for videos 1, T, or the 4 (T - 1) + 1 frames of the video,
     of which each latent frame takes the mean. Raises ValueError, naming the input, for another F.
     """
     mask = mask.float().reshape(-1, *mask.shape[-2:])
-    if not torch.isfinite(mask).all():
-        raise ValueError("mask holds NaN or infinite values: connect another MASK")
+    latents.check_finite(mask, "mask", "connect another MASK")
     cells = F.adaptive_avg_pool2d(mask.unsqueeze(1), shape[-2:]).squeeze(1).clamp(0, 1)
-    count = len(cells)
-    if len(shape) == 4:
-        if shape[0] > 1:
-            check_masks(count, shape[0])
-        return cells.unsqueeze(1)
-    frames = shape[2]
-    if count == 4 * (frames - 1) + 1 and count != frames:
-        cells = torch.cat([cells[:1], cells[1:].unflatten(0, (frames - 1, 4)).mean(1)])
-    elif count not in (1, frames):
-        raise ValueError(
-            f"mask has {count} frames and the video has {4 * (frames - 1) + 1} ({frames} in the latent): connect one "
-            "mask for all, or one a frame"
-        )
-    return cells.unsqueeze(0)
-
-
-def check_masks(count: int, batch: int) -> None:
-    """Raises ValueError where so many masks do not fit the batch."""
-    if count not in (1, batch):
-        more = f", or {batch}" if batch > 1 else ""
-        raise ValueError(f"mask holds {count} masks and the batch is {batch}: connect one{more}")
+    if len(shape) == 5:
+        return frame_masks.by_latent_frame(cells, shape[2]).unsqueeze(0)
+    if shape[0] > 1:
+        latents.check_batch(len(cells), shape[0], "mask", "mask")
+    return cells.unsqueeze(1)
 
 
 def blend(x: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,194 +1,154 @@
-"""Nodes of the identity prior and the non-rigid edit (LIPE): save, load, encode, invert, blend, show masks."""
-
-from __future__ import annotations
-
-import logging
+"""Nodes of the identity prior and the non-rigid edit (LIPE): load, encode, invert, blend, show masks."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from .. import files
-from ..messages import tell
-from . import blending, inversion, prior_files, subject
+from .. import subject_tokens
+from ..inputs import widgets
+from ..inputs.checked import CheckedNode
+from ..messages import pictures, tell
+from . import files, inversion, sampling
 from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
 
 CATEGORY = "Understudy/Identity prior"
-IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
 INVERSION = io.Custom("UNDERSTUDY_INVERSION")
 _INVERSION = InversionConfig()
 _MASK = MaskConfig()
 _BLEND = BlendConfig()
-_GAP = 8  # pixels between the two masks that Edit Masks shows
-
-
-def _threshold(id: str, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(
-        id, default=_MASK.threshold, min=0.0, max=1.0, step=0.01, round=False, tooltip=tooltip
-    )
-
-
-def _percent(id: str, tooltip: str) -> io.Float.Input:
-    default = getattr(_BLEND, id)
-    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=0.001, round=False, tooltip=tooltip)
+_GAP = 8  # pixels between the two masks that Show Edit Masks shows
 
 
 def _map_inputs() -> list:
-    """How the subject's map is read, for experts; the same where a source and where an edited mask is made."""
+    """How the subject's map is read, for experts; the same for the source mask and the edited one."""
     return [
-        io.String.Input(
-            "layers", default=_MASK.layers, optional=True, advanced=True,
-            tooltip="Cross-attentions that count: 'auto' by their size, 'all', or numbers and ranges from 0 on, in "
-            "the order in which they run, such as 4-6, 9.",
+        widgets.numbers(
+            "layers", _MASK.layers, "Cross-attention layers that count, in the order in which they run: 'auto' "
+            "chooses by size, 'all'", optional=True,
         ),
         io.Int.Input(
             "resolution", default=_MASK.resolution, min=0, max=1024, optional=True, advanced=True,
-            tooltip="Cells of the longer side at which the layers are averaged. 0 is the finest layer's.",
+            tooltip="Cells on the longer side at which the layers are averaged. 0 is the finest layer's.",
         ),
         io.Float.Input(
             "smoothing", default=_MASK.smoothing, min=0.0, max=8.0, step=0.1, round=False, optional=True,
             advanced=True,
-            tooltip="Blur of the map before the threshold, as a deviation in its cells. 0 is off; more is rounder.",
+            tooltip="Blur of the map before the threshold: a standard deviation in the map's cells. 0 is off; higher "
+            "values are rounder.",
         ),
     ]
 
 
-class UnderstudySaveIdentityPrior(io.ComfyNode):
-    """A prior as a LoRA file that remembers whom it knows."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveIdentityPrior",
-            display_name="Save Identity Prior (LIPE)",
-            category=CATEGORY,
-            description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
-            "fingerprint in its metadata. Load LoRA and other programs read it, too.",
-            search_aliases=["LIPE", "save LoRA", "export", "identity", "subject"],
-            is_output_node=True,
-            inputs=[
-                io.Custom("LORA_MODEL").Input("lora", tooltip="The trained LoRA."),
-                IDENTITY.Input("identity", tooltip="Whom it knows, from Train Identity Prior."),
-                io.String.Input(
-                    "filename_prefix", default="identity_prior",
-                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
-                ),
-            ],
-            outputs=[],
-        )
-
-    @classmethod
-    def execute(cls, lora, identity, filename_prefix) -> io.NodeOutput:
-        path = prior_files.save(lora, identity, filename_prefix)
-        logging.info("[Understudy] saved %s", path)
-        return io.NodeOutput()
-
-
-class UnderstudyLoadIdentityPrior(io.ComfyNode):
+class UnderstudyLoadIdentityPrior(widgets.LoadNode):
     """A model that knows a saved identity."""
 
+    FOLDER, FILE = files.FOLDER, "lora_name"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyLoadIdentityPrior",
-            display_name="Load Identity Prior (LIPE)",
+            node_id="UnderstudyLoadIdentityPrior", display_name="Load Identity Prior (LIPE)",
             category=CATEGORY,
-            description="Puts a saved prior on the model and says whom it knows. Chain it for several subjects.",
-            search_aliases=["LIPE", "load LoRA", "identity", "subject", "personalization"],
+            description="Applies a saved prior to the model, with the identity that it knows. Chain it for several "
+            "subjects.",
+            search_aliases=["LIPE", "load LoRA", "identity", "subject", "personalization", "人物", "身份"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that the prior was trained on. It is not changed."),
-                io.Combo.Input(
-                    "lora_name", options=prior_files.choices(),
-                    tooltip="A file in models/loras or output/loras from Save Identity Prior. Others are refused: "
-                    "use Load LoRA for them.",
+                io.Model.Input("model", tooltip="The model that the prior was trained on; it is not modified."),
+                cls.file(
+                    "A file in models/loras or output/loras from Save Identity Prior. Other LoRAs are not "
+                    "listed: use Load LoRA for them.",
                 ),
-                io.Float.Input(
-                    "strength", default=1.0, min=-10.0, max=10.0, step=0.01, round=False,
-                    tooltip="Weight of the prior: 0 is off, 1 as it was trained. Lower follows prompts more.",
+                widgets.strength(
+                    "Weight of the prior: 0 is off, 1 as it was trained. Lower values follow prompts more.",
+                    lowest=-10.0, highest=10.0,
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="Connect it to a sampler, to Invert Image, or to Load Identity Prior."),
-                IDENTITY.Output(display_name="identity", tooltip="Connect it to Encode Identity."),
+                widgets.IDENTITY.Output(display_name="identity", tooltip="Connect it to Encode Identity."),
                 io.String.Output(display_name="trigger", tooltip="The words that stand for the subject in prompts."),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, lora_name, strength) -> int:
-        """A file written anew under its name is read anew."""
-        return files.find(prior_files.FOLDER, lora_name).stat().st_mtime_ns
+    def validate_inputs(cls, lora_name) -> bool:
+        """A file that is not listed passes: what it lacks is said when it is read."""
+        return True
 
     @classmethod
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:
-        tensors, identity = prior_files.load(lora_name)
-        patched = prior_files.apply(model, tensors, identity, strength, lora_name)
-        return io.NodeOutput(patched, identity, identity.trigger)
+        tensors, subject = files.load(lora_name)
+        patched = files.apply(model, tensors, subject, strength, lora_name)
+        return io.NodeOutput(patched, subject, subject.trigger)
 
 
-class UnderstudyEncodeIdentity(io.ComfyNode):
-    """A prompt about the subject that remembers where it names it."""
+class UnderstudyEncodeIdentity(CheckedNode):
+    """A prompt about the subject, in which the tokens that name it are tagged."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyEncodeIdentity",
-            display_name="Encode Identity (LIPE)",
+            node_id="UnderstudyEncodeIdentity", display_name="Encode Identity (LIPE)",
             category=CATEGORY,
-            description="Encodes a text in place of CLIP Text Encode, and keeps in mind which of its tokens are the "
-            "subject, so that the edit can see where the subject is.",
+            description="Encodes a text in place of CLIP Text Encode and tags which of its tokens are the subject, "
+            "so that the edit can see where the subject is.",
             search_aliases=["LIPE", "prompt", "text encode", "subject", "identity", "CLIP"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
-                IDENTITY.Input("identity", tooltip="Whom the text is about, from Load or Train Identity Prior."),
+                widgets.IDENTITY.Input(
+                    "identity", tooltip="The subject of the text, from Load or Train Identity Prior.",
+                ),
                 io.String.Input(
                     "text", multiline=True, default="a photo of {subject}",
                     tooltip="What the picture shows. {subject} becomes the token and class of the identity.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(tooltip="Connect it to positive of a guider, Invert Image, or the blend."),
+                io.Conditioning.Output(
+                    tooltip="Connect it to positive of a guider, Invert Image or Identity Mask Blend."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, clip, identity, text) -> io.NodeOutput:
-        return io.NodeOutput(subject.encode(clip, identity, text))
+        return io.NodeOutput(subject_tokens.encode(clip, identity, text))
 
 
-class UnderstudyInvertImage(io.ComfyNode):
-    """The noise from which a sampler finds back to a picture, and the path in between."""
+class UnderstudyInvertImage(CheckedNode):
+    """The noise from which a sampler leads back to a picture, and the path in between."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyInvertImage",
-            display_name="Invert Image (LIPE)",
+            node_id="UnderstudyInvertImage", display_name="Invert Image (LIPE)",
             category=CATEGORY,
-            description="Runs the sampling of a picture backwards, step by step, and finds the subject in it by the "
-            "model's own attention.",
+            description="Runs the sampling of a picture backwards, step by step, and locates the subject in it by "
+            "the model's own attention.",
             search_aliases=["LIPE", "DDIM inversion", "unsample", "real image editing", "ReNoise", "fixed point"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to edit with, with its prior. It is not changed."),
+                io.Model.Input("model", tooltip="The model to edit with, including its prior; it is not modified."),
                 io.Conditioning.Input(
-                    "positive", tooltip="What the picture shows, from Encode Identity. It counts without CFG.",
+                    "positive", tooltip="What the picture shows, from Encode Identity. It is used without CFG.",
                 ),
-                io.Latent.Input("latent", tooltip="VAE Encode of the picture. A batch is inverted together."),
+                io.Latent.Input("latent", tooltip="The picture, from VAE Encode. A batch is inverted together."),
                 io.Sigmas.Input(
-                    "sigmas", tooltip="The noise levels of the edit, from a scheduler, down to 0. Give the sampler "
-                    "the same ones.",
+                    "sigmas", tooltip="The noise levels of the edit, from a scheduler, down to 0. Connect the same "
+                    "ones to the sampler.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=_INVERSION.method,
-                    tooltip="ddim is one model call a step. fixed_point repeats it until the step leads back. "
-                    "renoise averages the repetitions, for steps at which they swing.",
+                    tooltip="ddim calls the model once per step. fixed_point repeats the call until the step leads "
+                    "back. renoise averages the repetitions, for steps at which they oscillate.",
                 ),
                 io.Int.Input(
                     "iterations", default=_INVERSION.iterations, min=1, max=50,
-                    tooltip="Model calls a step of fixed_point and renoise. More finds back better and takes longer.",
+                    tooltip="Model calls per step of fixed_point and renoise. More reconstruct the picture better "
+                    "and take longer.",
                 ),
-                _threshold(
-                    "mask_threshold",
-                    "Where the source mask cuts the subject's map, of its range: lower takes in more around it.",
+                widgets.fraction(
+                    "mask_threshold", _MASK.threshold,
+                    "Where the source mask cuts the subject's attention map, as a fraction of its range: lower "
+                    "values include more around the subject.",
                 ),
                 *_map_inputs(),
             ],
@@ -202,53 +162,53 @@ class UnderstudyInvertImage(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent, sigmas, method, iterations, mask_threshold, **maps) -> io.NodeOutput:
         masks = MaskConfig(threshold=mask_threshold, grow=0, **maps)
-        found = inversion.run(model, positive, latent, sigmas, InversionConfig(method, iterations), masks)
-        size = f"{found.megabytes:.1f} MB on {found.trajectory.latents.device}"
-        said = f"inverted over {len(sigmas) - 1} steps by {method}; the path takes {size}"
-        tell("Invert Image", [said])
-        mask = _pixels(found.source_mask, model)
-        return io.NodeOutput(found, inversion.InvertedNoise(model, found), mask, ui={"text": (said,)})
+        inverted = inversion.invert(model, positive, latent, sigmas, InversionConfig(method, iterations), masks)
+        size = f"{inverted.megabytes:.1f} MB on {inverted.trajectory.latents.device}"
+        summary = f"inverted over {len(sigmas) - 1} steps by {method}; the path takes {size}"
+        tell("Invert Image", [summary])
+        noise, mask = inversion.InvertedNoise(model, inverted), _pixels(inverted.source_mask, model)
+        return io.NodeOutput(inverted, noise, mask, ui={"text": (summary,)})
 
 
-class UnderstudyIdentityMaskBlend(io.ComfyNode):
-    """A model that changes the subject and leaves the rest on the inverted path."""
+class UnderstudyIdentityMaskBlend(CheckedNode):
+    """A model that changes the subject and keeps the rest on the inverted path."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyIdentityMaskBlend",
-            display_name="Identity Mask Blend (LIPE)",
+            node_id="UnderstudyIdentityMaskBlend", display_name="Identity Mask Blend (LIPE)",
             category=CATEGORY,
-            description="Lets every step change the subject alone: where it was in the picture, and where it is in "
-            "the edit. The rest follows the inverted picture. Works with the samplers of KSamplerSelect.",
-            search_aliases=["LIPE", "NIMA", "non-rigid edit", "blend", "background preservation", "local edit"],
+            description="Lets each step change only the subject: where it was in the picture, and where it is in the "
+            "edit. The rest follows the inverted picture. Works with the samplers of KSamplerSelect.",
+            search_aliases=[
+                "LIPE", "NIMA", "non-rigid edit", "blend", "background preservation", "local edit",
+                "swap action", "change pose", "人物", "姿态",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="The model that the picture was inverted with. It is not changed."),
+                io.Model.Input("model", tooltip="The model that the picture was inverted with; it is not modified."),
                 INVERSION.Input("inversion", tooltip="The picture's path, from Invert Image."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The edit's prompt, from Encode Identity; give the sampler the same one.",
+                    "positive",
+                    tooltip="The edit's prompt, from Encode Identity; connect the same one to the sampler.",
                 ),
-                _threshold(
-                    "threshold", "Where the edited mask cuts the subject's map, of its range: lower changes more "
-                    "around the subject, 0 everything.",
+                widgets.fraction(
+                    "threshold", _MASK.threshold,
+                    "Where the edited mask cuts the subject's attention map, as a fraction of its range: lower "
+                    "values change more around the subject, 0 everything.",
                 ),
                 io.Int.Input(
                     "grow", default=_MASK.grow, min=0, max=64,
-                    tooltip="Latent cells, of 8 pixels for most models, by which the joint mask is wider.",
+                    tooltip="Latent cells, of 8 pixels for most models, by which the joint mask is widened.",
                 ),
-                _percent("start_percent", "Where the blend begins, as a fraction of the schedule."),
-                _percent(
-                    "end_percent",
-                    "Where the blend ends, as a fraction of the schedule. Below 1 the last steps change everything.",
-                ),
+                *widgets.percent_range(_BLEND, "the blend", "Below 1, the last steps change everything."),
                 io.Mask.Input(
                     "mask", optional=True,
-                    tooltip="Where to change the picture, 0 to 1, in place of both found masks; of any size. One for "
-                    "all, or one for each picture or frame.",
+                    tooltip="Where to change the picture, 0 to 1, in place of both detected masks; of any size. One "
+                    "for all, or one per picture or frame.",
                 ),
                 *_map_inputs(),
             ],
-            outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Edit Masks.")],
+            outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Show Edit Masks.")],
         )
 
     @classmethod
@@ -257,44 +217,50 @@ class UnderstudyIdentityMaskBlend(io.ComfyNode):
     ) -> io.NodeOutput:
         masks = MaskConfig(threshold=threshold, grow=grow, **maps)
         config = BlendConfig(start_percent, end_percent)
-        return io.NodeOutput(blending.apply(model, inversion, positive, masks, config, mask))
+        return io.NodeOutput(sampling.apply(model, inversion, positive, masks, config, mask))
 
 
-class UnderstudyEditMasks(io.ComfyNode):
-    """What the blend took for the subject."""
+class UnderstudyEditMasks(CheckedNode):
+    """Where the blend located the subject."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyEditMasks",
-            display_name="Edit Masks (LIPE)",
+            node_id="UnderstudyEditMasks", display_name="Show Edit Masks (LIPE)",
             category=CATEGORY,
             description="Shows the masks of a finished edit: the subject in the source picture, and in the edit.",
             search_aliases=["LIPE", "show mask", "debug", "preview mask", "attention map"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The output of Identity Mask Blend that the sampler has."),
-                io.Latent.Input("samples", tooltip="What the sampler made with it."),
+                io.Model.Input("model", tooltip="The output of Identity Mask Blend that the sampler uses."),
+                io.Latent.Input("samples", tooltip="The sampler's output."),
             ],
             outputs=[
                 io.Mask.Output(display_name="source", tooltip="Where the subject was: 1 is the subject."),
                 io.Mask.Output(
-                    display_name="edited", tooltip="Where it is in the last step, not yet grown; the outside mask if "
-                    "there was one.",
+                    display_name="edited", tooltip="Where it is in the last step, before growing; your own mask if "
+                    "one was connected.",
                 ),
             ],
         )
 
     @classmethod
     def execute(cls, model, samples) -> io.NodeOutput:
-        source, edited = (_pixels(mask, model) for mask in blending.masks_of(model, samples["samples"]))
+        source, edited = (_pixels(mask, model) for mask in sampling.masks_of(model, samples["samples"]))
         gap = source.new_full((*source.shape[:2], _GAP), 0.5)
         shown = torch.cat([source, gap, edited], dim=2).unsqueeze(-1).expand(-1, -1, -1, 3)
-        return io.NodeOutput(source, edited, ui=ui.PreviewImage(shown, cls=cls).as_dict())
+        preview = pictures("Show Edit Masks", shown, cls)
+        return io.NodeOutput(source, edited, ui=preview and preview.as_dict())
 
 
 def _pixels(mask: torch.Tensor, model) -> torch.Tensor:
-    """A MASK [B * T, 8 H, 8 W] of one for each latent cell [B, T, H, W]."""
+    """A MASK [B * T, 8 H, 8 W] of a mask of latent cells [B, T, H, W]."""
     ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
     mask = mask.flatten(0, 1).float()
     return mask.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2)
+
+
+NODES = [
+    UnderstudyLoadIdentityPrior, UnderstudyEncodeIdentity, UnderstudyInvertImage, UnderstudyIdentityMaskBlend,
+    UnderstudyEditMasks,
+]

@@ -1,19 +1,25 @@
 """The puppet theatre in a graph: pictures, masks, poses and captions that need no file, and its image encoder."""
 
 import dataclasses
-import re
 
 import numpy as np
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
+from .. import messages
+from ..inputs.checked import CheckedNode
+from ..inputs.words import entries
 from . import vision
 from .captions import caption, subject_phrase
 from .config import (
     ALL_ACTIONS,
+    COLOURS,
     FRAMINGS,
+    HEADWEAR,
     LIGHTS,
+    PATTERNS,
     SCENES,
+    SPECIES,
     VIEW_NAMES,
     Identity,
     Picture,
@@ -26,7 +32,9 @@ from .world import check_name, identity_from_words, pick, sample_identity, stage
 
 _IDENTITY_HELP = (
     "Who it is, in the theatre's words: 'red striped robot with blue trousers and a yellow cap'. 'test 0' to "
-    "'test 23' are puppets that no model of the theatre was trained on; 'random' follows the seed."
+    "'test 23' are puppets that no model of the theatre was trained on; 'random' follows the seed. Species: "
+    f"{', '.join(SPECIES)}. Patterns: {', '.join(PATTERNS)}. Headwear: {', '.join(HEADWEAR[1:])}, no hat. Colours: "
+    f"{', '.join(COLOURS)}."
 )
 _SEED_HELP = "Decides the moment of the action, light, camera, decoration and small angles of the joints."
 _MAX_SEED = 2**63 - 1
@@ -81,10 +89,6 @@ def _tensors(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor, torch
     return image / 255, mask, pose / 255
 
 
-def _entries(text: str) -> list[str]:
-    return [entry.strip() for entry in re.split(r"[,\n]", text) if entry.strip()]
-
-
 def _given(value: str | None) -> list[str]:
     return [] if value is None else [value]
 
@@ -98,7 +102,7 @@ def _problem(check, *values) -> str | None:
     return None
 
 
-class UnderstudyPuppet(io.ComfyNode):
+class UnderstudyPuppet(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -106,8 +110,10 @@ class UnderstudyPuppet(io.ComfyNode):
             display_name="Puppet",
             category="Understudy/Theatre",
             description="Draws a paper puppet: a picture or a clip with mask, pose and caption.",
-            search_aliases=["test image", "sample image", "puppet theatre", "paper doll", "reference pose",
-                            "openpose"],
+            search_aliases=[
+                "test image", "sample image", "puppet theatre", "paper doll", "reference pose",
+                "openpose", "人形", "木偶", "纸偶", "パペット", "motion",
+            ],
             inputs=[
                 io.String.Input("identity", default="red striped robot with blue trousers and a yellow cap",
                                 tooltip=_IDENTITY_HELP),
@@ -152,10 +158,10 @@ class UnderstudyPuppet(io.ComfyNode):
         take = dataclasses.replace(take, mirrored=mirrored)
         pictures = [render(take, size)] if frames == 1 else render_clip(take, frames, size)
         image, mask, pose = _tensors(pictures)
-        return io.NodeOutput(image, mask, pose, pictures[0].caption, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(image, mask, pose, pictures[0].caption, ui=messages.pictures("Puppet", image, cls))
 
 
-class UnderstudyPuppetSet(io.ComfyNode):
+class UnderstudyPuppetSet(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -163,7 +169,10 @@ class UnderstudyPuppetSet(io.ComfyNode):
             display_name="Puppet Set",
             category="Understudy/Theatre",
             description="Draws many puppets with captions, as lists: a data set without a file.",
-            search_aliases=["test dataset", "training images", "puppet theatre", "sample images", "dataset"],
+            search_aliases=[
+                "test dataset", "training images", "puppet theatre", "sample images", "dataset", "人形",
+                "木偶", "纸偶", "パペット",
+            ],
             inputs=[
                 io.String.Input("identities", default="", multiline=True,
                                 tooltip="Puppets, one a line, taken in turn; empty for random ones. "
@@ -196,15 +205,15 @@ class UnderstudyPuppetSet(io.ComfyNode):
         check_action = (lambda name: check_framing(name, framing)) if framing else (
             lambda name: check_name("action", name, ALL_ACTIONS))
         return (_problem(lambda name: check_name("framing", name, FRAMINGS), *_given(framing))
-                or _problem(lambda words: _identity(words, 0), *_entries(identities or ""))
-                or _problem(check_action, *_entries(actions or ""))
-                or _problem(lambda name: check_name("scene", name, SCENES), *_entries(scenes or "")) or True)
+                or _problem(lambda words: _identity(words, 0), *entries(identities or ""))
+                or _problem(check_action, *entries(actions or ""))
+                or _problem(lambda name: check_name("scene", name, SCENES), *entries(scenes or "")) or True)
 
     @classmethod
     def execute(cls, identities, actions, scenes, count, seed, size=128, framing="full", light=_RANDOM,
                 view=_RANDOM) -> io.NodeOutput:
         _check_camera(framing, light, view)
-        takes = _takes(_entries(identities), _entries(actions), _entries(scenes), count, seed, framing,
+        takes = _takes(entries(identities), entries(actions), entries(scenes), count, seed, framing,
                        _chosen(light), _chosen(view))
         drawn = [_tensors([render(take, size)]) for take in takes]
         images, masks, poses = (list(column) for column in zip(*drawn, strict=True))
@@ -212,7 +221,7 @@ class UnderstudyPuppetSet(io.ComfyNode):
         return io.NodeOutput(images, masks, poses, [caption(take) for take in takes], subjects)
 
 
-class UnderstudyLoadPuppetVision(io.ComfyNode):
+class UnderstudyLoadPuppetVision(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -221,7 +230,9 @@ class UnderstudyLoadPuppetVision(io.ComfyNode):
             category="Understudy/Theatre",
             description="Loads the theatre's own small image encoder, which comes with the pack: 64 pixels, 128 "
             "numbers a picture. For puppets; real pictures need a CLIP or DINOv2 from Load CLIP Vision.",
-            search_aliases=["clip vision", "image encoder", "puppet theatre", "load vision model"],
+            search_aliases=[
+                "clip vision", "image encoder", "puppet theatre", "load vision model", "人形", "木偶", "纸偶",
+            ],
             inputs=[],
             outputs=[
                 io.ClipVision.Output(
@@ -249,3 +260,6 @@ def _takes(identities: list[str], actions: list[str], scenes: list[str], count: 
         check_name("scene", scene, SCENES)
         takes.append(staged(who, action, scene, rng, framing, light, view))
     return takes
+
+
+NODES = [UnderstudyPuppet, UnderstudyPuppetSet, UnderstudyLoadPuppetVision]

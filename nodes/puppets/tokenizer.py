@@ -15,7 +15,7 @@ MAX_TOKENS = 40
 @functools.cache
 def build() -> "PreTrainedTokenizerFast":  # noqa: F821
     """transformers' fast tokenizer: lower-cases, splits on spaces and commas, wraps in start and end tokens."""
-    # Late, since the host starts faster without them.
+    # Late, since ComfyUI starts faster without them.
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

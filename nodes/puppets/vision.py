@@ -11,10 +11,11 @@ from typing import Any
 import comfy.clip_vision
 import torch
 
-from .. import files
+from ..files import weights
+from .menus import MODELS
 
 # In no list of ComfyUI: its own loader would refuse the file.
-FILE = files.PACK_ROOT / "workflows" / "models" / "clip_vision" / "puppets_vision.safetensors"
+FILE = MODELS / "clip_vision" / "puppets_vision.safetensors"
 # Half the side of the theatre's pictures; 64 places and a class token.
 VISION_CONFIG = {
     "model_type": "clip_vision_model", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -32,4 +33,4 @@ def vision(weights: Mapping[str, torch.Tensor]) -> Any:
 
 def shipped() -> Any:
     """The CLIP_VISION that was trained on the theatre. Raises WeightFileError where its file is gone or damaged."""
-    return vision(files.read(FILE)[0])
+    return vision(weights.read(FILE)[0])

@@ -1,30 +1,34 @@
-"""A run's state on disk: one safetensors file a run, renewed as it goes on, listed by `resume_from`."""
-
-from __future__ import annotations
+"""A run's state on disk: one safetensors file per run, replaced as it proceeds, and listed by `resume_from`."""
 
 import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .. import files
+from ..files import weights
+from ..files.folders import WeightFolder
+from ..files.names import EXTENSION, refused
+from ..messages import tell
 from .loop import State
 
+FOLDER = WeightFolder("training_checkpoints", (EXTENSION,))
 NONE = "none"
 _KIND = "understudy training checkpoint"
-# A text as inputs.digest makes it, which tells a reader nothing but that two differ; a seed may have as many digits.
+_SEEDS = "by purpose"  # how random numbers are drawn: others would not repeat the run that is continued
+# A digest made by inputs.digest tells a reader only that two differ. A seed of as many digits is a number.
 _DIGEST = re.compile("[0-9a-f]{16}")
 
 
 def choices() -> list[str]:
     """What `resume_from` offers: "none" and every checkpoint, the newest last."""
-    return [NONE, *files.list_files(files.TRAINING_CHECKPOINTS)]
+    return [NONE, *FOLDER.choices()]
 
 
 class Checkpoints:
-    """The file of one run. `settings` are plain values that say what was trained, compared on resuming."""
+    """The checkpoint file of one run. `settings` say in plain values what is trained; resuming compares them."""
 
     def __init__(self, name: str, settings: dict):
         self.name = name
@@ -32,44 +36,57 @@ class Checkpoints:
         self.path: Path | None = None
 
     def save(self, state: State) -> None:
-        """Write the state, then delete the one before it: a whole file stands at any moment."""
+        """Write the state, then delete the previous one, so that there is always a complete file."""
         tensors = {**state.tensors, "losses": torch.tensor(state.losses, dtype=torch.float64)}
         metadata = {
             "kind": _KIND, "run": self.name, "step": str(state.step), "settings": json.dumps(self.settings),
+            "seeds": _SEEDS,
         }
-        before = self.path
-        self.path = files.save(tensors, metadata, files.TRAINING_CHECKPOINTS, self.name)
-        if before is not None:
-            before.unlink(missing_ok=True)
+        previous = self.path
+        self.path = weights.save(tensors, metadata, FOLDER.name, self.name)
         logging.info("[Understudy] checkpoint %s after optimiser step %d", self.path.name, state.step)
+        if previous is not None:
+            try:
+                previous.unlink(missing_ok=True)
+            except OSError as error:  # another program has it open
+                tell("training", [f"the earlier checkpoint {previous.name} stays: {error}"], logging.WARNING)
 
     def resume(self, name: str) -> State | None:
-        """The state of a listed checkpoint, or None for "none".
+        """The state in a listed checkpoint, or None for "none".
 
-        Raises WeightFileError for another kind of file; ValueError for another node's checkpoint and, naming the
-        settings, for one that was made with others than this run's.
+        Raises WeightFileError for another kind of file; ValueError for the checkpoint of another node and, naming
+        the settings that differ, for one of another run.
         """
         if name == NONE:
             return None
-        path = files.find(files.TRAINING_CHECKPOINTS, name)
-        tensors, metadata = files.read(path)
+        path = FOLDER.find(name)
+        tensors, metadata = weights.read(path)
         if metadata.get("kind") != _KIND or "losses" not in tensors:
-            raise files.refused(path, "is no training checkpoint", "Choose one that a Train node of this pack wrote")
-        # Those from before it was written down are compared by their settings.
-        if (run := metadata.get("run", self.name)) != self.name:
+            raise refused(path, "is not a training checkpoint", "Choose one that a Train node of this pack wrote")
+        if metadata.get("seeds") != _SEEDS:
             raise ValueError(
-                f"{name} is a checkpoint of another training, {run}: choose one of this node, whose names begin with "
+                f"{name} is from an earlier version of this node, which drew other random numbers, so this run "
+                f"cannot continue it: set resume_from to {NONE} and train again"
+            )
+        if (run := metadata["run"]) != self.name:
+            raise ValueError(
+                f"{name} is a checkpoint of another training, {run}: choose one of this node, whose name begins with "
                 f"{self.name}, or set resume_from to {NONE}"
             )
-        made_with = json.loads(metadata["settings"])
+        stored_settings = json.loads(metadata["settings"])
         differing = [
-            f"different {key}" if any(isinstance(v, str) and _DIGEST.fullmatch(v) for v in (there, here))
-            else f"{key} {there!r} and this run has {here!r}"
-            for key in sorted(self.settings.keys() | made_with.keys())
-            if (here := self.settings.get(key)) != (there := made_with.get(key))
+            _difference(key, stored, current)
+            for key in sorted(self.settings.keys() | stored_settings.keys())
+            if (stored := stored_settings.get(key)) != (current := self.settings.get(key))
         ]
         if differing:
             raise ValueError(
                 f"{name} was made with {'; '.join(differing)}: set it as it was, or set resume_from to {NONE}"
             )
         return State(int(metadata["step"]), tensors.pop("losses").tolist(), tensors)
+
+
+def _difference(key: str, stored: Any, current: Any) -> str:
+    if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (stored, current)):
+        return f"different {key}"
+    return f"{key} {stored!r} and this run has {current!r}"

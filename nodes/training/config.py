@@ -1,15 +1,15 @@
-"""Settings of a training run that every method shares. Defaults name their source, or "ours"."""
-
-from __future__ import annotations
+"""The settings that every training run has, whatever the method. Defaults name their source, or "ours"."""
 
 from dataclasses import dataclass
+
+from ..inputs.ranges import check_choice, check_limits
 
 DTYPES = ("model", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One run of `steps` optimiser steps. Raises ValueError, naming the field, for values that train nothing."""
+    """One run of `steps` optimiser steps. Raises ValueError, naming the field, for a value out of its range."""
 
     steps: int
     learning_rate: float
@@ -17,41 +17,37 @@ class TrainingConfig:
     batch_size: int = 1
     # AdamW's own default (Loshchilov and Hutter, arXiv 1711.05101, as PyTorch ships it).
     weight_decay: float = 0.01
-    # Ours, as common in diffusion training: the longest gradient that one step may follow.
+    # Ours, as common in diffusion training: gradients are clipped to this norm.
     max_gradient_norm: float = 1.0
-    # Ours: the share of the steps, the last ones, over which the rate falls in a line towards 0; 0 never lowers it.
+    # Ours: the share of the steps, at the end, over which the learning rate falls linearly to 0; 0 keeps it constant.
     decay: float = 0.0
     # Min-SNR weighting (Hang et al., arXiv 2303.09556): 5 is the published value, 0 is off.
     min_snr_gamma: float = 0.0
     gradient_checkpointing: bool = False
-    # Ours: what the model computes in, but never fp16, whose small gradients vanish.
+    # Ours: what the model computes in; "model" is its own type, but never fp16, where small gradients vanish.
     dtype: str = "model"
-    # Steps between previews and between checkpoints; 0 is never.
+    # Optimiser steps between previews and between checkpoints; 0 is never.
     preview_every: int = 0
     checkpoint_every: int = 100
+    # Optimiser steps in one step as the node counts them, which is how the run is reported.
+    steps_per_iteration: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: use 1 or more")
+        check_limits(self, "steps", "batch_size", "steps_per_iteration", lowest=1, fix="1 or more")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate is {self.learning_rate}: use a number above 0 and below 1, say 1e-4")
-        for name, value in (
-            ("min_snr_gamma", self.min_snr_gamma),
-            ("weight_decay", self.weight_decay),
-            ("decay", self.decay),
-            ("preview_every", self.preview_every),
-            ("checkpoint_every", self.checkpoint_every),
-        ):
-            if value < 0:
-                raise ValueError(f"{name} is {value}: use 0 (off) or more")
-        if self.decay > 1:
-            raise ValueError(f"decay is {self.decay}: use a share of the steps, 0 (off) to 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        from_zero = "min_snr_gamma", "weight_decay", "decay", "preview_every", "checkpoint_every"
+        check_limits(self, *from_zero, lowest=0, fix="0 (off) or more")
+        check_limits(self, "decay", lowest=0, highest=1, fix="a share of the steps, 0 (off) to 1")
+        check_choice(self, dtype=DTYPES)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: a function of it alone, so that a resumed run repeats it."""
+    def counted(self, step: int) -> str:
+        """The place of `step` finished optimiser steps in the run, in steps as the node counts them."""
+        each = self.steps_per_iteration
+        return f"{-(-step // each)} of {-(-self.steps // each)}"
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: it depends on nothing else, so a resumed run repeats it."""
         if not self.decay:
             return self.learning_rate
         return self.learning_rate * min(1.0, (self.steps - step) / (self.decay * self.steps))
@@ -62,14 +58,13 @@ class LoraConfig:
     """Low-rank updates of linear layers: W + (alpha / rank) up @ down (Hu et al., arXiv 2106.09685)."""
 
     rank: int = 8
-    # Ours: a scale of 1 for every rank, so that a learning rate keeps its meaning.
+    # Ours: None is a scale of 1 for every rank, so that a learning rate suits all of them.
     alpha: float | None = None
-    # Which layers, by a regular expression on their names in the model; attention alone by default.
+    # Which layers, by a regular expression on their names in the model; by default those of attention.
     layers: str = r"att(?:entio)?n.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out)$"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}: use 1 or more")
+        check_limits(self, "rank", lowest=1, fix="1 or more")
 
     @property
     def scale(self) -> float:

@@ -1,6 +1,4 @@
-"""Training data as a graph gives it: batches, lists, single pictures and lines of text, all alike."""
-
-from __future__ import annotations
+"""Training data from a graph: batches, lists and single items, all brought into lists of single items."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,63 +8,111 @@ import comfy.clip_vision
 import comfy.nested_tensor
 import torch
 
+from ..inputs.latents import check_latent
+from ..inputs.pictures import check_pictures, colour
+
 
 def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[torch.Tensor]:
-    """Each picture as [1, H, W, 3] in 0..1, alpha dropped and grey repeated, in the order given.
+    """Each picture as [1, H, W, 3] in 0..1, without alpha and with grey repeated, in the same order.
 
-    Raises ValueError, naming the input, when there is none or its values are not finite.
+    Raises ValueError, naming the input, if there is none or its values are not finite.
     """
     batches = [images] if isinstance(images, torch.Tensor) else list(images)
-    single = []
+    singles = []
     for batch in batches:
-        if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"{name} has shape {tuple(batch.shape)}: connect pictures, [B, H, W, 3]")
-        if not torch.isfinite(batch).all():
-            raise ValueError(f"{name} holds NaN or infinite values: load or render the picture again")
-        colour = batch.expand(-1, -1, -1, 3) if batch.shape[-1] == 1 else batch[..., :3]
-        single.extend(colour[i : i + 1].clone() for i in range(len(colour)))
-    if not single:
+        check_pictures(batch, name)
+        singles.extend(picture[None].clone() for picture in colour(batch, name))
+    if not singles:
         raise ValueError(f"{name} holds no picture: connect at least one")
-    return single
+    return singles
 
 
-def lines(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
-    """One text for each of `count` pictures: a list item or a line each, or one for all.
+def one_picture(images: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """The only picture of an input, [1, H, W, 3]. Raises ValueError, naming the input, for more than one."""
+    singles = pictures(images, name)
+    if len(singles) > 1:
+        raise ValueError(f"{name} holds {len(singles)} pictures: connect one; Image From Batch picks it")
+    return singles[0]
+
+
+def single_latents(latents: Sequence[Mapping[str, torch.Tensor]], name: str) -> list[torch.Tensor]:
+    """Each latent of some LATENTs, a picture as a video of one frame: [1, C, T, H, W].
+
+    Raises ValueError, naming the input, if there is none, and what check_latent raises.
+    """
+    singles = []
+    for latent in latents:
+        samples = latent["samples"]
+        check_latent(samples, name)
+        videos = samples.unsqueeze(2) if samples.ndim == 4 else samples
+        singles.extend(video[None].clone() for video in videos)
+    if not singles:
+        raise ValueError(f"{name} holds no latent: connect at least one")
+    return singles
+
+
+def one_text(texts: Sequence[str], name: str) -> str:
+    """The only text of an input, its lines joined. Raises ValueError, naming the input, for more than one."""
+    if len(texts) != 1:
+        raise ValueError(f"{name} holds {len(texts)} texts: connect one")
+    return " ".join(texts[0].split())
+
+
+def texts_for(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
+    """One text for each of `count` pictures: a list item or a line per picture, or one for all.
 
     Raises ValueError, naming the input, for any other number.
     """
     items = [texts] if isinstance(texts, str) else list(texts)
     if len(items) == 1:
-        lines_of_it = [line.strip() for line in items[0].splitlines() if line.strip()] or [""]
-        items = [" ".join(lines_of_it)] if count == 1 else lines_of_it
-    if len(items) == 1:
-        items = items * count
-    if len(items) != count:
-        raise ValueError(f"{name} has {len(items)} texts for {count} pictures: give one a picture, or one for all")
-    return items
+        lines = [line.strip() for line in items[0].splitlines() if line.strip()] or [""]
+        items = [" ".join(lines)] if count == 1 else lines
+    return one_each(items, count, name, kind="texts", each="picture")
+
+
+def one_each(items: Sequence[Any], count: int, name: str, *, kind: str, each: str) -> list[Any]:
+    """`count` items: all of them, or the only one for all. The error asks for one of this `kind` per `each`.
+
+    Raises ValueError, naming the input, for any other number.
+    """
+    if len(items) not in (1, count):
+        raise ValueError(f"{name} has {len(items)} {kind} for {count} {each}s: give one per {each}, or one for all")
+    return list(items) * (count // len(items))
+
+
+def single_values(lists: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The only value of each input of a node whose inputs are all lists; what is not connected is left out.
+
+    Raises ValueError, naming the input, for more than one value.
+    """
+    for name, values in lists.items():
+        if values and len(values) > 1:
+            raise ValueError(f"{name} is a list of {len(values)}: connect one")
+    return {name: values[0] for name, values in lists.items() if values}
 
 
 def digest(latents: Sequence[torch.Tensor]) -> str:
-    """A short name for these very latents, to tell whether a resumed run learns the same pictures."""
+    """A short name for the values of these latents, which tells whether a resumed run trains on the same ones."""
     content = hashlib.sha256()
     for latent in latents:
+        content.update(f"{tuple(latent.shape)}\n".encode())
         content.update(latent.detach().cpu().float().contiguous().numpy().tobytes())
     return content.hexdigest()[:16]
 
 
 def conditioning_digest(conditionings: Sequence[list]) -> str:
-    """A short name for these CONDITIONINGs: their texts, and the pictures and numbers that they bring."""
+    """A short name for these CONDITIONINGs: their texts, and the pictures and numbers that they hold."""
     content = hashlib.sha256()
     for part in _leaves(conditionings):
         if isinstance(part, torch.Tensor):
-            content.update(f"{tuple(part.shape)}\n".encode() + digest([part]).encode())
+            content.update(digest([part]).encode())
         else:
             content.update(f"{part}\n".encode())
     return content.hexdigest()[:16]
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The tensors, numbers and names in what the host's nodes put into a conditioning."""
+    """The tensors, numbers and names in what ComfyUI's nodes put into a conditioning."""
     if isinstance(value, torch.Tensor | str | int | float | None):
         yield value
     elif isinstance(value, Mapping):
@@ -78,18 +124,3 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(part)
     elif isinstance(value, comfy.clip_vision.Output | comfy.nested_tensor.NestedTensor):
         yield from _leaves(vars(value))
-
-
-def one_picture(images: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-    """The only picture of an input, [1, H, W, 3]. Raises ValueError, naming the input, for more than one."""
-    found = pictures(images, name)
-    if len(found) > 1:
-        raise ValueError(f"{name} holds {len(found)} pictures: connect one, Image From Batch picks it")
-    return found[0]
-
-
-def one_text(texts: Sequence[str], name: str) -> str:
-    """The only text of an input, its lines joined. Raises ValueError, naming the input, for more than one."""
-    if len(texts) != 1:
-        raise ValueError(f"{name} holds {len(texts)} texts: connect one")
-    return " ".join(texts[0].split())

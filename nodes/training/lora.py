@@ -1,23 +1,31 @@
-"""Low-rank adapters beside a model's linear layers, as forward hooks: no weight is merged, copied or replaced."""
+"""What is trained of a network, a LoRA or all of it, and the LORA_MODEL that comes of it.
 
-from __future__ import annotations
+A LoRA's low-rank updates of linear layers are forward hooks: no weight is merged, copied or replaced.
+"""
 
 import contextlib
 import re
 from collections.abc import Iterator
 
+import comfy.utils
 import torch
 
 from .config import LoraConfig
-from .loop import Parameters, step_seed
+from .loop import Parameters
+from .seeds import seed_for
+from .whole_network import WholeNetwork
+
+PREFIX = "diffusion_model."
+# Tells SDXL by its transformers: kohya's tools name its layers by the original blocks.
+_SDXL_DEPTH = [0, 0, 2, 2, 10, 10]
 
 
-class LowRank(torch.nn.Module):
-    """up(down(x)) * scale in x's own dtype; the matrices stay fp32. down: [rank, in], up: [out, rank]."""
+class LoraLayer(torch.nn.Module):
+    """up(down(x)) * scale in the dtype of x; the matrices stay fp32. down: [rank, in], up: [out, rank]."""
 
     def __init__(self, in_features: int, out_features: int, config: LoraConfig, generator: torch.Generator):
         super().__init__()
-        # Uniform with the deviation of a linear layer's own start, as in the published implementation; up is zero.
+        # Uniform, with the deviation of a linear layer's initial weights, as in the published implementation.
         bound = in_features**-0.5
         down = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
         self.down = torch.nn.Parameter(down)
@@ -29,20 +37,20 @@ class LowRank(torch.nn.Module):
         return torch.nn.functional.linear(hidden, self.up.to(x.dtype)) * self.scale
 
 
-class Adapters:
-    """One adapter for each chosen linear layer of `network`, by the layer's name.
+class LoraLayers:
+    """One LoraLayer for each chosen linear layer of `network`, by the layer's name.
 
-    Works with every module that has `in_features` and `out_features`, quantised ones included, since only its
-    input and output are looked at. Raises ValueError where no layer matches.
+    Works with every module that has `in_features` and `out_features`, quantised ones included, since only their
+    input and output are used. Raises ValueError where no layer matches.
     """
 
     def __init__(self, network: torch.nn.Module, config: LoraConfig, seed: int, device: torch.device):
         self.config = config
-        wanted = re.compile(config.layers)
+        pattern = re.compile(config.layers)
         self.layers = {
             name: module
             for name, module in network.named_modules()
-            if wanted.search(name) and hasattr(module, "in_features") and hasattr(module, "out_features")
+            if pattern.search(name) and hasattr(module, "in_features") and hasattr(module, "out_features")
         }
         if not self.layers:
             raise ValueError(
@@ -50,11 +58,9 @@ class Adapters:
                 "model is not supported; use an SD, SDXL or Wan model"
             )
         self.modules = {
-            name: LowRank(
-                layer.in_features,
-                layer.out_features,
-                config,
-                torch.Generator().manual_seed(step_seed(seed, 1_000_000_007 + i)),
+            name: LoraLayer(
+                layer.in_features, layer.out_features, config,
+                torch.Generator().manual_seed(seed_for(seed, "lora", i)),
             ).to(device)
             for i, (name, layer) in enumerate(self.layers.items())
         }
@@ -62,13 +68,12 @@ class Adapters:
     def parameters(self) -> Parameters:
         return {
             f"{name}.{part}": getattr(module, part)
-            for name, module in self.modules.items()
-            for part in ("down", "up")
+            for name, module in self.modules.items() for part in ("down", "up")
         }
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """The network computes with the adapters inside this context, and without a trace of them after it."""
+        """The network computes with the layers inside this block, and exactly as before after it."""
         handles = []
         try:
             for name, layer in self.layers.items():
@@ -79,8 +84,46 @@ class Adapters:
                 handle.remove()
 
 
-def _adding(adapter: LowRank):
+def _adding(adapter: LoraLayer):
     def add(_layer, inputs, output):
         return output + adapter(inputs[0]).to(output.dtype)
 
     return add
+
+
+def trainable(
+    network: torch.nn.Module, lora: LoraConfig | None, seed: int, device: torch.device
+) -> LoraLayers | WholeNetwork:
+    """A LoRA of the network, or all of it where `lora` is None. Raises ValueError as both do."""
+    return WholeNetwork(network) if lora is None else LoraLayers(network, lora, seed, device)
+
+
+def lora_model(trained: LoraLayers | WholeNetwork, unet_config: dict) -> dict[str, torch.Tensor]:
+    """Weights by key, fp32 on the CPU.
+
+    A LoRA: `…lora_down.weight` [rank, in], `…lora_up.weight` [out, rank] and `…alpha` (a scalar), under kohya's
+    names for UNets (diffusers' layers, or SDXL's original ones) and ComfyUI's for every other model. A whole
+    network: differences from the original weights, `….diff` and for a bias `….diff_b`, under ComfyUI's names.
+    """
+    if isinstance(trained, WholeNetwork):
+        return {_difference_key(name): difference for name, difference in trained.differences().items()}
+    diffusers = {name: theirs for theirs, name in comfy.utils.unet_to_diffusers(unet_config).items()}
+    sdxl = list(unet_config.get("transformer_depth", ())) == _SDXL_DEPTH
+    weights = {}
+    for name, adapter in trained.modules.items():
+        theirs = diffusers.get(f"{name}.weight")
+        if theirs is None:
+            key = f"{PREFIX}{name}"
+        else:
+            layer = name if sdxl else theirs.removesuffix(".weight")
+            key = "lora_unet_" + layer.replace(".", "_")
+        weights[f"{key}.lora_down.weight"] = adapter.down.detach().cpu().clone()
+        weights[f"{key}.lora_up.weight"] = adapter.up.detach().cpu().clone()
+        weights[f"{key}.alpha"] = torch.tensor(float(adapter.scale * trained.config.rank))
+    return weights
+
+
+def _difference_key(name: str) -> str:
+    if name.endswith(".bias"):
+        return f"{PREFIX}{name.removesuffix('.bias')}.diff_b"
+    return f"{PREFIX}{name.removesuffix('.weight')}.diff"

@@ -1,20 +1,26 @@
-"""What a person sees of a training: progress bar, loss curve, preview pictures, cancel."""
+"""What a node shows of a training: progress bar, loss curve, preview pictures; and its cancel button."""
 
-from __future__ import annotations
-
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import comfy.model_management
 import comfy.utils
 import psutil
 import torch
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 
 from ..messages import tell
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .loop import State
+
+# What a preview or a checkpoint may end with: no memory, no disk, or a model that cannot be drawn.
+_FAILURES = (
+    RuntimeError, MemoryError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    SafetensorError,
+)
 
 Preview = Callable[[], Image.Image | None]
 
@@ -22,55 +28,76 @@ _CURVE = 96  # pixels, height of the loss curve under a preview
 _UPDATES = 50  # loss curves sent over a whole run
 
 
-class HostMonitor:
-    """Reports to the host's progress bar, obeys its cancel button and keeps checkpoints.
+class NodeMonitor:
+    """Reports to ComfyUI's progress bar, obeys its cancel button and saves checkpoints, if there are any.
 
-    `preview()` gives a picture of what has been learnt so far, or None; it is called every `preview_every` steps.
-    `phase` names what is learnt, where a node has several runs in turn.
+    `preview()` draws what has been learned so far, or returns None; it is called every `preview_every` steps.
+    `note()` is a figure of the method's own beside the loss. `phase` says what is being trained, where a node has
+    several runs in turn. `extra_tensors` are stored in each checkpoint.
     """
 
     def __init__(
-        self, config: TrainingConfig, checkpoints: Checkpoints, preview: Preview | None = None,
-        device: torch.device | None = None, phase: str = "",
+        self, config: TrainingConfig, device: torch.device, checkpoints: Checkpoints | None = None,
+        preview: Preview | None = None, note: Callable[[], str] | None = None, phase: str = "",
+        extra_tensors: Mapping[str, torch.Tensor] = {},
     ):
         self.config = config
         self.checkpoints = checkpoints
         self.preview = preview
+        self.note = note
         self.phase = phase and f"{phase}: "
+        self.extra_tensors = extra_tensors
         self.picture: Image.Image | None = None
-        self.bar = comfy.utils.ProgressBar(config.steps)
+        self.bar = comfy.utils.ProgressBar(-(-config.steps // config.steps_per_iteration))
         self.losses: list[float] = []
-        self.peak = PeakMemory(device or torch.device("cpu"))
-        # A method's own words beside the loss: how often it finds the right one, say.
-        self.note: Callable[[], str] | None = None
+        self.peak = PeakMemory(device)
 
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def progress(self, step: int, loss: float) -> None:
         self.losses.append(loss)
-        self.peak.look()
+        self.peak.update()
         config = self.config
-        due = config.preview_every and (step % config.preview_every == 0 or step == config.steps)
-        if due and self.preview is not None:
-            self.picture = self.preview() or self.picture
-        shown = due or step % max(1, config.steps // _UPDATES) == 0 or step == config.steps
+        preview_due = config.preview_every and (step % config.preview_every == 0 or step == config.steps)
+        if preview_due and self.preview is not None:
+            self.picture = self._drawn() or self.picture
+        shown = preview_due or step % max(1, config.steps // _UPDATES) == 0 or step == config.steps
         image = ("JPEG", self._card(), None) if shown else None
-        self.bar.update_absolute(step, config.steps, image)
+        self.bar.update_absolute(-(-step // config.steps_per_iteration), self.bar.total, image)
         if shown:
             recent = self.losses[-max(1, len(self.losses) // 10) :]
-            noted = f", {self.note()}" if self.note is not None else ""
             mean = sum(recent) / len(recent)
-            logging.info(
-                "[Understudy] %soptimiser step %d of %d, loss %.4f%s", self.phase, step, config.steps, mean, noted
-            )
+            note = f", {self.note()}" if self.note is not None else ""
+            logging.info("[Understudy] %sstep %s, loss %.4f%s", self.phase, config.counted(step), mean, note)
 
     def checkpoint(self, state: State) -> None:
-        self.checkpoints.save(state)
+        if self.checkpoints is not None:
+            tensors = {**state.tensors, **self.extra_tensors}
+            try:
+                self.checkpoints.save(dataclasses.replace(state, tensors=tensors))
+            except _FAILURES as error:
+                _warn(f"a checkpoint could not be written, and the training goes on: {_told(error)}")
 
-    def say_peak(self) -> None:
-        """The most memory that the run took."""
+    def warn(self, line: str) -> None:
+        tell("training", [line], logging.WARNING)
+
+    def report_peak_memory(self) -> None:
+        """Show on the node the most memory that the run used."""
         tell("training", [f"peak memory {self.peak.gigabytes:.2f} GB on {self.peak.device.type}"])
+
+    def _drawn(self) -> Image.Image | None:
+        """The preview, or None where there is no room, or where it fails: that ends previews, not the training."""
+        try:
+            picture = self.preview()
+            if picture is None:
+                _warn("a preview was left out, since the device has no room for it beside the training")
+            return picture
+        except _FAILURES as error:
+            self.preview = None
+            _warn(f"a preview could not be drawn, and the training goes on without previews: {_told(error)}")
+            comfy.model_management.soft_empty_cache()
+            return None
 
     def _card(self) -> Image.Image:
         """The latest preview with the loss curve under it."""
@@ -94,17 +121,25 @@ class HostMonitor:
         return card
 
 
+def _told(error: BaseException) -> str:
+    return f"{error}".strip() or type(error).__name__
+
+
+def _warn(line: str) -> None:
+    tell("training", [line], logging.WARNING)
+
+
 class PeakMemory:
-    """The most memory in use since this was made: of a CUDA device by its tensors, else of the whole process."""
+    """The most memory in use so far: on a CUDA device that of its tensors, elsewhere that of the whole process."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._bytes = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.look()
+        self.update()
 
-    def look(self) -> None:
+    def update(self) -> None:
         if self.device.type == "cuda":
             self._bytes = torch.cuda.max_memory_allocated(self.device)
         else:
@@ -116,7 +151,7 @@ class PeakMemory:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """An exponential mean over about a twentieth of the run, for the eye."""
+    """An exponential moving average over about a twentieth of the run, for the curve."""
     share = 1 / max(1.0, len(losses) / 20)
     value, curve = losses[0], []
     for loss in losses:

@@ -1,98 +1,121 @@
-"""The denoising objective: predict the noise (or the velocity) that was mixed into a latent."""
+"""The denoising loss: the error of the noise, or of the velocity, that a model predicts in a noisy latent.
 
-from __future__ import annotations
+It imports no ComfyUI: a method's objective is in its method.py and calls `Denoising` for the loss.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .config import TrainingConfig
 
-# The host's kinds of prediction by class name, most special first in a class's own order; None is refused.
+# ComfyUI's kinds of prediction by class name, looked up in a class's resolution order; None is refused.
 _PREDICTIONS = {
     "EPS": "noise", "V_PREDICTION": "v", "EDM": "v", "CONST": "flow", "LCM": None,
     "V_PREDICTION_DDPM": None, "X0": None, "IMG_TO_IMG": None, "IMG_TO_IMG_FLOW": None, "COSMOS_RFLOW": None,
 }
 
 
+class Denoiser(Protocol):
+    """What the loss needs of a model: session.ModelDenoiser, or a method's own class around one."""
+
+    model: Any
+    device: torch.device
+    sigmas: torch.Tensor
+
+    def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Any) -> torch.Tensor:
+        """The denoised estimate [B, C, ...] of B latents at sigma [B], with a graph to what is trained."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One picture or video to learn: latent [1, C, ...] in the model's space, and its prepared conditions."""
+    """One picture or video to train on: latent [1, C, ...] in the model's space, and its prepared conditions."""
 
     latent: torch.Tensor
     conditions: dict[str, Any]
 
 
 class Batches:
-    """Seeded batches of `samples`, each of one kind: kinds are drawn by how many samples are of them, then samples
-    without repetition. Of one kind are latents of one shape whose conditions fit into one call of the model.
+    """Seeded batches of `samples`, each from one bucket: samples that fit into one call of the model.
+
+    A bucket is drawn in proportion to its size, then samples from it without repetition.
     """
 
     def __init__(self, samples: Sequence[Sample], size: int):
         self.size = size
         self.buckets: list[list[Sample]] = []
         for sample in samples:
-            own = next((bucket for bucket in self.buckets if alike(bucket[0], sample)), None)
-            if own is None:
-                self.buckets.append(own := [])
-            own.append(sample)
+            bucket = next((bucket for bucket in self.buckets if same_bucket(bucket[0], sample)), None)
+            if bucket is None:
+                self.buckets.append(bucket := [])
+            bucket.append(sample)
 
     def draw(self, generator: torch.Generator) -> list[Sample]:
-        weights = torch.tensor([float(len(bucket)) for bucket in self.buckets])
-        bucket = self.buckets[int(torch.multinomial(weights, 1, generator=generator))]
-        order = torch.randperm(len(bucket), generator=generator)[: self.size]
-        return [bucket[int(i)] for i in order]
+        return draw_batch(self.buckets, self.size, generator)
 
 
-def alike(a: Sample, b: Sample) -> bool:
-    """Whether both fit into one call of the model."""
-    if a.latent.shape[1:] != b.latent.shape[1:] or a.conditions.keys() != b.conditions.keys():
+def draw_batch(buckets: Sequence[Sequence[Any]], size: int, generator: torch.Generator) -> list[Any]:
+    """At most `size` members of one bucket, without repetition; a bucket is drawn in proportion to its size."""
+    weights = torch.tensor([float(len(bucket)) for bucket in buckets])
+    bucket = buckets[int(torch.multinomial(weights, 1, generator=generator))]
+    order = torch.randperm(len(bucket), generator=generator)[:size]
+    return [bucket[int(i)] for i in order]
+
+
+def same_bucket(first: Sample, second: Sample) -> bool:
+    """Whether both fit into one call of the model: latents of one shape, and conditions that can be batched."""
+    if first.latent.shape[1:] != second.latent.shape[1:] or first.conditions.keys() != second.conditions.keys():
         return False
-    return all(_join(own, b.conditions[name]) for name, own in a.conditions.items())
+    return all(_can_batch(condition, second.conditions[name]) for name, condition in first.conditions.items())
 
 
-def _join(one: Any, other: Any) -> bool:
-    """Whether two conditions of the host's fit into one batch; what is none of the host's is its owner's matter."""
-    if type(one) is not type(other):
+def _can_batch(first: Any, second: Any) -> bool:
+    """Whether two conditions of ComfyUI's fit into one batch; those of a method's own always do."""
+    if type(first) is not type(second):
         return False
-    if type(one).__name__ == "CONDCrossAttn":  # repeats texts to one length, however long: only sampling is choosy
-        return one.cond.shape[::2] == other.cond.shape[::2]
-    return one.can_concat(other) if hasattr(one, "can_concat") else True
+    if type(first).__name__ == "CONDCrossAttn":
+        # Texts are repeated to a common length; can_concat limits how often, for the speed of sampling alone.
+        return first.cond.shape[::2] == second.cond.shape[::2]
+    return first.can_concat(second) if hasattr(first, "can_concat") else True
 
 
-class DenoisingObjective:
-    """Mean square error of the model's own prediction target on seeded batches of `samples`.
+class Denoising:
+    """The weighted denoising loss of a model, at noise levels drawn uniformly from its own table of sigmas."""
 
-    Noise levels are uniform over the model's own table of sigmas. Batches and noise come from the step's generator.
-    """
-
-    def __init__(self, denoiser, samples: Sequence[Sample], config: TrainingConfig):
+    def __init__(self, denoiser: Denoiser, config: TrainingConfig):
         self.denoiser = denoiser
-        self.error = PredictionError(denoiser.model.model_sampling, config.min_snr_gamma)
-        self.batches = Batches(samples, config.batch_size)
+        self.prediction_loss = PredictionLoss(denoiser.model.model_sampling, config.min_snr_gamma)
 
-    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
-        chosen = self.batches.draw(generator)
-        clean = torch.cat([sample.latent for sample in chosen])
-        return self.loss(clean, [sample.conditions for sample in chosen], generator).mean()
-
-    def loss(self, clean: torch.Tensor, conditions: list[dict], generator: torch.Generator) -> torch.Tensor:
-        """Weighted error of each of B latents, [B]; one forward pass."""
+    def loss(self, clean: torch.Tensor, conditions: Any, generator: torch.Generator) -> torch.Tensor:
+        """The loss of each of B latents, [B], in one forward pass; noise and levels come from `generator`."""
         noise = torch.randn(clean.shape, generator=generator)
         level = torch.randint(len(self.denoiser.sigmas), (len(clean),), generator=generator)
         return self.loss_at(clean, conditions, noise, level)
 
-    def loss_at(self, clean, conditions, noise, level) -> torch.Tensor:
-        """`loss` with given noise, like `clean`, and given noise levels [B], indices into the sigmas."""
+    def loss_at(self, clean: torch.Tensor, conditions: Any, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """`loss` with this noise, like `clean`, and these noise levels [B], indices into the sigmas."""
         device = self.denoiser.device
         clean, noise = clean.to(device), noise.to(device)
         sigma = self.denoiser.sigmas[level.to(device)]
         sampling = self.denoiser.model.model_sampling
         noisy = sampling.noise_scaling(sigma.reshape(-1, *[1] * (clean.ndim - 1)), noise, clean)
         denoised = self.denoiser.denoise(noisy, sigma, conditions)
-        return self.error(denoised, clean, sigma)
+        return self.prediction_loss(denoised, clean, sigma)
+
+
+class DenoisingObjective(Denoising):
+    """The plain objective: the mean denoising loss of seeded batches of `samples`."""
+
+    def __init__(self, denoiser: Denoiser, samples: Sequence[Sample], config: TrainingConfig):
+        super().__init__(denoiser, config)
+        self.batches = Batches(samples, config.batch_size)
+
+    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
+        batch = self.batches.draw(generator)
+        clean = torch.cat([sample.latent for sample in batch])
+        return self.loss(clean, [sample.conditions for sample in batch], generator).mean()
 
 
 def prediction_kind(model_sampling: Any, purpose: str) -> str:
@@ -106,11 +129,11 @@ def prediction_kind(model_sampling: Any, purpose: str) -> str:
     return _PREDICTIONS[kind]
 
 
-class PredictionError:
-    """The mean square error of the prediction target, from the error of the denoised estimate.
+class PredictionLoss:
+    """The mean square error of the prediction target, computed from the error of the denoised estimate.
 
     For ε-prediction |ε̂ - ε|² = |x̂ - x|² / σ²; for v-prediction with unit data variance
-    |v̂ - v|² = |x̂ - x|² (σ² + 1) / σ²; for flow models |v̂ - v|² = |x̂ - x|² / σ². `min_snr_gamma` weighs by
+    |v̂ - v|² = |x̂ - x|² (σ² + 1) / σ²; for flow models |v̂ - v|² = |x̂ - x|² / σ². `min_snr_gamma` weights it by
     min(SNR, γ) / SNR for ε and / (SNR + 1) for v (Hang et al., arXiv 2303.09556), as diffusers does.
     """
 

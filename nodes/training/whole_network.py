@@ -1,6 +1,4 @@
-"""All weights of a network, learnt as fp32 copies that stand in for its own: nothing of the model is changed."""
-
-from __future__ import annotations
+"""All weights of a network, trained as fp32 copies in their place: nothing of the model is modified."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,24 +8,24 @@ import torch
 from .loop import Parameters
 
 # fp32 copy, gradient and AdamW's two moments
-BYTES_A_WEIGHT = 16
-_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+BYTES_PER_PARAMETER = 16
+_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class WholeNetwork:
     """A trainable copy of every parameter of `network`, by the parameter's name.
 
-    Raises ValueError, naming the first one and what to do `otherwise`, where a weight is quantised: it has no
-    gradient to follow.
+    Raises ValueError where a weight is quantised and so has no gradient; it names the weight, and `otherwise` says
+    what else to do.
     """
 
-    def __init__(self, network: torch.nn.Module, otherwise: str = "switch whole_unet off to learn a LoRA"):
+    def __init__(self, network: torch.nn.Module, otherwise: str = "switch whole_unet off to train a LoRA"):
         self.network = network
         self.originals: dict[str, torch.Tensor] = {}
         for name, weight in network.named_parameters():
-            if type(weight) is not torch.nn.Parameter or weight.dtype not in _PLAIN:
+            if type(weight) is not torch.nn.Parameter or weight.dtype not in _TRAINABLE:
                 raise ValueError(
-                    f"weight {name} is {weight.dtype}, and a whole network trains from fp32, bf16 or fp16 alone: "
+                    f"weight {name} is {weight.dtype}, and a whole network trains only from fp32, bf16 or fp16: "
                     f"load such a file of this model, or {otherwise}"
                 )
             self.originals[name] = weight
@@ -41,20 +39,20 @@ class WholeNetwork:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """The network computes with the copies inside this context, and with its own weights after it."""
+        """The network computes with the copies inside this block, and with its original weights after it."""
         try:
-            self._place(self.trained)
+            self._assign(self.trained)
             yield
         finally:
-            self._place(self.originals)
+            self._assign(self.originals)
 
-    def _place(self, weights: dict[str, torch.Tensor]) -> None:
+    def _assign(self, weights: dict[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
             module, _, leaf = name.rpartition(".")
             self.network.get_submodule(module)._parameters[leaf] = weight
 
     def differences(self) -> dict[str, torch.Tensor]:
-        """What was learnt: trained minus original weight, by name, fp32 on the CPU."""
+        """Trained minus original weight, by name, fp32 on the CPU."""
         return {
             name: (trained.detach() - self.originals[name].detach().float()).cpu()
             for name, trained in self.trained.items()

@@ -1,41 +1,26 @@
-"""What stands for a transformer's blocks while references are shown: their first attention sees those, too."""
+"""The patch of a Wan block whose self-attention sees references; apart, since it holds no tensor and knows no run."""
 
-from __future__ import annotations
-
-import functools
 from typing import Any
 
 from ...kernels import restricted_attention
 from ...kernels.restricted_attention import Reference
+from ..patching.wan_blocks import OVERRIDE, AttentionOverride, WanBlockPatch
 
 KEY = "understudy_video_identity"
-ACTED = "understudy_video_identity_acted"  # a call's `Acted`
-OVERRIDE = "optimized_attention_override"
+REACHED = "understudy_video_identity_reached"  # a call's `ReachedBlocks`
 
 
-def patches(network: Any) -> dict[int, Any]:
-    """For `patching.with_sampling_parts`: what makes the patch of each block."""
-    return {i: functools.partial(BlockPatch, i) for i in range(len(network.blocks))}
-
-
-class Acted:
-    """The blocks of one call that met their references. An object, since the host copies the lists in its options."""
+class ReachedBlocks:
+    """The blocks of one call that met their references. An object, since ComfyUI copies the lists in its options."""
 
     def __init__(self) -> None:
-        self.blocks: list[int] = []
+        self.numbers: list[int] = []
 
 
-class BlockPatch:
-    """What stands for one transformer block: the block itself, or an earlier patch of it, with more to attend to.
-
-    It holds no tensor and knows no run, so a patched model may be cached, cloned and compiled.
-    """
+class ReferenceBlockPatch(WanBlockPatch):
+    """Runs a Wan block with the references of the call as further keys and values."""
 
     key = KEY
-
-    def __init__(self, index: int, earlier: Any):
-        self.index = index
-        self.earlier = earlier
 
     def __call__(self, args: dict, extra: dict) -> dict:
         options = args["transformer_options"]
@@ -44,63 +29,58 @@ class BlockPatch:
             return self._inner(args, extra)
         attention, acted = RestrictedAttention(references, options.get(OVERRIDE)), []
 
-        def original_block(given: dict) -> dict:
+        def original_block(block_args: dict) -> dict:
             """The block itself, which an earlier patch may run once, twice or not at all."""
             attention.uses = attention.period = 0
-            out = extra["original_block"](given)
+            out = extra["original_block"](block_args)
             attention.period = attention.uses
             acted.append(attention.uses > 0)
             return out
 
         options = {**options, OVERRIDE: attention}
-        # A second patch of ours further in, under someone else's, must not add the references again.
+        # A second patch from this pack, below one from another extension, must not add the references again.
         del options[KEY]
-        if (acted_in := options.pop(ACTED, None)) is not None:
-            acted_in.blocks.append(self.index)
+        if (reached := options.pop(REACHED, None)) is not None:
+            reached.numbers.append(self.index)
         out = self._inner({**args, "transformer_options": options}, {**extra, "original_block": original_block})
-        # A block that is skipped gives back what it was given; any other result is of an attention that we missed.
+        # A skipped block returns its input; any other result comes from an attention that we missed.
         if not all(acted) or (not acted and out["img"] is not args["img"]):
             raise RuntimeError(
-                f"block {self.index} of this model did not use the host's attention, so the identity could not act: "
+                f"block {self.index} of this model did not use ComfyUI's attention, so the identity could not act: "
                 "remove the node or extension that replaces the model's self-attention"
             )
         return out
 
-    def _inner(self, args: dict, extra: dict) -> dict:
-        return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
 
+class RestrictedAttention(AttentionOverride):
+    """The override for one block in one call: its first use is the self-attention of the video.
 
-class RestrictedAttention:
-    """The host's attention override of one block in one call: its first use is the self-attention of the video.
-
-    A checkpointed block runs again in the backward pass and uses it as often once more: `period` uses are one run.
+    A checkpointed block runs again in the backward pass, with as many uses again: `period` uses are one run.
     """
 
     def __init__(self, references: tuple[Reference, ...], earlier: Any):
+        super().__init__(earlier)
         self.references = references
-        self.earlier = earlier
-        self.uses = 0
         self.period = 0
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
-        def users_own(q, k, v):
-            if self.earlier is None:
-                return function(q, k, v, heads, *args, **kwargs)
-            return self.earlier(function, q, k, v, heads, *args, **kwargs)
-
         first = self.uses % self.period == 0 if self.period else self.uses == 0
         self.uses += 1
         if not first:
-            return users_own(q, k, v)
+            return self._inner(function, q, k, v, heads, *args, **kwargs)
         if args or kwargs.get("mask") is not None:
-            raise RuntimeError("this model masks its self-attention, which the video identity adapter cannot join")
+            raise RuntimeError(
+                "this model masks its self-attention, which a video identity adapter cannot extend: use a Wan T2V, "
+                "I2V or VACE model"
+            )
 
         def by_heads(*rows):
             return (row.unflatten(-1, (heads, -1)) for row in rows)
 
+        def attend(*rows):
+            out = self._inner(function, *(row.flatten(2) for row in rows), heads, **kwargs)
+            return out.unflatten(-1, (heads, -1))
+
         if all(reference.weight is None for reference in self.references):
-            return restricted_attention.joint(
-                *by_heads(q, k, v), self.references,
-                lambda *rows: users_own(*(row.flatten(2) for row in rows)).unflatten(-1, (heads, -1)),
-            ).flatten(2)
+            return restricted_attention.joint(*by_heads(q, k, v), self.references, attend).flatten(2)
         return restricted_attention.weighted(*by_heads(q, k, v), self.references).flatten(2)

@@ -1,19 +1,15 @@
 """Settings of the video identity adapter. Defaults name their source: Stand-In (arXiv 2508.07901), or "ours"."""
 
-from __future__ import annotations
-
-import re
 from dataclasses import dataclass
 
-ALL_BLOCKS = "all"
-_BLOCK_RANGE = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
+from ..inputs.ranges import ALL, check_limits, check_range, parse_numbers
 
 
 @dataclass(frozen=True)
 class VideoIdentityConfig:
-    """Strength is the weight of the reference's columns, percents run 0..1 over sampling, blocks count from 0.
+    """How the video sees a reference: strength 0..1, steps as percents 0..1 of sampling, blocks counted from 0.
 
-    Raises ValueError for ranges that hold nothing.
+    Raises ValueError for a strength out of range, an empty range of steps, or other text than block ranges.
     """
 
     # Published: the reference's tokens are keys like any other.
@@ -22,17 +18,12 @@ class VideoIdentityConfig:
     start_percent: float = 0.0
     end_percent: float = 1.0
     # Published: every block.
-    blocks: str = ALL_BLOCKS
+    blocks: str = ALL
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 1.0:
-            raise ValueError(f"strength is {self.strength}: use 0 (off) to 1 (as published)")
-        if not self.start_percent < self.end_percent:
-            raise ValueError(
-                f"the range of steps is empty: set start_percent ({self.start_percent}) below end_percent "
-                f"({self.end_percent})"
-            )
-        parse_blocks(self.blocks)
+        check_limits(self, "strength", lowest=0, highest=1, fix="0 (off) to 1 (as published)")
+        check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)
+        parse_numbers("blocks", self.blocks)
 
     @property
     def every_step(self) -> bool:
@@ -40,23 +31,9 @@ class VideoIdentityConfig:
         return self.start_percent <= 0.0 and self.end_percent >= 1.0
 
 
-def parse_blocks(text: str) -> frozenset[int] | None:
-    """The blocks named by text such as `0-19, 25`; None for `all`. Raises ValueError for other text."""
-    if text.strip().lower() == ALL_BLOCKS:
-        return None
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = _BLOCK_RANGE.fullmatch(part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise ValueError(f"blocks is {text!r}: use {ALL_BLOCKS!r}, or numbers and ranges such as '0-19, 25'")
-        chosen.update(range(first, last + 1))
-    return frozenset(chosen)
-
-
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The picture of the person: a square crop around the face, in pixels."""
+    """The picture of the person: a square crop around the face; size in pixels, crop_factor in sides of its box."""
 
     # Published: 512 x 512, so 64 x 64 latent cells and 1,024 tokens.
     size: int = 512
@@ -65,16 +42,15 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.size % 16:
-            raise ValueError(f"size is {self.size}: use a multiple of 16 pixels, one token a side being 16")
-        if not 1.0 <= self.crop_factor <= 10.0:
-            raise ValueError(f"crop_factor is {self.crop_factor}: use 1 (the box itself) to 10")
+            raise ValueError(f"size is {self.size}: use a multiple of 16 pixels, which is one token")
+        check_limits(self, "crop_factor", lowest=1, highest=10, fix="1 (the box itself) to 10")
 
 
 @dataclass(frozen=True)
 class AdapterTrainingConfig:
-    """Training of the image branch's q, k and v updates."""
+    """Training of the updates of the reference's q, k and v."""
 
-    # Published: 3,000 steps of 48 videos; one at a time is ours, for one machine.
+    # Published: 3,000 steps of 48 videos; one per step is ours, for one machine.
     steps: int = 3000
     batch_size: int = 1
     # Published: rank 128, without an alpha / rank factor.

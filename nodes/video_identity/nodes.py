@@ -1,14 +1,13 @@
-"""Nodes of the video identity adapter (Stand-In): prepare a reference, load, apply and save the adapter."""
-
-from __future__ import annotations
+"""Nodes of the video identity adapter (Stand-In): prepare a reference, load and apply the adapter."""
 
 import logging
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from .. import files
-from ..messages import tell
-from . import adapter_files, method, reference_picture, running
+from ..inputs import widgets
+from ..inputs.checked import CheckedNode
+from ..messages import pictures, tell
+from . import files, method, reference_picture, sampling
 from .config import ReferenceConfig, VideoIdentityConfig
 
 CATEGORY = "Understudy/Video identity"
@@ -16,59 +15,55 @@ ADAPTER = io.Custom("UNDERSTUDY_VIDEO_ADAPTER")
 _DEFAULT = VideoIdentityConfig()
 _REFERENCE = ReferenceConfig()
 _ONE_AT_A_TIME = (
-    "{} pictures: VAE Encode of a video model takes them for one video and keeps the first; send them one at a time, "
-    "with Rebatch Images and batch_size 1"
+    "{} pictures: VAE Encode of a video model treats them as one video and only the first counts; send them one at a "
+    "time, with Rebatch Images and batch_size 1"
 )
-
-
-def _fraction(id: str, step: float, tooltip: str) -> io.Float.Input:
-    default = getattr(_DEFAULT, id)
-    return io.Float.Input(id, default=default, min=0.0, max=1.0, step=step, round=False, tooltip=tooltip)
 
 
 def _boxes_input() -> io.BoundingBox.Input:
     boxes = io.BoundingBox.Input(
         "bboxes", optional=True, force_input=True,
-        tooltip="Boxes of faces in pixels, from a face detector. The largest counts. Without a face the whole "
-        "picture is used.",
+        tooltip="Boxes of faces from a face detector; the largest counts. Plain numbers are left, top, right, "
+        "bottom; from 0 to 1 they are fractions of the picture. Without a face the whole picture is used.",
     )
-    # The host's default is a box of 512 pixels, which clients that fill in defaults send where nothing is connected.
+    # ComfyUI's default, a box of 512 pixels, is sent by clients that fill in defaults where nothing is connected.
     boxes.default = None
     return boxes
 
 
-class UnderstudyPrepareReference(io.ComfyNode):
-    """A picture of a person as the adapter knows them: a square around the face, on white."""
+class UnderstudyPrepareReference(CheckedNode):
+    """A picture of a person as the adapter was trained on them: a square around the face, on white."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyPrepareReference",
-            display_name="Prepare Reference (Stand-In)",
+            node_id="UnderstudyPrepareReference", display_name="Prepare Reference (Stand-In)",
             category=CATEGORY,
-            description="Cuts a square around the face and paints the rest white, as the video identity adapter was "
-            "trained. Connect it to VAE Encode.",
-            search_aliases=["Stand-In", "face crop", "reference image", "identity", "crop face", "white background"],
+            description="Crops a square around the face and paints the background white, as the video identity "
+            "adapter was trained. Connect it to VAE Encode.",
+            search_aliases=[
+                "Stand-In", "face crop", "reference image", "identity", "crop face", "white background",
+                "face", "顔", "人脸",
+            ],
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture of the person. VAE Encode takes a batch for one video: send several one at "
-                    "a time.",
+                    tooltip="The picture of the person. VAE Encode treats a batch as one video: send several one "
+                    "at a time.",
                 ),
                 io.Int.Input(
                     "size", default=_REFERENCE.size, min=64, max=2048, step=16,
-                    tooltip="Side of the square in pixels. 512 is published; a smaller one takes less time and "
-                    "memory.",
+                    tooltip="Side of the square in pixels. Published: 512. A smaller one takes less time and memory.",
                 ),
                 io.Float.Input(
                     "crop_factor", default=_REFERENCE.crop_factor, min=1.0, max=10.0, step=0.05, round=0.01,
-                    tooltip="Side of the square as a multiple of the box's longer side: 1 is the box alone, the "
-                    "published 1.5 shows hair and chin.",
+                    tooltip="Side of the square as a multiple of the box's longer side: 1 is the box alone, 1.5, as "
+                    "published, shows hair and chin.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True,
-                    tooltip="1 where the person is, from Remove Background or a face mask. The rest becomes white. "
-                    "Without bboxes the square goes around it.",
+                    tooltip="1 where the person is, from Remove Background or a face mask. The background becomes "
+                    "white. Without bboxes the square goes around the mask.",
                 ),
                 _boxes_input(),
             ],
@@ -82,78 +77,80 @@ class UnderstudyPrepareReference(io.ComfyNode):
         if len(prepared) > 1:
             messages.append(_ONE_AT_A_TIME.format(len(prepared)))
         tell("Prepare Reference", messages, logging.WARNING)
-        shown = ui.PreviewImage(prepared, cls=cls).as_dict()
+        preview = pictures("Prepare Reference", prepared, cls)
+        shown = preview.as_dict() if preview else {}
         return io.NodeOutput(prepared, ui={**shown, "text": tuple(messages)} if messages else shown)
 
 
-class UnderstudyLoadVideoIdentityAdapter(io.ComfyNode):
-    """The adapter's weights from a file of the host's `loras` folder."""
+class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
+    """The adapter's weights from a file in ComfyUI's `loras` folders."""
+
+    FOLDER, FILE = files.FOLDER, "adapter_name"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyLoadVideoIdentityAdapter",
-            display_name="Load Video Identity Adapter (Stand-In)",
+            node_id="UnderstudyLoadVideoIdentityAdapter", display_name="Load Video Identity Adapter (Stand-In)",
             category=CATEGORY,
-            description="Reads the published weights, as .ckpt or .safetensors, in fp16, bf16 or fp32, of any rank. "
-            "Wan 2.2 has two files, one for each of its models.",
-            search_aliases=["Stand-In", "identity adapter", "face video", "load adapter", "character consistency"],
+            description="Reads the adapter's weights from .ckpt or .safetensors, in fp16, bf16 or fp32, of any rank. "
+            "Wan 2.2 needs two files, one for each of its models.",
+            search_aliases=[
+                "Stand-In", "identity adapter", "face video", "load adapter", "character consistency",
+                "顔", "人脸",
+            ],
             inputs=[
-                io.Combo.Input(
-                    "adapter_name", options=adapter_files.choices(),
-                    tooltip="A file in models/loras or output/loras. A plain LoRA is refused: use Load LoRA for it.",
-                ),
+                cls.file("A file in models/loras or output/loras. Only adapters are listed: else use Load LoRA."),
             ],
             outputs=[ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply Video Identity.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name) -> int:
-        """A file written anew under its name is read anew."""
-        return files.find(adapter_files.FOLDER, adapter_name).stat().st_mtime_ns
+    def validate_inputs(cls, adapter_name) -> bool:
+        """A file that is not listed passes: what it lacks is said when it is read."""
+        return True
 
     @classmethod
     def execute(cls, adapter_name) -> io.NodeOutput:
-        return io.NodeOutput(adapter_files.load(adapter_name))
+        return io.NodeOutput(files.load(adapter_name))
 
 
-class UnderstudyApplyVideoIdentity(io.ComfyNode):
+class UnderstudyApplyVideoIdentity(CheckedNode):
     """A model whose video tokens see one person's reference."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="UnderstudyApplyVideoIdentity",
-            display_name="Apply Video Identity (Stand-In)",
+            node_id="UnderstudyApplyVideoIdentity", display_name="Apply Video Identity (Stand-In)",
             category=CATEGORY,
-            description="Shows a reference picture to a Wan video model, which keeps that person through the video. "
-            "Chain it for more people, each with a mask of their own. Apply it to both models of Wan 2.2.",
-            search_aliases=["Stand-In", "face video", "keep identity", "character consistency", "reference", "Wan"],
+            description="Shows a reference picture to a Wan video model, so that the video keeps that person. Chain "
+            "it for several people, each with a mask. For Wan 2.2 apply it to both models.",
+            search_aliases=[
+                "Stand-In", "face video", "keep identity", "character consistency", "reference", "Wan",
+                "face swap", "顔", "人脸", "人物",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="A Wan text-, image-to-video or VACE model. It is not changed."),
+                io.Model.Input(
+                    "model", tooltip="A Wan text-to-video, image-to-video or VACE model; it is not modified.",
+                ),
                 ADAPTER.Input("adapter", tooltip="The weights that were trained for this model."),
                 io.Latent.Input(
-                    "reference", tooltip="VAE Encode of one picture from Prepare Reference, with this model's VAE.",
+                    "reference", tooltip="One picture from Prepare Reference, encoded with this model's VAE.",
                 ),
-                _fraction(
-                    "strength", 0.01,
-                    "Weight of the reference in the video's attention: 0 is off, 1 as published. Values between are "
-                    "exact and somewhat slower.",
+                widgets.strength(
+                    "Weight of the reference in the video's attention: 0 is off, 1 as published. Values in between "
+                    "are exact and somewhat slower.", _DEFAULT.strength,
                 ),
-                _fraction("start_percent", 0.001, "Where the reference comes in, as a fraction of the schedule."),
-                _fraction("end_percent", 0.001, "Where the reference goes out, as a fraction of the schedule."),
-                io.String.Input(
-                    "blocks", default=_DEFAULT.blocks, advanced=True,
-                    tooltip="Transformer blocks in which the reference is seen: 'all' as published, or numbers and "
-                    "ranges from 0 on, such as 0-19, 25.",
+                *widgets.percent_range(_DEFAULT, "the reference"),
+                widgets.numbers(
+                    "blocks", _DEFAULT.blocks, "Transformer blocks that see the reference: 'all' as published"
                 ),
                 io.Mask.Input(
                     "mask", optional=True,
-                    tooltip="Where in the video this person is, 0 to 1: one mask for all frames, or one a frame. "
-                    "Nothing connected is everywhere.",
+                    tooltip="Where in the video this person is, 0 to 1: one mask for all frames, or one per frame. "
+                    "Without it: everywhere.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="Connect it to a sampler, or to Apply Video Identity for more people.")],
+            outputs=[io.Model.Output(tooltip="Connect it to a sampler, or to another Apply Video Identity.")],
         )
 
     @classmethod
@@ -161,34 +158,8 @@ class UnderstudyApplyVideoIdentity(io.ComfyNode):
         cls, model, adapter, reference, strength, start_percent, end_percent, blocks, mask=None
     ) -> io.NodeOutput:
         config = VideoIdentityConfig(strength, start_percent, end_percent, blocks)
-        identity = method.identity(adapter, reference["samples"], config, mask)
-        return io.NodeOutput(running.apply(model, identity))
+        video_reference = method.video_reference(adapter, reference["samples"], config, mask)
+        return io.NodeOutput(sampling.apply(model, video_reference))
 
 
-class UnderstudySaveVideoIdentityAdapter(io.ComfyNode):
-    """The adapter's weights as a file that the loader lists."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UnderstudySaveVideoIdentityAdapter",
-            display_name="Save Video Identity Adapter (Stand-In)",
-            category=CATEGORY,
-            description="Writes the adapter under its published key names to output/loras, where it can be loaded.",
-            search_aliases=["Stand-In", "save adapter", "export", "save LoRA"],
-            is_output_node=True,
-            inputs=[
-                ADAPTER.Input("adapter", tooltip="A trained or loaded adapter."),
-                io.String.Input(
-                    "filename_prefix", default="video_identity",
-                    tooltip="Name in output/loras, with folders if you like. A number is added; nothing is replaced.",
-                ),
-            ],
-            outputs=[],
-        )
-
-    @classmethod
-    def execute(cls, adapter, filename_prefix) -> io.NodeOutput:
-        path = adapter_files.save(adapter, filename_prefix)
-        logging.info("[Understudy] saved %s", path)
-        return io.NodeOutput()
+NODES = [UnderstudyPrepareReference, UnderstudyLoadVideoIdentityAdapter, UnderstudyApplyVideoIdentity]

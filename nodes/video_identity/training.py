@@ -1,4 +1,4 @@
-"""From videos and references of a graph to a trained video identity adapter, through the shared training loop."""
+"""Training of a video identity adapter on videos and their references, through the shared training loop."""
 
 from __future__ import annotations
 
@@ -11,42 +11,35 @@ from typing import Any
 import torch
 
 from ...kernels.restricted_attention import Reference
-from .. import patching
-from ..training import loop
+from ..inputs.model_fit import check_latents, check_texts
+from ..messages import tell
+from ..patching import models
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
-from ..training.monitor import HostMonitor
 from ..training.objective import DenoisingObjective, Sample
-from ..training.session import Denoiser, session
-from . import method, running
+from ..training.runs import LossMap, run
+from ..training.seeds import seed_for
+from ..training.session import ModelDenoiser, session
+from . import method, reference_pass, sampling
 
 _REFERENCE = "understudy_reference"
-_FIRST_SEED = 2_000_000_011  # beside those of the steps and of plain LoRAs
 
 
 def train(
-    model: Any,
-    latents: Sequence[torch.Tensor],
-    references: Sequence[torch.Tensor],
-    conditionings: Sequence[list],
-    config: TrainingConfig,
-    rank: int,
-    *,
-    checkpoints: Checkpoints,
-    resume_from: str,
-) -> tuple[method.VideoAdapter, dict[str, list[float]]]:
-    """Train the image branch's q, k and v updates; the error is that of the video's own tokens.
+    model: Any, latents: Sequence[torch.Tensor], references: Sequence[torch.Tensor], conditionings: Sequence[list],
+    config: TrainingConfig, rank: int, *, checkpoints: Checkpoints, resume_from: str,
+) -> tuple[method.VideoAdapter, LossMap]:
+    """Train the updates of the reference's q, k and v; the loss is on the video's tokens alone.
 
-    latents: [1, C, T, H, W] each, references: [1, C, 1, h, w], as VAE Encode gives them, one of each and one
-    CONDITIONING a video. Returns the adapter, fp32 on the CPU, and the host's LOSS_MAP. The model is not changed.
-    Raises loop.TrainingDiverged, ValueError as `session` does, and the host's interruption.
+    latents: [1, C, T, H, W] each, references: [1, C, 1, h, w] each, as VAE Encode returns them; one latent, reference
+    and CONDITIONING per video. Returns the adapter, fp32 on the CPU, and ComfyUI's LOSS_MAP. The model is not
+    modified. Raises TrainingDiverged, ValueError as `session` does, and ComfyUI's interruption.
     """
     resume = checkpoints.resume(resume_from)
     with prepared(model, latents, references, conditionings, config, rank) as (adapter, samples, denoiser):
         objective = DenoisingObjective(denoiser, samples, config)
-        monitor = HostMonitor(config, checkpoints)
-        losses = loop.train(objective, adapter.tensors(), config, monitor, resume)
-        return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), {"loss": losses}
+        loss_map = run(objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume)
+        return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), loss_map
 
 
 @contextlib.contextmanager
@@ -54,59 +47,57 @@ def prepared(
     model: Any, latents: Sequence[torch.Tensor], references: Sequence[torch.Tensor], conditionings: Sequence[list],
     config: TrainingConfig, rank: int,
 ) -> Iterator[tuple[method.VideoAdapter, list[Sample], WithReferences]]:
-    """An untrained adapter, what it learns from, and the model with it, ready for the objective; as `train` takes."""
-    largest, pictures = (max(given, key=torch.Tensor.numel) for given in (latents, references))
-    patched = running.extended(model)
-    if patching.parts(model, running.KEY):
-        logging.warning("[Understudy] training leaves out the references that the model shows: connect the plain one")
-    for name, given in (("latents", latents), ("references", references)):
-        for latent in given:
-            running.check_channels(model, latent, name)
-    network = running.wan_network(patched)
+    """An untrained adapter, its samples, and the model with it, ready for the objective; arguments as `train`."""
+    network = sampling.wan_network(model)
+    if models.attachment(model, sampling.KEY):
+        warning = "training ignores the references on this model: connect the model without them"
+        tell("Train Video Identity Adapter", [warning], logging.WARNING)
+    for name, inputs in (("latents", latents), ("references", references)):
+        check_latents(inputs, name, model)
+    check_texts(conditionings, "positive", model)
     weights = len(network.blocks) * len(method.PROJECTIONS) * 2 * rank * network.dim
-    # A reference is more frames of the video to the model's memory.
-    more = math.ceil(pictures[0, 0].numel() / largest[0, 0, 0].numel())
-    shape = [config.batch_size, largest.shape[1], largest.shape[2] + more, *largest.shape[3:]]
-    with session(patched, shape, config, trained=weights) as denoiser:
-        made = method.new_adapter(
-            network.dim, len(network.blocks), rank, lambda i: loop.step_seed(config.seed, _FIRST_SEED + i)
+    # To the model's memory a reference is further frames of the video.
+    video, picture = (max(inputs, key=torch.Tensor.numel) for inputs in (latents, references))
+    frames = video.shape[2] + math.ceil(picture[0, 0].numel() / video[0, 0, 0].numel())
+    shape = [config.batch_size, video.shape[1], frames, *video.shape[3:]]
+    with session(sampling.with_block_patches(model), shape, config, extra_parameters=weights) as denoiser:
+        untrained = method.new_adapter(
+            network.dim, len(network.blocks), rank, lambda i: seed_for(config.seed, "adapter", i)
         )
-        adapter = _mapped(made, lambda tensor: torch.nn.Parameter(tensor.detach().to(denoiser.device)))
+        adapter = _mapped(untrained, lambda tensor: torch.nn.Parameter(tensor.detach().to(denoiser.device)))
         samples = []
         for latent, reference, conditioning in zip(latents, references, conditionings, strict=True):
-            into = denoiser.model.process_latent_in
+            in_model_space = denoiser.model.process_latent_in
             conditions = denoiser.prepare(conditioning, latent)
-            conditions[_REFERENCE] = into(reference.clone()).float()
-            samples.append(Sample(into(latent.clone()).float(), conditions))
+            conditions[_REFERENCE] = in_model_space(reference.clone()).float()
+            samples.append(Sample(in_model_space(latent.clone()).float(), conditions))
         yield adapter, samples, WithReferences(denoiser, adapter, config.gradient_checkpointing)
 
 
-class WithReferences:
-    """A Denoiser whose video tokens see each sample's own reference."""
+class WithReferences(ModelDenoiser):
+    """A denoiser in which the tokens of each video see its reference, which is among the sample's conditions."""
 
-    def __init__(self, denoiser: Denoiser, adapter: method.VideoAdapter, recompute: bool = False):
-        self.denoiser = denoiser
-        self.adapter = adapter
-        self.recompute = recompute
-        self.model, self.device, self.sigmas = denoiser.model, denoiser.device, denoiser.sigmas
+    def __init__(self, denoiser: ModelDenoiser, adapter: method.VideoAdapter, recompute: bool = False):
+        super().__init__(denoiser.patcher)
+        self.adapter, self.recompute = adapter, recompute
 
     def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[dict]) -> torch.Tensor:
-        images = torch.cat([c[_REFERENCE] for c in conditions]).to(noisy.device)
+        latent = torch.cat([c[_REFERENCE] for c in conditions]).to(noisy.device)
         conditions = [{key: value for key, value in c.items() if key != _REFERENCE} for c in conditions]
-        network = self.denoiser.network
-        rows = running.reference_rows(
-            self.model, self.adapter, images, frozenset(range(len(network.blocks))),
-            running.token_grid(network, noisy), self.denoiser.transformer_options, self.recompute,
+        kv = reference_pass.reference_kv(
+            self.model, self.adapter, latent, blocks=frozenset(range(len(self.network.blocks))),
+            video_size=reference_pass.token_grid(self.network, noisy), options=self.transformer_options,
+            recompute=self.recompute,
         )
-        seen = {i: (Reference(k, v),) for i, (k, v) in rows.items()}
-        return self.denoiser.denoise(noisy, sigma, conditions, {running.KEY: seen})
+        by_block = {i: (Reference(k, v),) for i, (k, v) in kv.items()}
+        return super().denoise(noisy, sigma, conditions, {sampling.KEY: by_block})
 
 
 def _mapped(adapter: method.VideoAdapter, change) -> method.VideoAdapter:
-    """The adapter with change(tensor) in place of each matrix."""
+    """The adapter with change(tensor) instead of each matrix."""
     return method.VideoAdapter(tuple(
         method.BlockUpdates(**{
-            name: method.LowRank(*(change(getattr(getattr(block, name), part)) for part in ("down", "up")))
+            name: method.ProjectionUpdate(*(change(getattr(getattr(block, name), part)) for part in ("down", "up")))
             for name in method.PROJECTIONS
         })
         for block in adapter.blocks

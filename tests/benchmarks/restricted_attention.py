@@ -1,23 +1,23 @@
-"""Restricted self-attention: a Wan step with a reference beside one without, and our attention beside other forms.
+"""Restricted self-attention: a Wan step with and without a reference, and our attention compared with other forms.
 
-`python tests/benchmarks/restricted_attention.py [--rounds 10] [--layers 2] [--no-flex]`, on a GPU where there is one:
-there at the shapes of Wan 14B (832 x 480 and 1280 x 720, 81 frames; a reference of 512 x 512), else at a small one.
-Rounds are interleaved, so that drift hits all alike. Every output is checked against the fp32 definition before
-anything is timed, and what is counted by formula against PyTorch's own count.
+`python tests/benchmarks/restricted_attention.py [--rounds 10] [--layers 2] [--no-flex]`, on a GPU if there is one:
+with the shapes of Wan 14B there (832 x 480 and 1280 x 720, 81 frames; a reference of 512 x 512), else a small one.
+Rounds are interleaved, so that drift affects all forms equally. Before anything is timed, every output is checked
+against the fp32 definition, and counts by formula against PyTorch's own count.
 
-The attention alone: `ours`, the K/V buffer and the host's attention; `concatenation`, as the official code has it,
-and the same attention; `mask`, one joint attention of video and reference under an additive mask; `flex`, the same
-with a block mask, compiled, on a GPU only. The last two find their joint rows ready, which favours them. `weighted`
-is ours with a strength of 0.5; it runs PyTorch's kernels, which on the CPU the host's attention does not.
+The attention alone: `ours`, the K/V buffer and ComfyUI's attention; `concatenation`, as in the official code, with
+the same attention; `mask`, one joint attention of video and reference under an additive mask; `flex`, the same
+with a block mask, compiled, on a GPU only. The last two get their joint rows prepared, which favours them. `weighted`
+is ours with a strength of 0.5; it runs PyTorch's kernels, which ComfyUI's attention on the CPU does not.
 
-A step runs through the nodes' own code, on a network of a few random blocks of the model's true width on a GPU:
+A step runs through the nodes' own code; on a GPU, on a network of a few random blocks of the model's true width:
 without a reference, with its rows from the cache, and with the reference's branch in every step.
 
     R1  cached / plain                 R2  ours / concatenation          R3  ours / mask, ours / flex
     R4  (prefill + CALLS cached steps) / (CALLS steps with the branch in each)
     R5  extra peak memory / (cache + adapter), on a GPU; by arithmetic elsewhere
 
-What arithmetic says of each is printed first, for the 14B shapes and the one that runs: R1 below its count of FLOPs
+The values by arithmetic are printed first, for the 14B shapes and the one that runs: an R1 below its count of FLOPs
 means that the measurement is wrong.
 """
 
@@ -26,30 +26,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("tests", "workflows")]
 
-from host import environment, scripts  # noqa: E402
+from support import benchmark  # noqa: E402
 
-if __name__ == "__main__":
-    environment.enter(ROOT)
-scripts.alias_pack()
-
-import torch  # noqa: E402
-
-_BASE = tempfile.TemporaryDirectory(prefix="understudy-benchmark-")
-scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
+benchmark.start(__name__ == "__main__")
 
 import comfy.patcher_extension  # noqa: E402
-import tiny_model  # noqa: E402
+import torch  # noqa: E402
 from benchmarks.restricted_attention_counts import (  # noqa: E402
     CALLS,
     LARGE,
@@ -63,14 +53,14 @@ from benchmarks.restricted_attention_counts import (  # noqa: E402
     step_flops,
 )
 from comfy.ldm.modules.attention import optimized_attention  # noqa: E402
-from pack.kernels import dispatch  # noqa: E402
 from pack.kernels import restricted_attention as ra  # noqa: E402
-from pack.nodes.video_identity import method, running  # noqa: E402
+from pack.nodes.video_identity import method, reference_pass, sampling  # noqa: E402
 from pack.nodes.video_identity.config import VideoIdentityConfig  # noqa: E402
+from support import explicit_attention, tiny_model  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-# Relative error of a whole output; a reference left out makes 0.1 and more.
+# Relative error of a whole output; leaving out a reference makes 0.1 or more.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -98,11 +88,11 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: int) -> Callable[
     return lambda: attention(*rows, block_mask=mask).transpose(1, 2)
 
 
-def eager_rows(
+def defined_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references, attention=None, count: int = 128
 ) -> torch.Tensor:
-    """The definition, `count` queries at a time, in the place of `joint`."""
-    return torch.cat([ra.eager(rows, k, v, references) for rows in q.split(count, dim=1)], dim=1)
+    """The definition, `count` queries at a time, in place of `joint`."""
+    return torch.cat([explicit_attention.restricted(rows, k, v, references) for rows in q.split(count, dim=1)], dim=1)
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -112,10 +102,10 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check(name: str, out: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
-    found = error(out, expected)
-    print(f"  {name:<34}differs from the definition by {found:.1e}")
+    difference = error(out, expected)
+    print(f"  {name:<34}differs from the definition by {difference:.1e}")
     # Also false for NaN.
-    if not found <= limit:
+    if not difference <= limit:
         sys.exit(f"{name} differs by more than {limit:g}: nothing is timed")
 
 
@@ -126,7 +116,7 @@ def attention_calls(
     n, r, heads = shape.n, shape.r, shape.heads
     generator = torch.Generator(device).manual_seed(0)
     joint = [torch.randn(1, n + r, heads, 128, generator=generator, device=device).to(dtype) for _ in range(3)]
-    # Rows of their own, as a model's projections give them.
+    # Separate rows, as a model's projections return them.
     q, k, v = (rows[:, :n].clone() for rows in joint)
     q_i, k_i, v_i = (rows[:, n:].clone() for rows in joint)
     reference = ra.Reference(k_i, v_i)
@@ -145,11 +135,11 @@ def attention_calls(
     # A sample of the queries: the scores of all of them at once would fill the memory.
     sample = torch.arange(0, n, max(1, n // 128), device=device)
     videos = {"plain": [], "weighted": [half]}
-    image = ra.eager(q_i, k_i, v_i, [])
+    image = explicit_attention.restricted(q_i, k_i, v_i, [])
     with torch.inference_mode():
         for name, call in calls.items():
             out = call()
-            expected = ra.eager(q[:, sample], k, v, videos.get(name, [reference]))
+            expected = explicit_attention.restricted(q[:, sample], k, v, videos.get(name, [reference]))
             check(f"{shape.title}, attention, {name}", out[:, sample], expected, LIMITS[dtype])
             if out.shape[1] > n:
                 check(f"{shape.title}, attention, {name}, image", out[:, n:], image, LIMITS[dtype])
@@ -169,9 +159,9 @@ class Steps:
         self.adapter = method.adapter_from({key: tensor.to(device, dtype) for key, tensor in tensors.items()})
         generator = torch.Generator().manual_seed(0)
         latent = torch.randn(1, 16, 1, *shape.reference, generator=generator)
-        identity = method.identity(self.adapter, latent, VideoIdentityConfig())
-        patched = running.apply(plain, identity)
-        self.identities = running.patching.parts(patched, running.KEY)
+        reference = method.video_reference(self.adapter, latent, VideoIdentityConfig())
+        patched = sampling.apply(plain, reference)
+        self.references = sampling.models.attachment(patched, sampling.KEY)
         self.options = {
             **patched.model_options["transformer_options"],
             "wrappers": comfy.patcher_extension.copy_nested_dicts(patched.wrappers),
@@ -190,20 +180,22 @@ class Steps:
         return self._step(x, self.options)
 
     def every(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        self.identities.cache.clear()
+        self.references.cache.clear()
         return self.cached(x)
 
     @torch.inference_mode()
     def prefill(self) -> object:
-        size = running.token_grid(self.base.diffusion_model, self.x)
-        return running.reference_rows(self.base, self.adapter, self.latent, self.blocks, size, {})
+        size = reference_pass.token_grid(self.base.diffusion_model, self.x)
+        return reference_pass.reference_kv(
+            self.base, self.adapter, self.latent, blocks=self.blocks, video_size=size, options={}
+        )
 
     def _step(self, x, options):
         x = self.x if x is None else x
         return self.base.apply_model(x, x.new_full((1,), 0.5), c_crossattn=self.text, transformer_options=options)
 
     def check(self, shape: Shape, dtype: torch.dtype) -> None:
-        with mock.patch.object(ra, "joint", eager_rows):
+        with mock.patch.object(ra, "joint", defined_rows):
             expected = self.every()
         out = self.every()
         check(f"{shape.title}, step, cached", out, expected, LIMITS[dtype])
@@ -229,25 +221,6 @@ class Steps:
             if counted != expected:
                 sys.exit(f"{name} of one frame: {counted:.6g} FLOPs counted, {expected:.6g} by formula")
         print(f"  {shape.title}, FLOPs of a step of one frame and of a prefill are as PyTorch counts them")
-
-
-def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for round_ in range(rounds + 2):
-            for name, call in calls.items():
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if round_ >= 2:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return times
 
 
 def print_times(shape: Shape, what: str, times: dict[str, list[float]]) -> None:
@@ -297,7 +270,6 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds, "
           f"{dtype}, {optimized_attention.__name__}")
-    print(dispatch.explain("restricted_attention", device))
     for shape in LARGE:
         print_arithmetic(shape)
     for published in LARGE if device.type == "cuda" else [SMALL]:
@@ -305,14 +277,16 @@ def main() -> None:
         if device.type == "cpu":
             print_arithmetic(shape)
         calls = attention_calls(shape, device, dtype, device.type == "cuda" and not arguments.no_flex)
-        attention = interleaved(calls, arguments.rounds, device)
-        # Joint rows and the mask of a 14B shape would stand in the way of R5.
+        with torch.inference_mode():
+            attention = benchmark.interleaved(calls, arguments.rounds, device)
+        # The joint rows and the mask of a 14B shape would raise the peak that R5 measures.
         del calls
         steps = Steps(shape, device, dtype)
         steps.check(shape, dtype)
         steps.check_flops(shape)
         ways = {"plain": steps.plain, "cached": steps.cached, "branch in it": steps.every, "prefill": steps.prefill}
-        times = interleaved(ways, arguments.rounds, device)
+        with torch.inference_mode():
+            times = benchmark.interleaved(ways, arguments.rounds, device)
         print(f"{'shape':<12}{'what':<11}{'form':<16}{'median ms':>11}{'min':>11}{'max':>11}")
         print_times(shape, "attention", attention)
         print_times(shape, "step", times)

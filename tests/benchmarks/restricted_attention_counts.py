@@ -1,12 +1,12 @@
-"""What arithmetic says of R1 to R5: FLOPs and bytes of a Wan step with a reference and without, by formula."""
+"""R1 to R5 by arithmetic: FLOPs and bytes of a Wan step with and without a reference."""
 
 from dataclasses import dataclass
 
 # Stand-In: 20 steps, two halves of CFG.
 CALLS = 40
-# Assumed, not measured: of the rate of matrix products, what makes the R1 of arithmetic 1.018 and 1.010.
+# The attention's share of the rate of matrix products; assumed, not measured: R1 is then 1.018 and 1.010.
 ATTENTION_RATE = 0.8
-# FLOPs for each byte at the peaks on an H100's data sheet: 989 TFLOP/s in bf16, 3.35 TB/s.
+# FLOPs per byte at the peak rates in the H100's data sheet: 989 TFLOP/s in bf16, 3.35 TB/s.
 BALANCE = 295
 
 
@@ -104,9 +104,9 @@ def copied_bytes(shape: Shape) -> int:
 
 
 def extra_peak_bytes(shape: Shape) -> float:
-    """What a step takes beyond a plain one: cache, adapter, and the buffers as far as they stand above its peak.
+    """What a step takes beyond a plain one: cache, adapter, and the part of the buffers above its peak.
 
-    Activations in rows of the width, as the host's block holds them: 6 in the self-attention (x, its modulated norm,
+    Activations in rows of the width, as ComfyUI's block holds them: 6 in the self-attention (x, its modulated norm,
     q, k, v, out), and in the feed-forward x, its norm and the hidden rows before and after GELU.
     """
     row = shape.n * shape.width * shape.bytes

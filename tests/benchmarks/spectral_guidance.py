@@ -1,7 +1,7 @@
-"""Spectral guidance: analytic gradient against autograd, and its cost beside one UNet step.
+"""Spectral guidance: analytic gradient against autograd, and its cost compared with one UNet step.
 
-`python tests/benchmarks/spectral_guidance.py [--rounds 10] [--no-unet]`, on a GPU where there is one. Rounds
-are interleaved, so that drift hits all alike. Every output is checked against fp64 before anything is timed.
+`python tests/benchmarks/spectral_guidance.py [--rounds 10] [--no-unet]`, on a GPU if there is one. Rounds are
+interleaved, so that drift affects all equally. Every output is checked against fp64 before anything is timed.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "workflows")]
 
-from host import environment, scripts  # noqa: E402
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
 scripts.alias_pack()
 
 import torch  # noqa: E402
-from pack.kernels import dispatch  # noqa: E402
 from pack.kernels import spectral_guidance as sg  # noqa: E402
+from support import benchmark  # noqa: E402
 
 # Name, latent, and the family's UNet: (block channels, transformer layers, heads, context, pooled or None).
 ROWS = [
@@ -93,26 +92,6 @@ def unet_step(
     return step
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):
-        for name, call in calls.items():
-            repeats = 1 if name == "UNet step" else 20
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 2:
-                times[name].append(1000 * (time.perf_counter() - start) / repeats)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
@@ -121,7 +100,6 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
-    print(dispatch.explain("spectral_guidance", device))
     print(f"{'latent':<20}{'op':<20}{'median ms':>11}{'min':>9}{'max':>9}{'  ratio'}")
     for title, shape, family in ROWS:
         generator = torch.Generator().manual_seed(0)
@@ -141,7 +119,9 @@ def main() -> None:
             calls["UNet step"] = unet_step(
                 device, torch.float16 if device.type == "cuda" else torch.float32, shape, family
             )
-        times = interleaved(calls, arguments.rounds, device)
+        times = benchmark.interleaved(
+            calls, arguments.rounds, device, lambda name: 1 if name == "UNet step" else 20
+        )
         base = {"analytic gradient": "autograd gradient"}
         for op, values in times.items():
             against = base.get(op, "UNet step")

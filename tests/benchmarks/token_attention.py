@@ -1,12 +1,12 @@
-"""The watch of the subject's tokens: its columns beside the whole map, and a step with it beside one without (R7).
+"""Recording the attention to the subject: columns against the whole map, and a step with and without it (R7).
 
-`python tests/benchmarks/token_attention.py [--rounds 10] [--family sd15]`, on a GPU where there is one. Rounds are
-interleaved, so that drift hits all alike. Before anything is timed, the columns are checked against fp64, the watched
-step's output against the plain one's, bit for bit, and its map against the one of the whole maps.
+`python tests/benchmarks/token_attention.py [--rounds 10] [--family sd15]`, on a GPU if there is one. Rounds are
+interleaved, so that drift affects all equally. Before anything is timed, the columns are checked against fp64, the
+recorded step's output against the plain one's, bit for bit, and its map against that of the whole maps.
 
-A step is one CFG call (batch 2, the subject in one half) of the host's own UNet through the patches that the nodes
-set: `theatre` with its weights, `sd15` (512 x 512) and `sdxl` (1024 x 1024) with random ones. Left out, `--family`
-is the theatre on a CPU and all on a GPU.
+A step is one CFG call (batch 2, the subject in one half) of ComfyUI's own UNet through the patches that the nodes
+set: `theatre` with its weights, `sd15` (512 x 512) and `sdxl` (1024 x 1024) with random ones. Without `--family`
+this is the theatre on a CPU and all of them on a GPU.
 """
 
 from __future__ import annotations
@@ -14,46 +14,35 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
-import time
 import uuid
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("tests", "workflows")]
 
-from host import environment, scripts  # noqa: E402
+from support import benchmark  # noqa: E402
 
-if __name__ == "__main__":
-    environment.enter(ROOT)
-scripts.alias_pack()
-
-import torch  # noqa: E402
-
-_BASE = tempfile.TemporaryDirectory(prefix="understudy-benchmark-")
-scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
+benchmark.start(__name__ == "__main__")
 
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
-import real_configurations  # noqa: E402
+import torch  # noqa: E402
 from pack.kernels.token_attention import chunk_rows, token_attention  # noqa: E402
-from pack.nodes.identity_prior import capture  # noqa: E402
+from pack.nodes.identity_prior import attention  # noqa: E402
 from pack.nodes.identity_prior.config import MaskConfig  # noqa: E402
 from pack.nodes.puppets import theatre  # noqa: E402
+from support import real_configurations  # noqa: E402
 
-CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 COLUMNS = (2, 3)
-# What is watched of each, as one branch of CFG: queries, tokens, heads, width.
+# The recorded layers of each family, for one branch of CFG: queries, tokens, heads, width.
 ATTENTIONS = {
     "theatre, 16 x 16": (256, 40, 2, 32),
     "SD 1.5 at 512, 32 x 32": (1024, 77, 8, 80),
     "SDXL at 1024, 64 x 64": (4096, 77, 10, 64),
     "Wan 14B at 832 x 480 x 81": (32760, 512, 40, 128),
 }
-# The family's real configuration, its latent, tokens and what it takes beside them.
+# The family's real configuration, its latent, its tokens and its other inputs.
 FAMILIES = {
     "theatre": (None, (8, 16, 16), 40, None),
     "sd15": ("SD 1.5", (4, 64, 64), 77, None),
@@ -62,14 +51,14 @@ FAMILIES = {
 
 
 def whole_map(q: torch.Tensor, k: torch.Tensor, heads: int, columns) -> torch.Tensor:
-    """The same shares from all probabilities, as they come out of an attention that gives them."""
+    """The same shares from all probabilities, as an attention that returns them would give."""
     width = q.shape[-1] // heads
     q, k = (x.unflatten(-1, (heads, width)).transpose(1, 2).float() for x in (q, k))
     return ((q @ k.mT) * width**-0.5).softmax(-1)[..., list(columns)].sum(-1).mean(1)
 
 
 class Step:
-    """One CFG call of a family's UNet: plain, or with a watch."""
+    """One CFG call of a family's UNet: plain, or with a recorder."""
 
     def __init__(self, family: str, device: torch.device, dtype: torch.dtype):
         name, latent, tokens, pooled = FAMILIES[family]
@@ -81,9 +70,9 @@ class Step:
 
         context = model.model.model_config.unet_config["context_dim"]
         self.x, self.sigma = drawn(*latent), torch.ones(2, device=device)
-        self.given = {"c_crossattn": drawn(tokens, context)} | ({"y": drawn(pooled)} if pooled else {})
-        self.plain_model, self.model = model, capture.watched(model)
-        self.layers = capture.layers_of(model)
+        self.conditions = {"c_crossattn": drawn(tokens, context)} | ({"y": drawn(pooled)} if pooled else {})
+        self.plain_model, self.model = model, attention.with_recorder(model)
+        self.layers = attention.layers_of(model)
         self.ids = [uuid.uuid4(), uuid.uuid4()]
         self.entries = {self.ids[0]: (COLUMNS, tokens)}
 
@@ -92,28 +81,28 @@ class Step:
 
     def watched(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The step's output, and the map as the blend reads it."""
-        watch = capture.Watch(self.entries, self.layers, MaskConfig(), self.x[:1].shape)
-        return self._run(self.model, {capture.KEY: watch}), watch.heat()
+        recorder = attention.AttentionRecorder(self.entries, self.layers, MaskConfig(), self.x[:1].shape)
+        return self._run(self.model, {attention.KEY: recorder}), recorder.heat()
 
     def by_whole_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        with mock.patch.object(capture, "token_attention", whole_map):
+        with mock.patch.object(attention, "token_attention", whole_map):
             return self.watched()
 
-    def _run(self, model, more: dict) -> torch.Tensor:
-        options = {**model.model_options["transformer_options"], **more}
+    def _run(self, model, extra: dict) -> torch.Tensor:
+        options = {**model.model_options["transformer_options"], **extra}
         options |= {"cond_or_uncond": [0, 1], "uuids": self.ids, "sigmas": self.sigma}
         with torch.inference_mode():
-            return model.model.apply_model(self.x, self.sigma, transformer_options=options, **self.given)
+            return model.model.apply_model(self.x, self.sigma, transformer_options=options, **self.conditions)
 
     def check(self) -> None:
         out, heat = self.watched()
-        assert torch.equal(out, self.plain()), "the watch changed the step"
+        assert torch.equal(out, self.plain()), "the recorder changed the step"
         torch.testing.assert_close(heat, self.by_whole_maps()[1], rtol=1e-4, atol=1e-5)
 
 
 def _theatre():
     theatre.register()
-    return comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[0]
+    return comfy.sd.load_checkpoint_guess_config(str(benchmark.CHECKPOINT))[0]
 
 
 def _random(name: str, device: torch.device, dtype: torch.dtype):
@@ -125,25 +114,6 @@ def _random(name: str, device: torch.device, dtype: torch.dtype):
         parameter.data.normal_(0, 0.02)
         parameter.requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(model, device, device)
-
-
-def interleaved(
-    calls: dict[str, Callable], rounds: int, repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, after one round of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_:
-                times[name].append(1000 * (time.perf_counter() - start) / repeats)
-    return times
 
 
 def report(title: str, times: dict[str, list[float]], against: str, note: str = "") -> None:
@@ -171,16 +141,16 @@ def compare_attentions(rounds: int, device: torch.device, dtype: torch.dtype) ->
         torch.testing.assert_close(
             token_attention(q, k, heads, COLUMNS).cpu().float(), expected.float(), rtol=tolerance, atol=1e-5
         )
-        attention = partial(
+        layer = partial(
             torch.nn.functional.scaled_dot_product_attention,
             *(x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, k)),
         )
         calls = {
             "columns": partial(token_attention, q, k, heads, COLUMNS),
-            "whole map": partial(whole_map, q, k, heads, COLUMNS), "attention": attention,
+            "whole map": partial(whole_map, q, k, heads, COLUMNS), "attention": layer,
         }
         with torch.inference_mode():
-            times = interleaved(calls, rounds, 10, device)
+            times = benchmark.interleaved(calls, rounds, device, lambda _name: 10, warm_up=1)
         report(title, times, "whole map", f"; bytes at once {share:.2%} of it")
 
 
@@ -202,8 +172,9 @@ def main() -> None:
         step = Step(family, device, dtype)
         step.check()
         calls = {"plain": step.plain, "columns": step.watched, "whole maps": step.by_whole_maps}
-        times = interleaved(calls, arguments.rounds, 4 if family == "theatre" else 1, device)
-        layers = len(capture.chosen_layers(step.layers, MaskConfig(), max(step.x.shape[-2:])))
+        repeats = 4 if family == "theatre" else 1
+        times = benchmark.interleaved(calls, arguments.rounds, device, lambda _name, count=repeats: count, warm_up=1)
+        layers = len(attention.chosen_layers(step.layers, MaskConfig(), max(step.x.shape[-2:])))
         report(f"step of {family}", times, "plain", f"; R7, {layers} of {len(step.layers)} layers watched")
 
 

@@ -1,14 +1,14 @@
 """LoRA training: samples per second of the pack's loop, ComfyUI's TrainLoraNode and a plain PEFT loop.
 
-`python tests/benchmarks/training.py [--rounds 10] [--steps 8] [--model theatre|sd15]`, on a GPU where there is
+`python tests/benchmarks/training.py [--rounds 10] [--steps 8] [--model theatre|sd15]`, on a GPU if there is
 one. All three train on the same latents with equal rank, batch and numeric type, in interleaved rounds. `theatre`
 learns eight rendered puppets; `sd15` has SD 1.5's dimensions and random weights. TrainLoraNode always trains every
 layer, hence the row "all linear layers" of ours beside the row "attention", which PEFT is compared with. Only steps
 are timed, not what a run sets up before its first one (TrainLoraNode reads the checkpoint again).
 
-Before anything is timed, every loss is checked to be finite, and ours and PEFT's, from the same start, to be the same
-at every step. On the theatre the learning itself is compared too: the error of the predicted noise on the eight
-pictures, with the same noises and levels for all, after so many steps from the start.
+Before anything is timed, every loss must be finite, and those of ours and of PEFT, from the same start, must be equal
+at every step. On the theatre the learning itself is also compared: the error of the predicted noise on the eight
+pictures, with the same noises and levels for all, after a number of steps from the start.
 """
 
 from __future__ import annotations
@@ -16,51 +16,43 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("tests", "workflows")]
 
-from host import environment, scripts  # noqa: E402
+from support import benchmark  # noqa: E402
 
-if __name__ == "__main__":
-    environment.enter(ROOT)
-scripts.alias_pack()
-
-import torch  # noqa: E402
-
-_BASE = tempfile.TemporaryDirectory(prefix="understudy-benchmark-")
-scripts.add_comfy_path(Path(_BASE.name), cpu=not torch.cuda.is_available())
+benchmark.start(__name__ == "__main__")
 
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import peft  # noqa: E402
+import torch  # noqa: E402
 from comfy_extras.nodes_train import TrainLoraNode  # noqa: E402
 from pack.nodes.puppets import captions, render, theatre, world  # noqa: E402
 from pack.nodes.training import loop, objective  # noqa: E402
 from pack.nodes.training.config import LoraConfig, TrainingConfig  # noqa: E402
-from pack.nodes.training.lora import Adapters  # noqa: E402
+from pack.nodes.training.lora import LoraLayers  # noqa: E402
+from pack.nodes.training.seeds import seed_for  # noqa: E402
 from pack.nodes.training.session import session  # noqa: E402
 
-CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 RANK, RATE, PICTURES, BATCHES = 8, 1e-4, 8, (1, 4)
 CURVE_STEPS, CURVE_RATE, CURVE_LEVELS = (0, 50, 100), 1e-3, 8
 ATTENTION = LoraConfig().layers
 comfy.utils.PROGRESS_BAR_ENABLED = False
 
-# finish(denoiser) -> a figure of what was learnt, taken while it is attached
+# finish(denoiser) -> a measure of what was learned, taken while it is attached
 Finish = Callable[[object], float]
 # run(steps, clock, rate, finish) -> every step's loss, or the figure of `finish`
 Run = Callable[..., list[float] | float]
 
 
 class Clock:
-    """A monitor, and a progress hook of the host, that notes the time after every step."""
+    """A monitor, also usable as ComfyUI's progress hook, that records the time after every step."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -68,7 +60,7 @@ class Clock:
     def check(self) -> None:
         pass
 
-    def progress(self, *_state, **_more) -> None:
+    def progress(self, *_state, **_rest) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
@@ -76,15 +68,18 @@ class Clock:
     def checkpoint(self, _state) -> None:
         pass
 
+    def warn(self, _line) -> None:
+        pass
+
     def seconds(self) -> float:
-        """Of one step, the first one left out: it warms up."""
+        """Seconds per step, without the first one, which warms up."""
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
 def theatre_data():
     """The shipped model, eight rendered puppets as latents [1, 8, 16, 16], and their captions encoded."""
     theatre.register()
-    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3]
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(benchmark.CHECKPOINT))[:3]
     takes = [world.sample_take(i, "validation") for i in range(PICTURES)]
     with torch.no_grad():
         latents = [vae.encode(torch.from_numpy(render.render(take).image)[None].float() / 255) for take in takes]
@@ -142,7 +137,7 @@ def ours(model, latents, prompts, batch: int, layers: str) -> Run:
     def run(steps: int, clock: Clock, rate: float = RATE, finish: Finish | None = None):
         config = TrainingConfig(steps=max(1, steps), learning_rate=rate, batch_size=batch, checkpoint_every=0)
         with session(model, (batch, *latents[0].shape[1:]), config) as denoiser:
-            adapters = Adapters(denoiser.network, LoraConfig(RANK, layers=layers), 0, denoiser.device)
+            adapters = LoraLayers(denoiser.network, LoraConfig(RANK, layers=layers), 0, denoiser.device)
             goal = objective.DenoisingObjective(denoiser, samples_of(denoiser, latents, prompts), config)
             with adapters.attached():
                 losses = loop.train(goal, adapters.parameters(), config, clock) if steps else []
@@ -152,12 +147,12 @@ def ours(model, latents, prompts, batch: int, layers: str) -> Run:
 
 
 def with_peft(model, latents, prompts, batch: int) -> Run:
-    """The same objective, optimiser and start, with PEFT's own layers in the network and a loop written out."""
+    """The same objective, optimiser and start, with PEFT's layers in the network and a plain loop."""
 
     def run(steps: int, clock: Clock, rate: float = RATE, finish: Finish | None = None):
         config = TrainingConfig(steps=max(1, steps), learning_rate=rate, batch_size=batch, checkpoint_every=0)
         with session(model, (batch, *latents[0].shape[1:]), config) as denoiser:
-            start = Adapters(denoiser.network, LoraConfig(RANK), 0, denoiser.device).modules
+            start = LoraLayers(denoiser.network, LoraConfig(RANK), 0, denoiser.device).modules
             settings = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(start))
             peft.inject_adapter_in_model(settings, denoiser.network)
             try:
@@ -172,7 +167,7 @@ def with_peft(model, latents, prompts, batch: int) -> Run:
                 losses = []
                 for step in range(steps):
                     optimiser.zero_grad(set_to_none=True)
-                    loss = goal(step, torch.Generator().manual_seed(loop.step_seed(config.seed, step)))
+                    loss = goal(step, torch.Generator().manual_seed(seed_for(config.seed, "step", step)))
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(weights, config.max_gradient_norm)
                     optimiser.step()
@@ -213,8 +208,8 @@ def native(model, latents, prompts, batch: int, dtype: str) -> Run:
             comfy.utils.set_progress_bar_global_hook(None)
         if finish is None:
             return result.args[1]["loss"]
-        learnt, _ = comfy.sd.load_lora_for_models(model, None, result.args[0], 1.0, 0)
-        with session(learnt, latents[0].shape, TrainingConfig(steps=1, learning_rate=rate)) as denoiser:
+        trained, _ = comfy.sd.load_lora_for_models(model, None, result.args[0], 1.0, 0)
+        with session(trained, latents[0].shape, TrainingConfig(steps=1, learning_rate=rate)) as denoiser:
             return finish(denoiser)
 
     return run

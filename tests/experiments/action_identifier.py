@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -92,9 +92,9 @@ class Stage:
         self.digest = sampling.sha256(checkpoint)
         self.kept = report.Pictures(STATE / f"action_identifier_{self.digest[:12]}")
         # After the host is on the path.
-        from pack.nodes import files
+        from pack.nodes import extension
 
-        files.register_folders()
+        extension.register_folders()
 
     def learnt(self, learning: Learning, action: str) -> dict[str, torch.Tensor]:
         """Tokens by encoder, or a LoRA's weights."""
@@ -144,7 +144,8 @@ class Stage:
     def reading(self, learning: Learning | None, action: str):
         """(MODEL, text -> positive CONDITIONING) that knows the action."""
         import comfy.sd
-        from pack.nodes.action_identifier import encoding, layers, running
+        from pack.nodes.action_identifier import encoding
+        from pack.nodes.action_identifier import sampling as action_sampling
         from pack.nodes.action_identifier.method import ActionIdentifier
 
         model, clip = self.theatre.model, self.theatre.clip
@@ -154,14 +155,14 @@ class Stage:
         if learning.lora:
             model = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)[0]
             return model, lambda take: self.theatre.prompts([text(take, RARE_WORD)])
-        places = layers.places(model.get_model_object("diffusion_model")) if learning.layer_wise else ()
+        places = action_sampling.places(model.get_model_object("diffusion_model")) if learning.layer_wise else ()
         known = [ActionIdentifier(PLACEHOLDER, INITIAL_WORD, weights, places)]
 
         def positive(take: Take) -> list:
             with torch.inference_mode():
-                return running.seal(*encoding.encode(clip, text(take, PLACEHOLDER), known), known)
+                return action_sampling.attach_contexts(*encoding.encode(clip, text(take, PLACEHOLDER), known), known)
 
-        return running.apply(model, 1.0), positive
+        return action_sampling.apply(model, 1.0), positive
 
     def autoencoder(self, arm: Arm, action: str) -> np.ndarray:
         """The true pictures through the autoencoder, for every case and seed: what no arm can surpass."""

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -45,9 +45,9 @@ class VideoStage(action_identifier.Stage):
         self.digest = sampling.sha256(TRANSFORMER)
         self.kept = report.Pictures(STATE / f"action_identifier_wan_{self.digest[:12]}")
         # After the host is on the path.
-        from pack.nodes import files
+        from pack.nodes import extension
 
-        files.register_folders()
+        extension.register_folders()
 
     def _latents(self, takes: list[Take]) -> list[torch.Tensor]:
         pictures = [render.render(take, theatre_wan.SIZE).image[None] for take in takes]

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -174,7 +174,7 @@ def sampled(theatre: sampling.Theatre, model, arm: Arm, stage: Stage, start: int
     positive = theatre.prompts(stage.target_text[some])
     if arm.switch:
         driving = theatre.prompts(stage.driving_text[some])
-        positive = nodes.UnderstudyStepwisePrompt.execute(driving, positive, arm.switch).result[0]
+        positive = nodes.UnderstudyStepwisePrompt.execute(positive, driving, arm.switch).result[0]
     sampler, begin = theatre.sampler(SAMPLER), None
     if arm.denoise < 1:
         begin = theatre.encode(stage.driving[some])

@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "workflows" / "models"
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -93,13 +93,14 @@ class Stage:
         self.masks = np.stack([s.mask | t.mask for s, t in zip(sources, truths, strict=True)])
         self.theatre = sampling.Theatre(sampling.CHECKPOINT, STATE)
         # After the host is on the path.
-        from pack.nodes import files
-        from pack.nodes.fusion_embedding import encoding, fusion_files, running
+        from pack.nodes.files.weights import read
+        from pack.nodes.fusion_embedding import encoding, files
+        from pack.nodes.fusion_embedding import sampling as running
         from pack.nodes.fusion_embedding.config import ApplyConfig
         from pack.nodes.puppets import vision
 
         self._encoding, self._running, self._config = encoding, running, ApplyConfig()
-        self.fusion = fusion_files.unpacked(*files.read(FUSION))
+        self.fusion = files.unpacked(*read(FUSION))
         self.vision = vision.shipped()
 
     def pictures(self, arm: str, start: int, stop: int) -> np.ndarray:
@@ -199,7 +200,7 @@ def main() -> None:
         raise SystemExit(f"{choice.name} is missing: run with --develop first, it chooses the guidance")
     for path in (FUSION, VISION):
         if not path.exists():
-            raise SystemExit(f"{path.name} is missing: train it with workflows/models/train_puppets_fusion.py")
+            raise SystemExit(f"{path.name} is missing: train it with workflows/theatre/train_puppets_fusion.py")
     guidance = GUIDANCE[0] if options.develop else json.loads(choice.read_text())["chosen"]
     count = options.cases or (DEVELOPMENT_CASES if options.develop else CASES)
     stage = Stage([case(i, options.develop) for i in range(count)], guidance)

@@ -57,10 +57,11 @@ class Editor:
     def __init__(self, theatre: sampling.Theatre, stage: Stage, folder: Path):
         self.theatre, self.stage, self.folder = theatre, stage, folder
         # After the host is on the path.
-        from pack.nodes.identity_prior import method, nodes, training_nodes
+        from pack.nodes.identity_prior import nodes, training_nodes
+        from pack.nodes.subject_tokens import Subject
 
         self._nodes, self._train = nodes, training_nodes.UnderstudyTrainIdentityPrior
-        self._identities = [method.Identity(TOKEN, one.species) for one in stage.subjects]
+        self._identities = [Subject(TOKEN, one.species) for one in stage.subjects]
 
     def settings(self, arm: Arm) -> dict:
         """The edit nodes' inputs for an arm: its own, and the nodes' defaults for the rest."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from host import scripts
+from launcher import scripts
 from safetensors import safe_open
 
 CHECKPOINT = scripts.ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
@@ -40,7 +40,7 @@ class Theatre:
 
     def __init__(self, path: Path, state: Path, negative: str = ""):
         if not path.exists():
-            raise SystemExit(f"{path} is missing: train it with workflows/models/train_puppets_sd.py")
+            raise SystemExit(f"{path} is missing: train it with workflows/theatre/train_puppets_sd.py")
         scripts.add_comfy_path(state / "host", cpu=not torch.cuda.is_available())
         import comfy.sample
         import comfy.samplers
@@ -133,7 +133,7 @@ class VideoTheatre(Theatre):
     def __init__(self, transformer: Path, autoencoder: Path, state: Path, frames: int):
         for path in (transformer, autoencoder):
             if not path.exists():
-                raise SystemExit(f"{path} is missing: train it with workflows/models/train_puppets_wan.py")
+                raise SystemExit(f"{path} is missing: train it with workflows/theatre/train_puppets_wan.py")
         super().__init__(CHECKPOINT, state)
         import comfy.sd
         import comfy.utils

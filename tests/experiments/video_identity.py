@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "workflows" / "models"
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, scripts  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -79,10 +79,11 @@ class Stage:
         self.cases = cases
         self.theatre = sampling.VideoTheatre(TRANSFORMER, AUTOENCODER, STATE, theatre_wan.FRAMES)
         # After the host is on the path.
-        from pack.nodes.video_identity import method, reference_picture, running
+        from pack.nodes.video_identity import method, reference_picture
+        from pack.nodes.video_identity import sampling as applying
         from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
 
-        self._method, self._running, self._config = method, running, VideoIdentityConfig()
+        self._method, self._applying, self._config = method, applying, VideoIdentityConfig()
         self._prepare = functools.partial(reference_picture.prepare, config=ReferenceConfig(96, 1.1))
         self.adapter = method.adapter_from(safetensors.torch.load_file(ADAPTER))
         with safe_open(str(ADAPTER), "pt") as file:
@@ -107,7 +108,7 @@ class Stage:
         if arm in variants.VARIANTS:
             return variants.applied(variants.VARIANTS[arm], plain, self.learnt(arm), latent)
         adapter = self.adapter if arm == OURS else self._untrained()
-        return self._running.apply(plain, self._method.identity(adapter, latent, self._config))
+        return self._applying.apply(plain, self._method.video_reference(adapter, latent, self._config))
 
     @functools.cached_property
     def _zero(self):
@@ -124,7 +125,7 @@ class Stage:
         key = report.fingerprint(arm, self.training, sampling.sha256(TRANSFORMER))
         path = STATE / f"video_identity_{arm.split()[0]}_{key}.safetensors"
         if not path.exists():
-            sys.path.append(str(MODELS))
+            sys.path.append(str(ROOT / "workflows" / "theatre"))
             import wan_adapter
             import wan_stages
             fields = {field.name for field in dataclasses.fields(wan_adapter.AdapterConfig)}

@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "workflows" / "models"
 STATE = ROOT / ".cache" / "training" / "puppets_wan"
-sys.path[:0] = [str(ROOT / "tests"), str(MODELS)]
-from host import environment, scripts  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows"), str(ROOT / "workflows" / "theatre")]
+from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
@@ -27,7 +27,6 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
 scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
-import published_wan  # noqa: E402
 import text_encoder  # noqa: E402
 import wan_adapter  # noqa: E402
 import wan_likeness  # noqa: E402
@@ -35,6 +34,7 @@ import wan_looks  # noqa: E402
 import wan_stages as stages  # noqa: E402
 from experiments import report, sampling, video_identity_variants  # noqa: E402
 from pack.nodes.puppets import captions  # noqa: E402
+from support import published_wan  # noqa: E402
 
 CASES, LEVEL, SEED = 48, 0.95, 0x105
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def main() -> None:
     config = stages.Config()
     for name in STAGES:
         if not (STATE / f"{name}.pt").exists():
-            raise SystemExit(f"{STATE / name}.pt is missing: train it with workflows/models/train_puppets_wan.py")
+            raise SystemExit(f"{STATE / name}.pt is missing: train it with workflows/theatre/train_puppets_wan.py")
     file = safetensors.torch.load_file(TRANSFORMER)
     last = wan_looks.trained(STATE, STAGES[-1], config, CPU).state_dict()
     if any(not torch.equal(tensor.half(), file[name]) for name, tensor in last.items()):

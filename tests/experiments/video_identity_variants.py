@@ -6,10 +6,10 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
-import published_wan
 import torch
 from comfy.patcher_extension import WrappersMP
 from pack.nodes.video_identity import training
+from support import published_wan
 
 
 class Vanilla(published_wan.Wan):

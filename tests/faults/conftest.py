@@ -1,13 +1,13 @@
-"""A server of their own for the fault tests, with a cache that runs a changed prompt's sampler again."""
+"""A separate server for the fault tests, whose cache makes a changed prompt sample again."""
 
 import pytest
 from faults import prompts
-from host.server import Server
+from launcher.server import Server
 
 
 @pytest.fixture(scope="session")
 def fault_server(comfy_path, tmp_path_factory):
-    """ComfyUI that remembers the last prompt's results only, so that prompts in turn all sample."""
+    """A ComfyUI that caches only the last prompt's results, so that alternating prompts all sample."""
     base = tmp_path_factory.mktemp("fault_server")
     with Server(comfy_path, base, cpu=True, options=("--cache-classic",)) as server:
         assert prompts.CHECKPOINT in server.model_names("checkpoints"), (
@@ -18,6 +18,6 @@ def fault_server(comfy_path, tmp_path_factory):
 
 @pytest.fixture
 def fresh_server(comfy_path, tmp_path):
-    """A server that keeps no freed memory of earlier prompts, which would be more than a limit says."""
+    """A server without freed memory of earlier prompts, which would add to what a limit allows."""
     with Server(comfy_path, tmp_path, cpu=True, options=("--cache-classic",)) as server:
         yield server

@@ -1,4 +1,4 @@
-"""Hostile safetensors files: each is refused for one reason, written down with it."""
+"""Hostile safetensors files, each with the one reason to refuse it."""
 
 import json
 import random
@@ -9,7 +9,7 @@ Mutant = tuple[str, bytes]
 
 
 def build(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file of this header (JSON text, or an object) and data; `length` overrides the stated one."""
+    """A file with this header (JSON text, or an object) and data; `length` overrides the header's length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -18,8 +18,8 @@ def tensor(dtype: str, shape: list, start: int, end: int) -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def sound(seed: int = 0) -> tuple[dict, bytes]:
-    """Header and data of a file that every reader takes: three tensors and metadata."""
+def valid(seed: int = 0) -> tuple[dict, bytes]:
+    """Header and data of a valid file: three tensors and metadata."""
     generator = random.Random(seed)
     header, offset = {"__metadata__": {"token": "anna", "captions": "a cat\na dog"}}, 0
     for index in range(3):
@@ -30,7 +30,7 @@ def sound(seed: int = 0) -> tuple[dict, bytes]:
 
 
 def structural() -> Iterator[Mutant]:
-    """One file for each way to be wrong that a parser may miss."""
+    """One file for each kind of damage that a parser may miss."""
     one = tensor("F32", [1], 0, 4)
     entry = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     yield "empty file", b""
@@ -38,7 +38,7 @@ def structural() -> Iterator[Mutant]:
     yield "header length only", struct.pack("<Q", 2)
     yield "header length 2^63", build(b"{}", length=1 << 63)
     yield "header length 2^64-1", build(b"{}", length=(1 << 64) - 1)
-    yield "header length one too many", build({"a": one}, b"", length=200)
+    yield "header length too large", build({"a": one}, b"", length=200)
     yield "header length zero", build(b"", b"1234")
     yield "header over the limit", build(b"{" + entry + b" " * (9 << 20) + b"}", b"1234")
     yield "header of a million keys", build(
@@ -51,7 +51,7 @@ def structural() -> Iterator[Mutant]:
     yield "trailing byte", build({"a": one}, b"12345")
     yield "missing byte", build({"a": one}, b"123")
     yield "overlap", build({"a": one, "b": tensor("F32", [1], 2, 6)}, b"123456")
-    yield "two tensors on one place", build({"a": one, "b": one}, b"1234")
+    yield "two tensors in one place", build({"a": one, "b": one}, b"1234")
     yield "hole", build({"a": one, "b": tensor("F32", [1], 8, 12)}, b"123456789abc")
     yield "offset past the end", build({"a": tensor("F32", [1], 4, 8)}, b"1234")
     yield "offsets reversed", build({"a": tensor("F32", [1], 4, 0)}, b"1234")
@@ -68,7 +68,7 @@ def structural() -> Iterator[Mutant]:
         b'{"a":{"dtype":"U8","shape":[' + b",".join([b"1"] * 1_000_000) + b'],"data_offsets":[0,1]}}', b"1"
     )
     yield "unknown dtype", build({"a": tensor("F99", [1], 0, 4)}, b"1234")
-    yield "dtype without a tensor of its own", build({"a": tensor("F6_E2M3", [4], 0, 3)}, b"123")
+    yield "dtype that PyTorch lacks", build({"a": tensor("F6_E2M3", [4], 0, 3)}, b"123")
     yield "dtype of half bytes", build({"a": tensor("F4", [8], 0, 4)}, b"1234")
     yield "dtype that is a number", build({"a": {**one, "dtype": 3}}, b"1234")
     yield "key twice", build(b"{" + entry + b"," + entry + b"}", b"1234")
@@ -79,10 +79,10 @@ def structural() -> Iterator[Mutant]:
     yield "metadata twice", build(b'{"__metadata__":{},"__metadata__":{},' + entry + b"}", b"1234")
     yield "metadata with a number", build({"__metadata__": {"a": 3}, "a": one}, b"1234")
     yield "metadata that is a list", build({"__metadata__": [], "a": one}, b"1234")
-    yield "field more", build({"a": {**one, "extra": {}}}, b"1234")
-    yield "field less", build({"a": {"dtype": "F32", "shape": [1]}}, b"1234")
+    yield "extra field", build({"a": {**one, "extra": {}}}, b"1234")
+    yield "missing field", build({"a": {"dtype": "F32", "shape": [1]}}, b"1234")
     yield "header that is a list", build(b"[" + b"]", b"")
-    yield "header that is no JSON", build(b"pickle", b"1234")
+    yield "header that is not JSON", build(b"pickle", b"1234")
     yield "text after the header", build(b"{" + entry + b"}x", b"1234")
     yield "invalid UTF-8", build(b"{" + entry.replace(b'"a"', b'"\xff"') + b"}", b"1234")
     yield "lone surrogate", build(b"{" + entry.replace(b'"a"', rb'"\ud800"') + b"}", b"1234")
@@ -136,8 +136,8 @@ RANDOM: tuple[Callable[[random.Random, dict, bytes], bytes], ...] = (
 
 
 def seeded(count: int, seed: int = 2) -> Iterator[Mutant]:
-    """`count` random damages of a sound file, each of a kind that leaves no sound file."""
+    """`count` valid files with random damage, each of a kind that always makes the file invalid."""
     for index in range(count):
         generator = random.Random(f"{seed} {index}")
         damage = RANDOM[index % len(RANDOM)]
-        yield f"{damage.__name__} {index}", damage(generator, *sound(index))
+        yield f"{damage.__name__} {index}", damage(generator, *valid(index))

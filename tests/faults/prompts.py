@@ -1,12 +1,12 @@
-"""Small API-format prompts on the puppet theatre, and the exact numbers that they left."""
+"""Small API-format prompts on the puppet theatre, and the exact numbers that they saved."""
 
 import safetensors.torch
 import torch
-from host.server import Server
+from launcher.server import Server
 
 CHECKPOINT = "puppets_sd.safetensors"
 TRANSFORMER, AUTOENCODER = "puppets_wan.safetensors", "puppets_wan_vae.safetensors"
-ADAPTER = "faults.safetensors"  # of random weights, in output/loras
+ADAPTER = "faults.safetensors"  # random weights, in output/loras
 RESULT = "result"  # the node that saves the latent
 SAMPLER = "sample"
 LOADER = "load"
@@ -17,15 +17,15 @@ def node(class_type: str, **inputs) -> dict:
 
 
 def defaults(server: Server, class_type: str) -> dict:
-    """The values a freshly placed node shows in its required widgets."""
-    found = {}
+    """The values that a new node shows in its required widgets."""
+    values = {}
     for name, (kind, *options) in server.object_info()[class_type]["input"]["required"].items():
         options = options[0] if options else {}
         if "default" in options:
-            found[name] = options["default"]
+            values[name] = options["default"]
         elif isinstance(kind, list) or kind == "COMBO":
-            found[name] = (kind if isinstance(kind, list) else options["options"])[0]
-    return found
+            values[name] = (kind if isinstance(kind, list) else options["options"])[0]
+    return values
 
 
 def plain(seed: int = 1, steps: int = 3, name: str = "plain", batch: int = 1) -> dict:
@@ -47,7 +47,7 @@ def plain(seed: int = 1, steps: int = 3, name: str = "plain", batch: int = 1) ->
 
 
 def guided(server: Server, seed: int = 1, steps: int = 3, name: str = "guided", batch: int = 1) -> dict:
-    """The same with the frequency guidance sampler, between two puppets, and the stepwise prompt."""
+    """The same with frequency guidance between two puppets, and a prompt that switches during sampling."""
     prompt = plain(seed, steps, name, batch)
     for role, action in (("source", "standing"), ("driving", "waving")):
         puppet = defaults(server, "UnderstudyPuppet") | {"action": action, "seed": 5}
@@ -85,7 +85,7 @@ def video(
 
 
 def adapter(width: int = 256, blocks: int = 6, rank: int = 2) -> dict[str, torch.Tensor]:
-    """Random weights under the published names; by default of the theatre's size."""
+    """Random adapter weights under the published names, by default of the theatre's size."""
     generator = torch.Generator().manual_seed(0)
     return {
         f"blocks.{i}.self_attn.{name}_loras.{part}.weight": torch.randn(shape, generator=generator) / 10
@@ -101,7 +101,7 @@ def save_adapter(server: Server) -> None:
 
 
 def identified(server: Server, identity: str = "test 3", adapter: str = ADAPTER, **settings) -> dict:
-    """The same with a puppet's reference."""
+    """The same clip with a puppet as its reference."""
     prompt = video(**settings)
     puppet = defaults(server, "UnderstudyPuppet") | {"identity": identity, "action": "standing", "seed": 5}
     picture = {"image": ["puppet", 0], "mask": ["puppet", 1]}
@@ -120,7 +120,7 @@ def identified(server: Server, identity: str = "test 3", adapter: str = ADAPTER,
 
 
 def latent(server: Server, entry: dict) -> torch.Tensor:
-    """The latent that an ended prompt saved, [B, 4, H/8, W/8]. Fails with the server's error otherwise."""
+    """The latent that a finished prompt saved, [B, 4, H/8, W/8]. Fails with the server's error if it failed."""
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
     saved = entry["outputs"][RESULT]["latents"][0]
     path = server.base / "output" / saved["subfolder"] / saved["filename"]

@@ -1,7 +1,7 @@
-"""Reads the files named on standard input, one a line, and answers with what it cost: a process of its own.
+"""Reads the files named on standard input, one per line, in a separate process, and reports the cost of each.
 
-Answers one JSON line a file: the error (None if it was read), CPU seconds, and the peak of memory over the
-start in MB.
+Prints one JSON line per file: the error (null if it was read), CPU seconds, and by how many MB the peak of memory
+exceeds the memory at the start.
 """
 
 import json
@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parents[2] / "workflows"))
 
-from host import scripts  # noqa: E402
+from launcher import scripts  # noqa: E402
 
 scripts.alias_pack()
 scripts.add_comfy_path(Path(sys.argv[1]))
 
-from pack.nodes import files  # noqa: E402
+from pack.nodes.files import names, weights  # noqa: E402
 
 
 def _memory(field: str) -> float:
@@ -28,11 +28,11 @@ def _memory(field: str) -> float:
 def main() -> None:
     for line in sys.stdin:
         path = line.rstrip("\n")
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory in use
         before, start, error = _memory("VmRSS"), time.process_time(), None
         try:
-            files.read(path)
-        except files.WeightFileError as refusal:
+            weights.read(path)
+        except names.WeightFileError as refusal:
             error = str(refusal)
         seconds, megabytes = time.process_time() - start, _memory("VmHWM") - before
         answer = {"path": path, "error": error, "seconds": seconds, "megabytes": megabytes}

@@ -1,7 +1,7 @@
 """Saves weight files in a process that can be killed.
 
     save_worker.py BASE many COUNT VALUE     COUNT files under one name; prints each path
-    save_worker.py BASE kill STAGE ...       one process a STAGE, killed there: a step of saving, each in an
+    save_worker.py BASE kill STAGE ...       one process per STAGE, killed there: a step of saving, each in an
                                              output folder of that name, or milliseconds, all in `output`
 """
 
@@ -12,24 +12,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parents[2] / "workflows"))
 
-from host import scripts  # noqa: E402
+from launcher import scripts  # noqa: E402
 
 scripts.alias_pack()
 scripts.add_comfy_path(Path(sys.argv[1]))
 
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
-from pack.nodes import files  # noqa: E402
+from pack.nodes.files import publishing, weights  # noqa: E402
 
 MEBIBYTES = 4
 
 
 def save(value: int) -> Path:
     """A file whose every element is `value`, which its metadata repeats."""
-    weights = torch.full((MEBIBYTES << 18,), float(value))
-    return files.save({"weight": weights}, {"value": str(value)}, "loras", "anna")
+    weight = torch.full((MEBIBYTES << 18,), float(value))
+    return weights.save({"weight": weight}, {"value": str(value)}, "loras", "anna")
 
 
 def die(*_arguments, **_options) -> None:
@@ -41,12 +41,12 @@ def then_die(function: Callable) -> Callable:
 
 
 STAGES: dict[str, Callable[[], None]] = {
-    "created": lambda: setattr(files, "_lock", die),
+    "created": lambda: setattr(publishing, "_lock", die),
     "written": lambda: setattr(os, "fsync", die),
-    "synced": lambda: setattr(files, "validate", die),
+    "synced": lambda: setattr(weights, "validate", die),
     "checked": lambda: setattr(os, "link", die),
     "linked": lambda: setattr(os, "link", then_die(os.link)),
-    "folder synced": lambda: setattr(files, "_sync_folder", then_die(files._sync_folder)),
+    "folder synced": lambda: setattr(publishing, "_sync_folder", then_die(publishing._sync_folder)),
     "removed": lambda: setattr(Path, "unlink", then_die(Path.unlink)),
 }
 

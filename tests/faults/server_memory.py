@@ -1,17 +1,17 @@
-"""What a server's process takes, and a limit on it. Linux only."""
+"""The memory of a server's process, and a limit on it. Linux only."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from host.server import Server
+from launcher.server import Server
 
 COUNTED = Path("/proc/self/statm").exists()
 
 
 def resident_megabytes(server: Server) -> float:
-    """What lies in memory now."""
+    """Megabytes that the process has in memory now."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
 
@@ -22,9 +22,9 @@ def address_space(server: Server) -> int:
 
 
 def growth(used: list[float], warm_up: int, fifth: int) -> float:
-    """Megabytes a prompt, between the medians of the first and the last fifth after a warm-up.
+    """Megabytes per prompt, between the medians of the first and the last fifth after a warm-up.
 
-    Medians, since the allocator moves in steps.
+    Medians, since the allocator grows in steps.
     """
     first, last = sorted(used[warm_up : warm_up + fifth]), sorted(used[-fifth:])
     return (last[fifth // 2] - first[fifth // 2]) / (len(used) - warm_up - fifth)
@@ -32,7 +32,7 @@ def growth(used: list[float], warm_up: int, fifth: int) -> float:
 
 @contextlib.contextmanager
 def limited(server: Server, limit: int) -> Iterator[None]:
-    """The process gets no more than this many bytes of address space."""
+    """Limit the process to `limit` bytes of address space."""
     import resource  # not on Windows
 
     before = resource.prlimit(server.process.pid, resource.RLIMIT_AS)

@@ -1,8 +1,7 @@
-"""The action identifier in a real server: learn, save, load, apply, cancel in each phase, resume, wrong wiring."""
+"""The action identifier in a real server: train, save, load, apply, cancel in each phase, resume, wrong wiring."""
 
 import itertools
 import json
-import time
 
 import pytest
 import safetensors.torch
@@ -15,7 +14,7 @@ TEXT = "a blue cat <action> on a beach"
 
 
 def training(server, steps=3, pictures=2, **widgets) -> dict:
-    """Two puppets of one action; what is learnt is saved under a name of this prompt alone."""
+    """Train on two puppets with one action and save the result under a name that only this prompt uses."""
     puppets = prompts.defaults(server, "UnderstudyPuppetSet") | {
         "count": pictures, "actions": "saluting", "identities": "random", "scenes": "", "seed": 4,
     }
@@ -52,7 +51,7 @@ def trained(server, prompt):
 
 
 def applied(server, name, strength=1.0, text=TEXT, apply=True) -> dict:
-    """Plain sampling whose positive holds a loaded action."""
+    """Plain sampling with a loaded action in the positive prompt."""
     prompt = prompts.plain()
     prompt["action"] = prompts.node("UnderstudyLoadActionIdentifier", action_name=name)
     prompt["positive"] = prompts.node(
@@ -79,19 +78,19 @@ def no_files_left(fault_server):
             path.unlink()
 
 
-def test_an_action_is_learnt_saved_loaded_and_applied(fault_server):
+def test_an_action_is_trained_saved_loaded_and_applied(fault_server):
     plain = prompts.run(fault_server, prompts.plain(seed=8))
     path = trained(fault_server, training(fault_server))
     (tokens,) = safetensors.torch.load_file(path).values()
     assert tokens.shape[1:] == (1, 128) and not torch.equal(tokens[0], tokens[1])
     exported = list((fault_server.base / "output" / "embeddings").glob("*.safetensors"))
-    assert [list(safetensors.torch.load_file(found)) for found in exported] == [["emb_params"]]
-    learnt = prompts.run(fault_server, applied(fault_server, path.name))
+    assert [list(safetensors.torch.load_file(path)) for path in exported] == [["emb_params"]]
+    sampled = prompts.run(fault_server, applied(fault_server, path.name))
     word = prompts.plain()
     word["positive"]["inputs"]["text"] = TEXT.replace("<action>", "waving")
     expected = prompts.run(fault_server, word)
     assert torch.equal(prompts.run(fault_server, applied(fault_server, path.name, 0.0)), expected)
-    assert torch.isfinite(learnt).all() and not torch.equal(learnt, expected)
+    assert torch.isfinite(sampled).all() and not torch.equal(sampled, expected)
     assert "connect Apply Action Identifier" in error(fault_server, applied(fault_server, path.name, apply=False))
     assert "text does not contain <action>" in error(fault_server, applied(fault_server, path.name, text="a cat"))
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=8)), plain), "the model was left changed"
@@ -129,12 +128,7 @@ def test_cancelled_in_contexts_and_in_tokens_it_leaves_the_model_alone(fault_ser
     assert checkpoints(fault_server) == []
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=9)), plain)
     prompt = training(fault_server, steps=10_000, checkpoint_every=1)
-    prompt_id = fault_server.submit(prompt)
-    deadline = time.monotonic() + 120
-    while not checkpoints(fault_server) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    fault_server.interrupt()
-    assert prompts.message(fault_server.wait(prompt_id, timeout=120), "execution_interrupted")
+    drives.cancel_after_checkpoint(fault_server, prompt, checkpoints)
     (state,) = checkpoints(fault_server)
     tensors = safetensors.torch.load_file(state)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
@@ -147,7 +141,7 @@ def test_resumed_it_equals_the_whole_run_and_other_settings_are_refused(fault_se
     trained(fault_server, training(fault_server, steps=3, checkpoint_every=2))
     (state,) = checkpoints(fault_server)
     resumed = trained(fault_server, training(fault_server, steps=4, resume_from=state.name))
-    found = safetensors.torch.load_file(resumed)
-    assert all(torch.equal(found[key], tensor) for key, tensor in whole.items())
+    tensors = safetensors.torch.load_file(resumed)
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in whole.items())
     other = training(fault_server, steps=4, resume_from=state.name, merge="intersection")
     assert "made with merge 'union' and this run has 'intersection'" in error(fault_server, other)

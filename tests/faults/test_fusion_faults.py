@@ -6,9 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 from faults import prompts
-from host.server import PACK_NAME, Server
+from launcher.server import PACK_NAME, Server
 
-# A pack of the tests' own, since ComfyUI's loader takes image encoders of known sizes only.
+# A custom node for these tests, since ComfyUI's loader takes only image encoders of known sizes.
 LOADER = '''
 import comfy.clip_vision
 import torch
@@ -28,11 +28,11 @@ class TinyVision:
         return {"required": {"width": ("INT", {"default": 12})}}
 
     def make(self, width):
-        made = comfy.clip_vision.ClipVisionModel({**CONFIG, "projection_dim": width})
-        for i, parameter in enumerate(made.model.parameters()):
+        vision = comfy.clip_vision.ClipVisionModel({**CONFIG, "projection_dim": width})
+        for i, parameter in enumerate(vision.model.parameters()):
             drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
             parameter.data = (0.3 * drawn + (parameter.ndim == 1)).to(parameter.dtype)
-        return (made,)
+        return (vision,)
 
 
 NODE_CLASS_MAPPINGS = {"TinyVision": TinyVision}
@@ -42,7 +42,7 @@ FOLDER = "fusion_embeddings"
 
 @pytest.fixture(scope="module")
 def server(comfy_path, tmp_path_factory):
-    """A server whose second pack gives a tiny image encoder."""
+    """A server with a second pack, whose node makes a tiny image encoder."""
     base = tmp_path_factory.mktemp("fusion_server")
     (base / "custom_nodes" / "tiny_vision").mkdir(parents=True)
     (base / "custom_nodes" / "tiny_vision" / "__init__.py").write_text(LOADER)
@@ -85,8 +85,8 @@ def applying(server, fusion_name, name="applied", seed=1, source="test 5", batch
     """The source puppet in another one's pose."""
     prompt = prompts.plain(seed, 2, name, batch)
     prompt["empty"]["inputs"] |= {"width": 64, "height": 64}
-    for role, who, action in (("source", source, "standing"), ("driver", "test 6", "waving")):
-        puppet = {"identity": who, "action": action, "size": 64, "seed": 5}
+    for role, identity, action in (("source", source, "standing"), ("driver", "test 6", "waving")):
+        puppet = {"identity": identity, "action": action, "size": 64, "seed": 5}
         prompt[role] = prompts.node("UnderstudyPuppet", **prompts.defaults(server, "UnderstudyPuppet") | puppet)
     prompt |= {
         "vision": prompts.node("TinyVision", width=12),
@@ -186,8 +186,8 @@ def test_cancelled_trainings_keep_their_state_and_leave_everything_alone(server,
 
 
 def saved(server, name, tensors, **metadata):
-    kept = {"kind": "understudy fusion", "unet": "none", **metadata}
-    safetensors.torch.save_file(tensors, server.base / "output" / FOLDER / name, kept)
+    header = {"kind": "understudy fusion", "unet": "none", **metadata}
+    safetensors.torch.save_file(tensors, server.base / "output" / FOLDER / name, header)
     return name
 
 
@@ -220,7 +220,8 @@ def test_what_does_not_fit_is_said_before_sampling_and_the_server_lives_on(serve
     other = alone | {key: torch.zeros(99, tensors[key].shape[1]), key.replace("weight", "bias"): torch.zeros(99)}
     wrong = applying(server, saved(server, "wrong.safetensors", other), combine={"clip_vision": ["vision", 0]})
     cases.append((wrong, "gives 99 channels and the model takes 128"))
-    cases.append((applying(server, saved(server, "odd.safetensors", {"x": torch.zeros(2)})), "'x' beside its parts"))
+    odd = saved(server, "odd.safetensors", {"x": torch.zeros(2)})
+    cases.append((applying(server, odd), "'x' belongs to no part"))
     for prompt, words in cases:
         entry = server.queue(prompt)
         if words is None:

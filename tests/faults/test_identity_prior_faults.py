@@ -1,11 +1,10 @@
 """The identity prior in a real server: train, save, cancel, invert and edit, refuse, and what comes after."""
 
 import itertools
-import time
 
 import safetensors.torch
 import torch
-from faults import prompts
+from faults import drives, prompts
 from faults.test_training_faults import checkpoints, same
 
 NUMBERS = itertools.count()
@@ -20,7 +19,7 @@ def puppets(server, prompt, count=2):
 
 
 def training(server, steps=2, **widgets):
-    """A prior trained on two puppets and saved under a name of this prompt alone."""
+    """A prior trained on two puppets and saved under a name that only this prompt uses."""
     prompt = {prompts.LOADER: prompts.node("CheckpointLoaderSimple", ckpt_name=prompts.CHECKPOINT)}
     puppets(server, prompt)
     settings = prompts.defaults(server, "UnderstudyTrainIdentityPrior") | {
@@ -85,13 +84,7 @@ def test_a_prior_is_trained_cancelled_and_trained_again(fault_server):
     plain = prompts.run(fault_server, prompts.plain())
     first = trained(fault_server, training(fault_server))
     long = training(fault_server, steps=10_000, checkpoint_every=1)
-    prompt_id = fault_server.submit(long)
-    deadline = time.monotonic() + 120
-    while not checkpoints(fault_server) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    fault_server.interrupt()
-    entry = fault_server.wait(prompt_id, timeout=120)
-    assert prompts.message(entry, "execution_interrupted"), entry["status"]
+    drives.cancel_after_checkpoint(fault_server, long, checkpoints)
     assert not priors(fault_server, long)
     for path in checkpoints(fault_server):
         assert all(torch.isfinite(tensor).all() for tensor in safetensors.torch.load_file(path).values())
@@ -112,8 +105,8 @@ def test_an_edit_runs_repeats_and_keeps_what_it_must(fault_server):
     saved = kept_entry["outputs"]["kept"]["latents"][0]
     path = fault_server.base / "output" / saved["subfolder"] / saved["filename"]
     source = safetensors.torch.load_file(path)["latent_tensor"]
-    kept = prompts.latent(fault_server, kept_entry)
-    torch.testing.assert_close(kept, source, rtol=1e-4, atol=1e-5)
+    result = prompts.latent(fault_server, kept_entry)
+    torch.testing.assert_close(result, source, rtol=1e-4, atol=1e-5)
     assert (edit - source).abs().mean() > 0.01
     assert torch.equal(prompts.run(fault_server, editing(fault_server, prior)), edit)
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=8)), plain), "patches leaked"

@@ -1,4 +1,4 @@
-"""Kills, full disks and two processes at once while weight files are saved."""
+"""Saving weight files with kills, full disks and two processes at once."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from pack.nodes import files
+from pack.nodes.files import publishing, weights
 
 WORKER = Path(__file__).with_name("save_worker.py")
 STAGES = ["created", "written", "synced", "checked", "linked", "folder synced", "removed"]
@@ -33,10 +33,10 @@ def start(base: Path, *arguments: str) -> subprocess.Popen:
 
 
 def check_whole(folder: Path) -> int:
-    """Read every weight file of the folder, all of whose values must be the one in its metadata; how many."""
+    """Read every weight file of the folder and return their number; all values must equal the one in the metadata."""
     paths = list(folder.glob("*.safetensors"))
     for path in paths:
-        tensors, metadata = files.read(path)
+        tensors, metadata = weights.read(path)
         assert (tensors["weight"] == float(metadata["value"])).all(), path
     return len(paths)
 
@@ -56,7 +56,7 @@ def test_kill_at_each_step_of_saving_leaves_a_whole_file_or_none(output, monkeyp
         whole = check_whole(folder)
         assert whole == (stage in ("linked", "folder synced", "removed")), stage
         assert len(list(folder.iterdir())) == whole + (stage != "removed"), stage
-        saved = files.save({"weight": torch.zeros(1)}, {"value": "0"}, "loras", "anna")
+        saved = weights.save({"weight": torch.zeros(1)}, {"value": "0"}, "loras", "anna")
         assert saved.name == f"anna_{whole + 1:05}_.safetensors"
         assert len(list(folder.iterdir())) == whole + 1, stage  # what the kill left is swept
 
@@ -74,30 +74,30 @@ def test_kills_at_random_moments_tear_no_file(output):
 @pytest.mark.soak
 def test_fifty_kills_at_random_moments_tear_no_file(output):
     kill(output, milliseconds(50))
-    assert check_whole(output) > 0  # some saves did end before their kill
-    files.save({"weight": torch.zeros(1)}, {"value": "0"}, "loras", "anna")
+    assert check_whole(output) > 0  # some saves were complete before their kill
+    weights.save({"weight": torch.zeros(1)}, {"value": "0"}, "loras", "anna")
     assert list(output.glob(".understudy-*")) == []
 
 
 def test_two_processes_on_one_name_lose_and_cross_nothing(output):
     workers = [start(output.parent.parent, "many", "15", str(value)) for value in (1, 2)]
     paths = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
-    assert [len(own) for own in paths] == [15, 15]
-    assert {Path(path).name for own in paths for path in own} == {
+    assert [len(process_paths) for process_paths in paths] == [15, 15]
+    assert {Path(path).name for process_paths in paths for path in process_paths} == {
         f"anna_{number:05}_.safetensors" for number in range(1, 31)
     }
     assert check_whole(output) == 30
-    for value, own in zip(("1", "2"), paths, strict=True):
-        assert {files.read(path)[1]["value"] for path in own} == {value}
+    for value, process_paths in zip(("1", "2"), paths, strict=True):
+        assert {weights.read(path)[1]["value"] for path in process_paths} == {value}
     assert len(list(output.iterdir())) == 30
 
 
 def test_the_sweep_spares_a_file_that_is_being_written(output):
-    held, descriptor = files._open_temporary(output)
-    files.save({"weight": torch.zeros(1)}, {}, "loras", "anna")
+    held, descriptor = publishing._open_temporary(output)
+    weights.save({"weight": torch.zeros(1)}, {}, "loras", "anna")
     assert held.exists()
     os.close(descriptor)
-    files.save({"weight": torch.zeros(1)}, {}, "loras", "anna")
+    weights.save({"weight": torch.zeros(1)}, {}, "loras", "anna")
     assert not held.exists()
 
 
@@ -107,8 +107,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("step", ["write", "fsync", "open"])
 def test_a_full_disk_is_said_and_leaves_nothing_behind(output, monkeypatch, step):
-    weights = {"weight": torch.zeros(1 << 18)}
-    files.save(weights, {}, "loras", "anna")
+    tensors = {"weight": torch.zeros(1 << 18)}
+    weights.save(tensors, {}, "loras", "anna")
     before = snapshot(output)
 
     def full(*_arguments):
@@ -122,7 +122,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(output, monkeypatch, step
     try:
         message = r"'anna' could not be saved in .*loras.*nothing was written"
         with pytest.raises(OSError, match=message) as caught:
-            files.save(weights, {}, "loras", "anna")
+            weights.save(tensors, {}, "loras", "anna")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         monkeypatch.undo()
@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(output, monkeypatch, step
 def test_a_folder_that_cannot_be_written_is_said(output):
     (output / "people").touch()
     with pytest.raises(OSError, match="could not be saved"):
-        files.save({"weight": torch.zeros(1)}, {}, "loras", "people/anna")
+        weights.save({"weight": torch.zeros(1)}, {}, "loras", "people/anna")
 
 
 def test_a_disk_without_hard_links_still_overwrites_nothing(output, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_disk_without_hard_links_still_overwrites_nothing(output, monkeypatch)
     monkeypatch.setattr(os, "link", refuse)
     (output / "anna_00002_.safetensors").write_bytes(b"someone's")
     monkeypatch.setattr(folder_paths, "get_save_image_path", lambda *_: (str(output), "anna", 1, "", "anna"))
-    names = [files.save({"weight": torch.zeros(1)}, {"value": "0"}, "loras", "anna").name for _ in range(2)]
+    names = [weights.save({"weight": torch.zeros(1)}, {"value": "0"}, "loras", "anna").name for _ in range(2)]
     assert names == ["anna_00001_.safetensors", "anna_00003_.safetensors"]
     assert (output / "anna_00002_.safetensors").read_bytes() == b"someone's"
     assert len(list(output.iterdir())) == 3

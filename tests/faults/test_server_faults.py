@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 from faults import drives, prompts, server_memory
-from host.server import Server, ServerError
+from launcher.server import Server, ServerError
 from PIL import Image
 
 
@@ -71,7 +71,7 @@ def test_queued_prompts_are_independent(fault_server):
 
 
 def save_latent(server: Server, name: str, samples: torch.Tensor) -> dict:
-    """A node that loads these samples, as the host's own Save Latent would have written them."""
+    """A node that loads these samples, as ComfyUI's Save Latent would have written them."""
     content = {"latent_tensor": samples, "latent_format_version_0": torch.tensor([])}
     safetensors.torch.save_file(content, server.base / "input" / f"{name}.latent")
     return prompts.node("LoadLatent", latent=f"{name}.latent")
@@ -97,7 +97,7 @@ def test_bad_latents_give_a_node_s_error_and_the_server_lives_on(fault_server, c
     error = prompts.message(entry, "execution_error")
     assert error, f"{case} as {role} ran to the end: {entry['status']}"
     assert error["node_id"] in ("guidance", prompts.SAMPLER)
-    # Our own words, and not those of a tensor operation somewhere inside.
+    # The pack's own message, not that of a tensor operation.
     assert error["exception_type"] == "ValueError" and role in error["exception_message"]
     assert torch.isfinite(prompts.run(fault_server, prompts.plain())).all()
 
@@ -110,7 +110,7 @@ def test_one_guide_serves_a_batch(fault_server, batch):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
 def test_pictures_with_alpha_and_grey_ones_are_sources(fault_server, mode):
-    """The host's loader turns them into RGB; a transparent and a grey picture guide like any other."""
+    """ComfyUI's loader converts them to RGB, so that a transparent and a grey picture guide like any other."""
     picture = Image.radial_gradient("L").resize((128, 128)).convert(mode)
     picture.save(fault_server.base / "input" / f"{mode}.png")
     prompt = prompts.guided(fault_server)

@@ -17,7 +17,7 @@ NUMBERS = itertools.count()
 
 
 def training(server, steps=6, seed=0, **widgets) -> dict:
-    """A pair of puppets trained on for a few steps; the LoRA is saved under a name of this prompt alone."""
+    """Train on two puppets for a few steps and save the LoRA under a name that only this prompt uses."""
     prompt = {prompts.LOADER: prompts.node("CheckpointLoaderSimple", ckpt_name=prompts.CHECKPOINT)}
     settings = prompts.defaults(server, "UnderstudyTrainSourceDrivingPair") | {
         "model": [prompts.LOADER, 0], "clip": [prompts.LOADER, 1], "vae": [prompts.LOADER, 2],
@@ -62,7 +62,7 @@ def no_files_left(fault_server):
 
 
 def cancel(server, seconds, **settings):
-    """Cancel a training that would run for many minutes, this long after its first step."""
+    """Cancel a training that would run for many minutes, `seconds` after its first step."""
     prompt = training(server, steps=10_000, checkpoint_every=1, **settings)
     prompt_id = server.submit(prompt)
     deadline = time.monotonic() + 120
@@ -111,7 +111,7 @@ def test_a_training_resumed_from_its_checkpoint_equals_the_whole_one(fault_serve
     assert "made with rank 2 and this run has 3" in error["exception_message"]
 
 
-def test_previews_change_nothing_of_what_is_learnt(fault_server):
+def test_previews_do_not_change_the_training(fault_server):
     plain = prompts.run(fault_server, prompts.plain(seed=3))
     alone = trained(fault_server, training(fault_server, seed=7))
     watched = trained(fault_server, training(fault_server, seed=7, preview_every=2))

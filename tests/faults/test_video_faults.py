@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 from faults import drives, prompts, server_memory
-from host.server import Server
+from launcher.server import Server
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,7 +66,7 @@ def test_queued_videos_are_independent(fault_server):
 
 def test_models_unloaded_in_mid_run_change_nothing(fault_server):
     clean = prompts.run(fault_server, prompts.identified(fault_server, steps=12))
-    prompts.run(fault_server, prompts.video())  # so that the next one is not remembered
+    prompts.run(fault_server, prompts.video())  # so that the next one is not cached
     prompt_id = fault_server.submit(prompts.identified(fault_server, steps=12))
     fault_server.post("/free", {"unload_models": True, "free_memory": True})
     result = prompts.latent(fault_server, fault_server.wait(prompt_id))

@@ -29,8 +29,8 @@ def test_channels_below_the_context_s_and_above_the_action_s_threshold(shape, pe
     anchor, same_action, same_context = gradients(shape)
     context, low = reference(anchor, same_action, percentile)
     action, high = reference(anchor, same_context, percentile)
-    free = channel_mask.context_free(anchor, same_action, percentile)
-    of_it = channel_mask.of_the_action(anchor, same_context, percentile)
+    free = channel_mask.context_invariant(anchor, same_action, percentile)
+    of_it = channel_mask.action_sensitive(anchor, same_context, percentile)
     np.testing.assert_array_equal(free.numpy(), context <= low)
     np.testing.assert_array_equal(of_it.numpy(), action > high)
     merged = {
@@ -45,8 +45,8 @@ def test_a_hand_computed_vector():
     anchor = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0])
     same_action = torch.tensor([1.0, -2.0, 3.0, 4.0, 5.0])  # differences 1 2 3 4 5, the third of five at 0.5
     same_context = torch.tensor([5.0, 4.0, -3.0, 2.0, 1.0])
-    free = channel_mask.context_free(anchor, same_action, 0.5).tolist()
-    of_it = channel_mask.of_the_action(anchor, same_context, 0.5).tolist()
+    free = channel_mask.context_invariant(anchor, same_action, 0.5).tolist()
+    of_it = channel_mask.action_sensitive(anchor, same_context, 0.5).tolist()
     assert (free, of_it) == ([True, True, True, False, False], [True, True, False, False, False])
 
 
@@ -56,11 +56,11 @@ def test_a_hand_computed_vector():
 )
 def test_shares_follow_the_percentile_and_union_holds_intersection(values, percentile):
     anchor, same_action, same_context = torch.from_numpy(values)
-    free = channel_mask.context_free(anchor, same_action, percentile)
-    higher = channel_mask.context_free(anchor, same_action, percentile + 0.1)
+    free = channel_mask.context_invariant(anchor, same_action, percentile)
+    higher = channel_mask.context_invariant(anchor, same_action, percentile + 0.1)
     assert (higher | ~free).all(), "a higher percentile leaves out what a lower one keeps"
-    of_it = channel_mask.of_the_action(anchor, same_context, percentile)
-    assert not (channel_mask.of_the_action(anchor, same_context, percentile + 0.1) & ~of_it).any()
+    of_it = channel_mask.action_sensitive(anchor, same_context, percentile)
+    assert not (channel_mask.action_sensitive(anchor, same_context, percentile + 0.1) & ~of_it).any()
     both = channel_mask.channel_mask(anchor, same_action, same_context, percentile, "intersection")
     either = channel_mask.channel_mask(anchor, same_action, same_context, percentile, "union")
     assert torch.equal(both, free & of_it) and torch.equal(either, free | of_it)
@@ -76,7 +76,7 @@ def test_each_vector_has_thresholds_of_its_own():
     together = channel_mask.channel_mask(anchor, same_action, same_context, 0.6, "union")
     assert torch.equal(together, torch.stack(alone))
     scaled = channel_mask.channel_mask(anchor * 1000, same_action * 1000, same_context * 1000, 0.6, "union")
-    assert torch.equal(scaled, together), "a step's loss weight would decide what is learnt"
+    assert torch.equal(scaled, together), "a step's loss weight would decide what is learned"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -87,5 +87,5 @@ def test_every_floating_type(dtype):
 
 def test_gradients_that_are_all_equal_move_by_the_context_alone():
     same = torch.ones(2, 1, 8)
-    assert channel_mask.context_free(same, same, 0.6).all()
-    assert not channel_mask.of_the_action(same, same, 0.6).any()
+    assert channel_mask.context_invariant(same, same, 0.6).all()
+    assert not channel_mask.action_sensitive(same, same, 0.6).any()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.kernels import fusion_embedding
-from pack.nodes.fusion_embedding import method
+from pack.nodes.fusion_embedding import layout
 
 
 def random(seed, *shape):
@@ -16,8 +16,8 @@ def random(seed, *shape):
 
 
 def weights(width=6, projection=5, hidden=4, seed=0):
-    made = method.new_combiner(width, projection, hidden, torch.Generator().manual_seed(seed))
-    return {key: value.double() for key, value in made.items()}
+    initial = layout.new_combiner(width, projection, hidden, torch.Generator().manual_seed(seed))
+    return {key: value.double() for key, value in initial.items()}
 
 
 def published(source, pose, w):
@@ -30,7 +30,7 @@ def published(source, pose, w):
     def relu(x):
         return [max(0.0, v) for v in x]
 
-    found = []
+    vectors = []
     for e_s, e_p in zip(source.tolist(), pose.tolist(), strict=True):
         a, b = relu(affine("pose_projection", e_p)), relu(affine("source_projection", e_s))
         c = a + b
@@ -39,8 +39,8 @@ def published(source, pose, w):
         mixed = affine("output", relu(affine("mixing", c)))
         e_f = [m + sigma * p + (1 - sigma) * s for m, p, s in zip(mixed, e_p, e_s, strict=True)]
         length = math.sqrt(sum(v * v for v in e_f))
-        found.append([v / length for v in e_f])
-    return torch.tensor(found, dtype=torch.float64)
+        vectors.append([v / length for v in e_f])
+    return torch.tensor(vectors, dtype=torch.float64)
 
 
 @settings(max_examples=20)
@@ -48,21 +48,21 @@ def published(source, pose, w):
 def test_the_combiner_is_the_published_formula(count, width, projection, hidden, seed):
     w = weights(width, projection, hidden, seed)
     source, pose = 3 * random(seed + 1, count, width), 3 * random(seed + 2, count, width)
-    found = fusion_embedding.combine(source, pose, w)
-    torch.testing.assert_close(found, published(source, pose, w), rtol=0, atol=1e-12)
+    actual = fusion_embedding.combine(source, pose, w)
+    torch.testing.assert_close(actual, published(source, pose, w), rtol=0, atol=1e-12)
     single = fusion_embedding.combine(source.float(), pose.float(), {k: v.float() for k, v in w.items()})
-    torch.testing.assert_close(single.double(), found, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(count, dtype=torch.float64))
+    torch.testing.assert_close(single.double(), actual, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.norm(dim=1), torch.ones(count, dtype=torch.float64))
 
 
 def test_two_numbers_by_hand():
     """W_o is 0 and the gate is sigmoid(0): the mean of pose and source, at unit length."""
     w = {key: torch.zeros_like(value) for key, value in weights(2).items()}
-    found = fusion_embedding.combine(torch.tensor([[2.0, 0.0]]), torch.tensor([[4.0, 8.0]]), _single(w))
-    torch.testing.assert_close(found, torch.tensor([[0.6, 0.8]]))
+    actual = fusion_embedding.combine(torch.tensor([[2.0, 0.0]]), torch.tensor([[4.0, 8.0]]), _single(w))
+    torch.testing.assert_close(actual, torch.tensor([[0.6, 0.8]]))
     w["gate.bias"] = torch.tensor([math.log(3.0)])  # sigmoid is 3/4, of the pose
-    found = fusion_embedding.combine(torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]]), _single(w))
-    torch.testing.assert_close(found, torch.tensor([[1.0, 3.0]]) / 10**0.5)
+    actual = fusion_embedding.combine(torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]]), _single(w))
+    torch.testing.assert_close(actual, torch.tensor([[1.0, 3.0]]) / 10**0.5)
 
 
 def _single(w):
@@ -73,12 +73,12 @@ def _single(w):
 @given(st.integers(1, 5), st.integers(2, 6), st.floats(0.05, 1.0), st.integers(0, 1000))
 def test_the_loss_is_the_published_formula(count, width, temperature, seed):
     source, target, fused = (2 * random(seed + i, count, width).numpy() for i in range(3))
-    wanted, found = np.concatenate([target, source]), np.concatenate([fused, source])
+    wanted, actual = np.concatenate([target, source]), np.concatenate([fused, source])
     total = 0.0
     for i, t in enumerate(wanted):
-        row = [t @ f / (np.linalg.norm(t) * np.linalg.norm(f) * temperature) for f in found]
+        row = [t @ f / (np.linalg.norm(t) * np.linalg.norm(f) * temperature) for f in actual]
         total += math.log(sum(math.exp(v - max(row)) for v in row)) + max(row) - row[i]
-    expected = total / len(wanted) + 0.3 * np.abs(np.concatenate([source, source]) - found).mean()
+    expected = total / len(wanted) + 0.3 * np.abs(np.concatenate([source, source]) - actual).mean()
     loss = fusion_embedding.source_enhanced_info_nce(
         *(torch.from_numpy(x) for x in (source, target, fused)), temperature, 0.3
     )

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.kernels import restricted_attention as ra
+from support import explicit_attention
 
 # (B, N, references' R, H, D); odd counts, one token, and a head of real width.
 SHAPES = [
@@ -94,7 +95,7 @@ def test_two_tokens_by_hand():
     image = torch.tensor([4.0, 0.0]).reshape(1, 1, 1, 2)
     for w, expected in ((1.0, (2.0, 4.0)), (1 / 3, (1.0, 6.0)), (0.0, (0.0, 8.0))):
         reference = ra.Reference(k, image, torch.tensor([w]))
-        for form in (ra.eager, ra.weighted):
+        for form in (explicit_attention.restricted, ra.weighted):
             torch.testing.assert_close(form(q, k, v, [reference]).flatten(), torch.tensor(expected))
 
 
@@ -105,7 +106,7 @@ def test_definition_and_weighted_are_the_loop(shape, seed, shared, per_batch):
     drawn = weights(seed, shape[1], len(pairs), shape[0] if per_batch else None)
     references = [ra.Reference(*pair, w) for pair, w in zip(pairs, drawn, strict=True)]
     expected = by_hand(q, k, v, references)
-    close(ra.eager(q, k, v, references), expected)
+    close(explicit_attention.restricted(q, k, v, references), expected)
     close(ra.weighted(q, k, v, references), expected)
     close(masked(q, k, v, references), expected)
 
@@ -128,7 +129,7 @@ def test_every_form_in_every_dtype(shape, dtype):
     references = [ra.Reference(*pair, w) for pair, w in zip(pairs, drawn, strict=True)]
     exact = [ra.Reference(*(t.double() for t in pair), w) for pair, w in zip(pairs, drawn, strict=True)]
     expected = masked(q.double(), k.double(), v.double(), exact)
-    for result in (ra.eager(q, k, v, references), ra.weighted(q, k, v, references)):
+    for result in (explicit_attention.restricted(q, k, v, references), ra.weighted(q, k, v, references)):
         assert result.dtype == dtype and result.shape == q.shape
         close(result, expected, dtype)
     plain = [ra.Reference(*pair) for pair in pairs]
@@ -169,7 +170,7 @@ def test_regions_keep_references_apart(seed):
     left = torch.tensor([1.0] * 4 + [0.0] * 4, dtype=torch.float64)
     both = ra.weighted(q, k, v, [ra.Reference(*pairs[0], left), ra.Reference(*pairs[1], 1 - left)])
     for pair, rows in zip(pairs, (slice(0, 4), slice(4, 8)), strict=True):
-        close(both[:, rows], ra.eager(q, k, v, [ra.Reference(*pair)])[:, rows])
+        close(both[:, rows], explicit_attention.restricted(q, k, v, [ra.Reference(*pair)])[:, rows])
 
 
 @settings(max_examples=30)
@@ -189,9 +190,8 @@ def test_the_published_layer_in_one_piece():
     allowed[6:, :6] = False
     rows = [torch.cat(pair, 1).transpose(1, 2) for pair in ((q, q_i), (k, k_i), (v, v_i))]
     whole = torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=allowed).transpose(1, 2)
-    out_v, out_i = ra.eager_pair(q, k, v, q_i, k_i, v_i)
-    close(out_v, whole[:, :6])
-    close(out_i, whole[:, 6:])
+    close(explicit_attention.restricted(q, k, v, [ra.Reference(k_i, v_i)]), whole[:, :6])
+    close(explicit_attention.restricted(q_i, k_i, v_i, []), whole[:, 6:])
 
 
 def test_joint_calls_the_given_attention_once_on_one_buffer():
@@ -207,7 +207,7 @@ def test_joint_calls_the_given_attention_once_on_one_buffer():
     for buffer, rows, index in zip(called, (k, v), (0, 1), strict=True):
         assert buffer.is_contiguous()
         assert torch.equal(buffer, torch.cat([rows] + [pair[index] for pair in pairs], 1))
-    result = ra.joint(q, k, v, [], lambda *given: given)
+    result = ra.joint(q, k, v, [], lambda *inputs: inputs)
     assert all(a is b for a, b in zip(result, (q, k, v), strict=True))
     with pytest.raises(ValueError, match="weighted"):
         ra.joint(q, k, v, [ra.Reference(*pairs[0], torch.ones(5))], attention)
@@ -232,10 +232,10 @@ def test_explicit_log_sum_exp_and_any_chunk(monkeypatch, rows):
     for result, reference in zip(ra._explicit(q, k, v), ra.attention_with_lse(q, k, v), strict=True):
         close(result, reference)
     references = [ra.Reference(*pairs[0], weights(1, 7, 1)[0])]
-    close(ra.weighted(q, k, v, references), ra.eager(q, k, v, references))
+    close(ra.weighted(q, k, v, references), explicit_attention.restricted(q, k, v, references))
 
 
-@pytest.mark.parametrize("form", ["joint", "weighted", "eager"])
+@pytest.mark.parametrize("form", ["joint", "weighted"])
 def test_gradients(form):
     (q, k, v), pairs = tensors(9, (1, 3, [2], 1, 2))
     weight = None if form == "joint" else torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64)
@@ -243,8 +243,8 @@ def test_gradients(form):
     def run(q, k, v, k_i, v_i):
         references = [ra.Reference(k_i, v_i, weight)]
         if form == "joint":
-            return ra.joint(q, k, v, references, lambda *t: ra.eager(*t, []))
-        return getattr(ra, form)(q, k, v, references)
+            return ra.joint(q, k, v, references, lambda *t: explicit_attention.restricted(*t, []))
+        return ra.weighted(q, k, v, references)
 
     leaves = [t.clone().requires_grad_() for t in (q, k, v, *pairs[0])]
     assert ra.lse_backend(*leaves[:3]) == "explicit"

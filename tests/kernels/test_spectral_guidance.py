@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from explicit_spectrum import in_band, reference_gradient, reference_losses, self_conjugate, spectrum
 from hypothesis import given
 from hypothesis import strategies as st
-from pack.kernels import dispatch
+from pack.kernels import fft_device
 from pack.kernels import spectral_guidance as sg
+from support.explicit_spectrum import in_band, reference_gradient, reference_losses, self_conjugate, spectrum
 
 SIZES = [
     (1, 1),
@@ -338,7 +338,7 @@ def test_a_device_without_complex_fft_falls_back(monkeypatch):
     x, s, d = latents(15, 4, 4)
     assert sg.update(x, sg.prepare(s, d), 0.5, 0.5).device == x.device
     assert len(moved) == 3
-    assert dispatch.fft_device("cpu") == torch.device("cpu")
+    assert fft_device.fft_device("cpu") == torch.device("cpu")
 
 
 def test_errors_name_the_fix():

@@ -26,7 +26,7 @@ def drawn(batch, queries, tokens, heads, width, dtype=torch.float32, seed=0):
 
 
 def whole_map(q, k, heads, columns):
-    """By torch's own attention, in fp64: the values say which token each is."""
+    """By torch's own attention, in fp64: the values mark which token each one is."""
     width = q.shape[-1] // heads
     q, k = (x.double().unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k))
     tokens = torch.eye(k.shape[2], dtype=torch.float64).expand(*k.shape[:2], -1, -1)
@@ -41,9 +41,9 @@ def whole_map(q, k, heads, columns):
 ])
 def test_it_is_those_columns_of_the_whole_map(batch, queries, tokens, heads, width, columns, dtype, tolerance):
     q, k = drawn(batch, queries, tokens, heads, width, dtype)
-    found = token_attention(q, k, heads, columns)
-    assert found.dtype == torch.float32 and found.shape == (batch, queries)
-    torch.testing.assert_close(found.double(), whole_map(q, k, heads, columns), rtol=tolerance, atol=tolerance)
+    actual = token_attention(q, k, heads, columns)
+    assert actual.dtype == torch.float32 and actual.shape == (batch, queries)
+    torch.testing.assert_close(actual.double(), whole_map(q, k, heads, columns), rtol=tolerance, atol=tolerance)
 
 
 def test_two_tokens_by_hand():

@@ -1,6 +1,6 @@
 """The real models on the meta device: what patches, adapters and loaders of this pack rely on.
 
-Expected counts and widths are those of the published models, written down here, not computed from the host.
+Expected counts and widths are those of the published models, written down here, not computed by ComfyUI.
 """
 
 import collections
@@ -9,7 +9,7 @@ import comfy.model_detection
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from real_configurations import REAL_CONFIGURATIONS, build
+from support.real_configurations import REAL_CONFIGURATIONS, build
 
 UNETS = ["SD 1.5", "SD 2.1", "SDXL"]
 WANS = ["Wan 2.1 1.3B", "Wan 2.1 14B"]
@@ -41,7 +41,7 @@ def meta(*shape: int) -> torch.Tensor:
 
 
 def meta_attention(_attention, *arguments, **options) -> torch.Tensor:
-    """PyTorch's attention: the host's default asks how much memory the device has, and meta has none."""
+    """PyTorch's attention: ComfyUI's default asks how much memory the device has, and meta has none."""
     return attention_pytorch(*arguments, **options)
 
 
@@ -53,15 +53,15 @@ def test_it_is_the_published_model_and_takes_no_memory(name):
 
 
 @pytest.mark.parametrize("name", REAL_CONFIGURATIONS)
-def test_the_host_recognises_it_by_its_key_names(name):
+def test_comfyui_recognises_it_by_its_key_names(name):
     weights = build(name).diffusion_model.state_dict(prefix="model.diffusion_model.")
-    found = comfy.model_detection.model_config_from_unet(weights, "model.diffusion_model.")
-    assert type(found) is REAL_CONFIGURATIONS[name].host_class
+    actual = comfy.model_detection.model_config_from_unet(weights, "model.diffusion_model.")
+    assert type(actual) is REAL_CONFIGURATIONS[name].host_class
 
 
 @pytest.mark.parametrize("name", UNETS)
 def test_cross_attention_layers_as_a_patch_meets_them(name):
-    """A forward through the host's own patch points, on the meta device."""
+    """A forward pass through ComfyUI's own patch points, on the meta device."""
     model = build(name).diffusion_model
     met, widths = collections.Counter(), {}
 

@@ -1,4 +1,4 @@
-"""Templates whose models are too large to be here show their graph: its picture, from the real frontend.
+"""Writes pictures of the graphs, from the real frontend, for templates whose models are too large to include.
 
     python tests/workflows/graph_thumbnails.py          # of every workflow that names models for download
     python tests/workflows/graph_thumbnails.py NAME ... # of these alone
@@ -12,19 +12,19 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from host import environment, source, workflows  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+from launcher import environment, gallery, source, workflow_files  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
 
-from host.server import PACK_NAME, Server  # noqa: E402
+from launcher.server import PACK_NAME, Server  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZE = {"width": 3400, "height": 1700}  # of the window: in a smaller one nodes lose their text
-WIDTH, MARGIN = 960, 20  # pixels
+MARGIN = 20  # pixels
 # Left, top, width and height of the whole graph in the window.
 FRAME = """() => {
     const {scale, offset} = app.canvas.ds
@@ -35,7 +35,7 @@ FRAME = """() => {
 }"""
 
 
-def photograph(page, server: Server, workflow: workflows.Workflow) -> None:
+def photograph(page, server: Server, workflow: workflow_files.Workflow) -> None:
     """Open a workflow as the template browser does and write its picture beside it."""
     page.goto(f"{server.url}/?template={workflow.stem}&source={PACK_NAME}")
     count = len(workflow.content["nodes"])
@@ -49,9 +49,7 @@ def photograph(page, server: Server, workflow: workflows.Workflow) -> None:
     with tempfile.TemporaryDirectory() as folder:
         page.screenshot(path=f"{folder}/graph.png", clip=clip)
         with Image.open(f"{folder}/graph.png") as picture:
-            size = WIDTH, round(picture.height * WIDTH / picture.width)
-            small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    small.save(workflow.path.with_suffix(".jpg"), quality=85, optimize=True)
+            gallery.padded(picture.convert("RGB")).save(workflow.path.with_suffix(".jpg"), quality=85, optimize=True)
     page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
 
 
@@ -59,13 +57,17 @@ def main() -> None:
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not executable:
         raise SystemExit("no Chromium here; Debian's package is `chromium`")
-    found = [workflow for workflow in workflows.find(ROOT / "workflows", sys.argv[1:]) if workflow.models()]
+    workflows = [workflow for workflow in workflow_files.find(ROOT / "workflows", sys.argv[1:]) if workflow.models()]
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
-        for model in (model for workflow in found for model in workflow.models()):
+        for model in (model for workflow in workflows for model in workflow.models()):
             # Empty, so that the frontend does not mark its loader as one that lacks a file.
             (models / model["directory"]).mkdir(parents=True, exist_ok=True)
-            (models / model["directory"] / model["name"]).touch()
+            file = models / model["directory"] / model["name"]
+            if model["directory"] == "loras":  # its loader lists adapters alone
+                shutil.copy(ROOT / "workflows" / "models" / "loras" / "puppets_wan_identity.safetensors", file)
+            else:
+                file.touch()
         base = Path(folder) / "base"
         with Server(source.obtain(ROOT), base, models=models, cpu=True) as server, sync_playwright() as playwright:
             server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False})
@@ -74,7 +76,7 @@ def main() -> None:
             )
             page = browser.new_page(viewport=SIZE)
             page.set_default_timeout(120_000)
-            for workflow in found:
+            for workflow in workflows:
                 photograph(page, server, workflow)
                 print(workflow.path.with_suffix(".jpg").name, flush=True)
             browser.close()

@@ -1,19 +1,20 @@
 """The real frontend in a real browser: every workflow opens as a template, the quickest one runs."""
 
 import io
+import json
 import os
 import shutil
 import urllib.request
 
 import numpy as np
 import pytest
-from host import scripts, workflows
-from host.server import PACK_NAME
+from launcher import scripts, workflow_files
+from launcher.server import PACK_NAME
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
 FILES = sorted((scripts.ROOT / "workflows").glob("*.json"))
-QUICKEST = "frequency_guidance_action_transfer"
+QUICKEST = "Puppets-2a-Action-from-a-picture"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
     "--no-sandbox",
@@ -61,7 +62,7 @@ def page(browser, server):
 
 def open_template(page, server, stem):
     """Open a workflow as ComfyUI's template browser does, and wait until its last node is there."""
-    count = len(workflows.Workflow(scripts.ROOT / "workflows" / f"{stem}.json").content["nodes"])
+    count = len(workflow_files.Workflow(scripts.ROOT / "workflows" / f"{stem}.json").content["nodes"])
     page.goto(f"{server.url}/?template={stem}&source={PACK_NAME}")
     page.wait_for_function("count => window.app?.graph?.nodes?.length === count", arg=count)
 
@@ -75,7 +76,7 @@ def test_the_frontend_opens_it_with_every_node_and_widget(path, page, server):
     assert page.get_by_text("Missing node").count() == 0
     saved = {
         str(node["id"]): node.get("widgets_values") or []
-        for node in workflows.Workflow(path).content["nodes"]
+        for node in workflow_files.Workflow(path).content["nodes"]
     }
     assert page.evaluate(WIDGETS) == saved
 
@@ -96,6 +97,37 @@ def test_a_missing_node_would_be_seen(page, server):
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.get_by_text("Missing node").first.wait_for()
     assert page.evaluate(MISSING_NODES) == ["NoSuchNode"]
+
+
+SAVED = scripts.ROOT / "tests" / "workflows" / "saved" / "prompt_switch_driving_first.json"
+SAVED_AS_TEMPLATE = "Puppets-2a-Action-from-a-picture"
+DRIVING_TEXT, TARGET_TEXT, SWITCH = ["7", 0], ["8", 0], "10"  # of the nodes in SAVED
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes 2.0"])
+def test_a_prompt_switch_saved_with_driving_first_keeps_its_links(modern, page, server):
+    """Sockets of a saved workflow go by name: the order of the inputs was changed after it was saved."""
+    server.post("/settings", {"Comfy.VueNodes.Enabled": modern})
+    try:
+        page.goto(server.url)
+        page.wait_for_function("() => window.app?.graph?.nodes")
+        page.evaluate("graph => app.loadGraphData(graph)", json.loads(SAVED.read_text(encoding="utf-8")))
+        page.wait_for_function("id => app.graph.getNodeById(Number(id))?.inputs?.[0].name === 'target'", arg=SWITCH)
+        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    finally:
+        server.post("/settings", {"Comfy.VueNodes.Enabled": False})
+    inputs = prompt[SWITCH]["inputs"]
+    assert (inputs["target"], inputs["driving"]) == (TARGET_TEXT, DRIVING_TEXT)
+
+
+def test_a_bypassed_prompt_switch_keeps_the_target(page, server):
+    open_template(page, server, SAVED_AS_TEMPLATE)
+    prompt = page.evaluate(
+        "async id => { app.graph.getNodeById(Number(id)).mode = 4; return (await app.graphToPrompt()).output }",
+        SWITCH,
+    )
+    links = [value for node in prompt.values() for value in node["inputs"].values()]
+    assert SWITCH not in prompt and TARGET_TEXT in links and DRIVING_TEXT not in links
 
 
 def test_the_run_button_makes_a_picture(page, server):

@@ -9,7 +9,7 @@ import sys
 import urllib.request
 
 import pytest
-from host.server import free_port
+from launcher.server import free_port
 from PIL import Image
 
 MODEL = {
@@ -63,7 +63,7 @@ def finished(pack_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("given workflows")
     contents = {
         "good": two_nodes("good"),
-        # The host refuses to write there while the node runs.
+        # ComfyUI cannot write there while the node runs.
         "failing": two_nodes("../../escape", title="Writes outside"),
         "rejected": two_nodes("rejected", size=(0, 48)),
         "skipped": two_nodes("skipped", models=[MODEL]),
@@ -110,12 +110,12 @@ def test_a_folder_of_somebody_else_is_not_emptied(pack_root, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for folder in (ours, theirs):
         folder.mkdir()
-        run["check_own"](folder)
+        run["check_replaceable"](folder)
         (folder / "notes.txt").write_text("kept")
     (ours / run["MARK"]).touch()
-    run["check_own"](ours)
+    run["check_replaceable"](ours)
     with pytest.raises(run["source"].SetupError, match="theirs holds files that no run made: .*--output"):
-        run["check_own"](theirs)
+        run["check_replaceable"](theirs)
 
 
 def test_the_gallery_page_needs_no_other_file_and_lets_no_markup_through(finished):

@@ -1,18 +1,12 @@
 """An action and an identity's subject in one prompt: the blend finds the subject, frequency guidance joins in."""
 
-import action_identifiers
 import comfy.samplers
-import comfy.sd
 import pytest
-import tiny_clip
-import tiny_model
 import torch
-from pack.nodes.action_identifier import encoding, layers
+from pack.nodes.action_identifier import encoding, sampling
 from pack.nodes.action_identifier.method import ANY_ENCODER, ActionIdentifier
 from pack.nodes.action_identifier.nodes import UnderstudyApplyActionIdentifier, UnderstudyEncodeAction
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler
-from pack.nodes.identity_prior import capture
-from pack.nodes.identity_prior.method import Identity
 from pack.nodes.identity_prior.nodes import (
     UnderstudyEditMasks,
     UnderstudyEncodeIdentity,
@@ -20,18 +14,12 @@ from pack.nodes.identity_prior.nodes import (
     UnderstudyInvertImage,
 )
 from pack.nodes.puppets import theatre
+from pack.nodes.subject_tokens import Subject, tagged_positions
+from support import action_identifiers, tiny_clip, tiny_model
 
-IDENTITY = Identity("sks", "robot")
+IDENTITY = Subject("sks", "robot")
 EULER = comfy.samplers.sampler_object("euler")
 STEPS, SHAPE = 4, (1, 8, 16, 16)
-
-
-@pytest.fixture(scope="module")
-def loaded(pack_root):
-    theatre.register()
-    with torch.inference_mode():
-        path = pack_root / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
-        return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)[:2]
 
 
 def encode(clip, text, *actions, identity=IDENTITY):
@@ -54,33 +42,33 @@ def latent(seed):
     (2, "a (cat <action>:1.2) and a (big {subject}:0.9)"),
 ])
 def test_the_subject_is_where_the_layers_read_it(count, text):
-    """Which is where Encode Identity has it in a text with as many words as the action has tokens."""
+    """They equal those of Encode Identity for a text with as many words as the action has tokens."""
     clip = tiny_clip.clip()
     tokens = torch.randn(1, count, tiny_clip.WIDTHS["SD 1.5"]["l"], generator=torch.Generator().manual_seed(1))
     action = ActionIdentifier("<action>", "dancing", {ANY_ENCODER: tokens})
-    found = capture.columns(encode(clip, text, action))
-    assert found == capture.columns(encode_identity(clip, text.replace("<action>", " ".join(["zebra"] * count))))
-    assert len(found) == len(encoding.word_ids(clip.tokenize, IDENTITY.trigger)["l"])
+    actual = tagged_positions(encode(clip, text, action))
+    assert actual == tagged_positions(encode_identity(clip, text.replace("<action>", " ".join(["zebra"] * count))))
+    assert len(actual) == len(encoding.word_ids(clip.tokenize, IDENTITY.trigger)["l"])
 
 
 def test_a_prompt_without_the_subject_names_none():
     clip = tiny_clip.clip()
     action = action_identifiers.identifier(tiny_model.picture())
-    assert capture.columns(encode(clip, "a robot <action>", action)) == ()
+    assert tagged_positions(encode(clip, "a robot <action>", action)) == ()
     with pytest.raises(ValueError, match="text contains {subject}: connect `identity`"):
         encode(clip, "a {subject} <action>", action, identity=None)
 
 
 def blended(loaded, positive, sampler=EULER):
     """(latent, source mask, edited mask) of an edit with this prompt, its picture inverted under another."""
-    model, clip = loaded
+    model, clip, _ = loaded
     (model,) = UnderstudyApplyActionIdentifier.execute(model, 1.0).result
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
     with torch.inference_mode():
-        found, noise, _ = UnderstudyInvertImage.execute(
+        actual, noise, _ = UnderstudyInvertImage.execute(
             model, encode_identity(clip, "a {subject} standing on a beach"), latent(1), sigmas, "ddim", 1, 0.5,
         ).result
-        (patched,) = UnderstudyIdentityMaskBlend.execute(model, found, positive, 0.5, 0, 0.0, 1.0).result
+        (patched,) = UnderstudyIdentityMaskBlend.execute(model, actual, positive, 0.5, 0, 0.0, 1.0).result
         guider = comfy.samplers.CFGGuider(patched)
         guider.set_conds(positive, clip.encode_from_tokens_scheduled(clip.tokenize("")))
         guider.set_cfg(3.0)
@@ -93,8 +81,8 @@ def blended(loaded, positive, sampler=EULER):
 
 def test_the_blend_finds_the_subject_of_a_prompt_with_an_action(loaded):
     """Tokens that are a word's own in every layer make the edit, and the masks, of the prompt with that word."""
-    model, clip = loaded
-    places = layers.places(model.get_model_object("diffusion_model"))
+    model, clip, _ = loaded
+    places = sampling.places(model.get_model_object("diffusion_model"))
     with torch.inference_mode():
         word = {e: v.repeat(len(places), 1, 1) for e, v in encoding.word_vectors(clip, "jumping").items()}
     action = ActionIdentifier("<action>", "dancing", word, places)
@@ -106,8 +94,8 @@ def test_the_blend_finds_the_subject_of_a_prompt_with_an_action(loaded):
 
 
 def test_a_prior_s_subject_an_action_and_frequency_guidance_act_together_on_the_theatre(loaded):
-    model, clip = loaded
-    places = layers.places(model.get_model_object("diffusion_model"))
+    model, clip, _ = loaded
+    places = sampling.places(model.get_model_object("diffusion_model"))
     generator = torch.Generator().manual_seed(5)
     tokens = {"l": torch.randn(len(places), 1, theatre.TEXT_WIDTH, generator=generator)}
     action = ActionIdentifier("<action>", "dancing", tokens, places)

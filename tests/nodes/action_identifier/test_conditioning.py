@@ -1,10 +1,12 @@
 """ComfyUI's own conditioning nodes and guiders on an action's prompt: what they do to it, and what is refused."""
 
-import action_identifiers
 import pytest
-import tiny_model
 import torch
-from action_runs import (
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from pack.nodes.action_identifier import sampling
+from support import action_identifiers, tiny_model
+from support.action_runs import (
     EULER,
     MODEL,
     NEGATIVE,
@@ -19,47 +21,44 @@ from action_runs import (
     prompt,
     sample,
 )
-from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from comfy_extras.nodes_perpneg import Guider_PerpNeg
-from pack.nodes.action_identifier import running
 
-import nodes as host
+import nodes as core_nodes
 
 
 def test_combine_is_the_mean_of_both_and_one_pass():
-    sealed, other = prompt(), plain("a red robot")
-    (both,) = host.ConditioningCombine().combine(sealed, other)
+    attached, other = prompt(), plain("a red robot")
+    (both,) = core_nodes.ConditioningCombine().combine(attached, other)
     with passes(MODEL) as sizes:
-        found = estimate(both)
+        actual = estimate(both)
     assert sizes == [2]
-    close(found, (estimate(sealed) + estimate(other)) / 2)
+    close(actual, (estimate(attached) + estimate(other)) / 2)
     second = action_identifiers.identifier(MODEL, seed=9, placeholder="<b>")
-    (two,) = host.ConditioningCombine().combine(sealed, prompt("a <b> dog", [second]))
-    expected = (estimate(sealed) + estimate(prompt("a <b> dog", [second]))) / 2
+    (two,) = core_nodes.ConditioningCombine().combine(attached, prompt("a <b> dog", [second]))
+    expected = (estimate(attached) + estimate(prompt("a <b> dog", [second]))) / 2
     close(estimate(two), expected)
 
 
 def test_ranges_of_steps_act_in_their_steps_only():
     """The first half of the noise levels takes the action, the other the word."""
-    sealed, word = prompt(), plain()
-    (first,) = host.ConditioningSetTimestepRange().set_range(sealed, 0.0, 0.5)
-    (second,) = host.ConditioningSetTimestepRange().set_range(word, 0.5, 1.0)
+    attached, word = prompt(), plain()
+    (first,) = core_nodes.ConditioningSetTimestepRange().set_range(attached, 0.0, 0.5)
+    (second,) = core_nodes.ConditioningSetTimestepRange().set_range(word, 0.5, 1.0)
     border = float(MODEL.model.model_sampling.percent_to_sigma(0.5))
-    for sigma, expected in ((2 * border, sealed), (border / 2, word)):
+    for sigma, expected in ((2 * border, attached), (border / 2, word)):
         sigmas = torch.tensor([sigma, 0.0])
-        found = sample(running.apply(MODEL, 1.0), first + second, cfg=1.0, sigmas=sigmas)
-        alone = sample(running.apply(MODEL, 1.0), expected, cfg=1.0, sigmas=sigmas)
-        close(found, alone)
-    # Out of its steps, a sealed prompt stops nobody.
+        actual = sample(sampling.apply(MODEL, 1.0), first + second, cfg=1.0, sigmas=sigmas)
+        alone = sample(sampling.apply(MODEL, 1.0), expected, cfg=1.0, sigmas=sigmas)
+        close(actual, alone)
+    # Out of its steps, a attached prompt stops nobody.
     late = sample(MODEL, first + second, cfg=1.0, sigmas=torch.tensor([border / 2, 0.0]))
     assert torch.isfinite(late).all()
 
 
 def test_areas_and_masks():
-    sealed = prompt()
-    (area,) = host.ConditioningSetArea().append(sealed, 32, 64, 0, 0, 1.0)
-    (masked,) = host.ConditioningSetMask().append(sealed, torch.ones(1, 8, 8), "default", 1.0)
-    close(estimate(masked), estimate(sealed))
+    attached = prompt()
+    (area,) = core_nodes.ConditioningSetArea().append(attached, 32, 64, 0, 0, 1.0)
+    (masked,) = core_nodes.ConditioningSetMask().append(attached, torch.ones(1, 8, 8), "default", 1.0)
+    close(estimate(masked), estimate(attached))
     both = estimate(plain("a dog") + area)
     assert torch.isfinite(both).all()
     close(both[..., 4:], estimate(plain("a dog"))[..., 4:])
@@ -67,49 +66,49 @@ def test_areas_and_masks():
 
 
 def test_a_negative_with_an_area_meets_an_action_without_one():
-    """The host then gives the positive a part there, of the negative's entry with the action's conditions."""
-    sealed, place = prompt(), (32, 64, 0, 0, 1.0)
-    (negative,) = host.ConditioningSetArea().append(plain("a dog"), *place)
-    (part,) = host.ConditioningSetArea().append(sealed, *place)
-    found = sample(running.apply(MODEL, 1.0), sealed, negative=negative + NEGATIVE)
-    close(found, sample(running.apply(MODEL, 1.0), sealed + part, negative=negative + NEGATIVE))
-    far(found, sample(running.apply(MODEL, 1.0), plain(), negative=negative + NEGATIVE))
+    """ComfyUI then gives the positive a part there, of the negative's entry with the action's conditions."""
+    attached, place = prompt(), (32, 64, 0, 0, 1.0)
+    (negative,) = core_nodes.ConditioningSetArea().append(plain("a dog"), *place)
+    (part,) = core_nodes.ConditioningSetArea().append(attached, *place)
+    actual = sample(sampling.apply(MODEL, 1.0), attached, negative=negative + NEGATIVE)
+    close(actual, sample(sampling.apply(MODEL, 1.0), attached + part, negative=negative + NEGATIVE))
+    far(actual, sample(sampling.apply(MODEL, 1.0), plain(), negative=negative + NEGATIVE))
 
 
 def test_concat_with_the_action_first_adds_its_tokens_to_every_layer():
-    sealed, more = prompt(), plain("on the moon")
-    (joined,) = host.ConditioningConcat().concat(sealed, more)
-    contexts = torch.cat([contexts_of(sealed), more[0][0].expand(4, -1, -1)], dim=1)
-    (word,) = host.ConditioningConcat().concat(plain(), more)
+    attached, other = prompt(), plain("on the moon")
+    (joined,) = core_nodes.ConditioningConcat().concat(attached, other)
+    contexts = torch.cat([contexts_of(attached), other[0][0].expand(4, -1, -1)], dim=1)
+    (word,) = core_nodes.ConditioningConcat().concat(plain(), other)
     with forced(MODEL, contexts):
         expected = sample(MODEL, word, cfg=1.0)
     close(
-        sample(running.apply(MODEL, 1.0), joined, cfg=1.0), expected
+        sample(sampling.apply(MODEL, 1.0), joined, cfg=1.0), expected
     )
-    with passes(MODEL) as sizes:  # a negative of half the length is repeated by the host
-        sample(running.apply(MODEL, 1.0), joined, cfg=2.0, steps=1)
+    with passes(MODEL) as sizes:  # a negative of half the length is repeated by ComfyUI
+        sample(sampling.apply(MODEL, 1.0), joined, cfg=2.0, steps=1)
     assert sizes == [2]
 
 
 def test_what_the_layers_cannot_follow_is_refused_by_name():
-    sealed = prompt()
-    (averaged,) = host.ConditioningAverage().addWeighted(sealed, plain("a dog"), 0.5)
-    (scaled,) = host.ConditioningMultiply().multiply(sealed, 0.5)
+    attached = prompt()
+    (averaged,) = core_nodes.ConditioningAverage().addWeighted(attached, plain("a dog"), 0.5)
+    (scaled,) = core_nodes.ConditioningMultiply().multiply(attached, 0.5)
     for changed in (averaged, scaled):
         with pytest.raises(ValueError, match="<action> was averaged, scaled or otherwise changed"):
-            sample(running.apply(MODEL, 1.0), changed)
+            sample(sampling.apply(MODEL, 1.0), changed)
 
 
 def test_a_zeroed_copy_is_a_plain_negative():
-    sealed = prompt()
-    (zero,) = host.ConditioningZeroOut().zero_out(sealed)
-    (expected,) = host.ConditioningZeroOut().zero_out(plain())
+    attached = prompt()
+    (zero,) = core_nodes.ConditioningZeroOut().zero_out(attached)
+    (expected,) = core_nodes.ConditioningZeroOut().zero_out(plain())
     close(estimate(zero), denoised(MODEL, expected))
 
 
 @pytest.mark.parametrize("guider_class", [Guider_PerpNeg, Guider_DualCFG])
 def test_other_guiders(guider_class):
-    guider = guider_class(running.apply(MODEL, 1.0))
+    guider = guider_class(sampling.apply(MODEL, 1.0))
     conds = prompt(), tiny_model.conditioning(3), tiny_model.conditioning(4)
     guider.set_conds(*conds)
     guider.set_cfg(*((2.0, 1.0) if guider_class is Guider_PerpNeg else (2.0, 3.0)))

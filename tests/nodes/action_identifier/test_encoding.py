@@ -1,17 +1,16 @@
-"""Prompts with identifiers, against the host's own embeddings in its own prompts."""
+"""Prompts with identifiers, against ComfyUI's embeddings in its own prompts."""
 
-import action_identifiers
 import comfy.hooks
 import pytest
 import safetensors.torch
-import tiny_clip
-import tiny_model
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from pack.nodes.action_identifier import encoding, training
+from pack.nodes.action_identifier.config import ActionTrainingConfig
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
-from pack.nodes.identity_prior.method import Identity
 from pack.nodes.puppets import theatre
+from pack.nodes.subject_tokens import Subject
+from support import action_identifiers, tiny_clip, tiny_model
 
 KINDS = list(tiny_clip.WIDTHS)
 MODEL = tiny_model.picture()
@@ -28,7 +27,7 @@ def clips(folder):
 
 
 def write(folder, name, vectors):
-    """An ordinary embedding that the host reads as embedding:NAME."""
+    """An ordinary embedding that ComfyUI reads as embedding:NAME."""
     keys = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
     safetensors.torch.save_file({keys[e]: v.clone() for e, v in vectors.items()}, folder / f"{name}.safetensors")
 
@@ -51,7 +50,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_tokens_equal_in_all_layers_are_the_host_s_embeddings(kind, text, clips, folder):
+def test_tokens_equal_in_all_layers_are_comfyui_s_embeddings(kind, text, clips, folder):
     clip = clips[kind]
     actions = [same_everywhere(kind, "<one>", 2, 1), same_everywhere(kind, "<two>", 1, 2)]
     for action in actions:
@@ -59,9 +58,9 @@ def test_tokens_equal_in_all_layers_are_the_host_s_embeddings(kind, text, clips,
     write(folder, "other", {e: torch.ones(1, width) for e, width in tiny_clip.WIDTHS[kind].items()})
     used = [action for action in actions if action.placeholder in text]
     native = text.replace("<one>", " embedding:one ").replace("<two>", " embedding:two ")
-    _, (found,) = encoding.encode(clip, text, used)
+    _, (actual,) = encoding.encode(clip, text, used)
     (expected, _), = action_identifiers.plain(clip, native)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,13 +101,16 @@ def test_a_layer_wise_action_and_one_for_all_layers_meet_in_one_prompt(clips):
     assert torch.equal(contexts, expected)
 
 
-@pytest.mark.parametrize(("text", "placeholder", "found"), [
+@pytest.mark.parametrize(("text", "placeholder", "is_word"), [
     ("a wave", "wave", True), ("a waved hand", "wave", False), ("microwave", "wave", False),
+    ("一只猫跳舞在海滩", "跳舞", True), ("犬が踊る、海で", "踊る", True), ("一只猫wave在海滩", "wave", True),
+    ("강아지가 춤추기를", "춤추기", True), ("一只microwave", "wave", False),
+    ("a wavé hand", "wav", False), ("a wave\u0301 hand", "wave", False),
     ("x<a>y", "<a>", True), ("a <ab>", "<a>", False), ("(wave:1.2)", "wave", True), ("a Wave", "wave", False),
 ])
-def test_a_placeholder_is_found_as_a_word(text, placeholder, found, clips):
+def test_a_placeholder_is_found_as_a_word(text, placeholder, is_word, clips):
     action = same_everywhere("SD 1.5", placeholder, 1, 0)
-    if found:
+    if is_word:
         encoding.check_prompt(text, [action])
     else:
         with pytest.raises(ValueError, match=f"text does not contain {placeholder}"):
@@ -125,6 +127,21 @@ def test_a_subject_s_line_holds_the_placeholder_as_a_word_or_gets_it_at_its_end(
     assert exemplars.prompt(1, "wave", "wave") == "a cook with a microwave wave"
 
 
+def test_words_beside_scripts_without_spaces_are_words_of_their_own(clips):
+    """CLIP reads letters that touch as one word: the initial word and a contrast's would not be what they mean."""
+    action = same_everywhere("SD 1.5", "跳舞", 2, 0)
+    assert encoding.plain_text("一只猫跳舞在海滩", [action]) == "一只猫 dancing 在海滩"
+    assert training.Exemplars([], ["一只猫跳舞，在海滩"]).prompt(0, "sitting", "跳舞") == "一只猫 sitting，在海滩"
+    plain, (contexts,) = encoding.encode(clips["SD 1.5"], "一只猫跳舞在海滩", [action])
+    spaced, (expected,) = encoding.encode(clips["SD 1.5"], "一只猫 跳舞 在海滩", [action])
+    assert torch.equal(plain[0][0], spaced[0][0]) and torch.equal(contexts, expected)
+
+
+def test_contrast_words_are_separated_by_commas_of_any_script():
+    config = ActionTrainingConfig(contrast_words="坐着，站着、跑步, jumping; 睡觉")
+    assert config.contrasts == ["坐着", "站着", "跑步", "jumping", "睡觉"]
+
+
 def test_longer_placeholders_win():
     actions = [same_everywhere("SD 1.5", name, 1, 0) for name in ("<a>", "<a>b")]
     actions[0] = ActionIdentifier("<a>", "dancing", actions[0].tokens)
@@ -133,20 +150,20 @@ def test_longer_placeholders_win():
 
 
 def test_stand_ins_give_way_to_the_text_s_own_words(clips):
-    """All but the last are in the text; the vectors stand at the placeholder alone."""
+    """All but the last are in the text; the vectors are only at the placeholder."""
     clip = clips["SD 1.5"]
     words = " ".join(encoding._STAND_INS[:-1])
     action = same_everywhere("SD 1.5", "<one>", 1, 3)
-    prompt = encoding.Prompt(clip.tokenize, f"{words} <one>", {"<one>": {"l": 1}})
-    filled = prompt.filled(encoding.at_layer({"<one>": action.tokens}, 0))
+    prompt = encoding.Prompt(clip.tokenize, f"{words} <one>", {"<one>": action.tokens})
+    filled = prompt.at_layer({"<one>": action.tokens}, 0)
     items = [token for section in filled["l"] for token, _ in section]
     assert sum(isinstance(token, torch.Tensor) for token in items) == 1
     with pytest.raises(ValueError, match="no word is free"):
-        encoding.Prompt(clip.tokenize, f"{words} {encoding._STAND_INS[-1]} <one>", {"<one>": {"l": 1}})
+        encoding.Prompt(clip.tokenize, f"{words} {encoding._STAND_INS[-1]} <one>", {"<one>": action.tokens})
 
 
 def test_the_subject_of_an_identity():
-    identity = Identity("sks", "robot")
+    identity = Subject("sks", "robot")
     assert encoding.expand_subject("a {subject} <action>", identity) == "a sks robot <action>"
     assert encoding.expand_subject("a cat", None) == "a cat"
     with pytest.raises(ValueError, match="connect `identity`"):

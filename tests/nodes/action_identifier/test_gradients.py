@@ -1,6 +1,5 @@
-"""Gradients of an action's tokens: through the host's text encoders, and the three of a triple."""
+"""Gradients of an action's tokens: through ComfyUI's text encoders, and the three of a triple."""
 
-import action_identifiers
 import comfy.clip_model
 import comfy.model_management
 import comfy.sd
@@ -8,20 +7,19 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.text_encoders.t5
 import pytest
-import tiny_clip
 import torch
-from action_trainings import CLIP, MODEL, SUBJECTS, Kept, action, config, exemplars, train
-from pack.nodes.action_identifier import encoding, method, running, training
-from pack.nodes.action_identifier.text_encoder import TextEncoder
+from pack.nodes.action_identifier import encoding, sampling, training
 from pack.nodes.puppets import theatre
 from pack.nodes.training import loop
 from pack.nodes.training.session import session
+from support import action_identifiers, tiny_clip
+from support.action_trainings import CLIP, MODEL, SUBJECTS, MemoryCheckpoints, action, config, exemplars, train
 
-# Through the host's text encoders
+# Through ComfyUI's text encoders
 
 
 def out_of_place(clip, tokens):
-    """The host's CLIP from its own parts, without its additions in place."""
+    """ComfyUI's CLIP from its own parts, without its additions in place."""
     encoder = clip.cond_stage_model.clip_l
     text = encoder.transformer.text_model
     embeds = encoder.process_tokens([[token for token, _ in section] for section in tokens["l"]], "cpu")[0]
@@ -37,17 +35,17 @@ def out_of_place(clip, tokens):
 
 def test_gradients_to_the_tokens_are_those_of_the_formulas():
     weight = torch.randn(1, 2 * 77, 16)
-    made = tiny_clip.clip()
+    other_clip = tiny_clip.clip()
     vectors = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2))
     gradients = []
     for clip, encode in (
-        (CLIP, None), (made, lambda tokens: out_of_place(made, tokens)),
+        (CLIP, None), (other_clip, lambda tokens: out_of_place(other_clip, tokens)),
     ):
-        encoder = TextEncoder(clip)
+        encoder = training.TextEncoder(clip)
         tokens = vectors.clone().requires_grad_()
-        with session(MODEL, (1, 4, 8, 8), config(), beside=[encoder.patcher]):
-            prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": 2}})
-            filled = [prompt.filled({"<a>": {"l": tokens[layer]}}) for layer in range(2)]
+        with session(MODEL, (1, 4, 8, 8), config(), other_models=[encoder.patcher]):
+            prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": tokens}})
+            filled = [prompt.at_layer({"<a>": {"l": tokens}}, layer) for layer in range(2)]
             joined = {"l": filled[0]["l"] + filled[1]["l"]}
             encoded = encoder.encode(joined)[0] if encode is None else encode(joined)
             (encoded * weight).sum().backward()
@@ -92,16 +90,17 @@ def test_a_t5_has_gradients_too_as_finite_differences_say():
         value = torch.randn(parameter.shape, generator=generator) / 4
         parameter.data = (value + ("norm" in name)).to(parameter.dtype)
     clip = tiny_clip.as_loaded(clip)
-    encoder = TextEncoder(clip)
+    encoder = training.TextEncoder(clip)
     weight = torch.randn(1, theatre.tokenizer.MAX_TOKENS, 16, generator=generator)
     direction = torch.randn(1, 16, generator=generator)
     vector = torch.randn(1, 16, generator=generator)
 
     def value(moved):
-        prompt = encoding.Prompt(clip.tokenize, "a <a> cat", {"<a>": {"l": 1}})
-        return (encoder.encode(prompt.filled({"<a>": {"l": moved}}))[0] * weight).sum()
+        tokens = {"<a>": {"l": moved[None]}}
+        prompt = encoding.Prompt(clip.tokenize, "a <a> cat", tokens)
+        return (encoder.encode(prompt.at_layer(tokens, 0))[0] * weight).sum()
 
-    with session(MODEL, (1, 4, 8, 8), config(), beside=[encoder.patcher]):
+    with session(MODEL, (1, 4, 8, 8), config(), other_models=[encoder.patcher]):
         token = vector.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(value(token), token)
         with torch.no_grad():
@@ -113,23 +112,23 @@ def test_a_t5_has_gradients_too_as_finite_differences_say():
 # Triples
 
 
-def learner_of(denoiser, encoder, run):
-    return training._Learner(denoiser, encoder, exemplars(), action(), run)
+def trainer_of(denoiser, encoder, run):
+    return training._ActionTrainer(denoiser, encoder, exemplars(), action(), run)
 
 
 @pytest.mark.parametrize("merge", ["union", "intersection"])
 def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
     """And the step's gradient is the anchor's, where numpy's comparison of the three lets it act."""
     run = config()
-    encoder = TextEncoder(CLIP)
-    patched = running.apply(MODEL, 1.0)
+    encoder = training.TextEncoder(CLIP)
+    patched = sampling.apply(MODEL, 1.0)
     places = action_identifiers.places(MODEL)
-    with session(patched, (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
-        learner = learner_of(denoiser, encoder, run)
-        learner.action = action(merge=merge)
-        contrasts = learner.contrasts(None)
-        tokens = learner.first_tokens(len(places))
-        objective, masks = learner.objective(tokens, contrasts)
+    with session(patched, (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
+        trainer = trainer_of(denoiser, encoder, run)
+        trainer.action = action(merge=merge)
+        contrasts = trainer.contrasts(None)
+        tokens = trainer.initial_tokens(len(places))
+        objective, masks = trainer.objective(tokens, contrasts)
         sizes = []
         handle = denoiser.network.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
         loss = objective(0, torch.Generator().manual_seed(5))
@@ -141,19 +140,20 @@ def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
         order = torch.randperm(3, generator=generator).tolist()
         anchor, other = order[:2]
         state = generator.get_state()
-        found = []
-        for who, picture in (
-            (anchor, learner.latents[anchor]), (other, learner.latents[other]), (anchor, contrasts[anchor])
+        actual = []
+        for exemplar_id, picture in (
+            (anchor, trainer.latents[anchor]), (other, trainer.latents[other]), (anchor, contrasts[anchor])
         ):
             generator.set_state(state)
-            text = SUBJECTS[who] if "<action>" in SUBJECTS[who] else f"{SUBJECTS[who]} <action>"
-            prompt = encoding.Prompt(CLIP.tokenize, text, {"<action>": {"l": 1}})
+            subject = SUBJECTS[exemplar_id]
+            text = subject if "<action>" in subject else f"{subject} <action>"
+            prompt = encoding.Prompt(CLIP.tokenize, text, {"<action>": tokens})
             copy = {"l": tokens["l"].detach().clone().requires_grad_()}
-            contexts = learner.contexts(prompt, "<action>", copy)
-            error = learner.errors([picture], [who], [contexts], generator)
-            assert len(found) or float(error.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
-            found.append(torch.autograd.grad(error.sum(), copy["l"])[0])
-    g, same_action, same_context = found
+            contexts = trainer.contexts(prompt, "<action>", copy)
+            error = trainer.errors([picture], [exemplar_id], [contexts], generator)
+            assert len(actual) or float(error.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+            actual.append(torch.autograd.grad(error.sum(), copy["l"])[0])
+    g, same_action, same_context = actual
     low = (g - same_action).abs()
     high = (g - same_context).abs()
     free = low <= low.sort(-1).values[..., 9:10]  # 0.6 of 16 channels: the tenth value
@@ -166,9 +166,9 @@ def test_three_gradients_of_one_pass_are_those_of_three_passes(merge):
 
 
 def test_a_step_leaves_masked_channels_and_their_moments_bit_identical():
-    kept = Kept()
-    train(checkpoints=kept, steps=4, checkpoint_every=1)
-    for before, after in zip(kept.states, kept.states[1:], strict=False):
+    saved = MemoryCheckpoints()
+    train(checkpoints=saved, steps=4, checkpoint_every=1)
+    for before, after in zip(saved.states, saved.states[1:], strict=False):
         held, mean, square = (
             before.tensors[f"{key}.l"] == after.tensors[f"{key}.l"] for key in ("parameter", "exp_avg", "exp_avg_sq")
         )
@@ -177,22 +177,9 @@ def test_a_step_leaves_masked_channels_and_their_moments_bit_identical():
 
 
 def test_what_is_not_finite_anywhere_in_a_triple_stops_the_run():
-    given = exemplars()
-    given.contrasts[1][..., 0, 0] = float("nan")
-    kept = Kept()
+    pictures = exemplars()
+    pictures.contrasts[1][..., 0, 0] = float("nan")
+    saved = MemoryCheckpoints()
     with pytest.raises(loop.TrainingDiverged, match="at step"):
-        train(given=given, checkpoints=kept, steps=40)
-    assert kept.states == []
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_though_no_loss_says_so_and_the_mask_hides_it():
-    """The contrast's alone, at a root of zero."""
-    token = torch.nn.Parameter(torch.zeros(1, 1, 8))
-
-    def errors(_triple, copies, _generator):
-        own = copies["l"].flatten(1)
-        return torch.stack([own[0].sum(), (2 * own[1]).sum(), own[2].sqrt().sum()])
-
-    objective = method.TripleObjective(errors, {"l": token}, 3, 0.6, "intersection")
-    value = objective(0, torch.Generator().manual_seed(0))
-    assert not torch.isfinite(value.detach())
+        train(pictures=pictures, checkpoints=saved, steps=40)
+    assert saved.states == []

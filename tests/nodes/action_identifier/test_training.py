@@ -1,18 +1,26 @@
-"""Learning an identifier through real tiny models of the host: surroundings, contrasts, phases, resuming."""
+"""Training an identifier through tiny models of ComfyUI's own classes: surroundings, contrasts, phases, resuming."""
 
 import logging
 
-import action_identifiers
 import comfy.model_management
 import pytest
-import tiny_clip
-import tiny_model
 import torch
-from action_trainings import CLIP, MODEL, SUBJECTS, Kept, action, config, exemplars, latents, same, train
-from pack.nodes.action_identifier import encoding, running, training
-from pack.nodes.action_identifier.text_encoder import TextEncoder
+from pack.nodes.action_identifier import encoding, sampling, training
 from pack.nodes.training import loop
 from pack.nodes.training.session import session
+from support import action_identifiers, tiny_clip, tiny_model
+from support.action_trainings import (
+    CLIP,
+    MODEL,
+    SUBJECTS,
+    MemoryCheckpoints,
+    action,
+    config,
+    exemplars,
+    latents,
+    same,
+    train,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,27 +28,27 @@ def quickly_drawn(monkeypatch):
     monkeypatch.setattr(training, "_CONTRAST_STEPS", 2)
 
 
-def test_surroundings_that_cannot_be_learnt_say_what_to_change():
-    given = exemplars(contrasts=False)
-    given.latents[0][..., 0, 0] = float("inf")
+def test_surroundings_that_cannot_be_learned_say_what_to_change():
+    pictures = exemplars(contrasts=False)
+    pictures.latents[0][..., 0, 0] = float("inf")
     with pytest.raises(loop.TrainingDiverged, match="surroundings .* connect contrast_images"):
-        train(given=given)
+        train(pictures=pictures)
 
 
 def test_contrasts_of_a_checkpoint_lie_where_the_pictures_do():
     run = config()
-    encoder = TextEncoder(CLIP)
-    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
-        learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
-        kept = {f"contrast.{i}": latent.double() for i, latent in enumerate(latents())}
-        found = learner.contrasts(loop.State(3, [0.0] * 3, kept))
-    assert all(latent.dtype == torch.float32 for latent in found)
+    encoder = training.TextEncoder(CLIP)
+    with session(sampling.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
+        trainer = training._ActionTrainer(denoiser, encoder, exemplars(contrasts=False), action(), run)
+        saved = {f"contrast.{i}": latent.double() for i, latent in enumerate(latents())}
+        actual = trainer.contrasts(loop.State(3, [0.0] * 3, saved))
+    assert all(latent.dtype == torch.float32 for latent in actual)
 
 
 def test_an_action_s_prompt_is_refused_by_a_training_that_reads_plain_ones():
-    sealed = action_identifiers.prompt(CLIP, [action_identifiers.identifier(MODEL)])
+    attached = action_identifiers.prompt(CLIP, [action_identifiers.identifier(MODEL)])
     with session(MODEL, (1, 4, 8, 8), config()) as denoiser:
-        conditions = denoiser.prepare(sealed, latents(1)[0])
+        conditions = denoiser.prepare(attached, latents(1)[0])
         with pytest.raises(ValueError, match="use CLIP Text Encode for a plain prompt"):
             denoiser.denoise(latents(1)[0], denoiser.sigmas[:1], [conditions])
 
@@ -55,44 +63,44 @@ def test_every_kind_of_model_learns(kind):
     encoders = kind if kind in tiny_clip.WIDTHS else "SD 1.5"
     clip = tiny_clip.as_loaded(tiny_clip.clip(encoders))
     before = {name: parameter.clone() for name, parameter in model.model.named_parameters()}
-    found, loss_map = train(model, clip, exemplars(shape=shape), steps=2)
+    actual, loss_map = train(model, clip, exemplars(shape=shape), steps=2)
     places = action_identifiers.places(model)
     first = encoding.word_vectors(clip, "dancing")
-    assert found.places == places and len(loss_map["loss"]) == 2
+    assert actual.places == places and len(loss_map["loss"]) == 2
     for name, width in tiny_clip.WIDTHS[encoders].items():
-        tokens = found.tokens[name]
+        tokens = actual.tokens[name]
         assert tokens.shape == (len(places), len(first[name]), width) and tokens.dtype == torch.float32
-        assert (tokens != first[name]).flatten(1).any(1).all(), "a layer learnt nothing"
+        assert (tokens != first[name]).flatten(1).any(1).all(), "a layer learned nothing"
     assert same(before, dict(model.model.named_parameters()))
-    sealed = action_identifiers.prompt(clip, [found])
-    assert torch.isfinite(sealed[0][1]["model_conds"][running.KEY].contexts).all()
+    attached = action_identifiers.prompt(clip, [actual])
+    assert torch.isfinite(attached[0][1]["model_conds"][sampling.KEY].contexts).all()
 
 
 def test_it_learns_with_and_without_triples():
     for settings in (action(), action(triples=False), action(triples=False, layer_wise=False)):
-        found, loss_map = train(settings=settings, steps=30, learning_rate=0.1)
+        actual, loss_map = train(settings=settings, steps=30, learning_rate=0.1)
         first, last = (torch.tensor(loss_map["loss"][part]).mean() for part in (slice(0, 10), slice(20, 30)))
         assert last < first
-        assert len(found.tokens["l"]) == (4 if settings.layer_wise else 1)
-        assert bool(found.places) == settings.layer_wise
+        assert len(actual.tokens["l"]) == (4 if settings.layer_wise else 1)
+        assert bool(actual.places) == settings.layer_wise
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(1, 1), (2, 2), (9, len(SUBJECTS))])
 def test_without_triples_a_step_is_one_pass_of_a_batch(asked, taken, monkeypatch):
-    sizes, original = [], training.DenoisingObjective.loss_at
+    sizes, original = [], training.Denoising.loss_at
 
     def loss_at(self, clean, conditions, noise, level):
         assert len(set(level.tolist())) == len(level), "each picture has its own noise level"
         sizes.append(len(clean))
         return original(self, clean, conditions, noise, level)
 
-    monkeypatch.setattr(training.DenoisingObjective, "loss_at", loss_at)
+    monkeypatch.setattr(training.Denoising, "loss_at", loss_at)
     train(settings=action(triples=False), steps=2, batch_size=asked)
     assert sizes == [taken] * 2
 
 
 def test_noise_levels_are_weighed_if_asked():
-    plain, weighed = (train(steps=3, min_snr_gamma=gamma) for gamma in (0.0, 0.1))
+    plain, weighed = (train(steps=3, min_snr_gamma=gamma) for gamma in (0.0, 0.001))  # below every level's SNR
     assert not same(plain[0].tokens, weighed[0].tokens)
     assert all(loss < before for before, loss in zip(plain[1]["loss"], weighed[1]["loss"], strict=True))
 
@@ -103,17 +111,17 @@ def test_gradient_checkpointing_learns_the_same():
 
 
 def test_the_same_seed_learns_the_same_and_another_does_not():
-    one, other, third = (train(given=exemplars(contrasts=False), seed=seed)[0].tokens for seed in (1, 1, 2))
+    one, other, third = (train(pictures=exemplars(contrasts=False), seed=seed)[0].tokens for seed in (1, 1, 2))
     assert same(one, other) and not same(one, third)
 
 
-def test_contexts_are_learnt_and_contrasts_drawn_with_another_action():
+def test_contexts_are_trained_and_contrasts_drawn_with_another_action():
     run = config()
-    encoder = TextEncoder(CLIP)
-    with session(running.apply(MODEL, 1.0), (3, 4, 8, 8), run, beside=[encoder.patcher]) as denoiser:
-        learner = training._Learner(denoiser, encoder, exemplars(contrasts=False), action(), run)
-        contexts = learner._learn_contexts()
-        drawn = learner.contrasts(None)
+    encoder = training.TextEncoder(CLIP)
+    with session(sampling.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
+        trainer = training._ActionTrainer(denoiser, encoder, exemplars(contrasts=False), action(), run)
+        contexts = trainer._train_contexts()
+        drawn = trainer.contrasts(None)
     means = [encoding.word_vectors(CLIP, text)["l"].mean(0) for text in (
         "a cat on a beach dancing", "a (red:1.2) robot dancing", "a dog dancing at night"
     )]
@@ -127,28 +135,29 @@ def test_contexts_are_learnt_and_contrasts_drawn_with_another_action():
 
 def test_the_log_says_which_phase_it_is(caplog):
     with caplog.at_level(logging.INFO):
-        train(given=exemplars(contrasts=False))
+        train(pictures=exemplars(contrasts=False))
     ours = [record.getMessage() for record in caplog.records if "[Understudy]" in record.getMessage()]
-    phases = [line.removeprefix("[Understudy] ").split(" step")[0] for line in ours]
+    phases = [line.removeprefix("[Understudy] ").split(" step ")[0] for line in ours]
     drawn = [f"drawing contrast {i} of 3" for i in (1, 2, 3)]
     # Two steps a context, three of the action.
-    assert phases == 6 * ["contexts: optimiser"] + drawn + 3 * ["action: optimiser"]
+    assert phases[:-1] == 6 * ["contexts:"] + drawn + 3 * ["action:"]
+    assert phases[-1].startswith("training: peak memory")
 
 
 def test_a_resumed_run_equals_the_whole_one_and_draws_no_contrast_again(monkeypatch):
-    given = exemplars(contrasts=False)
-    whole, losses = train(given=given, steps=5)
-    kept = Kept()
-    train(given=given, steps=4, checkpoints=kept, checkpoint_every=3)
-    assert {f"contrast.{i}" for i in range(3)} <= kept.states[0].tensors.keys()
-    monkeypatch.setattr(training._Learner, "_learn_contexts", lambda self: pytest.fail("drawn again"))
-    resumed, again = train(given=given, steps=5, checkpoints=Kept(kept.states[0]))
+    pictures = exemplars(contrasts=False)
+    whole, losses = train(pictures=pictures, steps=5)
+    saved = MemoryCheckpoints()
+    train(pictures=pictures, steps=4, checkpoints=saved, checkpoint_every=3)
+    assert {f"contrast.{i}" for i in range(3)} <= saved.states[0].tensors.keys()
+    monkeypatch.setattr(training._ActionTrainer, "_train_contexts", lambda self: pytest.fail("drawn again"))
+    resumed, again = train(pictures=pictures, steps=5, checkpoints=MemoryCheckpoints(saved.states[0]))
     assert same(resumed.tokens, whole.tokens) and losses == again
 
 
 @pytest.mark.parametrize("stop", range(1, 40, 6))
-def test_a_cancelled_run_leaves_the_host_as_it_was_in_every_phase(stop, monkeypatch):
-    """The button is pressed at the host's nth look at it: in contexts, contrasts or tokens."""
+def test_a_cancelled_run_leaves_comfyui_as_it_was_in_every_phase(stop, monkeypatch):
+    """The button is pressed at ComfyUI's nth look at it: in contexts, contrasts or tokens."""
     looks = 0
 
     def look():
@@ -159,21 +168,21 @@ def test_a_cancelled_run_leaves_the_host_as_it_was_in_every_phase(stop, monkeypa
 
     before = list(CLIP.cond_stage_model.parameters())
     monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", look)
-    kept = Kept()
+    saved = MemoryCheckpoints()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train(given=exemplars(contrasts=False), steps=60, checkpoints=kept)
+        train(pictures=exemplars(contrasts=False), steps=60, checkpoints=saved)
     assert comfy.model_management.in_training is False and looks == stop
     assert all(a is b for a, b in zip(before, CLIP.cond_stage_model.parameters(), strict=True))
     assert not any(module._forward_pre_hooks for module in CLIP.cond_stage_model.modules())
-    assert len(kept.states) <= 1
+    assert len(saved.states) <= 1
 
 
 def test_previews_read_the_tokens_and_change_nothing():
     seen = []
 
     def preview(denoiser, clip, actions):
-        positive = running.seal(*encoding.encode(clip, "a <action> cat", actions), actions)
-        seen.append(training.picture_training.draw(
+        positive = sampling.attach_contexts(*encoding.encode(clip, "a <action> cat", actions), actions)
+        seen.append(training.drawing.sample_in_training(
             denoiser, positive, clip.encode_from_tokens_scheduled(clip.tokenize("")), (1, 4, 8, 8), 0, 2
         ))
 
@@ -184,6 +193,6 @@ def test_previews_read_the_tokens_and_change_nothing():
 
 
 def test_the_base_is_the_fingerprint_that_apply_compares():
-    found, _ = train(steps=1)
-    assert found.base == running.apply(MODEL, 1.0).get_attachment(running.KEY).base
-    assert (found.placeholder, found.initial_word) == ("<action>", "dancing")
+    actual, _ = train(steps=1)
+    assert actual.base == sampling.apply(MODEL, 1.0).get_attachment(sampling.KEY).base
+    assert (actual.placeholder, actual.initial_word) == ("<action>", "dancing")

@@ -116,7 +116,7 @@ def test_keeps_the_dtype_of_the_estimate(dtype):
         (torch.zeros(1, 4, 8, 8), "all zero"),
         (torch.full((1, 4, 8, 8), float("nan")), "NaN"),
         (torch.full((1, 4, 8, 8), float("inf")), "infinite"),
-        (torch.ones(1, 64, 100), "no image or video latent"),
+        (torch.ones(1, 64, 100), "not an image or video latent"),
     ],
 )
 def test_refuses_latents_that_cannot_guide(latent, message):
@@ -133,7 +133,7 @@ def test_refuses_latents_that_cannot_guide(latent, message):
     ("shape", "target", "message"),
     [
         ((1, 4, 8, 8), (1, 4, 16, 24), "resize driving to 192 x 128 pixels"),
-        ((1, 16, 8, 8), (1, 4, 8, 8), "16 channels .* has 4: encode driving with the VAE of this model"),
+        ((1, 16, 8, 8), (1, 4, 8, 8), "driving has 16 channels .* have 4: encode it with the VAE of this model"),
         ((3, 4, 8, 8), (2, 4, 8, 8), "holds 3 latents and the batch is 2: connect one latent, or 2"),
         ((3, 4, 8, 8), (1, 4, 8, 8), "holds 3 latents and the batch is 1: connect one latent$"),
         ((1, 4, 5, 8, 8), (1, 4, 9, 8, 8), "5 latent frames and the sampled video has 9"),
@@ -190,14 +190,14 @@ def test_the_pair_takes_turns_and_shares_noise_and_level_in_each_iteration():
         return torch.tensor([1.0, 3.0])
 
     samples = [types.SimpleNamespace(latent=name, conditions=f"{name} text") for name in ("source", "driving")]
-    objective = method.PairObjective(loss, samples, seed=4)
+    objective = method.SourceDrivingObjective(loss, samples, seed=4)
     assert [float(objective(step, torch.Generator().manual_seed(step))) for step in range(6)] == [2.0] * 6
     assert [latent for latent, _, _ in seen] == ["source", "driving"] * 3
     assert all(text == f"{latent} text" for latent, text, _ in seen)
     numbers = [number for _, _, number in seen]
     assert numbers[0::2] == numbers[1::2] and len(set(numbers)) == 3
     seen.clear()
-    method.PairObjective(loss, samples, seed=5)(0, torch.Generator())
+    method.SourceDrivingObjective(loss, samples, seed=5)(0, torch.Generator())
     assert seen[0][2] != numbers[0]
 
 
@@ -234,7 +234,7 @@ def test_method_and_kernels_import_no_comfyui(pack_root):
         "import sys, types\n"
         "pack = sys.modules['pack'] = types.ModuleType('pack')\n"
         "pack.__path__ = [sys.argv[1]]\n"
-        "import pack.nodes.frequency_guidance.method, pack.kernels.spectral_guidance, pack.kernels.dispatch\n"
+        "import pack.nodes.frequency_guidance.method, pack.kernels.spectral_guidance, pack.kernels.fft_device\n"
         "hosts = ('comfy', 'comfy_api', 'nodes', 'folder_paths')\n"
         "print([name for name in sys.modules if name.split('.')[0] in hosts])"
     )

@@ -4,15 +4,18 @@ import asyncio
 import copy
 import dataclasses
 
+import comfy.conds
+import comfy.latent_formats
 import comfy.model_sampling
+import comfy.nested_tensor
 import comfy.samplers
 import numpy as np
 import pytest
-import tiny_model
 import torch
 from pack.kernels import spectral_guidance
 from pack.nodes.frequency_guidance.config import FrequencyGuidanceConfig
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
+from support import tiny_model
 
 MODEL = tiny_model.picture()
 FLOW = tiny_model.picture(flow=True)
@@ -116,6 +119,43 @@ def test_a_video_model():
             assert torch.isfinite(result).all() and not torch.allclose(result, plain)
 
 
+class AudioVideo(torch.nn.Module):
+    """A network of ComfyUI's kind for latents of video and audio: each is halved."""
+
+    dtype = torch.float32
+
+    def forward(self, x, t, **kwargs):
+        return [0.5 * part for part in x]
+
+
+@pytest.mark.parametrize("apply_to", ["denoised", "latent"])
+def test_the_video_of_nested_latents_is_guided_and_the_audio_stays(apply_to):
+    model = tiny_model.video()
+    base = model.model
+    base.diffusion_model, base.latent_format = AudioVideo(), comfy.latent_formats.MiniMaxH3AV()
+    base.memory_required = lambda *_args, **_kwargs: 0
+    base.extra_conds = lambda **options: {
+        "latent_shapes": comfy.conds.CONDConstant(options["latent_shapes"]),
+    }
+    shapes = (1, 16, 3, 8, 8), (1, 8, 2, 5)
+    noise, empty = (
+        comfy.nested_tensor.NestedTensor([scale * latent(i, *shape)["samples"] for i, shape in enumerate(shapes)])
+        for scale in (1, 0)
+    )
+    sigmas = comfy.samplers.calculate_sigmas(base.model_sampling, "simple", 3)
+    results = []
+    for sampler in (
+        comfy.samplers.sampler_object("euler"),
+        guided("euler", latent(11, *shapes[0]), latent(12, *shapes[0]), apply_to=apply_to, phase_scale=0.5),
+    ):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(tiny_model.conditioning(1), tiny_model.conditioning(2))
+        results.append(guider.sample(noise, empty, sampler, sigmas, disable_pbar=True, seed=1).unbind())
+    (video, audio), (guided_video, guided_audio) = results
+    assert torch.equal(audio, guided_audio) and guided_video.shape == shapes[0]
+    assert torch.isfinite(guided_video).all() and not torch.allclose(video, guided_video)
+
+
 def test_batches_bf16_models_masks_and_previews():
     steps = []
     mask = torch.ones(3, 1, 8, 8)
@@ -174,7 +214,7 @@ def test_errors_reach_the_user_from_the_node():
         tiny_model.sample(MODEL, guided("euler", driving=latent(1, 1, 16, 8, 8)))
 
 
-def test_runs_as_the_host_runs_it():
+def test_runs_as_comfyui_runs_it():
     node = UnderstudyFrequencyGuidanceSampler
     settings = dataclasses.asdict(FrequencyGuidanceConfig())
     sampler = comfy.samplers.sampler_object("euler")
@@ -238,7 +278,8 @@ SAMPLINGS = {
 @pytest.mark.parametrize("percent", [0.1, 0.12, 0.333, 0.5, 0.9])
 def test_exactly_one_prompt_at_any_sigma_near_the_switch(sampling, percent):
     patcher = SAMPLINGS[sampling]
-    conditioning = UnderstudyStepwisePrompt.execute(prompt(1.0), prompt(2.0), percent).result[0]
+    switched = UnderstudyStepwisePrompt.execute(target=prompt(2.0), driving=prompt(1.0), switch_percent=percent)
+    conditioning = switched.result[0]
     model_sampling = patcher.get_model_object("model_sampling")
     limits = {o[key] for _, o in conditioning for key in ("start_percent", "end_percent")} - {0.0, 1.0}
     assert len(limits) == 2
@@ -271,7 +312,8 @@ def test_exactly_one_prompt_at_any_sigma_near_the_switch(sampling, percent):
 )
 def test_the_first_k_of_n_steps_are_the_driving_prompts(sampling, scheduler, steps, percent, first):
     patcher = SAMPLINGS[sampling]
-    conditioning = UnderstudyStepwisePrompt.execute(prompt(1.0), prompt(2.0), percent).result[0]
+    switched = UnderstudyStepwisePrompt.execute(target=prompt(2.0), driving=prompt(1.0), switch_percent=percent)
+    conditioning = switched.result[0]
     grid = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), scheduler, steps)
     asked = prompts_at(patcher, conditioning, grid)
     assert asked == [[1.0]] * first + [[2.0]] * (len(grid) - 1 - first)
@@ -279,7 +321,7 @@ def test_the_first_k_of_n_steps_are_the_driving_prompts(sampling, scheduler, ste
 
 def test_the_switch_respects_ranges_that_are_there():
     driving = [[prompt(1.0)[0][0], {"end_percent": 0.2}], [prompt(3.0)[0][0], {"start_percent": 0.2}]]
-    conditioning = UnderstudyStepwisePrompt.execute(driving, prompt(2.0), 0.5).result[0]
+    conditioning = UnderstudyStepwisePrompt.execute(target=prompt(2.0), driving=driving, switch_percent=0.5).result[0]
     percents = [0.1, 0.3, 0.7]
     sigmas = [FLOW.get_model_object("model_sampling").percent_to_sigma(p) for p in percents]
     assert prompts_at(FLOW, conditioning, torch.tensor([*sigmas, 0.0])) == [[1.0], [3.0], [2.0]]

@@ -1,10 +1,10 @@
-"""The host's folders in a temporary one, for what writes fusions and checkpoints."""
+"""ComfyUI's folders in a temporary one, for what writes fusions and checkpoints."""
 
 import copy
 
 import folder_paths
 import pytest
-from pack.nodes import files
+from pack.nodes import extension
 
 
 @pytest.fixture
@@ -13,5 +13,5 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
-    files.register_folders()
+    extension.register_folders()
     return tmp_path

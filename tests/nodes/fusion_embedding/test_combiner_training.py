@@ -1,18 +1,18 @@
-"""Stage 1, the combiner, on a tiny image encoder of the host: learning, resuming, seeds, and the published loss."""
+"""Stage 1, the combiner, on a tiny image encoder of ComfyUI: training, resuming, seeds, and the published loss."""
 
 import comfy.model_management
-import fusions
 import pytest
 import torch
-from fusion_trainings import VISION, combined, data, same
-from pack.nodes.fusion_embedding import encoding, method, training
-from pack.nodes.fusion_embedding.config import CombinerConfig
+from pack.kernels.fusion_embedding import retrieval_ranks
+from pack.nodes.fusion_embedding import encoding
 from pack.nodes.fusion_embedding.method import FusionError
 from pack.nodes.training.checkpoints import Checkpoints
+from support import fusions
+from support.fusion_trainings import VISION, combined, data, same
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])
-def test_the_combiner_learns_to_find_targets_and_leaves_the_encoder_alone(train_encoder):
+def test_the_combiner_trains_to_retrieve_targets_and_does_not_modify_the_encoder(train_encoder):
     before = {key: value.clone() for key, value in VISION.get_sd().items()}
     objects = list(VISION.model.parameters())
     fusion, loss_map = combined(steps=60, train_encoder=train_encoder, learning_rate=3e-3)
@@ -22,31 +22,31 @@ def test_the_combiner_learns_to_find_targets_and_leaves_the_encoder_alone(train_
     assert all(a is b for a, b in zip(objects, VISION.model.parameters(), strict=True))
     assert comfy.model_management.in_training is False
     assert (fusion.encoder is not None) == train_encoder and fusion.generator is None
-    encoder = encoding.chosen(fusion, VISION)
-    given = data()
+    encoder = encoding.encoder_for(fusion, VISION)
+    pairs = data()
     with torch.no_grad():
-        vectors, target = found(fusion.combiner, encoder, given)
-    assert (method.kernel.retrieval_ranks(vectors, target) == 0).float().mean() >= 0.75
+        vectors, target = embedded(fusion.combiner, encoder, pairs)
+    assert (retrieval_ranks(vectors, target) == 0).float().mean() >= 0.75
 
 
-def found(combiner, encoder, given):
+def embedded(combiner, encoder, pairs):
     """e_f and e_t of every pair."""
-    vectors = [encoding.fused(combiner, encoder, given[i].source, given[i].pose) for i in range(len(given))]
-    return torch.cat(vectors), torch.cat([encoding.embeddings(encoder, given[i].target) for i in range(len(given))])
+    vectors = [encoding.fused(combiner, encoder, pairs[i].source, pairs[i].pose) for i in range(len(pairs))]
+    return torch.cat(vectors), torch.cat([encoding.embeddings(encoder, pairs[i].target) for i in range(len(pairs))])
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])
 def test_a_combiner_resumed_from_its_checkpoint_equals_the_whole_run(folder, train_encoder):
     options = {"train_encoder": train_encoder, "seed": 5}
     whole, losses = combined(steps=4, **options)
-    made = Checkpoints("stage1", {"a": 1})
-    combined(steps=3, checkpoints=made, checkpoint_every=2, **options)
+    saved = Checkpoints("stage1", {"a": 1})
+    combined(steps=3, checkpoints=saved, checkpoint_every=2, **options)
     again = Checkpoints("stage1", {"a": 1})
-    found, resumed = combined(steps=4, checkpoints=again, resume_from=made.path.name, **options)
-    assert same(found.combiner, whole.combiner) and resumed == losses
+    actual, resumed = combined(steps=4, checkpoints=again, resume_from=saved.path.name, **options)
+    assert same(actual.combiner, whole.combiner) and resumed == losses
     if train_encoder:
-        assert same(found.encoder.get_sd(), whole.encoder.get_sd())
-        assert not same(found.encoder.get_sd(), VISION.get_sd())
+        assert same(actual.encoder.get_sd(), whole.encoder.get_sd())
+        assert not same(actual.encoder.get_sd(), VISION.get_sd())
 
 
 def test_seeds_decide_and_the_global_generator_does_not():
@@ -56,31 +56,11 @@ def test_seeds_decide_and_the_global_generator_does_not():
     assert not same(combined(seed=2)[0].combiner, first.combiner)
 
 
-def test_retrieval_is_told_while_training(caplog):
+def test_retrieval_is_reported_during_training(caplog):
     with caplog.at_level("INFO"):
         combined(steps=2)
-    told = [record.getMessage() for record in caplog.records if "step 2 of 2" in record.getMessage()]
-    assert len(told) == 1 and "top-1" in told[0] and "top-5 100% of 4" in told[0]
-
-
-def test_the_objective_is_the_published_loss_with_the_step_s_dropout():
-    source, pose, target = (torch.randn(6, 12, generator=fusions.generator(i)) for i in range(3))
-    w, config = fusions.combiner(), CombinerConfig(temperature=0.1)
-    asked = []
-
-    def encode(indices):
-        asked.append(indices)
-        return source[indices], pose[indices], target[indices]
-
-    objective = training.RetrievalObjective(encode, 6, w, 4, config)
-    loss = objective(0, fusions.generator(9))
-    generator = fusions.generator(9)
-    order = torch.randperm(6, generator=generator)[:4]
-    fused = method.kernel.combine(source[order], pose[order], w, method.kernel.dropout(0.5, generator))
-    expected = method.kernel.source_enhanced_info_nce(source[order], target[order], fused, 0.1, 1e-4)
-    assert asked == [order.tolist()] and len(set(asked[0])) == 4
-    assert torch.equal(loss, expected)
-    assert objective.accuracy().startswith("top-1 ")
+    lines = [record.getMessage() for record in caplog.records if "step 2 of 2" in record.getMessage()]
+    assert len(lines) == 1 and "top-1" in lines[0] and "top-5 100% of 4" in lines[0]
 
 
 def test_an_encoder_that_cannot_be_trained_names_its_own_switch():

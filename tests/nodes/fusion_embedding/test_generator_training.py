@@ -1,24 +1,22 @@
-"""Stage 2, the generator, on real tiny models of the host: learning, resuming, drops, and data read as it goes."""
+"""Stage 2, the generator, on real tiny models of ComfyUI: training, resuming, drops, and data read as it goes."""
 
 import comfy.sample
 import comfy.samplers
-import fusion_trainings
-import fusions
 import pytest
-import tiny_model
 import torch
-from fusion_trainings import MODEL, VAE, VISION, generated, run_config, same
-from pack.nodes.fusion_embedding import encoding, method, pairs, running, training
-from pack.nodes.fusion_embedding.config import ApplyConfig, GeneratorConfig
+from pack.nodes.fusion_embedding import encoding, layout, method, pairs, sampling, training
+from pack.nodes.fusion_embedding.config import ApplyConfig
 from pack.nodes.fusion_embedding.method import LORA, WHOLE, Fusion, FusionError
 from pack.nodes.training import loop
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.session import session
+from support import fusion_trainings, fusions, tiny_model
+from support.fusion_trainings import MODEL, VAE, VISION, generated, run_config, same
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_the_generator_learns_and_leaves_the_model_alone(whole):
-    model = tiny_model.as_loaded(fusions.model())  # of its own, since sampling patches it
+def test_the_generator_trains_and_does_not_modify_the_model(whole):
+    model = tiny_model.as_loaded(fusions.model())  # a separate one, since sampling patches it
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     objects = list(model.model.parameters())
     rate = 1e-3 if whole else 1e-2
@@ -30,9 +28,9 @@ def test_the_generator_learns_and_leaves_the_model_alone(whole):
     assert not any(module._forward_hooks for module in model.model.modules())
     assert fusion.unet_kind == (WHOLE if whole else LORA)
     for key in ("pose.conv_out.weight", "embedding.second.weight"):
-        assert fusion.generator[key].abs().max() > 0, "a path that starts at nothing learnt nothing"
+        assert fusion.generator[key].abs().max() > 0, "a path that starts at 0 was not trained"
     with torch.inference_mode():
-        patched, positive, negative = running.apply(
+        patched, positive, negative = sampling.apply(
             model, fusion, fusions.states(), fusions.fused(), fusions.poses(), ApplyConfig()
         )
         euler = comfy.samplers.sampler_object("euler")
@@ -47,32 +45,33 @@ def test_the_generator_learns_and_leaves_the_model_alone(whole):
 def test_a_generator_resumed_from_its_checkpoint_equals_the_whole_run(folder, whole):
     options = {"generator": {"whole_unet": whole}, "seed": 5}
     expected, losses = generated(steps=4, **options)
-    made = Checkpoints("stage2", {})
-    generated(steps=3, checkpoints=made, checkpoint_every=2, **options)
-    found, resumed = generated(steps=4, checkpoints=Checkpoints("stage2", {}), resume_from=made.path.name, **options)
-    assert same(found.generator, expected.generator) and same(found.unet, expected.unet) and resumed == losses
+    saved = Checkpoints("stage2", {})
+    generated(steps=3, checkpoints=saved, checkpoint_every=2, **options)
+    again = Checkpoints("stage2", {})
+    actual, resumed = generated(steps=4, checkpoints=again, resume_from=saved.path.name, **options)
+    assert same(actual.generator, expected.generator) and same(actual.unet, expected.unet) and resumed == losses
 
 
-def denoised(kept, weights, pair):
+def denoised(names, weights, pair):
     """A training forward of one pair with the named paths left out."""
     config = run_config(batch_size=1)
     noisy, sigma = torch.randn(1, 4, 8, 8, generator=fusions.generator(3)), torch.tensor([2.0])
-    shares = {name: torch.tensor([float(name in kept)]) for name in ("source", "fusion", "pose")}
-    with session(running.extended(MODEL), (1, 4, 8, 8), config) as denoiser, torch.no_grad():
+    shares = {name: torch.tensor([float(name in names)]) for name in ("source", "fusion", "pose")}
+    with session(sampling.with_fusion_patches(MODEL), (1, 4, 8, 8), config) as denoiser, torch.no_grad():
         return training.FusionDenoiser(denoiser, weights).denoise(
-            noisy, sigma, training._Batch(pair.states, pair.fused, pair.pose, shares)
+            noisy, sigma, method.PairBatch(pair.states, pair.fused, pair.pose, shares)
         )
 
 
 def test_a_training_forward_is_what_sampling_computes():
     weights = fusions.weights(MODEL)
     pose = fusions.poses()
-    pair = training.Encoded(torch.zeros(1, 4, 8, 8), fusions.states(), fusions.fused(), pose.movedim(-1, 1))
+    pair = method.EncodedPair(torch.zeros(1, 4, 8, 8), fusions.states(), fusions.fused(), pose.movedim(-1, 1))
     with torch.inference_mode():
-        made = Fusion(generator=weights)
-        patched, positive, negative = running.apply(MODEL, made, pair.states, pair.fused, pose, ApplyConfig())
+        fusion = Fusion(generator=weights)
+        patched, positive, negative = sampling.apply(MODEL, fusion, pair.states, pair.fused, pose, ApplyConfig())
     noisy = torch.randn(1, 4, 8, 8, generator=fusions.generator(3))
-    for kept, conditioning in ((("source", "fusion", "pose"), positive), ((), negative)):
+    for names, conditioning in ((("source", "fusion", "pose"), positive), ((), negative)):
         guider = comfy.samplers.CFGGuider(patched)
         guider.set_conds(conditioning, conditioning)
         seen = []
@@ -83,78 +82,10 @@ def test_a_training_forward_is_what_sampling_computes():
                 ) or x
             )
             guider.sample(noisy, torch.zeros_like(noisy), sampler, torch.tensor([2.0, 0.0]), None, None, True, 1)
-        torch.testing.assert_close(denoised(kept, weights, pair), seen[0].clone(), rtol=1e-4, atol=1e-4)
-    parts = [denoised(kept, weights, pair) for kept in ((), ("source",), ("fusion",), ("pose",))]
+        torch.testing.assert_close(denoised(names, weights, pair), seen[0].clone(), rtol=1e-4, atol=1e-4)
+    parts = [denoised(names, weights, pair) for names in ((), ("source",), ("fusion",), ("pose",))]
     changes = [float((parts[0] - part).abs().max()) for part in parts[1:]]
     assert min(changes) > 0.01, "a drop drops nothing"
-
-
-class Recorder:
-    """Stands for the denoising error and keeps what it was asked."""
-
-    def __init__(self):
-        self.asked = []
-        self.denoiser = self
-        self.sigmas = torch.arange(10.0)
-        self.model = self
-
-    def process_latent_in(self, latent):
-        return latent
-
-    def loss_at(self, clean, batch, noise, level):
-        self.asked.append((clean, batch, noise, level))
-        return torch.zeros(len(clean))
-
-
-class Ready:
-    """Pairs that are encoded already, of two sizes."""
-
-    def sizes(self):
-        return [(4, 4)] * 6 + [(4, 8)] * 2
-
-    def __getitem__(self, index):
-        shape = (1, 2, *self.sizes()[index])
-        return training.Encoded(torch.full(shape, float(index)), torch.zeros(1, 3, 5), torch.ones(1, 2),
-                                torch.zeros(1, 3, 8, 8))
-
-
-def recorded(draws=400, batch=4, **settings):
-    recorder = Recorder()
-    objective = training.PairObjective(recorder, Ready(), batch, GeneratorConfig(**settings))
-    for i in range(draws):
-        objective(i, fusions.generator(i))
-    return recorder.asked
-
-
-def test_drops_are_independent_and_as_often_as_asked():
-    asked = recorded(source_drop=0.2, fusion_drop=0.5, pose_drop=0.0)
-    kept = {name: torch.cat([batch.kept[name] for _, batch, _, _ in asked]) for name in ("source", "fusion", "pose")}
-    assert kept["source"].mean() == pytest.approx(0.8, abs=0.04)
-    assert kept["fusion"].mean() == pytest.approx(0.5, abs=0.05) and kept["pose"].all()
-    both = (kept["source"] * kept["fusion"]).mean()
-    assert both == pytest.approx(0.4, abs=0.05)
-    within = [len(set(batch.kept["fusion"].tolist())) for _, batch, _, _ in asked if len(batch.pose) == 4]
-    assert max(within) == 2, "pictures of a batch drop together"
-
-
-def test_noise_has_an_offset_that_is_equal_over_a_picture():
-    for offset in (0.0, 0.5):
-        noise = torch.cat([noise for _, _, noise, _ in recorded(noise_offset=offset) if noise.shape[-1] == 4])
-        means = noise.mean((2, 3))
-        assert means.var() == pytest.approx(1 / 16 + offset**2, rel=0.15)
-        assert noise.var((2, 3)).mean() == pytest.approx(1.0, abs=0.05)
-
-
-def test_batches_are_of_one_size_without_repetition_and_the_noise_levels_are_even():
-    asked = recorded()
-    for clean, batch, _, _ in asked:
-        indices = clean[:, 0, 0, 0].tolist()
-        assert len(set(indices)) == len(indices) == (4 if clean.shape[-1] == 4 else 2)
-        assert all((index >= 6) == (clean.shape[-1] == 8) for index in indices)
-    wide = sum(clean.shape[-1] == 8 for clean, *_ in asked) / len(asked)
-    assert wide == pytest.approx(0.25, abs=0.07)
-    levels = torch.cat([level for *_, level in asked])
-    assert levels.min() == 0 and levels.max() == 9 and levels.float().mean() == pytest.approx(4.5, abs=0.25)
 
 
 class Counted(pairs.ListedPairs):
@@ -172,13 +103,13 @@ def counted(count):
 
 def test_what_does_not_fit_into_memory_is_read_when_its_turn_comes(monkeypatch):
     small = counted(6)
-    kept, _ = generated(small, seed=4)
+    cached, _ = generated(small, seed=4)
     assert sorted(set(small.read)) == list(range(6)) and len(small.read) == 6, "read once each"
-    monkeypatch.setattr(training, "_KEPT_BYTES", 1000)
+    monkeypatch.setattr(training, "_CACHE_BYTES", 1000)
     large = counted(6)
     streamed, _ = generated(large, seed=4)
     assert len(large.read) == 1 + 1 + 3 * 2, "a look at the first, and two in each step"
-    assert same(streamed.generator, kept.generator)
+    assert same(streamed.generator, cached.generator)
 
 
 def test_pairs_are_encoded_at_the_latent_s_size():
@@ -201,25 +132,25 @@ def test_pairs_are_encoded_at_the_latent_s_size():
 
 def test_stage_2_alone_and_sdxl():
     alone, _ = generated(fusion=Fusion())
-    assert method.generator_sizes(alone.generator).embedding is None and alone.combiner is None
+    assert layout.generator_sizes(alone.generator).embedding is None and alone.combiner is None
     model = tiny_model.as_loaded(tiny_model.xl())
-    found, loss_map = generated(model=model, steps=2)
-    assert method.generator_sizes(found.generator).context == 40
+    actual, loss_map = generated(model=model, steps=2)
+    assert layout.generator_sizes(actual.generator).context == 40
     assert torch.isfinite(torch.tensor(loss_map["loss"])).all()
 
 
 def test_gradient_checkpointing_changes_nothing():
     plain, _ = generated(seed=8)
-    found, _ = generated(seed=8, gradient_checkpointing=True)
+    actual, _ = generated(seed=8, gradient_checkpointing=True)
     for key, value in plain.generator.items():
-        torch.testing.assert_close(found.generator[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.generator[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_previews_are_drawn_and_change_nothing(monkeypatch):
     drawn, guidance = [], []
     original, sample = training._preview, comfy.sample.sample
     monkeypatch.setattr(training, "_preview", lambda *args: drawn.append(original(*args)) or drawn[-1])
-    monkeypatch.setattr(comfy.sample, "sample", lambda *a, **given: guidance.append(a[3]) or sample(*a, **given))
+    monkeypatch.setattr(comfy.sample, "sample", lambda *a, **unequal: guidance.append(a[3]) or sample(*a, **unequal))
     alone, _ = generated(seed=9)
     assert not drawn
     watched, _ = generated(seed=9, preview_every=2)
@@ -251,7 +182,7 @@ def test_an_encoder_of_another_width_is_refused_before_training():
 def test_a_vae_of_another_model_is_refused_before_training(other, monkeypatch):
     encode = VAE.encode
     monkeypatch.setattr(VAE, "encode", lambda picture: other(encode(picture)))
-    with pytest.raises(FusionError, match=r"vae makes .* takes \(4, 8, 8\): connect the VAE of the model"):
+    with pytest.raises(FusionError, match=r"vae encodes .* takes \(4, 8, 8\): connect the VAE of the model"):
         generated()
 
 
@@ -260,7 +191,7 @@ def test_an_encoder_whose_tokens_follow_the_sides_names_the_batch(monkeypatch):
     monkeypatch.setattr(fusion_trainings, "VISION", flexible)
     lists = fusions.pair_lists(2)
     sources = [lists["source"][:1], fusions.pictures(1, 64, 40)]
-    given = pairs.ListedPairs(sources, [lists["pose"]], [lists["target"]])
+    unequal = pairs.ListedPairs(sources, [lists["pose"]], [lists["target"]])
     with pytest.raises(FusionError, match="gives 15 and 16 tokens .* batch_size to 1"):
-        generated(given, fusion=Fusion())
-    assert generated(given, fusion=Fusion(), batch_size=1, steps=1)
+        generated(unequal, fusion=Fusion())
+    assert generated(unequal, fusion=Fusion(), batch_size=1, steps=1)

@@ -1,24 +1,25 @@
-"""The generator's paths beside diffusers and plain layers, and what shapes and pictures are refused."""
+"""The paths beside diffusers and plain layers, both objectives, and what shapes and pictures are refused."""
 
 import diffusers.models.controlnets.controlnet as diffusers_controlnet
-import fusions
 import pytest
 import torch
-from pack.nodes.fusion_embedding import method
+from pack.kernels import fusion_embedding as kernel
+from pack.nodes.fusion_embedding import layout, method
 from pack.nodes.fusion_embedding.config import (
     ApplyConfig,
     CombinerConfig,
     GeneratorConfig,
     RetargetConfig,
 )
-from pack.nodes.fusion_embedding.method import Fusion, FusionError, Sizes
+from pack.nodes.fusion_embedding.method import Fusion, FusionError
+from support import fusions
 
-SIZES = Sizes(encoder=10, context=8, embedding=6, time=12, channels=5)
+SIZES = layout.Sizes(encoder=10, context=8, embedding=6, time=12, channels=5)
 CHANNELS = (4, 6, 8, 10)
 
 
 def generator(sizes=SIZES, seed=0):
-    return method.new_generator(sizes, 7, CHANNELS, fusions.generator(seed))
+    return layout.new_generator(sizes, 7, CHANNELS, fusions.generator(seed))
 
 
 def test_the_pose_path_is_diffusers_own():
@@ -34,7 +35,7 @@ def test_the_pose_path_is_diffusers_own():
         with torch.no_grad():
             expected = theirs(pose)
         torch.testing.assert_close(method.pose_residual(ours, pose), expected, rtol=1e-5, atol=1e-6)
-    assert method.pose_reduction(ours) == 8
+    assert layout.pose_reduction(ours) == 8
 
 
 def test_projections_are_plain_layers_in_the_published_order():
@@ -75,30 +76,138 @@ def test_a_start_follows_its_seed_and_not_the_global_one():
 
 
 def test_sizes_are_read_from_weights():
-    assert method.generator_sizes(generator()) == SIZES
-    alone = Sizes(encoder=10, context=8, embedding=None, time=0, channels=5)
-    assert method.generator_sizes(generator(alone)) == alone
-    assert method.combiner_width(fusions.combiner(width=9)) == 9
+    assert layout.generator_sizes(generator()) == SIZES
+    alone = layout.Sizes(encoder=10, context=8, embedding=None, time=0, channels=5)
+    assert layout.generator_sizes(generator(alone)) == alone
+    assert layout.combiner_width(fusions.combiner(width=9)) == 9
+
+
+def test_drawings_one_at_a_time_give_the_same_and_what_is_left_out_is_0():
+    w = generator()
+    for key in ("embedding.second.weight", "embedding.second.bias", "pose.conv_out.weight"):
+        w[key] = torch.randn(w[key].shape, generator=fusions.generator(len(key)))
+    states, fused = torch.randn(3, 4, 10, generator=fusions.generator(1)), fusions.fused(3, 6)
+    pose = fusions.pictures(3, 32, 40).movedim(-1, 1)
+    together = method.unet_inputs(w, states, fused, pose)
+    with torch.no_grad():
+        for part, expected in zip(method.unet_inputs(w, states, fused, pose), together, strict=True):
+            torch.testing.assert_close(part, expected)
+    none = method.left_out(w, together)
+    dropped = method.unet_inputs(w, states, fused, pose, {name: torch.zeros(3) for name in method.CONDITIONS})
+    for part, expected in zip(dropped, none, strict=True):
+        torch.testing.assert_close(part, expected.expand_as(part))
+    only = method.unet_inputs(w, states, fused, pose, {name: torch.tensor([0.0, 1, 0]) for name in method.CONDITIONS})
+    for part, expected, empty in zip(only, together, none, strict=True):
+        torch.testing.assert_close(part[1], expected[1])
+        torch.testing.assert_close(part[::2], empty.expand_as(part[::2]))
 
 
 @pytest.mark.parametrize("key", sorted(generator()))
 def test_a_generator_with_a_bad_weight_is_refused_by_name(key):
     w = generator()
     with pytest.raises(FusionError):
-        method.generator_sizes({k: v for k, v in w.items() if k != key})
+        layout.generator_sizes({k: v for k, v in w.items() if k != key})
     with pytest.raises(FusionError):
-        method.generator_sizes(w | {key: torch.zeros(*w[key].shape, 2)})
+        layout.generator_sizes(w | {key: torch.zeros(*w[key].shape, 2)})
     with pytest.raises(FusionError, match="pose.blocks.9.odd|embedding.third"):
-        method.generator_sizes(w | {"embedding.third": torch.zeros(1)})
+        layout.generator_sizes(w | {"embedding.third": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("key", sorted(fusions.combiner()))
 def test_a_combiner_with_a_bad_weight_is_refused_by_name(key):
     w = fusions.combiner()
     with pytest.raises(FusionError):
-        method.combiner_width({k: v for k, v in w.items() if k != key})
+        layout.combiner_width({k: v for k, v in w.items() if k != key})
     with pytest.raises(FusionError):
-        method.combiner_width(w | {key: torch.zeros(*w[key].shape, 2)})
+        layout.combiner_width(w | {key: torch.zeros(*w[key].shape, 2)})
+
+
+def test_the_objective_is_the_published_loss_with_the_step_s_dropout():
+    source, pose, target = (torch.randn(6, 12, generator=fusions.generator(i)) for i in range(3))
+    w, config = fusions.combiner(), CombinerConfig(temperature=0.1)
+    asked = []
+
+    def encode(indices):
+        asked.append(indices)
+        return source[indices], pose[indices], target[indices]
+
+    objective = method.RetrievalObjective(encode, 6, w, 4, config)
+    loss = objective(0, fusions.generator(9))
+    generator = fusions.generator(9)
+    order = torch.randperm(6, generator=generator)[:4]
+    fused = kernel.combine(source[order], pose[order], w, kernel.dropout(0.5, generator))
+    expected = kernel.source_enhanced_info_nce(source[order], target[order], fused, 0.1, 1e-4)
+    assert asked == [order.tolist()] and len(set(asked[0])) == 4
+    assert torch.equal(loss, expected)
+    assert objective.accuracy().startswith("top-1 ")
+
+
+class Recorder:
+    """Stands for the denoising error and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+        self.denoiser = self
+        self.sigmas = torch.arange(10.0)
+        self.model = self
+
+    def process_latent_in(self, latent):
+        return latent
+
+    def loss_at(self, clean, batch, noise, level):
+        self.asked.append((clean, batch, noise, level))
+        return torch.zeros(len(clean))
+
+
+class Ready:
+    """Pairs that are encoded already, of two sizes."""
+
+    def sizes(self):
+        return [(4, 4)] * 6 + [(4, 8)] * 2
+
+    def __getitem__(self, index):
+        shape = (1, 2, *self.sizes()[index])
+        return method.EncodedPair(torch.full(shape, float(index)), torch.zeros(1, 3, 5), torch.ones(1, 2),
+                                torch.zeros(1, 3, 8, 8))
+
+
+def recorded(draws=400, batch=4, **settings):
+    recorder = Recorder()
+    objective = method.PoseTransferObjective(recorder, Ready(), batch, GeneratorConfig(**settings))
+    for i in range(draws):
+        objective(i, fusions.generator(i))
+    return recorder.asked
+
+
+def test_drops_are_independent_and_as_often_as_asked():
+    asked = recorded(source_drop=0.2, fusion_drop=0.5, pose_drop=0.0)
+    shares = {name: torch.cat([batch.keep[name] for _, batch, _, _ in asked]) for name in method.CONDITIONS}
+    assert shares["source"].mean() == pytest.approx(0.8, abs=0.04)
+    assert shares["fusion"].mean() == pytest.approx(0.5, abs=0.05) and shares["pose"].all()
+    both = (shares["source"] * shares["fusion"]).mean()
+    assert both == pytest.approx(0.4, abs=0.05)
+    within = [len(set(batch.keep["fusion"].tolist())) for _, batch, _, _ in asked if len(batch.pose) == 4]
+    assert max(within) == 2, "pictures of a batch drop together"
+
+
+def test_noise_has_an_offset_that_is_equal_over_a_picture():
+    for offset in (0.0, 0.5):
+        noise = torch.cat([noise for _, _, noise, _ in recorded(noise_offset=offset) if noise.shape[-1] == 4])
+        means = noise.mean((2, 3))
+        assert means.var() == pytest.approx(1 / 16 + offset**2, rel=0.15)
+        assert noise.var((2, 3)).mean() == pytest.approx(1.0, abs=0.05)
+
+
+def test_batches_are_of_one_size_without_repetition_and_the_noise_levels_are_even():
+    asked = recorded()
+    for clean, batch, _, _ in asked:
+        indices = clean[:, 0, 0, 0].tolist()
+        assert len(set(indices)) == len(indices) == (4 if clean.shape[-1] == 4 else 2)
+        assert all((index >= 6) == (clean.shape[-1] == 8) for index in indices)
+    wide = sum(clean.shape[-1] == 8 for clean, *_ in asked) / len(asked)
+    assert wide == pytest.approx(0.25, abs=0.07)
+    levels = torch.cat([level for *_, level in asked])
+    assert levels.min() == 0 and levels.max() == 9 and levels.float().mean() == pytest.approx(4.5, abs=0.25)
 
 
 def test_a_pose_without_a_person_is_refused_by_number():
@@ -116,8 +225,19 @@ def test_a_pose_without_a_person_is_refused_by_number():
             method.check_poses(blank)
     grey = fusions.poses(1)[..., :1]
     for drawn in (grey, grey.expand(-1, -1, -1, 3)):
-        with pytest.raises(FusionError, match="pose is grey: .* connect the coloured"):
+        with pytest.raises(FusionError, match="pose is grey, .* connect the coloured"):
             method.check_poses(drawn)
+
+
+def test_what_is_no_drawing_on_black_is_told():
+    """A photograph and a skeleton on white give a picture without a word, of nobody's pose."""
+    drawing = fusions.poses(1)
+    assert method.pose_warnings(fusions.poses(3)) == []
+    assert method.pose_warnings((drawing + 0.05 * fusions.pictures(1)).clamp(0, 1)) == []  # JPEG's noise
+    (white,) = method.pose_warnings(torch.where(drawing.amax(-1, keepdim=True) > 0, drawing, 1.0))
+    assert "pose looks like a skeleton on white" in white and "SDPose Draw Keypoints" in white
+    (photograph,) = method.pose_warnings(torch.cat([drawing, fusions.pictures(1)]), "pose")
+    assert photograph.startswith("pose 2 of 2 looks like a photograph")
 
 
 @pytest.mark.parametrize(("counts", "expected"), [((1, 1), 1), ((1, 4), 4), ((4, 1), 4), ((4, 4), 4), ((2, 4), None),
@@ -126,9 +246,9 @@ def test_batches_are_equal_or_one(counts, expected):
     named = dict(zip(("source", "pose"), counts, strict=True))
     if expected is None or 0 in counts:
         with pytest.raises(FusionError, match="source|pose"):
-            method.rows(named)
+            method.common_batch_size(named)
     else:
-        assert method.rows(named) == expected
+        assert method.common_batch_size(named) == expected
 
 
 def test_parts_are_named():

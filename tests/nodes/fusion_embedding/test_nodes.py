@@ -1,18 +1,18 @@
-"""The nodes as the host calls them: the contract of their sockets, a run through all of them, and equal noise."""
+"""The nodes as ComfyUI calls them: the contract of their sockets, a run through all of them, and equal noise."""
 
 import dataclasses
 
 import comfy.sample
 import comfy.samplers
 import folder_paths
-import fusions
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_rebatch import ImageRebatch
-from pack.nodes import files
-from pack.nodes.fusion_embedding import method, nodes, training_nodes
+from pack.nodes.fusion_embedding import files, method, nodes, training_nodes
 from pack.nodes.fusion_embedding.method import FusionError
+from pack.nodes.puppets import menus
+from pack.nodes.training import checkpoints
+from support import fusions, tiny_model
 
 from nodes import CLIPVisionEncode
 
@@ -24,9 +24,10 @@ CONTRACT = {
     training_nodes.UnderstudyTrainFusionGenerator: (
         ["model", "vae", "fusion", "appearance_encoder", "source", "pose", "target", "steps", "learning_rate",
          "batch_size", "whole_unet", "seed", "dataset_folder", "resume_from"], ["UNDERSTUDY_FUSION", "LOSS_MAP"]),
-    nodes.UnderstudySaveFusion: (["fusion", "filename_prefix"], []),
+    training_nodes.UnderstudySaveFusion: (["fusion", "filename_prefix"], []),
     nodes.UnderstudyLoadFusion: (["fusion_name"], ["UNDERSTUDY_FUSION"]),
     nodes.UnderstudyCombineFusion: (["fusion", "source", "pose", "clip_vision"], ["UNDERSTUDY_FUSION_EMBED"]),
+    nodes.UnderstudyEncodeAppearance: (["clip_vision", "source"], ["CLIP_VISION_OUTPUT"]),
     nodes.UnderstudyApplyFusion: (
         ["model", "fusion", "fusion_embed", "appearance", "pose", "strength"],
         ["MODEL", "CONDITIONING", "CONDITIONING"]),
@@ -70,8 +71,8 @@ def test_a_run_through_all_nodes(folder, caplog):
             **lists,
         ).result
         assert len(losses["loss"]) == 2
-        nodes.UnderstudySaveFusion.execute(trained, "both")
-        (name,) = set(nodes.fusion_files.choices()) - set(files.THEATRE_FILES[files.FUSION_EMBEDDINGS])
+        training_nodes.UnderstudySaveFusion.execute(trained, "both")
+        (name,) = set(files.FOLDER.choices()) - set(menus.MODEL_FILES[files.FOLDER.name])
         with caplog.at_level("INFO"):
             loaded = nodes.UnderstudyLoadFusion.execute(name)
         assert loaded.ui["text"] == ("holds: combiner, encoder, generator, LoRA",)
@@ -122,8 +123,28 @@ def test_combine_refuses_what_does_not_fit():
         combine(fusions.fusion(MODEL, combiner=None), fusions.pictures(), fusions.poses())
     colour = fusions.pictures()
     alpha = torch.cat([colour, torch.ones(1, 64, 64, 1)], dim=-1)
-    found = [combine(fusion, picture, fusions.poses()).result[0].vectors for picture in (colour, alpha)]
-    assert torch.equal(*found)
+    actual = [combine(fusion, picture, fusions.poses()).result[0].vectors for picture in (colour, alpha)]
+    assert torch.equal(*actual)
+
+
+def test_every_node_with_a_pose_tells_of_a_photograph(folder, caplog):
+    pictures, vision = fusions.pair_lists(4), fusions.vision()
+    combined = fusions.fusion(MODEL)
+    appearance = CLIPVisionEncode().encode(vision, pictures["source"][:1], "none")[0]
+    photograph = fusions.pictures(1, seed=3)
+    (embed,) = nodes.UnderstudyCombineFusion.execute(combined, pictures["source"][:1], photograph, vision).result
+    nodes.UnderstudyApplyFusion.execute(MODEL, combined, appearance, photograph, 1.0, fusion_embed=embed)
+    lists = {name: [tensor] for name, tensor in pictures.items()}
+    lists["pose"] = [torch.cat([pictures["pose"][:3], photograph])]
+    training_nodes.UnderstudyTrainFusionCombiner.execute(
+        **as_lists(clip_vision=vision, steps=1, learning_rate=1e-3, temperature=0.07, batch_size=4,
+                   train_encoder=False, seed=1, resume_from="none"), **lists,
+    )
+    told = [message for message in caplog.messages if "looks like a photograph" in message]
+    assert [message.split(":")[0] for message in told] == [
+        "[Understudy] Combine Fusion", "[Understudy] Apply Fusion", "[Understudy] Train Fusion Combiner",
+    ]
+    assert "pose 4 looks" in told[-1]
 
 
 def test_an_embedding_is_for_the_fusion_whose_combiner_made_it():
@@ -137,7 +158,7 @@ def test_an_embedding_is_for_the_fusion_whose_combiner_made_it():
             assert len(apply(MODEL, fits, appearance, fusions.poses(), 1.0, embed).result) == 3
         with pytest.raises(FusionError, match="connect one fusion to both Combine Fusion and Apply Fusion"):
             apply(MODEL, other, appearance, fusions.poses(), 1.0, embed)
-        with pytest.raises(FusionError, match="leave fusion_embed free"):
+        with pytest.raises(FusionError, match="disconnect fusion_embed"):
             apply(MODEL, alone, appearance, fusions.poses(), 1.0, embed)
 
 
@@ -163,18 +184,18 @@ def test_a_run_is_not_resumed_with_another_model_of_the_same_shape(folder):
     with torch.inference_mode():
         for node, (models, others) in cases.items():
             node.execute(**as_lists(**models, **common, steps=1, resume_from="none"), **lists)
-            more = common | {"steps": 2, "resume_from": files.list_files(files.TRAINING_CHECKPOINTS)[-1]}
+            longer = common | {"steps": 2, "resume_from": checkpoints.FOLDER.choices()[-1]}
             for name, other in others.items():
                 changed = models | {"fusion" if isinstance(other, method.Fusion) else name: other}
                 with pytest.raises(ValueError, match=f"different {name}: "):
-                    node.execute(**as_lists(**changed, **more), **lists)
-            assert len(node.execute(**as_lists(**models, **more), **lists).result[1]["loss"]) == 2
+                    node.execute(**as_lists(**changed, **longer), **lists)
+            assert len(node.execute(**as_lists(**models, **longer), **lists).result[1]["loss"]) == 2
 
 
 @pytest.mark.parametrize(
     "node", [training_nodes.UnderstudyTrainFusionCombiner, training_nodes.UnderstudyTrainFusionGenerator]
 )
-def test_a_folder_whose_pictures_changed_is_learnt_anew(node, tmp_path, monkeypatch):
+def test_a_folder_whose_pictures_changed_is_trained_on_again(node, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
     for role in ("source", "pose", "target"):
         (tmp_path / "people" / role).mkdir(parents=True)
@@ -198,10 +219,10 @@ def test_train_nodes_name_what_is_missing_and_resume_checks_their_settings(folde
         with pytest.raises(FusionError, match="pose, target: nothing is connected"):
             execute(**as_lists(clip_vision=vision, **settings), source=lists["source"])
         execute(**as_lists(clip_vision=vision, **settings), **lists)
-        (name,) = files.list_files(files.TRAINING_CHECKPOINTS)
-        more = settings | {"steps": 3, "resume_from": name}
-        assert len(execute(**as_lists(clip_vision=vision, **more), **lists).result[1]["loss"]) == 3
+        (name,) = checkpoints.FOLDER.choices()
+        longer = settings | {"steps": 3, "resume_from": name}
+        assert len(execute(**as_lists(clip_vision=vision, **longer), **lists).result[1]["loss"]) == 3
         with pytest.raises(ValueError, match="temperature"):
-            execute(**as_lists(clip_vision=vision, **more | {"temperature": 0.1}), **lists)
+            execute(**as_lists(clip_vision=vision, **longer | {"temperature": 0.1}), **lists)
         with pytest.raises(ValueError, match="pairs"):
-            execute(**as_lists(clip_vision=vision, **more), **lists | {"target": [pictures["source"]]})
+            execute(**as_lists(clip_vision=vision, **longer), **lists | {"target": [pictures["source"]]})

@@ -1,9 +1,11 @@
 """Pairs of lists and folders: counts, kinds of pictures, damaged ones, and that a folder is read as it goes."""
 
+import os
+import shutil
+import unicodedata
 from pathlib import Path
 
 import folder_paths
-import fusions
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,12 @@ from pack.nodes.fusion_embedding import pairs, training
 from pack.nodes.fusion_embedding.method import FusionError
 from pack.nodes.fusion_embedding.pairs import ROLES, FolderPairs, ListedPairs
 from PIL import Image
+from support import fusions
 
 
 def listed(**changed):
-    given = {role: [tensor] for role, tensor in fusions.pair_lists(3).items()} | changed
-    return ListedPairs(*(given[role] for role in ROLES))
+    batches = {role: [tensor] for role, tensor in fusions.pair_lists(3).items()} | changed
+    return ListedPairs(*(batches[role] for role in ROLES))
 
 
 def test_batches_lists_and_one_source_for_all():
@@ -32,25 +35,25 @@ def test_batches_lists_and_one_source_for_all():
 
 @pytest.mark.parametrize("counts", [(2, 3, 3), (3, 2, 3), (3, 3, 2), (2, 3, 4), (3, 1, 3), (3, 3, 1), (3, 1, 1)])
 def test_unequal_counts_are_refused_with_the_numbers(counts):
-    given = {role: [fusions.poses(count)] for role, count in zip(ROLES, counts, strict=True)}
+    batches = {role: [fusions.poses(count)] for role, count in zip(ROLES, counts, strict=True)}
     with pytest.raises(FusionError, match=f"source {counts[0]}, pose {counts[1]}, target {counts[2]}"):
-        ListedPairs(*given.values())
+        ListedPairs(*batches.values())
 
 
 def test_alpha_is_dropped_grey_repeated_and_sizes_may_differ():
     grey, alpha = fusions.pictures(3, channels=1), fusions.pictures(3, channels=4)
-    found = listed(source=[grey], target=[alpha[:2], fusions.pictures(1, 40, 24)])
-    assert found[0].source.shape == found[0].target.shape == (1, 64, 64, 3)
-    assert torch.equal(found[1].source[..., 0], found[1].source[..., 2])
-    assert torch.equal(found[1].target, alpha[1:2, ..., :3])
-    assert (found.size(0), found.size(2)) == ((64, 64), (40, 24))
+    actual = listed(source=[grey], target=[alpha[:2], fusions.pictures(1, 40, 24)])
+    assert actual[0].source.shape == actual[0].target.shape == (1, 64, 64, 3)
+    assert torch.equal(actual[1].source[..., 0], actual[1].source[..., 2])
+    assert torch.equal(actual[1].target, alpha[1:2, ..., :3])
+    assert (actual.size(0), actual.size(2)) == ((64, 64), (40, 24))
 
 
 def test_lists_are_used_where_they_lie():
     """A data set that just fits into memory must not be copied."""
     lists = fusions.pair_lists(3)
-    found = listed(**{role: [tensor] for role, tensor in lists.items()})
-    for role, views in zip(ROLES, found.pictures, strict=True):
+    actual = listed(**{role: [tensor] for role, tensor in lists.items()})
+    for role, views in zip(ROLES, actual.pictures, strict=True):
         assert views[1].untyped_storage().data_ptr() == lists[role].untyped_storage().data_ptr()
 
 
@@ -75,18 +78,18 @@ def folder(path: Path, lists=None, names=("a", "b", "c"), ending="png") -> Path:
 
 
 def test_the_sizes_of_pairs_are_looked_up_once(tmp_path, monkeypatch):
-    found, asked = FolderPairs(folder(tmp_path)), []
-    monkeypatch.setattr(found, "size", lambda index: asked.append(index) or (64, 48))
-    encoded = training.PairEncoder(found, None, None, None, None, 8)
+    actual, asked = FolderPairs(folder(tmp_path)), []
+    monkeypatch.setattr(actual, "size", lambda index: asked.append(index) or (64, 48))
+    encoded = training.PairEncoder(actual, None, None, None, None, 8)
     assert encoded.sizes() == encoded.sizes() == [(8, 6)] * 3 and asked == [0, 1, 2]
 
 
 def test_a_folder_is_its_pictures(tmp_path):
     lists = fusions.pair_lists(3)
-    found, expected = FolderPairs(folder(tmp_path, lists)), listed()
-    assert len(found) == 3 and found.size(1) == (64, 64)
+    actual, expected = FolderPairs(folder(tmp_path, lists)), listed()
+    assert len(actual) == 3 and actual.size(1) == (64, 64)
     for i in range(3):
-        for ours, theirs in zip(found[i], expected[i], strict=True):
+        for ours, theirs in zip(actual[i], expected[i], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0.5 / 255 + 1e-6)
 
 
@@ -97,11 +100,41 @@ def test_a_folder_is_read_as_it_goes(tmp_path, monkeypatch):
            names)
     read = []
     monkeypatch.setattr(pairs, "_read", lambda path, original=pairs._read: read.append(path) or original(path))
-    found = FolderPairs(tmp_path)
-    assert len(found) == 300 and found.digest() and found.size(7) == (24, 24) and not read
+    actual = FolderPairs(tmp_path)
+    assert len(actual) == 300 and actual.digest() and actual.size(7) == (24, 24) and not read
     for i in (250, 3, 77):
-        assert found[i].target.shape == (1, 24, 24, 3)
+        assert actual[i].target.shape == (1, 24, 24, 3)
     assert [path.stem for path in read[::3]] == ["00250", "00003", "00077"] and len(read) == 9
+
+
+def test_repainted_pictures_of_equal_size_under_the_same_names_are_other_data(tmp_path):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    for role in ROLES:
+        (tmp_path / role).mkdir()
+        Image.fromarray(pixels).save(tmp_path / role / "a.bmp")
+    before, path = FolderPairs(tmp_path).digest(), tmp_path / "target" / "a.bmp"
+    times = path.stat()
+    Image.fromarray(pixels + 9).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    repainted = FolderPairs(tmp_path).digest()
+    assert repainted != before
+    Image.fromarray(pixels).save(path)
+    assert FolderPairs(tmp_path).digest() == before, "the same pictures, written again"
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert FolderPairs(tmp_path / "copy").digest() == before, "and copied"
+
+
+def test_names_in_two_spellings_of_unicode_are_one_name(tmp_path):
+    composed, decomposed = "Zoë", unicodedata.normalize("NFD", "Zoë")
+    path = folder(tmp_path, names=("a", composed, "z"))
+    (path / "pose" / f"{composed}.png").rename(path / "pose" / f"{decomposed}.png")
+    found = FolderPairs(path)
+    assert len(found) == 3 and [file.parent.name for file in found.files[1]] == list(ROLES)
+    Image.new("RGB", (8, 8)).save(path / "pose" / f"{composed}.png")
+    if len(list((path / "pose").iterdir())) == 4:  # some file systems see one name there
+        with pytest.raises(FusionError, match="of one name"):
+            FolderPairs(path)
 
 
 def test_what_a_folder_lacks_is_named(tmp_path):
@@ -112,7 +145,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     with pytest.raises(FusionError, match=r"'b' in \S+: not in all of source, pose, target"):
         FolderPairs(path)
     (path / "pose" / "b.png").write_bytes(b"no picture")
-    with pytest.raises(FusionError, match="b.png is no picture"):
+    with pytest.raises(FusionError, match="b.png is not a readable picture"):
         FolderPairs(path)[1]
     whole = (path / "target" / "c.png").read_bytes()
     (path / "target" / "c.png").write_bytes(whole[: len(whole) // 2])
@@ -126,7 +159,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     with pytest.raises(FusionError, match="a.png shows no person"):
         FolderPairs(path)[0]
     Image.new("RGB", (8, 8)).save(path / "source" / "._a.png")
-    assert len(FolderPairs(path)) == 3, "a leftover of another system is no picture"
+    assert len(FolderPairs(path)) == 3, "a leftover of another system is not a picture"
     Image.new("RGB", (8, 8)).save(path / "source" / "a.jpg")
     with pytest.raises(FusionError, match="a.jpg and a.png, of one name"):
         FolderPairs(path)
@@ -161,19 +194,19 @@ def short_header(path):
 
 @pytest.mark.parametrize("spoil", [giant, short_header, lambda path: exif(path, b"who?")])
 def test_whatever_pil_says_of_a_file_names_the_file(tmp_path, spoil):
-    found = FolderPairs(folder(tmp_path))
+    actual = FolderPairs(folder(tmp_path))
     spoil(tmp_path / "target" / "b.png")
-    for ask in (found.size, found.__getitem__):
+    for ask in (actual.size, actual.__getitem__):
         with pytest.raises(FusionError, match="b.png is .*: replace or remove the pair"):
             ask(1)
 
 
 def test_grey_in_16_bits_keeps_its_shades(tmp_path):
-    found = FolderPairs(folder(tmp_path))
+    actual = FolderPairs(folder(tmp_path))
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "source" / "a.png")
     expected = torch.from_numpy(ramp / 65535).float()[None, ..., None].expand(-1, -1, -1, 3)
-    torch.testing.assert_close(found[0].source, expected, rtol=0, atol=0.5 / 255 + 1e-4)
+    torch.testing.assert_close(actual[0].source, expected, rtol=0, atol=0.5 / 255 + 1e-4)
 
 
 def test_a_camera_that_lay_on_its_side_is_known_before_reading(tmp_path):
@@ -182,8 +215,8 @@ def test_a_camera_that_lay_on_its_side_is_known_before_reading(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(path / "target" / "a.png", exif=exif)
-    found = FolderPairs(path)
-    assert found.size(0) == tuple(found[0].target.shape[1:3]) == (30, 10)
+    actual = FolderPairs(path)
+    assert actual.size(0) == tuple(actual[0].target.shape[1:3]) == (30, 10)
 
 
 def test_the_folder_is_one_of_the_input_folder(tmp_path, monkeypatch):
@@ -191,8 +224,8 @@ def test_the_folder_is_one_of_the_input_folder(tmp_path, monkeypatch):
     folder(tmp_path / "people" / "set one")
     (tmp_path / "other" / "source").mkdir(parents=True)
     assert pairs.choices() == ["none", "people/set one"]
-    assert len(pairs.chosen({}, "people/set one")) == 3
+    assert len(pairs.open_pairs({}, "people/set one")) == 3
     with pytest.raises(FusionError, match="leaves the input folder"):
-        pairs.chosen({}, "../elsewhere")
+        pairs.open_pairs({}, "../elsewhere")
     with pytest.raises(FusionError, match="source, pose, target: nothing is connected"):
-        pairs.chosen({"source": None}, "none")
+        pairs.open_pairs({"source": None}, "none")

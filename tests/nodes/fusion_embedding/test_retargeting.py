@@ -1,6 +1,7 @@
 """Body proportions on skeletons whose true limb lengths are known."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -51,15 +52,15 @@ def test_the_source_s_proportions_on_the_pose_s_directions():
     waving = {**STANDING, 3: -20, 4: -80, 10: 120}
     pose, source = skeleton(LENGTHS, waving), skeleton(child, STANDING, scale=1.7)
     before = copy.deepcopy((pose, source))
-    found = retarget(pose, source, RetargetConfig())
+    actual = retarget(pose, source, RetargetConfig())
     assert (pose, source) == before
     for a, b, limb in LIMBS:
         # The torso stays the pose's, so the source's scale does not count.
-        assert measured(found)[a, b] == pytest.approx(child[limb]), limb
-        at = points(found)
+        assert measured(actual)[a, b] == pytest.approx(child[limb]), limb
+        at = points(actual)
         turned = math.degrees(math.atan2(at[b][1] - at[a][1], at[b][0] - at[a][0]))
         assert (turned - waving[b] + 180) % 360 - 180 == pytest.approx(0, abs=1e-6)
-    lowest = [max(points(frames)[i][1] for i in (10, 13)) for frames in (pose, found)]
+    lowest = [max(points(frames)[i][1] for i in (10, 13)) for frames in (pose, actual)]
     assert lowest[0] == pytest.approx(lowest[1])
 
 
@@ -67,15 +68,15 @@ def test_the_source_s_proportions_on_the_pose_s_directions():
 @given(st.floats(0, 1), st.floats(0.6, 1.6))
 def test_amount_goes_from_nothing_to_all(amount, factor):
     pose, source = skeleton(), skeleton({**LENGTHS, "shin": 55 * factor})
-    found = measured(retarget(pose, source, RetargetConfig(amount)))
-    assert found[9, 10] == pytest.approx(55 * factor**amount)
-    assert found[2, 3] == pytest.approx(40)
+    actual = measured(retarget(pose, source, RetargetConfig(amount)))
+    assert actual[9, 10] == pytest.approx(55 * factor**amount)
+    assert actual[2, 3] == pytest.approx(40)
 
 
-def test_hands_and_feet_keep_their_place_beside_their_joints():
+def test_hands_and_feet_keep_their_place_next_to_their_joints():
     source = skeleton({**LENGTHS, "forearm": 50, "shin": 30})
-    found, pose = retarget(skeleton(), source, RetargetConfig()), skeleton()
-    for frames in (found, pose):
+    actual, pose = retarget(skeleton(), source, RetargetConfig()), skeleton()
+    for frames in (actual, pose):
         wrist = points(frames)[4]
         assert [(x - wrist[0], y - wrist[1]) for x, y in points(frames, "hand_right_keypoints_2d")] == [
             pytest.approx((dx, 0), abs=1e-9) for dx in range(21)
@@ -88,8 +89,8 @@ def test_a_limb_that_points_at_the_camera_is_no_short_limb():
     """The longest of both sides, and of all frames."""
     seen = skeleton()
     seen[0]["people"][0]["pose_keypoints_2d"][3 * 4] = points(seen)[3][0] + 1  # the right forearm is foreshortened
-    found = measured(retarget(skeleton(), seen, RetargetConfig()))
-    assert found[3, 4] == pytest.approx(35) and found[6, 7] == pytest.approx(35)
+    actual = measured(retarget(skeleton(), seen, RetargetConfig()))
+    assert actual[3, 4] == pytest.approx(35) and actual[6, 7] == pytest.approx(35)
 
 
 def test_wrongly_found_joints_draw_no_giant():
@@ -99,12 +100,12 @@ def test_wrongly_found_joints_draw_no_giant():
 
 def test_points_that_were_not_found_move_along_and_stay_not_found():
     pose = skeleton(missing=(4, 10, 13))
-    found = retarget(pose, skeleton({**LENGTHS, "upper arm": 60}), RetargetConfig())
-    at, before = points(found), points(pose)
+    actual = retarget(pose, skeleton({**LENGTHS, "upper arm": 60}), RetargetConfig())
+    at, before = points(actual), points(pose)
     moved = [at[3][i] - before[3][i] for i in range(2)]
     assert math.hypot(*moved) > 10
     assert [at[4][i] - before[4][i] for i in range(2)] == pytest.approx(moved)
-    assert found[0]["people"][0]["pose_keypoints_2d"][14] == 0.1
+    assert actual[0]["people"][0]["pose_keypoints_2d"][14] == 0.1
 
 
 @pytest.mark.parametrize("broken", ["pose", "source"])
@@ -125,12 +126,12 @@ def test_those_without_a_body_are_nobody_and_stay():
     frame, = skeleton()
     crowded = [{**frame, "people": [face, *frame["people"]]}, {**frame, "people": None}, {"canvas_width": 4}]
     child = skeleton({**LENGTHS, "shin": 40})
-    found = retarget(crowded, crowded[1:] + child, RetargetConfig())
-    assert found[0]["people"] == [face, *retarget(skeleton(), child, RetargetConfig())[0]["people"]]
-    assert found[1:] == crowded[1:]
+    actual = retarget(crowded, crowded[1:] + child, RetargetConfig())
+    assert actual[0]["people"] == [face, *retarget(skeleton(), child, RetargetConfig())[0]["people"]]
+    assert actual[1:] == crowded[1:]
 
 
-def test_the_host_draws_what_the_node_gives():
+def test_comfyui_draws_what_the_node_gives():
     (frames,) = UnderstudyRetargetPose.execute(skeleton(), skeleton({**LENGTHS, "shin": 20}), 1.0).result
     pictures = [
         SDPoseDrawKeypoints.execute(keypoints, True, True, True, True, 4, 3, 0.3, True).result[0]
@@ -138,3 +139,39 @@ def test_the_host_draws_what_the_node_gives():
     ]
     assert pictures[0].shape == (1, 500, 400, 3)
     assert pictures[0].amax() > 0.5 and (pictures[0] - pictures[1]).abs().max() > 0.5
+
+
+def in_fractions(frames):
+    """The same keypoints as fractions of a canvas that is not square."""
+    frames = copy.deepcopy(frames)
+    for person in frames[0]["people"]:
+        for flat in person.values():
+            flat[0::3], flat[1::3] = [x / 400 for x in flat[0::3]], [y / 500 for y in flat[1::3]]
+    return frames
+
+
+def test_keypoints_in_fractions_are_measured_in_pixels():
+    child = skeleton({**LENGTHS, "upper arm": 70})
+    expected = retarget(skeleton(), child, RetargetConfig())
+    assert measured(expected)[2, 3] == pytest.approx(70)
+    for pose, source in ((in_fractions(skeleton()), child), (skeleton(), in_fractions(child)),
+                         (json.dumps(in_fractions(skeleton())[0]), json.dumps(in_fractions(child)))):
+        for point, wanted in zip(points(retarget(pose, source, RetargetConfig())), points(expected), strict=True):
+            assert point == pytest.approx(wanted)
+
+
+def test_someone_without_hips_in_front_does_not_hide_the_next():
+    child = skeleton({**LENGTHS, "shin": 30})
+    cut_off = skeleton({**LENGTHS, "shin": 90}, missing=(8, 11))[0]["people"]
+    crowd = [{**child[0], "people": cut_off + child[0]["people"]}]
+    assert retarget(skeleton(), crowd, RetargetConfig()) == retarget(skeleton(), child, RetargetConfig())
+
+
+def test_bodies_without_hands_and_faces_can_be_drawn():
+    """As pose editors write them."""
+    frame, = skeleton()
+    for part in (None, []):
+        person = {"pose_keypoints_2d": frame["people"][0]["pose_keypoints_2d"], "face_keypoints_2d": part}
+        (frames,) = UnderstudyRetargetPose.execute({**frame, "people": [person]}, skeleton(), 1.0).result
+        picture = SDPoseDrawKeypoints.execute(frames, True, True, True, True, 4, 3, 0.3, True).result[0]
+        assert picture.shape == (1, 500, 400, 3) and picture.amax() > 0.5

@@ -1,12 +1,13 @@
-"""What both stages share, on real tiny models of the host: cancelling, and peak memory."""
+"""What both stages share, on real tiny models of ComfyUI: cancelling, and peak memory."""
 
 import comfy.model_management
-import fusions
 import pytest
-from fusion_trainings import MODEL, VISION, combined, generated
-from pack.nodes import files
-from pack.nodes.fusion_embedding import pairs, training
+from pack.nodes.files import weights
+from pack.nodes.fusion_embedding import pairs
 from pack.nodes.training.checkpoints import Checkpoints
+from pack.nodes.training.monitor import NodeMonitor
+from support import fusions
+from support.fusion_trainings import MODEL, VISION, combined, generated
 
 
 @pytest.mark.parametrize("stage", [combined, generated])
@@ -18,11 +19,11 @@ def test_a_cancelled_run_leaves_its_state(folder, stage, monkeypatch):
         if len(checks) == 3:
             raise comfy.model_management.InterruptProcessingException
 
-    made = Checkpoints("cancelled", {})
-    monkeypatch.setattr(training.HostMonitor, "check", cancel)
+    saved = Checkpoints("cancelled", {})
+    monkeypatch.setattr(NodeMonitor, "check", cancel)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        stage(steps=10_000, checkpoints=made)
-    tensors, metadata = files.read(made.path)
+        stage(steps=10_000, checkpoints=saved)
+    tensors, metadata = weights.read(saved.path)
     assert metadata["step"] == "2" and len(tensors["losses"]) == 2
     assert comfy.model_management.in_training is False
     for model in (MODEL.model, VISION.model):

@@ -1,65 +1,12 @@
-"""The formulas alone: subjects in texts, the prior's loss, masks."""
+"""The formulas alone: the prior's loss, masks."""
 
 import pytest
 import torch
-from comfy.sd1_clip import SD1Tokenizer
-from comfy.sdxl_clip import SDXLTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack.nodes.identity_prior import method, subject
-from pack.nodes.identity_prior.config import IdentityPriorConfig, MaskConfig, parse_layers
+from pack.nodes.identity_prior import method
+from pack.nodes.identity_prior.config import IdentityPriorConfig, MaskConfig
 from pack.nodes.training.objective import Batches, Sample
-
-IDENTITY = method.Identity("sks", "tabby  cat")
-
-
-def test_texts_name_the_subject_or_are_refused():
-    assert IDENTITY.trigger == "sks tabby cat"
-    assert IDENTITY.expand("a {subject}\n jumping") == "a sks tabby cat jumping"
-    assert IDENTITY.expand("A SKS tabby cat") == "A SKS tabby cat"
-    assert IDENTITY.of_class("a {subject} and sks tabby cat") == "a tabby cat and tabby cat"
-    assert IDENTITY.of_class("A SKS Tabby Cat, sks's tail, {subject}") == "A tabby cat, tabby cat's tail, tabby cat"
-    assert IDENTITY.expand("sks tabby cat在跳，{subject}在跑") == "sks tabby cat在跳，sks tabby cat在跑"
-    for other in ("a cat jumping", "he asks tabby cat", "a sks tabby caterpillar", "two {subject}s"):
-        with pytest.raises(ValueError, match="text does not name the subject.*Write {subject}"):
-            IDENTITY.expand(other)
-    for token, noun in (("", "cat"), ("two words", "cat"), ("sks", " ")):
-        with pytest.raises(ValueError, match="identity_token"):
-            method.Identity(token, noun)
-
-
-@pytest.mark.parametrize("make", [SD1Tokenizer, SDXLTokenizer])
-@pytest.mark.parametrize(("text", "expected"), [
-    ("sks tabby cat", [1, 2, 3, 4]),
-    ("a photo of sks tabby cat, jumping", [4, 5, 6, 7]),
-    ("a (sks tabby cat:1.3) here", [2, 3, 4, 5]),
-    ("sks tabby cat and sks tabby cat", [1, 2, 3, 4, 6, 7, 8, 9]),
-    ("word " * 74 + "sks tabby cat", [75, 78, 79, 80]),  # a text of two chunks
-    ("a tabby cat", []),
-])
-def test_columns_are_those_of_the_subject_s_tokens(make, text, expected):
-    """sks is two tokens, sk and s, of CLIP; the columns count start and end tokens, over chunks of 77."""
-    tokenizer = make()
-    tokens = tokenizer.tokenize_with_weights(text, return_word_ids=True)
-    trigger = tokenizer.tokenize_with_weights(IDENTITY.trigger, return_word_ids=True)
-    found = list(subject.subject_columns(tokens, trigger))
-    flat = [entry[0] for chunk in tokens["l"] for entry in chunk]
-    phrase = [entry[0] for chunk in trigger["l"] for entry in chunk if entry[2] != 0]
-    assert [flat[i] for i in found] == phrase * (len(found) // len(phrase))
-    assert len(found) == len(phrase) * text.count("sks")
-    if len(phrase) == len(expected):
-        assert found[0] >= 1
-
-
-def test_joined_encoders_are_refused():
-    with pytest.raises(ValueError, match="joins l, t5xxl"):
-        subject.subject_columns({"l": [], "t5xxl": []}, {})
-
-
-def test_phrases_across_chunks_and_embeddings():
-    chunks = [[(9, 1, 0), (1, 1, 1), (5, 1, 1), (9, 1, 0)], [(9, 1, 0), (6, 1, 1), (torch.ones(3), 1, 2)]]
-    assert method.columns_of(chunks, [5, 6]) == (2, 5)
-    assert method.columns_of(chunks, []) == () and method.columns_of([], [1]) == ()
 
 
 def samples(values, shape=(1, 1, 2, 2)):
@@ -155,8 +102,8 @@ def test_growing_is_the_cells_around(cells, height, width, seed):
 
 def test_layers_are_averaged_at_the_finest_or_the_asked_resolution():
     maps = [torch.full((1, 1, 8, 4), 1.0), torch.full((1, 1, 4, 2), 3.0)]
-    assert torch.equal(method.average(maps, 0), torch.full((1, 1, 8, 4), 2.0))
-    assert method.average(maps, 6).shape == (1, 1, 6, 3)
+    assert torch.equal(method.mean_map(maps, 0), torch.full((1, 1, 8, 4), 2.0))
+    assert method.mean_map(maps, 6).shape == (1, 1, 6, 3)
 
 
 def test_union_and_blend():
@@ -196,10 +143,10 @@ def test_grids_that_belong_together():
 
 
 def test_settings_that_do_nothing_are_refused():
-    assert parse_layers("4-6, 9") == {4, 5, 6, 9} and parse_layers("auto") is None
+    assert MaskConfig(layers="4-6, 9").layers == "4-6, 9" and MaskConfig(layers="auto").layers == "auto"
     for text in ("", "6-4", "a", "1,,2"):
-        with pytest.raises(ValueError, match="layers is"):
-            parse_layers(text)
+        with pytest.raises(ValueError, match="layers is .*'auto', 'all', or numbers"):
+            MaskConfig(layers=text)
     for settings_ in ({"augment": "flip"}, {"prior_weight": -1.0}, {"class_count": 0}):
         with pytest.raises(ValueError, match=next(iter(settings_))):
             IdentityPriorConfig(**settings_)

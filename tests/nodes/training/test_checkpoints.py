@@ -1,11 +1,12 @@
-"""What a run leaves on disk, and what it says when another run is to go on from it."""
+"""Checkpoints on disk, and what a run says that has to continue from one."""
 
 import copy
 import logging
 
+import folder_paths
 import pytest
 import torch
-from pack.nodes import files
+from pack.nodes.files import weights
 from pack.nodes.training import checkpoints, inputs
 from pack.nodes.training.loop import State
 
@@ -13,52 +14,51 @@ SETTINGS = {"pictures": inputs.digest([torch.zeros(1)]), "rank": 4, "learning_ra
 
 
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
-    """A checkpoint of seven steps, in a folder of its own."""
-    known = copy.deepcopy(files.folder_paths.folder_names_and_paths)
-    monkeypatch.setattr(files.folder_paths, "folder_names_and_paths", known)
-    monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: str(tmp_path))
-    files.register_folders()
+def saved(tmp_path, monkeypatch):
+    """A checkpoint of seven steps, in a temporary folder."""
+    known = copy.deepcopy(folder_paths.folder_names_and_paths)
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    checkpoints.FOLDER.register()
     run = checkpoints.Checkpoints("name", SETTINGS)
     run.save(State(7, [0.5] * 7, {"parameter.a": torch.ones(2)}))
     return run
 
 
-def test_every_setting_that_differs_is_named_at_once(kept):
+def test_every_setting_that_differs_is_named_at_once(saved):
     other = {**SETTINGS, "pictures": inputs.digest([torch.ones(1)]), "rank": "whole UNet", "learning_rate": 1e-4}
     with pytest.raises(ValueError, match="learning_rate 0.001 and .* 0.0001; different pictures; rank 4 and"):
-        checkpoints.Checkpoints("name", other).resume(kept.path.name)
+        checkpoints.Checkpoints("name", other).resume(saved.path.name)
 
 
-def test_a_setting_that_one_of_them_lacks_shows_no_digest(kept):
+def test_a_setting_that_one_of_them_lacks_shows_no_digest(saved):
     with pytest.raises(ValueError, match="made with different model: ") as refused:
-        checkpoints.Checkpoints("name", {**SETTINGS, "model": inputs.digest([torch.ones(1)])}).resume(kept.path.name)
+        checkpoints.Checkpoints("name", {**SETTINGS, "model": inputs.digest([torch.ones(1)])}).resume(saved.path.name)
     assert "None" not in str(refused.value)
 
 
-def test_a_seed_as_long_as_a_digest_is_shown(kept):
+def test_a_seed_as_long_as_a_digest_is_shown(saved):
     long = checkpoints.Checkpoints("long", {**SETTINGS, "seed": 1125899906842624})
     long.save(State(1, [0.5], {"parameter.a": torch.ones(2)}))
     with pytest.raises(ValueError, match="seed 1125899906842624 and this run has 7"):
         checkpoints.Checkpoints("long", {**SETTINGS, "seed": 7}).resume(long.path.name)
 
 
-def test_another_node_s_checkpoint_is_told_by_its_name(kept):
-    with pytest.raises(ValueError, match="another training, name: choose one .* begin with other, or .* to none"):
-        checkpoints.Checkpoints("other", {"epochs": 3}).resume(kept.path.name)
+def test_a_checkpoint_of_another_node_is_refused_by_name(saved):
+    with pytest.raises(ValueError, match="another training, name: choose one .* begins with other, or .* to none"):
+        checkpoints.Checkpoints("other", {"epochs": 3}).resume(saved.path.name)
 
 
-def test_a_checkpoint_from_before_names_were_kept_goes_on_by_its_settings(kept):
-    tensors, metadata = files.read(kept.path)
-    del metadata["run"]
-    older = files.save(tensors, metadata, files.TRAINING_CHECKPOINTS, "older")
-    assert checkpoints.Checkpoints("name", SETTINGS).resume(older.name).step == 7
-    with pytest.raises(ValueError, match="made with rank 4 and this run has 5"):
-        checkpoints.Checkpoints("name", {**SETTINGS, "rank": 5}).resume(older.name)
+def test_a_checkpoint_from_before_seeds_went_by_purpose_is_refused_in_words(saved):
+    tensors, metadata = weights.read(saved.path)
+    del metadata["seeds"]
+    older = weights.save(tensors, metadata, checkpoints.FOLDER.name, "older")
+    with pytest.raises(ValueError, match="earlier version of this node.*set resume_from to none and train again"):
+        checkpoints.Checkpoints("name", SETTINGS).resume(older.name)
 
 
-def test_a_checkpoint_says_its_name(kept, caplog):
+def test_the_log_names_the_checkpoint(saved, caplog):
     with caplog.at_level(logging.INFO):
-        kept.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))
-    assert f"checkpoint {kept.path.name} after optimiser step 9" in caplog.text
-    assert kept.resume(kept.path.name).step == 9
+        saved.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))
+    assert f"checkpoint {saved.path.name} after optimiser step 9" in caplog.text
+    assert saved.resume(saved.path.name).step == 9

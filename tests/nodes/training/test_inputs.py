@@ -1,4 +1,4 @@
-"""Pictures and texts as graphs give them: batches, lists, folders of the host's own dataset node, and bad ones."""
+"""Pictures and texts as graphs supply them: batches, lists, folders from ComfyUI's dataset node, and invalid ones."""
 
 import comfy.clip_vision
 import folder_paths
@@ -16,9 +16,9 @@ def picture(*shape, seed=0):
 
 def test_batches_lists_and_sizes_become_single_pictures_in_order():
     batch, single = picture(3, 8, 8, 3), picture(1, 16, 8, 3, seed=1)
-    found = inputs.pictures([batch, single], "images")
-    assert [tuple(image.shape) for image in found] == [(1, 8, 8, 3)] * 3 + [(1, 16, 8, 3)]
-    assert torch.equal(torch.cat(found[:3]), batch) and torch.equal(found[3], single)
+    actual = inputs.pictures([batch, single], "images")
+    assert [tuple(image.shape) for image in actual] == [(1, 8, 8, 3)] * 3 + [(1, 16, 8, 3)]
+    assert torch.equal(torch.cat(actual[:3]), batch) and torch.equal(actual[3], single)
     assert len(inputs.pictures(batch, "images")) == 3
 
 
@@ -29,7 +29,7 @@ def test_alpha_is_dropped_and_grey_is_repeated():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("pictures", "message"),
     [
         ([], "images holds no picture"),
         ([torch.zeros(0, 4, 4, 3)], "images holds no picture"),
@@ -38,9 +38,9 @@ def test_alpha_is_dropped_and_grey_is_repeated():
         ([torch.full((1, 4, 4, 3), float("nan"))], "images holds NaN"),
     ],
 )
-def test_bad_pictures_are_refused_by_name(given, message):
+def test_bad_pictures_are_refused_by_name(pictures, message):
     with pytest.raises(ValueError, match=message):
-        inputs.pictures(given, "images")
+        inputs.pictures(pictures, "images")
 
 
 @pytest.mark.parametrize(
@@ -54,18 +54,18 @@ def test_bad_pictures_are_refused_by_name(given, message):
         ([""], 2, ["", ""]),
     ],
 )
-def test_a_text_a_picture_or_one_for_all(texts, count, expected):
-    assert inputs.lines(texts, count, "captions") == expected
+def test_one_text_per_picture_or_one_for_all(texts, count, expected):
+    assert inputs.texts_for(texts, count, "captions") == expected
 
 
 @pytest.mark.parametrize(("texts", "count"), [(["a", "b"], 3), (["a", "b"], 1), ("a\nb\nc", 2), ([], 1)])
 def test_any_other_number_of_texts_is_refused_by_name(texts, count):
-    found = 3 if isinstance(texts, str) else len(texts)
-    with pytest.raises(ValueError, match=f"captions has {found} texts for {count} pictures"):
-        inputs.lines(texts, count, "captions")
+    actual = 3 if isinstance(texts, str) else len(texts)
+    with pytest.raises(ValueError, match=f"captions has {actual} texts for {count} pictures"):
+        inputs.texts_for(texts, count, "captions")
 
 
-def test_a_folder_comes_through_the_host_s_own_dataset_node(tmp_path, monkeypatch):
+def test_a_folder_comes_through_comfyui_s_dataset_node(tmp_path, monkeypatch):
     folder = tmp_path / "puppets"
     folder.mkdir()
     for name, colour in (("first", 40), ("second", 200)):
@@ -73,8 +73,8 @@ def test_a_folder_comes_through_the_host_s_own_dataset_node(tmp_path, monkeypatc
         (folder / f"{name}.txt").write_text(f"the {name} one")
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
     images, texts = LoadImageTextDataSetFromFolderNode.execute("puppets").result
-    found, captions = inputs.pictures(images, "images"), inputs.lines(texts, 2, "captions")
-    by_caption = dict(zip(captions, found, strict=True))
+    actual, captions = inputs.pictures(images, "images"), inputs.texts_for(texts, 2, "captions")
+    by_caption = dict(zip(captions, actual, strict=True))
     assert by_caption.keys() == {"the first one", "the second one"}
     assert by_caption["the first one"].mean() < by_caption["the second one"].mean()
 
@@ -87,7 +87,7 @@ def test_a_digest_tells_latents_apart():
     assert inputs.digest(latents) != inputs.digest(other)
 
 
-def test_one_picture_and_one_text_are_one():
+def test_only_one_picture_and_one_text_are_accepted():
     with pytest.raises(ValueError, match="source holds 2 pictures"):
         inputs.one_picture([picture(2, 4, 4, 3)], "source")
     assert inputs.one_text(["a\n  fox"], "source_text") == "a fox"
@@ -113,3 +113,14 @@ def test_a_digest_tells_conditionings_apart():
     ]
     assert len(set(different)) == len(different)
     assert named({"a": 1, "b": text}) == named({"b": text.clone(), "a": 1})
+
+
+def test_two_values_where_one_is_meant_are_refused_by_name():
+    assert inputs.single_values({"seed": [3], "fusion": None, "clip_vision": []}) == {"seed": 3}
+    with pytest.raises(ValueError, match="seed is a list of 2: connect one"):
+        inputs.single_values({"steps": [1], "seed": [3, 4]})
+
+
+def test_latents_of_other_shapes_are_other_data():
+    latent = torch.zeros(1, 4, 2, 8)
+    assert inputs.digest([latent]) != inputs.digest([latent.reshape(1, 4, 4, 4)])

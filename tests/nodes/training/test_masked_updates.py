@@ -1,4 +1,4 @@
-"""Steps that a mask holds back, against AdamW written out for single numbers."""
+"""Steps that a mask restricts, against AdamW written out for single numbers."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from pack.nodes.training import loop
 from pack.nodes.training.config import TrainingConfig
+from pack.nodes.training.seeds import seed_for
 
 SIZE = 12
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # as PyTorch ships AdamW
@@ -27,6 +28,9 @@ class Monitor:
     def checkpoint(self, state):
         self.states.append(state)
 
+    def warn(self, line):
+        raise AssertionError(line)
+
 
 def start():
     return torch.randn(SIZE, generator=torch.Generator().manual_seed(4))
@@ -37,7 +41,7 @@ def mask_of(step):
 
 
 class Run:
-    """Pulls a vector toward random targets, one a step, with a mask a step."""
+    """Pulls a vector toward random targets, one per step, with one mask per step."""
 
     def __init__(self):
         self.parameters = {"x": torch.nn.Parameter(start())}
@@ -69,10 +73,10 @@ def trained(steps=9, **options):
 
 
 def reference(steps):
-    """Each element by itself: in a step that its mask lacks, value and moments stay."""
+    """Each element separately: in a step where its mask is False, value and moments stay."""
     x, targets = start().double().tolist(), []
     for step in range(steps):
-        generator = torch.Generator().manual_seed(loop.step_seed(2, step))
+        generator = torch.Generator().manual_seed(seed_for(2, "step", step))
         targets.append(torch.randn(SIZE, generator=generator).double().tolist())
     for i in range(SIZE):
         mean = square = 0.0
@@ -88,9 +92,9 @@ def reference(steps):
     return torch.tensor(x, dtype=torch.float32)
 
 
-def test_it_is_adamw_for_each_element_that_may_move():
-    found, _ = trained()
-    torch.testing.assert_close(found, reference(9), rtol=1e-5, atol=1e-6)
+def test_it_is_adamw_for_each_element_that_may_change():
+    actual, _ = trained()
+    torch.testing.assert_close(actual, reference(9), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
@@ -113,7 +117,7 @@ def test_masks_that_let_everything_pass_change_no_bit():
     assert torch.equal(nothing, start())
 
 
-def test_a_stopped_run_goes_on_bit_for_bit():
+def test_a_stopped_run_continues_bit_for_bit():
     whole, _ = trained()
     stopped = Monitor(stop=5)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Training through real tiny models of the host: gradients, LoRA files, host state, batches, interruptions."""
+"""Training through ComfyUI's models at tiny sizes: gradients, LoRA files, ComfyUI's state, batches, interruptions."""
 
 import gc
 
@@ -6,20 +6,21 @@ import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.samplers
 import comfy.sd
 import diffusers
 import diffusers.training_utils
 import pytest
-import tiny_model
 import torch
 from comfy_extras.nodes_model_advanced import LCM
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
-from pack.nodes.training import loop, objective, picture_training
+from pack.nodes.inputs import model_fit
+from pack.nodes.training import drawing, loop, objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
-from pack.nodes.training.lora import Adapters
-from pack.nodes.training.lora_files import lora_model
+from pack.nodes.training.lora import LoraLayers, lora_model
 from pack.nodes.training.session import session
+from support import tiny_model
 
 SHAPE = (1, 4, 8, 8)
 
@@ -63,13 +64,13 @@ def test_it_learns_and_leaves_the_model_as_it_was(model):
     assert comfy.model_management.in_training is False
 
 
-def test_the_host_gets_its_state_back_after_an_error_too():
+def test_comfyui_gets_its_state_back_even_after_an_error():
     model = inference_model()
     before = list(model.model.parameters())
     with pytest.raises(loop.TrainingDiverged):
         with session(model, SHAPE, config(gradient_checkpointing=True)) as denoiser:
             assert comfy.model_management.in_training
-            with Adapters(denoiser.network, LoraConfig(), 0, denoiser.device).attached():
+            with LoraLayers(denoiser.network, LoraConfig(), 0, denoiser.device).attached():
                 raise loop.TrainingDiverged
     assert comfy.model_management.in_training is False
     assert all(a is b for a, b in zip(before, model.model.parameters(), strict=True))
@@ -82,7 +83,7 @@ def gradients(model, **settings):
         for i, latent in enumerate(latents())
     ]
     with session(model, SHAPE, config(batch_size=2, **settings)) as denoiser:
-        adapters = Adapters(denoiser.network, LoraConfig(rank=2), 3, denoiser.device)
+        adapters = LoraLayers(denoiser.network, LoraConfig(rank=2), 3, denoiser.device)
         with torch.no_grad():
             for name, parameter in adapters.parameters().items():
                 if name.endswith("up"):
@@ -98,10 +99,10 @@ def gradients(model, **settings):
 def test_gradients_equal_those_of_an_ordinary_model_and_survive_checkpointing():
     loss, expected = gradients(tiny_model.picture())
     for model, settings in ((inference_model(), {}), (inference_model(), {"gradient_checkpointing": True})):
-        found_loss, found = gradients(model, **settings)
-        assert found_loss == pytest.approx(loss, rel=1e-6)
+        actual_loss, actual = gradients(model, **settings)
+        assert actual_loss == pytest.approx(loss, rel=1e-6)
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-7)
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items())
 
 
@@ -134,7 +135,7 @@ def test_the_native_lora_loader_gives_what_was_trained():
     model = inference_model()
     x, sigma = torch.randn(SHAPE), torch.tensor([2.0])
     with session(model, SHAPE, config()) as denoiser:
-        adapters = Adapters(denoiser.network, LoraConfig(rank=4, alpha=2.0), 0, denoiser.device)
+        adapters = LoraLayers(denoiser.network, LoraConfig(rank=4, alpha=2.0), 0, denoiser.device)
         for module in adapters.modules.values():
             torch.nn.init.normal_(module.up, 0, 0.2)
         conditions = [denoiser.prepare(tiny_model.conditioning(0), x)]
@@ -147,23 +148,23 @@ def test_the_native_lora_loader_gives_what_was_trained():
         patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
         assert len(patched.patches) == len(adapters.modules)
     with session(patched, SHAPE, config()) as denoiser, torch.no_grad():
-        found = denoiser.denoise(x, sigma, conditions)
+        actual = denoiser.denoise(x, sigma, conditions)
     assert (expected - plain).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_diffusers_reads_the_file_through_its_converter():
-    """A UNet of the same shape in diffusers takes every matrix of the file, at its place."""
+    """A UNet of the same shape in diffusers takes every matrix of the file, in its layer."""
     lora, _ = trained(inference_model())
     keys = {key.rsplit(".", 2)[0] if "lora_" in key.rsplit(".", 2)[-2] else key[: -len(".alpha")] for key in lora}
-    found, alphas = _convert_non_diffusers_lora_to_diffusers(dict(lora))
-    assert len(found) == 2 * len(keys)
+    actual, alphas = _convert_non_diffusers_lora_to_diffusers(dict(lora))
+    assert len(actual) == 2 * len(keys)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",), mid_block_type="UNetMidBlock2DCrossAttn",
         cross_attention_dim=tiny_model.CONTEXT, attention_head_dim=2,
     )
-    unet.load_lora_adapter(found, prefix="unet", network_alphas=alphas)
+    unet.load_lora_adapter(actual, prefix="unet", network_alphas=alphas)
     loaded = {name: p for name, p in unet.named_parameters() if "lora_" in name}
     assert len(loaded) == 2 * len(keys)
     for key in keys:
@@ -172,7 +173,7 @@ def test_diffusers_reads_the_file_through_its_converter():
         assert len(twins) == 1 and torch.equal(twins[0], lora[f"{key}.lora_up.weight"])
 
 
-def test_video_models_train_and_load_under_their_own_names():
+def test_video_models_train_and_load_under_their_names():
     model = tiny_model.video()
     video = torch.randn(1, 16, 3, 4, 4)
     with torch.inference_mode():
@@ -192,7 +193,7 @@ def test_a_model_without_named_attention_is_refused():
 
 
 class Sampling:
-    """The host's model_sampling of a kind, over SD's sigmas."""
+    """ComfyUI's model_sampling of a kind, over SD's sigmas."""
 
     @staticmethod
     def of(kind):
@@ -222,8 +223,8 @@ def test_the_loss_is_the_error_of_the_prediction_with_diffusers_weights(kind):
         if gamma:
             weight = snr.clamp(max=gamma)
             expected = expected * (weight / snr if kind == "EPS" else weight / (snr + 1))
-        found = objective.PredictionError(sampling, gamma)(denoised, clean, sigma)
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
+        actual = objective.PredictionLoss(sampling, gamma)(denoised, clean, sigma)
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-5)
 
 
 def test_flow_loss_is_the_error_of_the_velocity():
@@ -231,29 +232,29 @@ def test_flow_loss_is_the_error_of_the_velocity():
     clean, noise, output = (torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
     sigma = torch.tensor([0.2, 0.9])
     denoised = sampling.calculate_denoised(sigma, output, sampling.noise_scaling(sigma, noise, clean))
-    found = objective.PredictionError(sampling, 0.0)(denoised, clean, sigma)
-    torch.testing.assert_close(found, (output - (noise - clean)).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
+    actual = objective.PredictionLoss(sampling, 0.0)(denoised, clean, sigma)
+    torch.testing.assert_close(actual, (output - (noise - clean)).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="min_snr_gamma"):
-        objective.PredictionError(sampling, 5.0)
+        objective.PredictionLoss(sampling, 5.0)
 
 
 @pytest.mark.parametrize("kind", [comfy.model_sampling.X0, LCM])
 def test_models_that_predict_something_else_are_refused(kind):
     with pytest.raises(ValueError, match=f"{kind.__name__} prediction"):
-        objective.PredictionError(Sampling.of(kind), 0.0)
+        objective.PredictionLoss(Sampling.of(kind), 0.0)
 
 
 class Moving(comfy.model_patcher.ModelPatcher):
-    """Moves its weights when it loads, as on a GPU: the tensors then hide that they are of inference mode."""
+    """Moves its weights when it loads, as on a GPU: the tensors then hide that they were made in inference mode."""
 
     def load(self, *args, **kwargs):
-        own = self.model.get_dtype_inference()
-        self.model.to(torch.float64).to(own)
+        dtype = self.model.get_dtype_inference()
+        self.model.to(torch.float64).to(dtype)
         return super().load(*args, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_the_host_moved_can_be_trained_through(dtype):
+def test_weights_that_comfyui_moved_can_be_trained_through(dtype):
     model = inference_model(dtype=dtype)
     lora, _ = trained(Moving(model.model, tiny_model.CPU, tiny_model.CPU))
     assert any(weight.abs().max() > 0 for key, weight in lora.items() if "lora_up" in key)
@@ -280,15 +281,54 @@ def test_inpainting_models_train_on_an_empty_mask():
     assert all(torch.isfinite(torch.tensor(loss_map["loss"])))
 
 
-def test_a_preview_waits_for_room(monkeypatch):
+def test_another_models_text_is_told_even_where_the_models_structure_does_not_say(monkeypatch):
+    monkeypatch.setattr(model_fit, "text_width", lambda network: None)
+    with session(inference_model(), SHAPE, config()) as denoiser:
+        conditions = [denoiser.prepare([[torch.ones(1, 8, 24), {}]], torch.zeros(SHAPE))]
+        with pytest.raises(ValueError, match="another model's.*24.*connect the CLIP"):
+            denoiser.denoise(torch.zeros(SHAPE), torch.ones(1), conditions)
+
+
+@pytest.mark.parametrize(("name", "words"), [("hooks", "a scheduled LoRA"), ("control", "a ControlNet")])
+def test_what_only_sampling_would_apply_is_refused(name, words):
+    ((text, options),) = tiny_model.conditioning(0)
+    with session(inference_model(), SHAPE, config()) as denoiser:
+        with pytest.raises(ValueError, match=f"a caption to train on holds .*{words}.*: connect"):
+            denoiser.prepare([[text, {**options, name: object()}]], torch.zeros(SHAPE))
+
+
+def test_a_preview_is_skipped_without_free_memory(monkeypatch):
     vae = object()
-    preview = picture_training.preview_of(vae, [], [], SHAPE, 0)
+    preview = drawing.preview_of(vae, [], [], SHAPE, 0)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
     with session(inference_model(), SHAPE, config()) as denoiser:
         assert preview(denoiser) is None
 
 
-def test_the_host_can_unload_a_model_whose_training_failed():
+def test_a_preview_that_runs_out_of_memory_changes_nothing(monkeypatch, caplog):
+    model, conditionings = inference_model(), [tiny_model.conditioning(i) for i in range(3)]
+    asked = []
+
+    def full(*_args, **_options):
+        asked.append(1)
+        raise comfy.model_management.OOM_EXCEPTION("out of memory")
+
+    def run(preview=None):
+        with torch.inference_mode():
+            return picture_training.train_on_pictures(
+                model, latents(), conditionings[:2], config(steps=4, preview_every=2), LoraConfig(rank=4),
+                checkpoints=Checkpoints("test", {}), resume_from="none", preview=preview,
+            )
+
+    plain, losses = run()
+    monkeypatch.setattr(comfy.samplers.KSAMPLER, "sample", full)
+    watched, same = run(drawing.preview_of(object(), conditionings[0], conditionings[2], SHAPE, 0))
+    assert asked == [1] and losses == same and "out of memory" in caplog.text
+    assert all(torch.equal(plain[key], watched[key]) for key in plain)
+    assert model.model.current_patcher is None and not comfy.model_management.in_training
+
+
+def test_comfyui_can_unload_a_model_whose_training_failed():
     model = tiny_model.picture(dtype=torch.bfloat16)
     frames = []
     try:
@@ -303,7 +343,7 @@ def test_the_host_can_unload_a_model_whose_training_failed():
 
 
 class Cells:
-    """An encoder of eight pixels a cell."""
+    """An encoder of eight pixels per cell."""
 
     def spacial_compression_encode(self):
         return 8
@@ -312,18 +352,18 @@ class Cells:
         return picture[:, ::8, ::8].movedim(-1, 1)
 
 
-def test_pictures_that_fit_no_cells_are_said(caplog):
+def test_pictures_that_do_not_fit_the_cells_are_warned_of(caplog):
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 64, 48, 3)])
     assert not caplog.records
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 64, 50, 3)])
     assert "pictures of 50 x 64 pixels are cut to multiples of 8" in caplog.text
     for width in (7, 31):
-        with pytest.raises(ValueError, match=f"{width} x 200 pixels is too small to learn from"):
+        with pytest.raises(ValueError, match=f"{width} x 200 pixels is too small to train on"):
             picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, width, 3)])
     picture_training.encode_pictures(Cells(), [torch.zeros(1, 200, 32, 3)])
 
 
-def test_what_one_call_can_hold_is_learnt_together():
+def test_samples_that_fit_one_call_share_a_bucket():
     """Texts of a UNet are repeated to one length; those of other models, and pictures, have to be of one shape."""
     def sample(condition, *shape, **others):
         return objective.Sample(torch.ones(1, 4, 8, 8), {"text": condition(torch.ones(shape)), **others})

@@ -1,4 +1,4 @@
-"""LoRA training beside weights that are not plain: fp8, the host's quantised layers, packed tensors of other packs.
+"""LoRA training on models with unusual weights: fp8, ComfyUI's quantised layers, packed tensors of other packs.
 
 The reference is the same model with its weights unpacked to fp32 beforehand.
 """
@@ -8,13 +8,13 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import pytest
-import tiny_model
 import torch
 from pack.nodes.training import objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
-from pack.nodes.training.lora import Adapters
+from pack.nodes.training.lora import LoraLayers
 from pack.nodes.training.session import session
+from support import tiny_model
 
 SHAPE = (1, 4, 8, 8)
 ATTENTION = LoraConfig(rank=2)
@@ -31,9 +31,9 @@ def fp8():
 
 
 def quantised():
-    """Attention layers as the host's own quantised fp8 files hold them."""
+    """Attention layers as ComfyUI's quantised fp8 files hold them."""
     plain = tiny_model.picture()
-    names = list(Adapters(plain.model.diffusion_model, ATTENTION, 0, tiny_model.CPU).layers)
+    names = list(LoraLayers(plain.model.diffusion_model, ATTENTION, 0, tiny_model.CPU).layers)
     state, unpacked = {}, {}
     for name, weight in plain.model.diffusion_model.state_dict().items():
         layer = name.removesuffix(".weight")
@@ -56,7 +56,7 @@ def quantised():
 
 
 class Packed(torch.Tensor):
-    """Integers with a scale, as packs for GGUF files hold weights; of no use before `unpacked`."""
+    """Integers with a scale, as packs for GGUF files hold weights; not usable before `unpacked`."""
 
     def unpacked(self):
         return self.as_subclass(torch.Tensor).float() * self.scale
@@ -86,7 +86,7 @@ def packed():
 
 
 def values(model):
-    """Every weight in fp32. The host's quantised ones are new objects whenever the host loads them."""
+    """Every weight in fp32. ComfyUI's quantised ones are new objects each time it loads them."""
     return {
         name: (weight.dequantize() if isinstance(weight, comfy.quant_ops.QuantizedTensor) else weight).float().clone()
         for name, weight in model.model.named_parameters()
@@ -95,7 +95,7 @@ def values(model):
 
 def gradients(model):
     with session(model, SHAPE, config()) as denoiser:
-        adapters = Adapters(denoiser.network, ATTENTION, 0, denoiser.device)
+        adapters = LoraLayers(denoiser.network, ATTENTION, 0, denoiser.device)
         with torch.no_grad():
             for i, module in enumerate(adapters.modules.values()):
                 module.up.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
@@ -118,16 +118,16 @@ def test_gradients_are_those_of_the_unpacked_model(make):
             if name in unpacked:
                 weight.copy_(unpacked[name])
     expected_loss, expected = gradients(plain)
-    loss, found = gradients(model)
+    loss, actual = gradients(model)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
 
 
 @pytest.mark.parametrize("make", [fp8, quantised, packed])
-def test_a_lora_is_learnt_and_a_whole_unet_is_refused(make):
+def test_a_lora_is_trained_and_a_whole_unet_is_refused(make):
     with torch.inference_mode():
         model, _ = make()
         arguments = [torch.randn(SHAPE)], [tiny_model.conditioning(0)], config()
@@ -139,13 +139,13 @@ def test_a_lora_is_learnt_and_a_whole_unet_is_refused(make):
 
 
 class Streaming(comfy.model_patcher.ModelPatcher):
-    """Says that it streams its weights, as the host's own does on a GPU, where alone that exists."""
+    """Reports that it streams its weights, which ComfyUI's does only on a GPU."""
 
     def is_dynamic(self):
         return True
 
 
-def test_a_model_that_streams_is_trained_as_a_whole_copy_of_its_loader():
+def test_a_model_that_streams_is_trained_as_a_fully_loaded_clone():
     model = tiny_model.as_loaded(tiny_model.picture())
     streaming = Streaming(model.model, tiny_model.CPU, tiny_model.CPU)
     loads = []

@@ -1,14 +1,15 @@
-"""Training every weight: the published step, the model left alone, differences that the host's loader applies."""
+"""Training every weight: the published step, an unchanged input model, differences that ComfyUI's loader applies."""
 
 import comfy.sd
 import pytest
-import tiny_model
 import torch
-from pack.nodes.training import loop, objective, picture_training
+from pack.nodes.training import objective, picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import TrainingConfig
+from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.session import session
 from pack.nodes.training.whole_network import WholeNetwork
+from support import tiny_model
 
 RATE, SHAPE = 1e-4, (1, 4, 8, 8)
 
@@ -35,8 +36,8 @@ def trained(model, checkpoints=None, resume_from="none", **settings):
 
 
 def test_it_learns_what_a_plain_loop_over_the_weights_learns():
-    """Adam on the model's own parameters, written out, gives the same differences."""
-    found, loss_map = trained(inference_model(), steps=3)
+    """Adam on the model's parameters, written out, gives the same differences."""
+    actual, loss_map = trained(inference_model(), steps=3)
     plain = tiny_model.picture()
     network = plain.model.diffusion_model
     before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
@@ -50,22 +51,22 @@ def test_it_learns_what_a_plain_loop_over_the_weights_learns():
         optimiser = torch.optim.Adam(weights, lr=RATE)
         for step in range(3):
             optimiser.zero_grad()
-            loss = goal(step, torch.Generator().manual_seed(loop.step_seed(0, step)))
+            loss = goal(step, torch.Generator().manual_seed(seed_for(0, "step", step)))
             assert loss.item() == pytest.approx(loss_map["loss"][step], rel=1e-5)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
-    assert len(found) == len(before)
+    assert len(actual) == len(before)
     for name, weight in network.named_parameters():
         stem, _, leaf = name.rpartition(".")
-        difference = found[f"diffusion_model.{stem}.{'diff_b' if leaf == 'bias' else 'diff'}"]
+        difference = actual[f"diffusion_model.{stem}.{'diff_b' if leaf == 'bias' else 'diff'}"]
         torch.testing.assert_close(difference, weight.detach() - before[name], rtol=0.02, atol=RATE / 50)
         # Adam's step is at most about the learning rate.
         assert 0 < difference.abs().max() <= 3.3 * RATE
 
 
 @pytest.mark.parametrize("model", [inference_model(), tiny_model.picture(dtype=torch.bfloat16), tiny_model.video()])
-def test_the_model_keeps_its_own_weights(model):
+def test_the_model_keeps_its_weights(model):
     before = dict(model.model.named_parameters())
     values = {name: weight.clone() for name, weight in before.items()}
     video = hasattr(model.model.diffusion_model, "blocks")
@@ -98,9 +99,9 @@ def test_the_native_loader_gives_what_was_trained():
     with torch.inference_mode():
         patched, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)
     with session(patched, SHAPE, config()) as denoiser, torch.no_grad():
-        found = denoiser.denoise(x, sigma, conditions)
+        actual = denoiser.denoise(x, sigma, conditions)
     assert (expected - plain).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 class Kept:
@@ -118,9 +119,9 @@ class Kept:
 
 def test_a_resumed_run_equals_the_whole_one():
     whole, _ = trained(inference_model(), steps=6)
-    kept = Kept()
-    trained(inference_model(), kept, steps=4, checkpoint_every=3)
-    assert kept.states[0].step == 3
-    found, _ = trained(inference_model(), kept, "0", steps=6)
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(found[key], whole[key]) for key in whole)
+    memory = Kept()
+    trained(inference_model(), memory, steps=4, checkpoint_every=3)
+    assert memory.states[0].step == 3
+    actual, _ = trained(inference_model(), memory, "0", steps=6)
+    assert actual.keys() == whole.keys()
+    assert all(torch.equal(actual[key], whole[key]) for key in whole)

@@ -1,4 +1,4 @@
-"""What every Train node asks, as the host's frontend shows it."""
+"""The inputs of every Train node, as ComfyUI's frontend shows them."""
 
 import math
 
@@ -21,7 +21,7 @@ def inputs_of(node):
 
 @pytest.mark.parametrize("node", TRAINERS)
 @pytest.mark.parametrize("rate", [2e-6, 1.5e-5, 1e-4, 3e-3])
-def test_rates_can_be_typed_the_published_one_too(node, rate):
+def test_learning_rates_can_be_typed_even_the_published_one(node, rate):
     assert typed(inputs_of(node)["learning_rate"], rate) == pytest.approx(rate)
 
 
@@ -32,19 +32,20 @@ def test_a_queued_run_can_be_resumed_under_its_own_seed(node):
 
 
 def test_optional_inputs_that_an_old_workflow_lacks_have_their_defaults():
-    given = {"steps": 3, "learning_rate": 0.1, "seed": 4}
-    config = widgets.config(given, turns=2, batch_size=5)
+    values = {"steps": 3, "learning_rate": 0.1, "seed": 4}
+    config = widgets.config(values, steps_per_iteration=2, batch_size=5)
     assert (config.steps, config.checkpoint_every, config.batch_size) == (6, 200, 5)
     shown = {
         widget.id: widget.default
-        for widget in (widgets.dtype(), widgets.gradient_checkpointing(), widgets.checkpoint_every("Steps"))
+        for widget in (widgets.dtype(), *widgets.on_the_way("Steps"))
     }
-    assert widgets.config(given | shown, turns=2, batch_size=5) == config
+    assert widgets.config(values | shown, steps_per_iteration=2, batch_size=5) == config
 
 
-def test_what_a_resumed_run_must_share_is_named_by_all_nodes_alike(monkeypatch):
+def test_all_nodes_name_what_a_resumed_run_must_share_in_the_same_words(monkeypatch):
     monkeypatch.setattr(widgets, "fingerprint", lambda model: f"of {model}")
-    monkeypatch.setattr(widgets, "patches_fingerprint", lambda model: "" if model == "it" else f"on {model}")
+    monkeypatch.setattr(widgets, "weight_changes", lambda model: "" if model == "it" else f"on {model}")
+    monkeypatch.setattr(widgets, "call_changes", lambda model: "")
     config = widgets.config({"steps": 3, "learning_rate": 0.1, "seed": 4}, batch_size=5)
     shared = {"seed": 4, "batch_size": 5, "learning_rate": 0.1, "dtype": "model", "min_snr_gamma": 0.0}
     assert widgets.settings({"model": "it"}, config, {"rank": 8}) == {"model": "of it", **shared, "rank": 8}

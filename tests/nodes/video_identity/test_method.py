@@ -1,16 +1,12 @@
-"""Positions, masks, settings, the reference's pass and the cache; no ComfyUI in the code under test."""
+"""Positions, masks, settings and the cache; no ComfyUI in the code under test."""
 
-import threading
 
-import published_wan
 import pytest
-import tiny_model
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack.kernels import restricted_attention
 from pack.nodes.video_identity import method
-from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig, parse_blocks
+from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
 
 ADAPTER = method.VideoAdapter(())
 
@@ -25,63 +21,6 @@ def test_reference_positions_are_the_published_ones():
     assert positions.shape == (1, 1024, 3)
     expected = [(-1, 30 + h, 52 + w) for h in range(32) for w in range(32)]
     assert positions[0].tolist() == [list(map(float, p)) for p in expected]
-
-
-class Rotation:
-    """The host's part of a prefill in plain PyTorch, with rotary positions as complex numbers."""
-
-    def __init__(self, turn, stop_at=None):
-        self.turn, self.stop_at, self.checked = turn, stop_at, 0
-
-    def cast(self, parameter, like):
-        return parameter.to(like)
-
-    def rotate(self, x):
-        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self.turn[None, :, None]).flatten(-2).to(x)
-
-    def attend(self, q, k, v):
-        return restricted_attention.eager(q, k, v, [])
-
-    def check(self):
-        self.checked += 1
-        if self.checked == self.stop_at:
-            raise KeyboardInterrupt
-
-
-def reference_rows(keep, stop_at=None):
-    """Our prefill, and the published model's own keys and values of the image in every block."""
-    model = tiny_model.wan(seed=3)
-    network = model.model.diffusion_model
-    adapter = tiny_model.video_adapter(model)
-    published = published_wan.Wan(network.state_dict(), 2, 32, adapter, loops=True)
-    reference = latent(1, 1, 16, 1, 6, 4)
-    published(latent(2, 1, 16, 2, 4, 6), torch.tensor([700.0]), latent(3, 1, 4, 16), reference)
-    turn = published.rotations([(-1, 2 + h, 3 + w) for h in range(3) for w in range(2)])
-    with torch.no_grad():
-        rows = method.prefill(
-            network, method.adapter_from(adapter), reference, torch.float32, keep, Rotation(turn, stop_at)
-        )
-    return rows, published.attended
-
-
-def test_the_prefill_gives_the_published_keys_and_values():
-    rows, published = reference_rows(frozenset((0, 1, 2)))
-    assert sorted(rows) == [0, 1, 2] and len(published) == 3
-    for i, expected in enumerate(published):
-        for ours, theirs in zip(rows[i], expected, strict=True):
-            assert ours.shape == (1, 6, 2, 24)
-            relative = (ours.flatten(2) - theirs).abs().max() / theirs.abs().max()
-            assert relative < 1e-5, (i, relative)
-
-
-def test_the_prefill_keeps_only_what_is_asked_for_and_stops_after_the_last():
-    everything, _ = reference_rows(frozenset((0, 1, 2)))
-    rows, _ = reference_rows(frozenset((1,)))
-    assert list(rows) == [1] and torch.equal(rows[1][0], everything[1][0])
-    reference_rows(frozenset((1,)), stop_at=3)  # block 2 is never begun
-    with pytest.raises(KeyboardInterrupt):
-        reference_rows(frozenset((1,)), stop_at=2)
 
 
 @settings(max_examples=40)
@@ -132,12 +71,11 @@ def test_a_mask_of_another_length_names_both():
     ("all", None), (" All ", None), ("0", {0}), ("0-2", {0, 1, 2}), ("0, 3-4,7", {0, 3, 4, 7}), ("2 - 3", {2, 3}),
 ])
 def test_blocks(text, expected):
-    assert parse_blocks(text) == expected
     assert VideoIdentityConfig(blocks=text).blocks == text
     if expected:
         with pytest.raises(ValueError, match="has 0 to"):
-            method.kept_blocks(VideoIdentityConfig(blocks=text), max(expected))
-    assert method.kept_blocks(VideoIdentityConfig(blocks=text), 8) == (expected or set(range(8)))
+            method.selected_blocks(VideoIdentityConfig(blocks=text), max(expected))
+    assert method.selected_blocks(VideoIdentityConfig(blocks=text), 8) == (expected or set(range(8)))
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -159,79 +97,29 @@ def test_settings_that_hold_nothing_are_refused(make, message):
 @pytest.mark.parametrize(("reference", "mask", "message"), [
     (latent(0, 2, 16, 1, 4, 4), None, "holds 2 latents of 1 frames.*one picture"),
     (latent(0, 1, 16, 3, 4, 4), None, "1 latents of 3 frames"),
-    (torch.ones(0, 16, 1, 4, 4), None, "holds 0 latents"),
+    (torch.ones(0, 16, 1, 4, 4), None, "reference is an empty batch"),
     (torch.zeros(1, 16, 1, 4, 4), None, "all zero"),
     (torch.full((1, 16, 1, 4, 4), float("nan")), None, "NaN"),
-    (torch.ones(1, 16, 100), None, "no image latent"),
+    (torch.ones(1, 16, 100), None, "not an image or video latent"),
     (latent(), torch.ones(1, 1, 4, 4), "mask has shape"),
     (latent(), torch.ones(0, 4, 4), "mask has shape"),
     (latent(), torch.full((1, 4, 4), float("inf")), "mask holds NaN or infinite"),
 ])
 def test_references_and_masks_that_cannot_be_are_refused(reference, mask, message):
     with pytest.raises(ValueError, match=message):
-        method.identity(ADAPTER, reference, VideoIdentityConfig(), mask)
+        method.video_reference(ADAPTER, reference, VideoIdentityConfig(), mask)
 
 
 def test_an_identity_is_named_by_its_content_and_shares_nothing():
     reference, mask = latent(), torch.tensor([[-1.0, 2.0]])
-    made = method.identity(ADAPTER, reference, VideoIdentityConfig(), mask)
-    assert made.mask.tolist() == [[[0.0, 1.0]]] and made.latent.shape == (1, 16, 1, 4, 4)
-    given = reference.clone()
+    result = method.video_reference(ADAPTER, reference, VideoIdentityConfig(), mask)
+    assert result.mask.tolist() == [[[0.0, 1.0]]] and result.latent.shape == (1, 16, 1, 4, 4)
+    original = reference.clone()
     reference.zero_()  # as a node that works in place may do
-    assert torch.equal(made.latent, given)
-    reference = given
-    again = method.identity(ADAPTER, reference[:, :, 0].half().float(), VideoIdentityConfig())
-    assert again.digest != made.digest == method.identity(ADAPTER, reference[:, :, 0], VideoIdentityConfig()).digest
-    assert not made.off and method.identity(ADAPTER, reference, VideoIdentityConfig(strength=0.0)).off
-    assert method.identity(ADAPTER, reference, VideoIdentityConfig(), torch.zeros(3, 4, 4)).off
-
-
-class Owner:
-    pass
-
-
-def test_the_cache_publishes_only_what_is_complete_and_never_another_s():
-    cache, first, second = method.ReferenceCache(), Owner(), Owner()
-
-    def fails():
-        raise RuntimeError("stopped")
-
-    cache.get(second, ("z",), lambda: 0)
-    cache.clear()
-    with pytest.raises(RuntimeError):
-        cache.get(first, ("a",), fails)
-    assert len(cache) == 0
-    assert cache.get(first, ("a",), lambda: 1) == 1 and cache.get(first, ("a",), fails) == 1
-    assert cache.get(second, ("a",), lambda: 2) == 2 and cache.get(first, ("b",), lambda: 3) == 3
-    # An owner that died and another at its address: simulated, since addresses cannot be asked for.
-    cache._entries[(id(second), "a")] = cache._entries[(id(first), "a")]
-    assert cache.get(second, ("a",), lambda: 4) == 4
-    cache.clear()
-    assert len(cache) == 0 and cache.get(first, ("a",), lambda: 5) == 5
-
-
-def test_the_cache_keeps_two_versions_of_a_key():
-    cache, owner, filled = method.ReferenceCache(), Owner(), []
-    for version in (1, 2, 1, 2, 3, 3, 2, 1):
-        assert cache.get(owner, ("a",), lambda v=version: filled.append(v) or v, (version,)) == version
-    assert filled == [1, 2, 3, 1] and len(cache) == 1
-
-
-def test_the_cache_fills_once_under_threads():
-    cache, owner, filled, answers = method.ReferenceCache(), Owner(), [], []
-    start = threading.Barrier(8)
-
-    def fill():
-        filled.append(1)
-        return len(filled)
-
-    def work():
-        start.wait()
-        answers.append(cache.get(owner, ("a",), fill))
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(filled) == 1 and answers == [1] * 8
+    assert torch.equal(result.latent, original)
+    reference = original
+    again = method.video_reference(ADAPTER, reference[:, :, 0].half().float(), VideoIdentityConfig())
+    same = method.video_reference(ADAPTER, reference[:, :, 0], VideoIdentityConfig())
+    assert again.digest != result.digest == same.digest
+    assert not result.off and method.video_reference(ADAPTER, reference, VideoIdentityConfig(strength=0.0)).off
+    assert method.video_reference(ADAPTER, reference, VideoIdentityConfig(), torch.zeros(3, 4, 4)).off

@@ -1,27 +1,27 @@
 """The nodes' schemas, the reference's crop against pixels counted by hand, and a graph from file to video."""
 
+import json
 import logging
 import re
 
 import comfy.samplers
 import folder_paths
 import pytest
-import real_configurations
 import safetensors.torch
-import tiny_model
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.nodes import extension
-from pack.nodes.video_identity import method, running
+from pack.nodes.video_identity import method, sampling
 from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
 from pack.nodes.video_identity.nodes import (
     UnderstudyApplyVideoIdentity,
     UnderstudyLoadVideoIdentityAdapter,
     UnderstudyPrepareReference,
-    UnderstudySaveVideoIdentityAdapter,
 )
 from pack.nodes.video_identity.reference_picture import prepare
+from pack.nodes.video_identity.training_nodes import UnderstudySaveVideoIdentityAdapter
+from support import real_configurations, tiny_model
 
 CONTRACT = {
     UnderstudyPrepareReference: (["image", "size", "crop_factor", "mask", "bboxes"], ["IMAGE"]),
@@ -73,7 +73,7 @@ def at(image, row, column):
 
 
 def test_boxes_have_no_default_that_a_client_could_send():
-    """The host's own is a box of 512 pixels, and comfy-cli fills in defaults: then no mask's extent would count."""
+    """ComfyUI's own is a box of 512 pixels, and comfy-cli fills in defaults: then no mask's extent would count."""
     boxes = next(i for i in UnderstudyPrepareReference.define_schema().inputs if i.id == "bboxes").as_dict()
     assert boxes["forceInput"] and boxes.get("default") is None
 
@@ -87,6 +87,9 @@ def test_the_crop_is_half_as_large_again_around_the_largest_face():
     for alike in (boxes[0], boxes[0][1]):
         assert torch.equal(prepare(picture(), ReferenceConfig(size=480), None, alike)[0], cropped)
     assert torch.equal(prepare(picture(), ReferenceConfig(480, 1.0), None, box(35, 15, 30, 30))[0], cropped)
+    corners = torch.tensor([[0.0, 0, 5, 5], [40, 25, 60, 35]])  # of pictures of 100 x 60 pixels
+    for numbers in (corners, corners / torch.tensor([100, 60, 100, 60]), corners.tolist(), json.dumps(boxes[0])):
+        assert torch.equal(prepare(picture(), ReferenceConfig(size=480), None, numbers)[0], cropped)
 
 
 def test_a_crop_over_the_edge_is_padded_with_white():
@@ -122,6 +125,23 @@ def test_a_crop_inside_the_picture_is_square_and_has_no_white(x, y, width, heigh
     assert not cropped.any() and messages == []
 
 
+@pytest.mark.parametrize(("corners", "factor", "crop"), [
+    ((10.7, 20.2, 31.9, 40.8), 1.5, (5, 15, 35, 45)),  # 21 x 20 around (20, 30), side 31, of which 15 on each side
+    ((40.0, 20.0, 61.0, 41.0), 1.0, (40, 20, 60, 40)),  # an odd side loses its last pixel
+    ((50.9, 20.9, 60.1, 29.1), 1.25, (49, 18, 61, 30)),
+    ((-3.9, 20.0, 9.0, 31.0), 1.5, (0, 16, 12, 34)),  # cut at the picture's edge
+])
+def test_the_crop_is_rounded_as_in_the_official_code(corners, factor, crop):
+    """Hand-computed: whole pixels, cut off; the middle rounded down; half the side on each side of it."""
+    left, top, right, bottom = corners
+    side = max(crop[2] - crop[0], crop[3] - crop[1])
+    face = box(left, top, right - left, bottom - top)
+    cropped, _ = prepare(picture(), ReferenceConfig(16 * side, factor), None, face)
+    pad_x, pad_y = (side - (crop[2] - crop[0])) // 2, (side - (crop[3] - crop[1])) // 2
+    first, last = at(cropped, 16 * pad_y + 8, 16 * pad_x + 8), at(cropped, -16 * pad_y - 9, -16 * pad_x - 9)
+    assert first == [crop[0], crop[1]] and last == [crop[2] - 1, crop[3] - 1]
+
+
 def test_a_batch_is_told_how_a_video_model_encodes_it(caplog, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
     with caplog.at_level(logging.WARNING):
@@ -146,13 +166,45 @@ def test_outside_the_mask_is_white_and_its_extent_is_the_box():
     assert at(half, 240, 240) == [50, 30] and at(half, 240, 100) == [100, 100]
 
 
+def test_what_is_transparent_is_white_and_not_the_black_below_it():
+    mask = torch.zeros(1, 60, 100)
+    mask[:, 20:40, 45:55] = 1
+    cut = torch.cat([picture() * mask[..., None], mask[..., None]], -1)
+    expected, _ = prepare(picture(), ReferenceConfig(480), mask)
+    image, messages = prepare(cut, ReferenceConfig(480))
+    torch.testing.assert_close(image, expected)
+    assert messages == []
+    wide = torch.zeros(1, 60, 100)
+    wide[:, 10:50, 40:60] = 1  # the mask and the transparency both count
+    faced, _ = prepare(cut, ReferenceConfig(480), wide, [[box(40, 25, 20, 10)]])
+    torch.testing.assert_close(faced, expected)
+    half = torch.cat([picture(), torch.full((1, 60, 100, 1), 0.75)], -1)
+    torch.testing.assert_close(prepare(half, ReferenceConfig())[0][0, 250, 256, :2],
+                               0.75 * prepare(picture(), ReferenceConfig())[0][0, 250, 256, :2] + 0.25)
+    clear, messages = prepare(torch.cat([picture(), mask.new_zeros(1, 60, 100, 1)], -1), ReferenceConfig(64))
+    assert torch.equal(clear, prepare(picture(), ReferenceConfig(64))[0])
+    assert messages[0].startswith("the picture is transparent everywhere, so the background stays")
+
+
+def test_a_mask_around_the_person_is_told():
+    """Load Image's mask is 1 where its picture is transparent: the person would be white, without a word."""
+    mask = torch.zeros(1, 60, 100)
+    mask[:, 15:, 30:70] = 1  # cut at the picture's lower edge, as portraits are
+    for sound in (mask, torch.ones(1, 60, 100), 1 - torch.zeros(1, 60, 100)):
+        assert prepare(picture(), ReferenceConfig(64), sound)[1] == []
+    assert prepare(picture(), ReferenceConfig(64), mask, [[box(40, 25, 20, 10)]])[1] == []
+    for faces in (None, [[box(40, 25, 20, 10)]], [[]]):
+        _, messages = prepare(picture(), ReferenceConfig(64), 1 - mask, faces)
+        assert re.match("the mask looks inverted.*Invert Mask", messages[0])
+
+
 def test_batches_alpha_grey_and_what_is_refused():
     images = torch.cat([picture(), picture().flip(2)])
     boxes = [[box(40, 25, 20, 10)], []]
     both, messages = prepare(images, ReferenceConfig(64), None, boxes)
     assert both.shape == (2, 64, 64, 3) and len(messages) == 1 and messages[0].startswith("picture 2: no face")
     assert torch.equal(both[:1], prepare(images[:1], ReferenceConfig(64), None, boxes[:1])[0])
-    alpha = torch.cat([picture(), torch.rand(1, 60, 100, 1)], -1)
+    alpha = torch.cat([picture(), torch.ones(1, 60, 100, 1)], -1)
     assert torch.equal(prepare(alpha, ReferenceConfig(64))[0], prepare(picture(), ReferenceConfig(64))[0])
     grey = prepare(picture()[..., :1], ReferenceConfig(64))[0]
     assert torch.equal(grey[..., 0], grey[..., 2])
@@ -163,7 +215,7 @@ def test_batches_alpha_grey_and_what_is_refused():
         ((picture(), ReferenceConfig(), None, [[{"x": 1}]]), "no x, y, width and height"),
         ((picture(), ReferenceConfig(), None, [[box(1, 1, float("inf"), 5)]]), "bboxes hold NaN or infinite"),
         ((picture() * float("nan"), ReferenceConfig()), "image holds NaN"),
-        ((images.repeat(2, 1, 1, 1), ReferenceConfig(), None, boxes), "bboxes are of 2 pictures and image holds 4"),
+        ((images.repeat(2, 1, 1, 1), ReferenceConfig(), None, boxes), "bboxes belong to 2 pictures .* holds 4"),
         ((picture(), ReferenceConfig(), None, [[box(500, 500, 10, 10)]]), "outside the picture"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -199,8 +251,8 @@ def test_from_file_to_video_and_back(folder):
     UnderstudySaveVideoIdentityAdapter.execute(adapter, "mine")
     assert "mine_00001_.safetensors" in UnderstudyLoadVideoIdentityAdapter.define_schema().inputs[0].options
     again = UnderstudyLoadVideoIdentityAdapter.execute("mine_00001_.safetensors").result[0]
-    first = UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs("mine_00001_.safetensors")
-    assert first == UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs("mine_00001_.safetensors")
+    first = UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs(adapter_name="mine_00001_.safetensors")
+    assert first == UnderstudyLoadVideoIdentityAdapter.fingerprint_inputs(adapter_name="mine_00001_.safetensors")
     shape = (1, 16, 2, 4, 4)
     euler = comfy.samplers.sampler_object("euler")
     results = [
@@ -215,7 +267,7 @@ def test_from_file_to_video_and_back(folder):
 
 @pytest.mark.parametrize(("model", "settings", "message"), [
     (lambda: tiny_model.picture(), {}, "model is a UNetModel.*needs a Wan"),
-    (lambda: tiny_model.wan("causal"), {}, "CausalWanModel does not let"),
+    (lambda: tiny_model.wan("causal"), {}, "CausalWanModel, which does not let"),
     (lambda: tiny_model.wan(dim=96), {}, r"q_loras\.down\.weight should be \(rank, 96\) and is \(4, 48\)"),
     (lambda: tiny_model.wan(num_layers=4), {}, r"blocks\.3\.self_attn\.q_loras\.down\.weight .* is nothing"),
     (lambda: tiny_model.wan("wan2.2 5B"), {}, "16 channels and the model's latents have 48.*VAE of this model"),
@@ -224,13 +276,13 @@ def test_from_file_to_video_and_back(folder):
     (lambda: tiny_model.wan(), {"mask": torch.ones(1, 1, 8, 8)}, "mask has shape"),
 ])
 def test_what_does_not_fit_is_refused_before_sampling_even_at_strength_zero(model, settings, message):
-    made = model()
+    patcher = model()
     adapter = method.adapter_from(tiny_model.video_adapter(tiny_model.wan()))
-    before = dict(made.model_options["transformer_options"]), dict(made.wrappers)
+    before = dict(patcher.model_options["transformer_options"]), dict(patcher.wrappers)
     for strength in (0.0, 1.0):
         with pytest.raises(ValueError, match=message):
-            apply(made, adapter, **settings, strength=strength)
-    assert (dict(made.model_options["transformer_options"]), dict(made.wrappers)) == before
+            apply(patcher, adapter, **settings, strength=strength)
+    assert (dict(patcher.model_options["transformer_options"]), dict(patcher.wrappers)) == before
 
 
 def test_real_configurations_take_the_published_adapter():
@@ -244,7 +296,8 @@ def test_real_configurations_take_the_published_adapter():
         }
         parts = [
             method.BlockUpdates(**{
-                p: method.LowRank(*(tensors[method.weight_key(i, p, part)] for part in ("down", "up"))) for p in "qkv"
+                p: method.ProjectionUpdate(*(tensors[method.weight_key(i, p, part)] for part in ("down", "up")))
+                for p in "qkv"
             })
             for i in range(blocks)
         ]
@@ -253,9 +306,9 @@ def test_real_configurations_take_the_published_adapter():
         if blocks == 40:
             assert sum(tensor.numel() for tensor in adapter.tensors().values()) == 157_286_400
             # A 512 x 512 reference: 40 blocks, K and V of 1,024 tokens, 5,120 channels of two bytes.
-            reference = method.identity(adapter, torch.ones(1, 16, 1, 64, 64), VideoIdentityConfig())
-            assert running.VideoIdentities((reference,)).cache_bytes(base) == 800 << 20
-        assert type(network).__name__ in running.VERIFIED
+            reference = method.video_reference(adapter, torch.ones(1, 16, 1, 64, 64), VideoIdentityConfig())
+            assert sampling.SamplingReferences((reference,)).cache_bytes(base) == 800 << 20
+        assert type(network).__name__ in sampling.VERIFIED
 
 
 def test_files_of_other_kinds_are_refused(folder):

@@ -5,18 +5,16 @@ import logging
 
 import comfy.model_management
 import folder_paths
-import published_wan
 import pytest
-import tiny_model
 import torch
-from pack.nodes import files
 from pack.nodes.training import loop
-from pack.nodes.training.checkpoints import Checkpoints
+from pack.nodes.training.checkpoints import FOLDER, Checkpoints
 from pack.nodes.training.config import TrainingConfig
 from pack.nodes.video_identity import method, training
 from pack.nodes.video_identity.config import AdapterTrainingConfig
 from pack.nodes.video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
-from video_identities import draw, identity, relative, sample, shown
+from support import published_wan, tiny_model
+from support.video_identities import draw, person, relative, sample, shown
 
 SHAPE = (1, 16, 2, 4, 4)
 
@@ -55,24 +53,24 @@ def test_it_learns_in_the_published_names_and_leaves_the_model_as_it_was():
         assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
     assert model.model_options["transformer_options"] == options
     assert comfy.model_management.in_training is False
-    result = sample(shown(model, identity(adapter=adapter)), shape=SHAPE)
+    result = sample(shown(model, person(adapter=adapter)), shape=SHAPE)
     assert not torch.equal(result, sample(model, shape=SHAPE))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpointing):
     """One step from a random adapter: loss and every gradient, against autograd through the formulas in fp64."""
-    def users_own(function, q, k, v, heads, **kwargs):
+    def user_attention(function, q, k, v, heads, **kwargs):
         """Without a backward pass, as SageAttention is; training must not use it."""
         return function(q.detach(), k.detach(), v.detach(), heads, **kwargs)
 
     model = wan()
-    model.model_options["transformer_options"]["optimized_attention_override"] = users_own
+    model.model_options["transformer_options"]["optimized_attention_override"] = user_attention
     start = tiny_model.video_adapter(model, seed=4)
     monkeypatch.setattr(method, "new_adapter", lambda *_a: method.adapter_from(start))
     seen = {}
 
-    def step(objective, parameters, config, monitor, resume):
+    def step(objective, parameters, *_run):
         loss = objective(0, torch.Generator().manual_seed(3))
         loss.backward()
         seen.update({key: parameter.grad for key, parameter in parameters.items()}, loss=loss.detach())
@@ -119,7 +117,7 @@ def test_the_start_is_the_published_one():
 
 def test_the_seed_decides_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    key = files.TRAINING_CHECKPOINTS
+    key = FOLDER.name
     monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
     model = wan()
     whole, losses = trained(model, steps=4)
@@ -135,31 +133,31 @@ def test_the_seed_decides_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
 
 
 def node(model, latents, references, positive, **settings):
-    given = {"steps": 2, "learning_rate": 1e-2, "rank": 2, "batch_size": 2, "seed": 0, "resume_from": "none"}
-    given |= settings
+    values = {"steps": 2, "learning_rate": 1e-2, "rank": 2, "batch_size": 2, "seed": 0, "resume_from": "none"}
+    values |= settings
     with torch.inference_mode():
         return UnderstudyTrainVideoIdentityAdapter.execute(
-            latents, references, positive, model=[model], **{key: [value] for key, value in given.items()}
+            latents, references, positive, model=[model], **{key: [value] for key, value in values.items()}
         ).result
 
 
 def test_a_backward_pass_keeps_little_of_the_reference_with_checkpointing():
-    def kept(side, checkpointing):
-        found, given = {}, ([draw(1, 1, 16, 3, 8, 8)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)])
+    def retained_bytes(side, checkpointing):
+        sizes, values = {}, ([draw(1, 1, 16, 3, 8, 8)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)])
 
         def keep(tensor):
             storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         settings = config(dtype="fp32", gradient_checkpointing=checkpointing)
-        with training.prepared(wan(), *given, settings, 4) as (_, samples, denoiser):
+        with training.prepared(wan(), *values, settings, 4) as (_, samples, denoiser):
             objective = training.DenoisingObjective(denoiser, samples, settings)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 objective(0, torch.Generator().manual_seed(1))
-        return sum(found.values())
+        return sum(sizes.values())
 
-    reference = [kept(32, checkpointing) - kept(2, checkpointing) for checkpointing in (False, True)]
+    reference = [retained_bytes(32, setting) - retained_bytes(2, setting) for setting in (False, True)]
     assert reference[1] < 0.5 * reference[0]
 
 
@@ -170,14 +168,14 @@ def test_the_memory_asked_for_grows_with_rank_and_reference(monkeypatch):
     ))
     for side, rank in ((4, 2), (4, 66), (32, 2)):
         with contextlib.suppress(Exception):  # nothing is loaded
-            given = [draw(1, *SHAPE)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)]
-            with training.prepared(wan(), *given, config(), rank):
+            values = [draw(1, *SHAPE)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)]
+            with training.prepared(wan(), *values, config(), rank):
                 pass
     assert asked[1] - asked[0] == 64 * 2 * 3 * 2 * 48 * 16  # rank, blocks, projections, matrices, width, bytes
     assert asked[2] > 4 * asked[0]
 
 
-def test_texts_that_no_call_can_hold_together_are_learnt_in_batches_of_their_own():
+def test_texts_that_no_call_can_hold_together_are_trained_in_separate_batches():
     long = [[draw(1, 1, 12, tiny_model.CONTEXT), {}]]
     adapter, loss_map = node(
         wan(), [{"samples": draw(i, *SHAPE)} for i in range(4)], [{"samples": draw(50, 1, 16, 1, 4, 4)}],
@@ -186,17 +184,17 @@ def test_texts_that_no_call_can_hold_together_are_learnt_in_batches_of_their_own
     assert len(loss_map["loss"]) == 6
 
 
-def test_what_it_learns_from_unasked_is_said(caplog):
+def test_what_training_ignores_or_repeats_is_logged(caplog):
     one, text = {"samples": draw(50, 1, 16, 1, 4, 4)}, tiny_model.conditioning(0)
     videos = [{"samples": draw(i, *SHAPE)} for i in range(2)]
     with caplog.at_level(logging.INFO):
         node(wan(), videos, [one, one], [text], checkpoint_every=0)
-    assert "one reference" not in caplog.text and "leaves out" not in caplog.text
+    assert "one reference" not in caplog.text and "ignores" not in caplog.text
     model = wan()
     adapter = method.adapter_from(tiny_model.video_adapter(model))
     with caplog.at_level(logging.INFO):
-        node(shown(model, identity(adapter=adapter)), videos, [one], [text], checkpoint_every=0)
-    assert "one reference is learnt with all 2 videos" in caplog.text and "leaves out the references" in caplog.text
+        node(shown(model, person(adapter=adapter)), videos, [one], [text], checkpoint_every=0)
+    assert "one reference is trained with all 2 videos" in caplog.text and "ignores the references" in caplog.text
 
 
 def test_the_node_takes_batches_and_lists_and_one_for_all():
@@ -223,12 +221,12 @@ def test_the_node_takes_batches_and_lists_and_one_for_all():
         (listed, [one], [text] * 3, "positive has 3 items for 2 videos"),
         (listed, [listed[0]], [text], "single pictures of one size"),
         (listed, [one, {"samples": draw(1, 1, 16, 1, 6, 6)}], [text], "single pictures of one size"),
-        ([{"samples": torch.full(SHAPE, float("nan"))}], [one], [text], "latents hold NaN"),
+        ([{"samples": torch.full(SHAPE, float("nan"))}], [one], [text], "latents holds NaN"),
         ([{"samples": draw(1, 1, 48, 2, 4, 4)}], [one], [text], "latents has 48 channels .* VAE of this model"),
         (listed, [{"samples": draw(1, 1, 4, 4, 4)}], [text], "references has 4 channels and the model"),
-        ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents hold something else"),
-        ([{"samples": torch.ones(0, *SHAPE[1:])}], [one], [text], "latents hold no latent"),
-        (listed, [{"samples": torch.zeros(1, 16, 1, 4, 4)}], [text], "references hold a latent of zeros"),
+        ([{"samples": torch.ones(1, 16, 50)}], [one], [text], "latents is not an image or video latent"),
+        ([{"samples": torch.ones(0, *SHAPE[1:])}], [one], [text], "latents is an empty batch"),
+        (listed, [{"samples": torch.zeros(1, 16, 1, 4, 4)}], [text], "references is all zero"),
         (listed, [one], [[]], "positive holds an empty conditioning"),
     ):
         with pytest.raises(ValueError, match=message):

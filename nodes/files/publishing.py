@@ -1,0 +1,116 @@
+"""Atomic writes: a file is written under a temporary name, synced and checked, then linked to a free name.
+
+After a crash there is a complete file or none, and the next save deletes what the crash left behind.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be deleted: the sweep needs no lock there
+    fcntl = None
+
+from .names import EXTENSION
+
+_TEMPORARY = ".understudy-"
+
+
+def publish(content: bytes, folder: Path, name: str, counter: int, check: Callable[[Path], None]) -> Path:
+    """Write `<name>_<counter>_.safetensors`, with the first free number from `counter` on; returns its path.
+
+    `check` is called with the temporary file, which is published unless it raises.
+    """
+    temporary, descriptor = _open_temporary(folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            check(temporary)
+            if os.name != "nt":  # linked while open, so that the lock still keeps the sweep away
+                return _link_next(temporary, folder, name, counter)
+        return _link_next(temporary, folder, name, counter)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: str | os.PathLike) -> None:
+    """Delete the temporary files that killed processes left behind: those that no process has locked."""
+    for path in Path(folder).glob(f"{_TEMPORARY}*.tmp"):
+        with contextlib.suppress(OSError):  # gone already, or open elsewhere
+            if fcntl is None:
+                path.unlink()
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if _lock(descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _open_temporary(folder: Path) -> tuple[Path, int]:
+    """A new file in `folder`, locked for as long as this process has it open."""
+    while True:
+        temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(temporary, flags, 0o666)
+        if _lock(descriptor) and os.fstat(descriptor).st_nlink == 0:
+            os.close(descriptor)  # another process swept it between its creation and the lock
+            continue
+        return temporary, descriptor
+
+
+def _link_next(temporary: Path, folder: Path, name: str, counter: int) -> Path:
+    """Give the temporary file the first free number from `counter` on."""
+    while True:
+        path = folder / f"{name}_{counter:05}_{EXTENSION}"
+        try:
+            _rename_exclusively(temporary, path)
+        except FileExistsError:  # another process took the number in the meantime
+            counter += 1
+            continue
+        _sync_folder(folder)
+        return path
+
+
+def _rename_exclusively(source: Path, target: Path) -> None:
+    if os.name == "nt":
+        os.rename(source, target)  # refuses an existing target there
+        return
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # exFAT and some network folders have no links: reserve the name with an empty file, then replace it.
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            os.replace(source, target)
+        except OSError:
+            target.unlink()
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    # Some network folders cannot be synced; the file itself is on the disk by now.
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # locked elsewhere, or a filesystem without locks
+        return False
+    return True

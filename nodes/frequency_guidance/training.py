@@ -1,0 +1,29 @@
+"""Training on a source and a driving picture: ImPoster's fine-tuning, on the path of all trainings on pictures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..training import drawing, picture_training
+from ..training.checkpoints import Checkpoints
+from ..training.config import LoraConfig, TrainingConfig
+from ..training.runs import LossMap
+from . import method
+
+
+def train(
+    model: Any, clip: Any, vae: Any, latents: Sequence[torch.Tensor], texts: Sequence[str], config: TrainingConfig,
+    lora: LoraConfig | None, *, checkpoints: Checkpoints, resume_from: str,
+) -> tuple[dict[str, torch.Tensor], LossMap]:
+    """Train a LORA_MODEL, or the whole network if `lora` is None, on the latents [1, C, ...] of the source and the
+    driving picture and the text of each. model and clip are not modified.
+
+    Raises what picture_training.train_on_pictures raises.
+    """
+    *conditionings, empty = picture_training.encode_texts(clip, [*texts, ""])
+    return picture_training.train_on_pictures(
+        model, latents, conditionings, config, lora, checkpoints=checkpoints, resume_from=resume_from,
+        make_objective=lambda denoising, samples: method.SourceDrivingObjective(denoising.loss, samples, config.seed),
+        preview=drawing.preview_of(vae, conditionings[0], empty, latents[0].shape, config.seed),
+    )

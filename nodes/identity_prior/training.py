@@ -1,0 +1,131 @@
+"""Training a prior: the subject's pictures and their variants, pictures of its class, and the run on both."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ..inputs.model_fit import check_encoded
+from ..subject_tokens import Subject
+from ..training import drawing, inputs, picture_training
+from ..training.checkpoints import Checkpoints
+from ..training.config import LoraConfig, TrainingConfig
+from ..training.objective import Batches
+from ..training.runs import LossMap
+from ..training.seeds import seed_for
+from . import method
+from .config import IdentityPriorConfig
+from .mirrored_captions import mirrored
+
+# Ours: of the side; a crop may lose the outermost tenth.
+_SMALLEST_CROP = 0.9
+_CROPS = 3
+_CLASS_STEPS = 20
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """The texts of the class's pictures, and their latents [1, C, ...]; without latents the model draws them."""
+
+    texts: Sequence[str] = ()
+    latents: Sequence[torch.Tensor] = ()
+
+
+def train(
+    model: Any, clip: Any, vae: Any, latents: Sequence[torch.Tensor], texts: Sequence[str], classes: ClassPictures,
+    prior: IdentityPriorConfig, config: TrainingConfig, *, checkpoints: Checkpoints, resume_from: str,
+) -> tuple[dict[str, torch.Tensor], LossMap]:
+    """Train a LORA_MODEL on the subject's latents [1, C, ...], one text each, and on its class; model and clip are
+    not modified. Raises what picture_training.train_on_pictures raises.
+    """
+    checkpoints.resume(resume_from)  # one that does not fit is refused before the model draws
+    *conditionings, empty = picture_training.encode_texts(clip, [*texts, *classes.texts, ""])
+    check_encoded(conditionings, [*latents, *classes.latents], model)  # also before the model draws
+    class_latents = classes.latents
+    if classes.texts and not class_latents:
+        class_latents = draw_class_pictures(model, conditionings[len(texts) :], empty, latents[0].shape, config.seed)
+
+    def objective(denoising, samples):
+        if not class_latents:
+            return denoising
+        subject, class_ = (
+            Batches(part, config.batch_size) for part in (samples[: len(latents)], samples[len(latents) :])
+        )
+        return method.PriorObjective(denoising.loss, subject, class_, prior.prior_weight)
+
+    return picture_training.train_on_pictures(
+        model, [*latents, *class_latents], conditionings, config, LoraConfig(rank=prior.rank),
+        checkpoints=checkpoints, resume_from=resume_from, make_objective=objective,
+        forward_batch=config.batch_size * (2 if class_latents else 1),
+        preview=drawing.preview_of(vae, conditionings[0], empty, latents[0].shape, config.seed),
+    )
+
+
+def variants(
+    pictures: Sequence[torch.Tensor], texts: Sequence[str], augment: str, seed: int
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Pictures [1, H, W, 3] and texts with crops of each, and with mirror images of all, as `augment` asks.
+
+    What is on the left in a picture is on the right in its mirror image's text.
+    """
+    generator = torch.Generator().manual_seed(seed_for(seed, "augmentation"))
+    pairs = []
+    for picture, text in zip(pictures, texts, strict=True):
+        pairs.append((picture, text))
+        if augment != "none":
+            pairs += [(_crop(picture, generator), text) for _ in range(_CROPS)]
+    if augment == "crop_and_flip":
+        pairs += [(picture.flip(2), mirrored(text)) for picture, text in pairs]
+    return [picture for picture, _ in pairs], [text for _, text in pairs]
+
+
+def _crop(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A part of the picture with its proportions, at its full size."""
+    share, left, top = torch.rand(3, generator=generator).tolist()
+    height, width = picture.shape[1:3]
+    share = _SMALLEST_CROP + (1 - _SMALLEST_CROP) * share
+    rows, columns = max(1, round(height * share)), max(1, round(width * share))
+    y, x = round(top * (height - rows)), round(left * (width - columns))
+    part = picture[:, y : y + rows, x : x + columns].movedim(-1, 1)
+    resized = torch.nn.functional.interpolate(part, (height, width), mode="bicubic", antialias=True)
+    return resized.movedim(1, -1).clamp(0, 1)
+
+
+def class_pictures(
+    vae: Any, subject: Subject, texts: Sequence[str], prior: IdentityPriorConfig,
+    images: Sequence[torch.Tensor] | None, captions: Sequence[str] | None,
+) -> ClassPictures:
+    """Those of `images` and `captions`, or the texts for the model to draw, from the subject's where there are no
+    captions; none where prior_weight is 0. Raises ValueError, naming the input, where their numbers differ.
+    """
+    if not prior.prior_weight:
+        return ClassPictures()
+    if images:
+        pictures = inputs.pictures(images, "class_images")
+        class_texts = inputs.texts_for(captions or f"a {subject.noun}", len(pictures), "class_captions")
+        latents = picture_training.encode_pictures(vae, pictures)
+        return ClassPictures([subject.as_class_prompt(text) for text in class_texts], latents)
+    lines = [line for text in captions or () for line in text.splitlines() if line.strip()]
+    distinct = list(dict.fromkeys(subject.as_class_prompt(text) for text in lines or texts))
+    # No caption of the class is left out.
+    count = max(prior.class_count, len(distinct)) if lines else prior.class_count
+    return ClassPictures([distinct[i % len(distinct)] for i in range(count)])
+
+
+def draw_class_pictures(
+    model: Any, conditionings: Sequence[list], negative: list, shape: torch.Size, seed: int
+) -> list[torch.Tensor]:
+    """One latent of `shape` [1, C, ...] for each CONDITIONING, drawn by the base model, as a VAE would encode it."""
+    latents = []
+    progress = comfy.utils.ProgressBar(len(conditionings))
+    for i, conditioning in enumerate(conditionings):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        logging.info("[Understudy] drawing class picture %d of %d", i + 1, len(conditionings))
+        picture_seed = seed_for(seed, "class picture", i)
+        latents.append(drawing.sample(model, conditioning, negative, shape, picture_seed, _CLASS_STEPS).cpu())
+        progress.update(1)
+    return latents

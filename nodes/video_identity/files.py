@@ -1,0 +1,37 @@
+"""Video identity adapters on disk: the official pickles, and safetensors of the community and of the pack."""
+
+import dataclasses
+from pathlib import Path
+
+from ..files import weights
+from ..files.folders import LORAS
+from ..files.names import refused
+from ..files.pickles import read_any
+from .method import AdapterError, VideoAdapter, adapter_from
+
+FOLDER = dataclasses.replace(LORAS, mark=rb"blocks\.\d{1,4}\.self_attn\.[qkv]_loras\.(down|up)\.weight")
+
+
+def load(name: str) -> VideoAdapter:
+    """The adapter in a listed file; weights stay in their type, on the CPU.
+
+    Raises WeightFileError, naming the file and the first bad key, for any other kind of file.
+    """
+    path = FOLDER.find(name)
+    tensors, _ = read_any(path)
+    try:
+        return adapter_from(tensors)
+    except AdapterError as error:
+        raise refused(path, f"is not a video identity adapter: {error}", "Choose another file") from error
+
+
+def save(adapter: VideoAdapter, filename_prefix: str) -> Path:
+    """Write `output/loras/<prefix>_00001_.safetensors` under the published names; returns its path.
+
+    Raises what weights.save raises.
+    """
+    metadata = {
+        "method": "Stand-In video identity adapter (arXiv 2508.07901)", "blocks": str(len(adapter.blocks)),
+        "width": str(adapter.width),
+    }
+    return weights.save(adapter.tensors(), metadata, FOLDER.name, filename_prefix)
