@@ -397,5 +397,4 @@ def test_the_search_finds(text):
 def test_texts_name_no_package_host_and_no_path_of_a_machine(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert NAMED_HOSTS.findall(text) == [] and MACHINE_PATHS.findall(text) == []
-    hosts = {urlsplit(url).hostname for url in re.findall(r"https?://[\w.-]+", text)}
-    assert hosts <= HOSTS
+    assert {urlsplit(url).hostname for url in re.findall(r"https?://[\w.-]+", text)} <= HOSTS
