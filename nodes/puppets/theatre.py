@@ -1,9 +1,9 @@
-"""The tiny models of the puppet theatre, taught to ComfyUI's own loaders.
+"""The tiny models of the puppet theatre, registered with ComfyUI's own loaders.
 
-`PuppetsSD`, for Load Checkpoint: a subclass of ComfyUI's SD15 with 64 channels, a two-layer text encoder of width
-128 and a TAESD-shaped VAE (8 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: ComfyUI's Wan 2.1
-with six blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is ComfyUI's, of width 16. ComfyUI
-recognises each by its marker, a tensor that no other model carries.
+`PuppetsSD`, for Load Checkpoint: a subclass of ComfyUI's SD15 with 64 channels, a two-layer text encoder of width 128
+and a TAESD-shaped VAE (16 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: ComfyUI's Wan 2.1 with
+eight blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is ComfyUI's, of width 16. ComfyUI
+recognises each by its marker, a tensor that no other model has.
 """
 
 import comfy.clip_model
@@ -16,7 +16,7 @@ import torch
 from . import tokenizer
 
 MARKER = "understudy_puppets_sd"
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
 UNET_CONFIG = {
     "model_channels": 64,
@@ -38,7 +38,7 @@ TEXT_CONFIG = {
     "projection_dim": TEXT_WIDTH,
 }
 WAN_MARKER = "understudy_puppets_wan"
-WAN_CONFIG = {"dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 6}
+WAN_CONFIG = {"dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 8}
 WAN_SHIFT = 3.0  # of the flow schedule, in training and as the sampler's default; ComfyUI's 8 is for larger clips
 SPECIAL_TOKENS = {
     "start": tokenizer.WORDS.index(tokenizer.START),
@@ -48,7 +48,7 @@ SPECIAL_TOKENS = {
 
 
 class PuppetsLatentFormat(comfy.latent_formats.LatentFormat):
-    """Latents [B, 8, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
+    """Latents [B, 16, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
 
     scale_factor = 1.0
     latent_channels = LATENT_CHANNELS
@@ -164,10 +164,14 @@ def register() -> None:
 
 # Least-squares map from latents to RGB in [-1, 1], fitted by the training script, for live previews.
 LATENT_RGB_FACTORS = [
-    [1.2007, 0.9615, 0.8546], [-0.952, -0.1186, -0.3635], [-0.8829, 0.2831, -0.0478], [-0.2323, 0.9944, 1.4286],
-    [0.2644, 1.2743, 0.4853], [0.9896, -0.0431, -0.3513], [-1.4628, -0.156, 1.3964], [-0.5137, -0.9102, -1.6581],
+    [-0.4276, 0.2538, -0.8445], [0.047, 0.2562, -0.3902], [0.8635, 0.6173, -0.5886],
+    [-0.4941, -0.7092, -0.4994], [0.4334, -0.2561, -0.3198], [0.6128, 0.748, 1.1661],
+    [-0.1238, 0.2713, 0.585], [-0.5424, 0.042, -0.5806], [0.3462, -0.4298, -0.496],
+    [-1.2089, -1.282, -0.2357], [-0.1555, 1.8044, 0.8177], [1.2525, 0.6359, -0.3949],
+    [0.4729, 0.2574, 0.8859], [-0.2947, -1.1474, -0.768], [1.6287, -0.3227, -0.1481],
+    [-1.6226, 0.264, 0.0901],
 ]
-LATENT_RGB_BIAS = [-0.2655, -0.3584, -0.4192]
+LATENT_RGB_BIAS = [-0.2112, -0.2797, -0.216]
 # The same for the video model, in the model's own space.
 WAN_LATENT_RGB_FACTORS = [
     [0.0474, 0.1152, 0.1351], [-0.1599, -0.1664, -0.0583], [0.1939, 0.3111, 0.218], [0.0588, -0.0872, 0.173],

@@ -1,7 +1,7 @@
-"""Trains the theatre's identity prior or action identifier by the pack's own node, in a folder beside this file.
+"""Trains the theatre's identity prior or action identifier by the pack's own node, for `workflows/models`.
 
-    python workflows/theatre/train_puppets_examples.py identity  # loras/puppets_sd_identity.safetensors
-    python workflows/theatre/train_puppets_examples.py action    # action_identifiers/puppets_flexing.safetensors
+    python workflows/theatre/puppets_examples.py identity  # loras/puppets_sd_identity.safetensors
+    python workflows/theatre/puppets_examples.py action    # action_identifiers/puppets_flexing.safetensors
 
 `identity`: a test puppet, which `puppets_sd.safetensors` has never seen, is learnt from four pictures. `action`: one
 that no word of it names is learnt from five puppets. Seeded; a few minutes on a CPU. The settings go into the file's
@@ -11,35 +11,28 @@ metadata, its figures and sha256 into SOURCES.md.
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-STATE = ROOT / ".cache" / "training" / "puppets_examples"
-sys.path.insert(0, str(ROOT / "workflows"))
-from launcher import environment, scripts  # noqa: E402
-
 if __name__ == "__main__":
-    environment.enter(ROOT)
-scripts.alias_pack()
+    import entry
 
-import torch  # noqa: E402
+    entry.enter("puppets_examples")
 
-scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
-import comfy.sd  # noqa: E402
-import safetensors.torch  # noqa: E402
-from pack.nodes.action_identifier import files as identifier_files  # noqa: E402
-from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier  # noqa: E402
-from pack.nodes.files import weights  # noqa: E402
-from pack.nodes.identity_prior import files as prior_files  # noqa: E402
-from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior  # noqa: E402
-from pack.nodes.puppets import theatre  # noqa: E402
-from pack.nodes.puppets.nodes import UnderstudyPuppetSet  # noqa: E402
+import comfy.sd
+import entry
+import safetensors.torch
+import torch
+from pack.nodes import files
+from pack.nodes.action_identifier import identifier_files
+from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
+from pack.nodes.identity_prior import prior_files
+from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior
+from pack.nodes.puppets import theatre
+from pack.nodes.puppets.nodes import UnderstudyPuppetSet
 
-MODELS = ROOT / "workflows" / "models"
-CHECKPOINT = MODELS / "checkpoints" / "puppets_sd.safetensors"
+CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
 PUPPET_SEED = 3
-PRIOR = MODELS / "loras" / "puppets_sd_identity.safetensors"
+PRIOR = entry.MODELS / "loras" / "puppets_sd_identity.safetensors"
 # A bear with a star on its shirt, which no word of the theatre names.
 IDENTITY, SPECIES = "test 11", "bear"
 PRIOR_PUPPETS = IDENTITY, "standing\njumping\nkicking\npointing", "beach\nforest\nstage\nnight", 4, PUPPET_SEED
@@ -49,7 +42,7 @@ PRIOR_SETTINGS = {
     "checkpoint_every": 0,
 }
 ACTION = "flexing"
-IDENTIFIER = MODELS / "action_identifiers" / f"puppets_{ACTION}.safetensors"
+IDENTIFIER = entry.MODELS / "action_identifiers" / f"puppets_{ACTION}.safetensors"
 ACTION_PUPPETS = "", ACTION, "", 5, PUPPET_SEED
 ACTION_SETTINGS = {
     "placeholder": f"<{ACTION}>", "initial_word": "dancing", "steps": 400, "context_steps": 20, "learning_rate": 4e-3,
@@ -88,7 +81,7 @@ def learnt(node: type, settings: dict[str, object], **examples: list) -> list:
 
 def write(path: Path, saved: Path, settings: dict[str, object]) -> None:
     """Move what the pack saved to `path`, with the settings in its metadata."""
-    tensors, metadata = weights.read(saved)
+    tensors, metadata = files.read(saved)
     metadata["config"] = json.dumps({"training": settings})
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(safetensors.torch.save(tensors, metadata))
