@@ -1,8 +1,8 @@
 """Heads, hats and shirts of the paper puppets, each drawn in a local frame of its own."""
 
-from .actions import squash
 from .config import RGB, Identity
 from .paper import CIRCLE, INK, Frame, Paper, Point, mix, shade
+from .skeleton import squash
 
 BLUSH: RGB = (0.96, 0.45, 0.45)
 WHITE: RGB = (0.98, 0.97, 0.95)

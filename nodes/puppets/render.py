@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from . import costumes
-from .actions import BODIES, EYES, extent, hat_lift, pose
 from .captions import caption, group_caption
 from .config import ACTION_TABLE, LIGHTS, POSE_COLOURS, POSE_LIMBS, RGB, VIEWS, Identity, Picture, Take
 from .paper import Frame, Paper, capsule, mix, shade
 from .scenes import TINTS, backdrop
+from .skeleton import BODIES, EYES, extent, hat_lift, pose
 
 _UNIT = {"full": 0.705, "close_up": 1.0}  # of puppet space, as a fraction of the frame: full figures stand 0.8 high
 _PEN = {"full": 1.0, "close_up": 1.4}

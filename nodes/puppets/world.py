@@ -42,6 +42,7 @@ HELD_OUT: dict[str, frozenset[tuple[str, str]]] = {
 HELD_OUT_PAIRS = HELD_OUT["full"]
 T = TypeVar("T")
 TEST_COUNT = 24
+CLOSE_UP_EVERY = 7  # of the stills that a model learns from, one is a close-up, told by a word of its own
 _SPLIT_KEY = {split: i for i, split in enumerate(SPLITS)}
 _UNNAMED_SHARE, _DETAIL_SHARE, _WHITE_SHARE, _DAY_SHARE = 0.25, 0.45, 0.6, 0.5
 _CLEAR, _BOLD = 0.22, 0.27  # least distance of a hat or patch from the coat, of a pattern or emblem from the cloth
@@ -161,6 +162,14 @@ def sample_take(seed: int, split: str = "train", framing: str = "full") -> Take:
         if not ((action == "raising hat" and who.headwear == "none")
                 or (framing == "close_up" and who.detail == "odd_trousers")):
             return staged(who, action, pick(rng, SCENES), rng, framing)
+
+
+def still_take(index: int, split: str = "train") -> Take:
+    """The take of still picture `index` that the theatre's models learn from, one in seven a close-up.
+
+    Close-ups are few: most figures to reach are of full puppets. Autoencoder and image encoder need them.
+    """
+    return sample_take(index, split, "close_up" if index % CLOSE_UP_EVERY == CLOSE_UP_EVERY - 1 else "full")
 
 
 def staged(identity: Identity, action: str, scene: str, rng: np.random.Generator, framing: str = "full",

@@ -12,12 +12,12 @@ import numpy as np
 import runner
 import torch
 from learned import Learned, draw_step
-from pack.nodes.fusion_embedding import encoding, fusion_files, method, running, training
+from pack.nodes.fusion_embedding import encoding, files, layout, method, sampling, training
 from pack.nodes.fusion_embedding.config import GeneratorConfig
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
 from pack.nodes.training.config import TrainingConfig
-from pack.nodes.training.loop import step_seed
 from pack.nodes.training.objective import DenoisingObjective
+from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.session import session
 from pack.nodes.training.whole_network import WholeNetwork
 from safetensors import safe_open
@@ -58,12 +58,12 @@ class EncodedPairs:
     def __init__(self, found: dict[str, np.ndarray], poses: np.ndarray, config: Config):
         self.found, self.poses, self.count = found, poses, config.pairs - config.kept_back
 
-    def __getitem__(self, index: int) -> training.Encoded:
+    def __getitem__(self, index: int) -> method.EncodedPair:
         latent, states, fused = (
             torch.from_numpy(self.found[name][index : index + 1]).float() for name in ("latent", "states", "fused")
         )
         pose = torch.from_numpy(np.array(self.poses[index : index + 1])).movedim(-1, 1).float() / 255
-        return training.Encoded(latent, states, fused, pose)
+        return method.EncodedPair(latent, states, fused, pose)
 
     def sizes(self) -> list[tuple[int, int]]:
         return [self.found["latent"].shape[2:]] * self.count
@@ -104,20 +104,20 @@ def train(
         min_snr_gamma=config.generator_min_snr,
     )
     pairs = encoded(state, pictures, vae, vision, fusion.combiner, config)
-    sizes = running.model_sizes(model, pairs[0].states.shape[-1], method.combiner_width(fusion.combiner))
+    sizes = sampling.model_sizes(model, pairs[0].states.shape[-1], layout.combiner_width(fusion.combiner))
     seeded = torch.Generator().manual_seed(config.seed)
-    weights = method.new_generator(sizes, settings.hidden, settings.pose_channels, seeded)
+    weights = layout.new_generator(sizes, settings.hidden, settings.pose_channels, seeded)
     shape = [config.generator_batch, *pairs[0].latent.shape[1:]]
-    with session(running.extended(model), shape, run, whole=True) as denoiser:
+    with session(sampling.with_fusion_patches(model), shape, run, whole=True) as denoiser:
         network = WholeNetwork(denoiser.network)
         if begin is not None:
             _start_from(begin, weights, network)
         live = {key: torch.nn.Parameter(value.to(denoiser.device)) for key, value in weights.items()}
         denoising = DenoisingObjective(training.FusionDenoiser(denoiser, live), [], run)
-        objective = training.PairObjective(denoising, pairs, config.generator_batch, settings)
+        objective = method.PoseTransferObjective(denoising, pairs, config.generator_batch, settings)
 
         def loss(step: int) -> torch.Tensor:
-            return objective(step, torch.Generator().manual_seed(step_seed(config.seed + _STEPS, step)))
+            return objective(step, torch.Generator().manual_seed(seed_for(config.seed + _STEPS, "step", step)))
 
         learned = Learned(
             {f"generator.{key}": value for key, value in live.items()}
@@ -139,7 +139,7 @@ def train(
 def _start_from(path: Path, weights: dict[str, torch.Tensor], network: WholeNetwork) -> None:
     """Take over what a trained fusion of the same sizes holds."""
     with safe_open(str(path), "pt") as file:
-        earlier = fusion_files.unpacked({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
+        earlier = files.unpacked({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
     weights.update({key: value.float() for key, value in earlier.generator.items()})
     with torch.no_grad():
         for key, value in network.parameters().items():

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from pack.nodes.puppets import render, world
 from pack.nodes.puppets.config import Take, actions_of
-from pictures import CLOSE_UP_EVERY, still_take
 
 _KEY = 0xF9D3
 _PART_CELLS = 32  # along a side of the kept part maps
@@ -19,8 +18,8 @@ def takes(index: int, seed: int, close_ups: bool = False) -> tuple[Take, Take]:
     They share scene, light and view, as the published pictures of one shooting do. With `close_ups`, every seventh
     pair is one.
     """
-    close = close_ups and index % CLOSE_UP_EVERY == CLOSE_UP_EVERY - 1
-    target = still_take(index) if close else world.sample_take(index, "train")
+    close = close_ups and index % world.CLOSE_UP_EVERY == world.CLOSE_UP_EVERY - 1
+    target = world.still_take(index) if close else world.sample_take(index, "train")
     rng = np.random.default_rng([_KEY, seed, index])
     species = target.identity.species
     seen = [

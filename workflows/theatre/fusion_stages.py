@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from fusion_generator import Config
 from half_files import save_half, sha256
-from pack.nodes import files
-from pack.nodes.fusion_embedding import fusion_files, training
+from pack.kernels import fusion_embedding as kernel
+from pack.nodes import extension
+from pack.nodes.fusion_embedding import files, training
 from pack.nodes.fusion_embedding.config import CombinerConfig
-from pack.nodes.fusion_embedding.method import Fusion, kernel
+from pack.nodes.fusion_embedding.method import Fusion
 from pack.nodes.fusion_embedding.pairs import Pair
 from pack.nodes.puppets import theatre
 from pack.nodes.puppets.vision import shipped
@@ -94,7 +95,7 @@ def export(state: Path, pictures: np.ndarray, config: Config, path: Path) -> Non
     """The file, and what SOURCES.md says of it."""
     described = {"training": json.dumps(dataclasses.asdict(config)), "checkpoint": sha256(CHECKPOINT)}
     fusion = kept(state, "generator")
-    tensors, metadata = fusion_files.packed(fusion)
+    tensors, metadata = files.packed(fusion)
     save_half(path, tensors, {**metadata, **described})
     print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, sha256 {sha256(path)}")
     first, five, count = retrieval(fusion, pictures[-config.kept_back :])
@@ -126,7 +127,7 @@ def _until(deadline: float) -> Iterator[None]:
 
 def _checkpoints(state: Path, name: str, config: Config) -> tuple[checkpoints.Checkpoints, str]:
     """Where a stage keeps its state, and the state that it goes on from."""
-    files.register_folders()
+    extension.register_folders()
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key.startswith(name)}
     earlier = [choice for choice in checkpoints.choices() if choice.startswith(f"fusion_{name}")]
     kept = checkpoints.Checkpoints(f"fusion_{name}", {**settings, "pairs": config.pairs, "seed": config.seed})
@@ -138,7 +139,7 @@ def _stage_file(state: Path, name: str) -> Path:
 
 
 def _keep(state: Path, name: str, fusion: Fusion) -> None:
-    tensors, metadata = fusion_files.packed(fusion)
+    tensors, metadata = files.packed(fusion)
     temporary = _stage_file(state, name).with_suffix(".part")
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
     temporary.replace(_stage_file(state, name))
@@ -148,4 +149,4 @@ def kept(state: Path, name: str) -> Any:
     """The Fusion that a stage left in `state`."""
     path = _stage_file(state, name)
     with safe_open(str(path), "pt") as file:
-        return fusion_files.unpacked(load_file(path), file.metadata())
+        return files.unpacked(load_file(path), file.metadata())

@@ -10,20 +10,11 @@ from pathlib import Path
 import numpy as np
 import runner
 import torch
-from pack.nodes.puppets import render, world
+from pack.nodes.puppets import render
 from pack.nodes.puppets.config import Take
+from pack.nodes.puppets.world import still_take
 
-CLOSE_UP_EVERY = 7  # of the still pictures, one is a close-up: 14 %, told by a word of its own
 _PART = 500  # pictures that one process renders before it hands them over
-
-
-def still_take(index: int, split: str = "train") -> Take:
-    """The take of still picture `index`.
-
-    Close-ups are few, since the figures to reach are of full figures; the autoencoder and the image encoder need
-    them, and their word keeps them apart in the captions.
-    """
-    return world.sample_take(index, split, "close_up" if index % CLOSE_UP_EVERY == CLOSE_UP_EVERY - 1 else "full")
 
 
 def rendered(

@@ -3,8 +3,8 @@
     python workflows/theatre/puppets_examples.py identity  # loras/puppets_sd_identity.safetensors
     python workflows/theatre/puppets_examples.py action    # action_identifiers/puppets_flexing.safetensors
 
-`identity`: a test puppet, which `puppets_sd.safetensors` has never seen, is learnt from four pictures. `action`: one
-that no word of it names is learnt from five puppets. Seeded; a few minutes on a CPU. The settings go into the file's
+`identity`: a test puppet, which `puppets_sd.safetensors` has never seen, is learned from four pictures. `action`: one
+that no word of it names is learned from five puppets. Seeded; a few minutes on a CPU. The settings go into the file's
 metadata, its figures and sha256 into SOURCES.md.
 """
 
@@ -22,10 +22,10 @@ import comfy.sd
 import entry
 import safetensors.torch
 import torch
-from pack.nodes import files
-from pack.nodes.action_identifier import identifier_files
+from pack.nodes.action_identifier import files as identifier_files
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
-from pack.nodes.identity_prior import prior_files
+from pack.nodes.files import weights
+from pack.nodes.identity_prior import files as prior_files
 from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior
 from pack.nodes.puppets import theatre
 from pack.nodes.puppets.nodes import UnderstudyPuppetSet
@@ -55,19 +55,19 @@ def identity() -> None:
     """The LoRA, with whom it knows."""
     images, _, _, captions, subjects = UnderstudyPuppetSet.execute(*PRIOR_PUPPETS).result
     captions = [text.replace(who, "a {subject}") for text, who in zip(captions, subjects, strict=True)]
-    lora, known = learnt(UnderstudyTrainIdentityPrior, PRIOR_SETTINGS, images=images, captions=captions)
-    print(f"learnt {', '.join(known.captions)}")
+    lora, known = learned(UnderstudyTrainIdentityPrior, PRIOR_SETTINGS, images=images, captions=captions)
+    print(f"learned {', '.join(known.captions)}")
     write(PRIOR, prior_files.save(lora, known, PRIOR.stem), {**PRIOR_SETTINGS, "identity": IDENTITY})
 
 
 def action() -> None:
     """The identifier."""
     images, _, _, _, subjects = UnderstudyPuppetSet.execute(*ACTION_PUPPETS).result
-    (identifier,) = learnt(UnderstudyTrainActionIdentifier, ACTION_SETTINGS, images=images, subjects=subjects)
+    (identifier,) = learned(UnderstudyTrainActionIdentifier, ACTION_SETTINGS, images=images, subjects=subjects)
     write(IDENTIFIER, identifier_files.save(identifier, IDENTIFIER.stem), {**ACTION_SETTINGS, "action": ACTION})
 
 
-def learnt(node: type, settings: dict[str, object], **examples: list) -> list:
+def learned(node: type, settings: dict[str, object], **examples: list) -> list:
     """What a training node gives for the checkpoint and these examples, less its losses, which are told."""
     theatre.register()
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3]
@@ -81,7 +81,7 @@ def learnt(node: type, settings: dict[str, object], **examples: list) -> list:
 
 def write(path: Path, saved: Path, settings: dict[str, object]) -> None:
     """Move what the pack saved to `path`, with the settings in its metadata."""
-    tensors, metadata = files.read(saved)
+    tensors, metadata = weights.read(saved)
     metadata["config"] = json.dumps({"training": settings})
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(safetensors.torch.save(tensors, metadata))

@@ -32,7 +32,7 @@ import sd_autoencoder
 import sd_unet
 import text_encoder
 import torch
-from pack.nodes.puppets import theatre
+from pack.nodes.puppets import theatre, world
 
 CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
 UNET_STAGES = ("unet", "unet2", "unet3")
@@ -105,7 +105,7 @@ def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: floa
     torch.manual_seed(config.seed)
     images = pictures.stills(folder, "train", config.pictures, config.size)
     data = sd_unet.latents(folder, images)
-    takes = [pictures.still_take(i) for i in range(len(data))]
+    takes = [world.still_take(i) for i in range(len(data))]
     denoiser = sd_unet.Denoiser(config.min_snr)
     if config.unet_stage > 1:
         if not runner.trained(denoiser, folder, UNET_STAGES[config.unet_stage - 2]):

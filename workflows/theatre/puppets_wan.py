@@ -34,7 +34,7 @@ import wan_autoencoder
 import wan_transformer
 import whole_clip
 from pack.nodes.puppets import theatre
-from pack.nodes.training.session import host_in_training
+from pack.nodes.training.differentiable import host_in_training
 
 ENCODER = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
 TRANSFORMER = entry.MODELS / "diffusion_models" / "puppets_wan.safetensors"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from autoencoding import CELL, corners, decibels, reconstruction_loss
 from comfy.taesd import taesd
-from pack.nodes.puppets import theatre
+from pack.nodes.puppets import theatre, world
 
 WIDTHS = (16, 32, 64, 64)  # channels at full, half, quarter and eighth size; TAESD has 64 at all
 CHECKED = 252  # held-out pictures, for the figures while it trains
@@ -112,7 +112,7 @@ def inspector(images: np.ndarray) -> Callable:
         targets = pictures.to_unit(images).to(device)
         outputs = torch.cat([autoencoder.decode(autoencoder.encode(part)).clamp(0, 1) for part in targets.split(16)])
         errors = (outputs - targets).square().mean((1, 2, 3)).cpu().numpy()
-        near = np.arange(len(images)) % pictures.CLOSE_UP_EVERY == pictures.CLOSE_UP_EVERY - 1
+        near = np.arange(len(images)) % world.CLOSE_UP_EVERY == world.CLOSE_UP_EVERY - 1
         figures = f"{decibels(errors[~near]):.2f} dB full figures {decibels(errors[near]):.2f} dB close-ups"
         shown = np.concatenate([np.flatnonzero(~near)[: 2 * SHOWN], np.flatnonzero(near)[:SHOWN]])
         pairs = [(images[row], pictures.to_bytes(outputs[row])) for row in np.split(shown, 3)]

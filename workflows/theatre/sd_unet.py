@@ -14,7 +14,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
-from pack.nodes.puppets import captions, theatre
+from pack.nodes.puppets import captions, theatre, world
 from pack.nodes.puppets.config import Take
 
 OUTER = ("input_blocks.0.0.", "unet.out.")  # the first and the last layer
@@ -134,7 +134,7 @@ def inspector(folder: Path, size: int) -> Callable:
 
     The first row shows pairs of species and action that training shows too, the second those held out.
     """
-    shown = [[pictures.still_take(i, split) for i in range(SHOWN)] for split in ("validation", "unseen")]
+    shown = [[world.still_take(i, split) for i in range(SHOWN)] for split in ("validation", "unseen")]
     truth = [np.stack([pictures.draw_still(take, size) for take in row]) for row in shown]
     texts = [captions.caption(take) for row in shown for take in row]
 

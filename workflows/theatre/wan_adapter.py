@@ -17,8 +17,8 @@ from learned import Learned, draw_step
 from pack.nodes.puppets import captions, render, theatre, world
 from pack.nodes.puppets.config import SCENES, Identity, Take, actions_of
 from pack.nodes.training.config import TrainingConfig
-from pack.nodes.training.loop import step_seed
 from pack.nodes.training.objective import DenoisingObjective
+from pack.nodes.training.seeds import seed_for
 from pack.nodes.video_identity import reference_picture, training
 from pack.nodes.video_identity.config import ReferenceConfig
 from pack.nodes.video_identity.method import VideoAdapter, adapter_from
@@ -124,7 +124,7 @@ def train(
         objectives = DenoisingObjective(denoiser, first, stills), DenoisingObjective(denoiser, samples, settings)
 
         def loss(step: int) -> torch.Tensor:
-            return objectives[step % 2](step, torch.Generator().manual_seed(step_seed(config.seed, step)))
+            return objectives[step % 2](step, torch.Generator().manual_seed(seed_for(config.seed, "step", step)))
 
         stage = runner.Stage(
             f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:8]}", Learned(adapter.tensors(), loss), draw_step,

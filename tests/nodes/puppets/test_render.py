@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack.nodes.puppets import actions, config, render, world
+from pack.nodes.puppets import config, render, skeleton, world
 
 # Every (action, framing) that there is, and with every species.
 ACTED = [(action, framing) for action, facts in config.ACTION_TABLE.items() for framing in facts.framings]
@@ -74,7 +74,7 @@ def test_joints_are_inside_the_frame(scale, view):
             take = config.Take(puppet(species), action, phase, mirrored, view=view, scale=scale,
                                dx=(-0.12, 0.12)[i % 2], dy=-0.04, seed=i, framing=framing)
             unit, x, y = render.placement(take)
-            joints = actions.pose(action, phase, species, i, mirrored, framing) * unit + (x, y)
+            joints = skeleton.pose(action, phase, species, i, mirrored, framing) * unit + (x, y)
             if mirrored:
                 joints = joints[list(config.MIRROR)]
             shown = joints if framing == "full" else joints[[*HEAD, *ACTING.get(action, ())]]
@@ -235,7 +235,7 @@ def test_every_part_occurs():
 
 @pytest.mark.parametrize(("action", "framing"), ACTED)
 def test_mirrored_joints_mirror(action, framing):
-    plain, mirrored = (actions.pose(action, 0.37, "cat", 5, flip, framing) for flip in (False, True))
+    plain, mirrored = (skeleton.pose(action, 0.37, "cat", 5, flip, framing) for flip in (False, True))
     other = {"r_": "l_", "l_": "r_"}
     swap = [config.JOINTS.index(other.get(name[:2], name[:2]) + name[2:]) for name in config.JOINTS]
     np.testing.assert_allclose(mirrored, plain[swap] * (-1, 1), atol=1e-12)
@@ -258,7 +258,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_mean_poses_are_far_apart():
-    means = {action: np.mean([actions.pose(action, i / 16, "person", -1) for i in range(16)], 0)
+    means = {action: np.mean([skeleton.pose(action, i / 16, "person", -1) for i in range(16)], 0)
              for action in config.ACTIONS}
     spread = {(a, b): distance(means[a], means[b]) for a, b in itertools.combinations(config.ACTIONS, 2)}
     closest = min(spread, key=spread.get)
@@ -267,7 +267,7 @@ def test_mean_poses_are_far_apart():
 
 def test_close_ups_are_far_apart_as_clips():
     def cycle(action):
-        joints = np.stack([actions.pose(action, i / 16, "person", -1, framing="close_up") for i in range(16)])
+        joints = np.stack([skeleton.pose(action, i / 16, "person", -1, framing="close_up") for i in range(16)])
         return joints - joints[:, 1:2]
 
     cycles = {action: cycle(action) for action in CLOSE_UPS}
@@ -279,7 +279,7 @@ def test_close_ups_are_far_apart_as_clips():
 @pytest.mark.parametrize(("action", "framing"), ACTED)
 def test_cycles_close_and_are_smooth(action, framing):
     steps = 64
-    cycle = np.stack([actions.pose(action, i / steps, "fox", 2, framing=framing) for i in range(steps + 1)])
+    cycle = np.stack([skeleton.pose(action, i / steps, "fox", 2, framing=framing) for i in range(steps + 1)])
     np.testing.assert_allclose(cycle[0], cycle[-1], atol=1e-9)
     speed = np.linalg.norm(np.diff(cycle, axis=0), axis=-1)
     assert speed.max() < 0.06
@@ -288,7 +288,7 @@ def test_cycles_close_and_are_smooth(action, framing):
 
 def test_limbs_keep_their_length():
     for action, framing, species in POSES:
-        poses = [actions.pose(action, phase, species, 9, framing=framing) for phase in (0.0, 0.4, 0.8)]
+        poses = [skeleton.pose(action, phase, species, 9, framing=framing) for phase in (0.0, 0.4, 0.8)]
         for a, b in ((2, 3), (3, 4), (5, 6), (8, 9), (12, 13), (1, 8)):
             lengths = [math.dist(joints[a], joints[b]) for joints in poses]
             assert max(lengths) - min(lengths) < (0.05 if b == 8 and action == "turning" else 1e-9), action

@@ -12,7 +12,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from host.scripts import ROOT
+from launcher.scripts import ROOT
 from pack.nodes import files
 from pack.nodes.fusion_embedding import encoding, fusion_files, running
 from pack.nodes.fusion_embedding.config import ApplyConfig

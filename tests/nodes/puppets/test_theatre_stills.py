@@ -10,7 +10,7 @@ import comfy.utils
 import numpy as np
 import pytest
 import torch
-from host.scripts import ROOT
+from launcher.scripts import ROOT
 from pack.nodes.puppets import theatre, tokenizer, world
 from safetensors.torch import load_file
 
@@ -44,10 +44,10 @@ def noised(module, scale=0.02):
 
 
 def test_every_seventh_still_is_a_close_up_and_none_shows_what_is_held_out():
-    takes = [pictures.still_take(i) for i in range(140)]
+    takes = [world.still_take(i) for i in range(140)]
     assert [take.framing for take in takes] == (["full"] * 6 + ["close_up"]) * 20
     assert not any((take.identity.species, take.action) in world.HELD_OUT[take.framing] for take in takes)
-    unseen = [pictures.still_take(i, "unseen") for i in range(14)]
+    unseen = [world.still_take(i, "unseen") for i in range(14)]
     assert all((take.identity.species, take.action) in world.HELD_OUT[take.framing] for take in unseen)
 
 
@@ -56,14 +56,14 @@ def test_pictures_are_rendered_once_in_order(tmp_path, monkeypatch):
     images = pictures.stills(tmp_path, "train", 7, 32)
     assert images.shape == (7, 32, 32, 3) and images.dtype == np.uint8
     for i in (0, 2, 3, 6):
-        assert (images[i] == pictures.draw_still(pictures.still_take(i), 32)).all()
+        assert (images[i] == pictures.draw_still(world.still_take(i), 32)).all()
     monkeypatch.setattr(pictures, "draw_still", None)
     assert (pictures.stills(tmp_path, "train", 7, 32) == images).all()
     assert [path.name for path in tmp_path.iterdir()] == ["stills_train_7_32.npy"]
 
 
 def test_a_later_moment_is_another_phase_of_the_same_take():
-    take = pictures.still_take(6)
+    take = world.still_take(6)
     assert (pictures.draw_moment(take, 0, 48) == pictures.draw_still(take, 48)).all()
     assert (pictures.draw_moment(take, 0.25, 48) != pictures.draw_still(take, 48)).any()
 
@@ -170,7 +170,7 @@ def test_an_untrained_unet_predicts_nothing_and_guidance_leaves_noise():
 
 
 def test_captions_are_sometimes_empty_and_sometimes_have_a_free_word():
-    rng, take = np.random.default_rng(0), pictures.still_take(6)
+    rng, take = np.random.default_rng(0), world.still_take(6)
     texts = [text_encoder.training_text(take, rng, 0.1) for _ in range(400)]
     assert 0.05 < np.mean([not text for text in texts]) < 0.15
     free = set(tokenizer.FREE_WORDS)

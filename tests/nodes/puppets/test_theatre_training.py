@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from host.scripts import ROOT
+from launcher.scripts import ROOT
 from safetensors.torch import load_file
 
 sys.path.append(str(ROOT / "workflows" / "theatre"))  # where the training scripts find each other

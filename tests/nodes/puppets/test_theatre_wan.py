@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import real_configurations
 import torch
-from host.scripts import ROOT
+from launcher.scripts import ROOT
 from pack.nodes import files
 from pack.nodes.puppets import render, theatre, world
 from pack.nodes.puppets.config import COLOURS, PATTERNS
