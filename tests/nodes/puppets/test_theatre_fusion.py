@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from launcher.scripts import ROOT
-from pack.nodes import files
-from pack.nodes.fusion_embedding import encoding, fusion_files, running
+from pack.nodes.files import weights
+from pack.nodes.fusion_embedding import encoding, sampling
+from pack.nodes.fusion_embedding import files as fusion_files
 from pack.nodes.fusion_embedding.config import ApplyConfig
 from pack.nodes.fusion_embedding.method import WHOLE
 from pack.nodes.puppets import theatre, vision, world
@@ -120,7 +121,7 @@ def test_the_encoder_is_trained_and_exported(tmp_path):
     assert "species" in row["figures"] and "joints" in row["figures"]
     path = tmp_path / "puppets_vision.safetensors"
     puppets_vision.export(tmp_path, VISION, path)
-    tensors, _ = files.read(path)
+    tensors, _ = weights.read(path)
     loaded = vision.vision(tensors)
     average = load_file(tmp_path / "vision" / "average.safetensors")
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -141,7 +142,7 @@ def test_every_stage_goes_on_where_it_stopped_and_the_file_loads(state):
     path = state / "puppets_fusion.safetensors"
     fusion_stages.export(state, pictures, TINY, path)
     assert path.stat().st_size <= half_files.LIMIT
-    tensors, metadata = files.read(path)
+    tensors, metadata = weights.read(path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     fusion = fusion_files.unpacked(tensors, metadata)
     average = load_file(state / "generator" / "average.safetensors")
@@ -153,7 +154,7 @@ def test_every_stage_goes_on_where_it_stopped_and_the_file_loads(state):
     source, pose, _ = (torch.from_numpy(np.array(part))[None].float() / 255 for part in pictures[-1])
     fused = encoding.fused(fusion.combiner, fusion.encoder, source, pose)
     states = encoding.states(fusion_stages.shipped(), source)
-    _, positive, _ = running.apply(model, fusion, states, fused, pose, ApplyConfig())
+    _, positive, _ = sampling.apply(model, fusion, states, fused, pose, ApplyConfig())
     assert positive[0][0].shape == (1, 65, 128) and positive[0][0].isfinite().all()
 
 
@@ -163,7 +164,7 @@ def test_stage_2_begins_with_the_weights_of_a_file_where_it_is_told_to(state, mo
     assert fusion_stages.train_generator(state, pictures, TINY, math.inf)
     path = state / "puppets_fusion.safetensors"
     fusion_stages.export(state, pictures, TINY, path)
-    first = fusion_files.unpacked(*files.read(path))
+    first = fusion_files.unpacked(*weights.read(path))
     monkeypatch.setattr(fusion_stages, "FUSION", path)
     again = state / "again"
     still = dataclasses.replace(TINY, generator_matrix_lr=1e-12, generator_lr=1e-12, warm_start=1)

@@ -9,14 +9,14 @@ import comfy.supported_models
 import comfy.utils
 import numpy as np
 import pytest
-import real_configurations
 import torch
 from launcher.scripts import ROOT
-from pack.nodes import files
+from pack.nodes.files import weights
 from pack.nodes.puppets import render, theatre, world
 from pack.nodes.puppets.config import COLOURS, PATTERNS
 from pack.nodes.video_identity.method import adapter_from
 from safetensors.torch import load_file
+from support import real_configurations
 
 sys.path.append(str(ROOT / "workflows" / "theatre"))  # where the training scripts find each other
 import half_files  # noqa: E402
@@ -321,7 +321,7 @@ def test_latents_are_normal_and_the_exported_files_are_what_was_trained(trained)
     mean, deviation = wan_transformer.statistics(clips)
     normal = wan_transformer.normalised(clips, mean, deviation).astype(np.float64)
     assert np.abs(normal.mean((0, 2, 3, 4))).max() < 1e-2 and np.abs(normal.std((0, 2, 3, 4)) - 1).max() < 1e-2
-    exported, *_ = files.read(paths[0])
+    exported, *_ = weights.read(paths[0])
     average = load_file(folder / "transformer" / "average.safetensors")
     names = {name.removeprefix("transformer.") for name in average if name.startswith("transformer.")}
     assert set(exported) == {*names, theatre.WAN_MARKER}
@@ -353,7 +353,7 @@ def test_the_adapter_learns_from_clips_and_first_frames_by_turns(trained, encode
     assert torch.equal(adapter.blocks[0].v.up, load_file(state)["blocks/0/self_attn/v_loras/up/weight"])
     path = folder / f"{name}.safetensors"
     half_files.save_half(path, adapter.tensors(), {})
-    adapter_from(files.read(path)[0]).check(theatre.WAN_CONFIG["dim"], theatre.WAN_CONFIG["num_layers"])
+    adapter_from(weights.read(path)[0]).check(theatre.WAN_CONFIG["dim"], theatre.WAN_CONFIG["num_layers"])
 
 
 def test_captions_of_the_adapter_name_no_clothes():
