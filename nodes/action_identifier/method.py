@@ -128,7 +128,10 @@ class Triple(NamedTuple):
 
 @dataclass
 class TripleObjective:
-    """The anchor's denoising error, whose gradient follows the channels of the action alone. For the training loop.
+    """The error of two exemplars, whose gradient follows the channels of the action alone. For the training loop.
+
+    Published is the anchor's gradient. Ours is the mean of its and of the other exemplar's, which is computed for the
+    masks anyway: it has more signal for its noise.
 
     tokens: name -> parameter [L, n, D]. triple_loss(triple, copies, generator) -> errors [3] of the anchor, the other
     exemplar and the contrast, in one forward pass with one noise and one noise level; copies[name] is [3, L, n, D],
@@ -153,12 +156,13 @@ class TripleObjective:
         gradients = torch.autograd.grad(errors.sum(), list(copies.values()))
         # What is not finite must stop the run, though the mask may hide it.
         finite = all(values.isfinite().all() for values in (errors, *gradients))
-        value = errors.detach()[0] if finite else torch.full_like(errors.detach()[0], float("nan"))
+        value = errors.detach()[:2].mean() if finite else torch.full_like(errors.detach()[0], float("nan"))
         for (name, token), gradient in zip(self.tokens.items(), gradients, strict=True):
             anchor, same_action, same_context = gradient
             self.masks[name] = channel_mask(anchor, same_action, same_context, self.percentile, self.merge)
-            # Zero in value; its gradient is the anchor's, where it may act.
-            value = value + ((token - token.detach()) * (anchor * self.masks[name])).sum()
+            # Zero in value; its gradient is that of both exemplars, where it may act.
+            both = (anchor + same_action) / 2
+            value = value + ((token - token.detach()) * (both * self.masks[name])).sum()
         return value
 
 

@@ -89,6 +89,7 @@ def train(
             preview=None if preview is None else show, phase="action",
             # With them a resumed run draws no contrasts again.
             extra_tensors={f"{_CONTRAST}{i}": contrast for i, contrast in enumerate(contrasts)},
+            fixed_norm=action.fixed_norm,
         )
         return identifier(), loss_map
 

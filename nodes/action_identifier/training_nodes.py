@@ -88,6 +88,11 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     "to learn. No effect with contrast_images.",
                 ),
                 widgets.min_snr_gamma(),
+                io.Boolean.Input(
+                    "fixed_norm", default=_DEFAULT.fixed_norm, optional=True, advanced=True,
+                    tooltip="Learns the direction of the action's tokens alone and leaves them as long as those of "
+                    "the initial word, so that the other words of a prompt keep their weight.",
+                ),
             ],
             outputs=[
                 ACTION.Output(display_name="action", tooltip="Connect it to Encode or Save Action Identifier."),
@@ -116,7 +121,9 @@ def _action(values: dict) -> ActionTrainingConfig:
     chosen = {name: values[name] for name in names}
     for name in ("placeholder", "initial_word"):
         chosen[name] = chosen[name].strip()
-    return ActionTrainingConfig(**chosen, contrast_words=values.get("contrast_words", _DEFAULT.contrast_words))
+    for name in ("contrast_words", "fixed_norm"):
+        chosen[name] = values.get(name, getattr(_DEFAULT, name))
+    return ActionTrainingConfig(**chosen)
 
 
 def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:
@@ -173,7 +180,7 @@ def _settings(action: ActionTrainingConfig, exemplars: training.Exemplars) -> di
         "contrast_images": "drawn" if contrasts is None else inputs.digest(contrasts),
         "placeholder": action.placeholder, "initial_word": action.initial_word, "merge": action.merge,
         "context_steps": action.context_steps, "mask_percentile": action.mask_percentile,
-        "contrast_words": action.contrasts,
+        "contrast_words": action.contrasts, "fixed_norm": action.fixed_norm,
     }
 
 

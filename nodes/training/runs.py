@@ -22,17 +22,18 @@ def run(
     objective: loop.Objective, parameters: loop.Parameters, config: TrainingConfig, device: torch.device, *,
     checkpoints: Checkpoints | None = None, resume: loop.State | None = None, masks: loop.Masks | None = None,
     preview: Preview | None = None, note: Callable[[], str] | None = None, phase: str = "",
-    extra_tensors: Mapping[str, torch.Tensor] = {},
+    extra_tensors: Mapping[str, torch.Tensor] = {}, fixed_norm: bool = False,
 ) -> LossMap:
     """Train `parameters` in place, inside an open session, and report the peak memory on the node.
 
     `resume` is the state that checkpoints.resume read before the session loaded a model. A preparatory run has no
     `checkpoints`: it leaves none behind and reports no memory. `preview`, `note` and `phase` are shown as
-    NodeMonitor shows them; `extra_tensors` are stored in each checkpoint. Raises loop.TrainingDiverged and ComfyUI's
+    NodeMonitor shows them; `extra_tensors` are stored in each checkpoint; `masks` and `fixed_norm` are loop.train's.
+    Raises loop.TrainingDiverged and ComfyUI's
     interruption.
     """
     monitor = NodeMonitor(config, device, checkpoints, preview, note, phase, extra_tensors)
-    losses = loop.train(objective, parameters, config, monitor, resume, masks)
+    losses = loop.train(objective, parameters, config, monitor, resume, masks, fixed_norm)
     if checkpoints is not None:
         monitor.report_peak_memory()
     return {"loss": losses}
