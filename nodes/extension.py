@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .action_identifier.files import FOLDER as ACTION_IDENTIFIERS
 from .action_identifier.nodes import NODES as ACTION_NODES
 from .action_identifier.training_nodes import NODES as ACTION_TRAINING
+from .consent.nodes import NODES as CONSENT_NODES
 from .drift_alignment.nodes import NODES as DRIFT_NODES
 from .frequency_guidance.nodes import NODES as FREQUENCY_NODES
 from .frequency_guidance.training_nodes import NODES as FREQUENCY_TRAINING
@@ -26,6 +27,7 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     *VIDEO_NODES, *VIDEO_TRAINING,
     *ACTION_TRAINING, *ACTION_NODES,
     *DRIFT_NODES,
+    *CONSENT_NODES,
 ]
 FOLDERS = [ACTION_IDENTIFIERS, FUSION_EMBEDDINGS, TRAINING_CHECKPOINTS]
 

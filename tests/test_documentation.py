@@ -241,22 +241,23 @@ def test_translations_are_translated_and_keep_the_values_to_type(node_id, langua
 
 
 @pytest.mark.parametrize("language", PAGES)
-def test_locales_cover_categories_and_the_setting(language):
+def test_locales_cover_categories_and_the_settings(language):
     assert {path.stem for path in (ROOT / "locales" / language).iterdir()} == (
         {"main", "settings"} | ({"nodeDefs"} if language in TRANSLATIONS else set())
     )
     script = (ROOT / "web" / "understudy.js").read_text(encoding="utf-8")
-    setting = re.search(r'id: "([\w.]+)"', script)[1]
-    groups = json.loads(re.search(r"category: (\[.*\])", script)[1])[:-1]
+    settings = re.findall(r'id: "([\w.]+)"', script)
+    groups = {part for category in re.findall(r"category: (\[.*\])", script) for part in json.loads(category)[:-1]}
     parts = {part for schema in NODES.values() for part in schema.category.split("/")}
     main = locale(language, "main")
-    assert set(main["nodeCategories"]) == parts and set(main["settingsCategories"]) == set(groups)
+    assert set(main["nodeCategories"]) == parts and set(main["settingsCategories"]) == groups
     texts = locale(language, "settings")
-    assert list(texts) == [setting.replace(".", "_")]
+    assert len(settings) == 2 and list(texts) == [setting.replace(".", "_") for setting in settings]
     if language == "en":
         plain = re.sub(r'"\s*\+\s*"', "", script)
-        assert all(f'"{text}"' in plain for text in texts[setting.replace(".", "_")].values())
-    assert f'"{setting}"' in (ROOT / "nodes" / "puppets" / "menus.py").read_text(encoding="utf-8")
+        assert all(f'"{text}"' in plain for entry in texts.values() for text in entry.values())
+    readers = "".join((ROOT / "nodes" / name).read_text() for name in ("puppets/menus.py", "consent/gate.py"))
+    assert [setting for setting in settings if f'"{setting}"' not in readers] == []
 
 
 def test_there_are_three_languages():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..consent import gate, record
 from ..files import weights
 from ..files.folders import WeightFolder
 from ..files.names import EXTENSION, refused
@@ -58,8 +59,10 @@ def load(name: str, placeholder: str = "") -> ActionIdentifier:
     tensors, metadata = read_any(path, under="string_to_param")
     try:
         if metadata.get("kind") == _KIND:
-            return _identifier(tensors, metadata)
-        return _imported(tensors, path.stem)
+            action = _identifier(tensors, metadata)
+        else:
+            action = _imported(tensors, path.stem)
+        return dataclasses.replace(action, consent=gate.read(metadata, path.name))
     except ActionError as error:
         raise refused(path, f"is not an action identifier: {error}", _OTHER) from error
 
@@ -72,6 +75,7 @@ def save(action: ActionIdentifier, filename_prefix: str) -> Path:
     metadata = {
         "kind": _KIND, "method": "ADI action identifier (arXiv 2311.15841)", "placeholder": action.placeholder,
         "initial_word": action.initial_word, "base": action.base, "layers": json.dumps(action.places),
+        **record.to_metadata(action.consent),
     }
     tensors = {f"{_KEY}{encoder}": tokens for encoder, tokens in action.tokens.items()}
     return weights.save(tensors, metadata, FOLDER.name, filename_prefix)
@@ -87,7 +91,7 @@ def export(action: ActionIdentifier, filename_prefix: str) -> Path:
         "emb_params" if single else _CLIPS.get(encoder, [encoder])[0]: tokens.float().mean(0)
         for encoder, tokens in action.tokens.items()
     }
-    return weights.save(tensors, {}, EMBEDDINGS.name, filename_prefix)
+    return weights.save(tensors, record.to_metadata(action.consent), EMBEDDINGS.name, filename_prefix)
 
 
 def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ActionIdentifier:

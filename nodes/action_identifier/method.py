@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...kernels.channel_mask import channel_mask
+from ..consent.record import ConsentRecord
 from ..errors import shown_by_name
 
 # The encoder's name in an identifier that fits whichever encoder has its width.
@@ -40,7 +41,8 @@ class ActionIdentifier:
     """One trained action. tokens[encoder]: [L, n, D] for the n tokens that stand for `placeholder`, fp32.
 
     `places` are the L places of the network it was trained for; without any, L is 1 and it fits every network.
-    `initial_word` is what the placeholder means at strength 0; `base` is the fingerprint of the model, or empty.
+    `initial_word` is what the placeholder means at strength 0; `base` is the fingerprint of the model, or empty;
+    `consent` is that to the pictures, if there is a record.
     Raises ActionError for tokens of another shape or with values that are not finite.
     """
 
@@ -49,6 +51,7 @@ class ActionIdentifier:
     tokens: Mapping[str, torch.Tensor]
     places: tuple[Place, ...] = ()
     base: str = ""
+    consent: ConsentRecord | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens:

@@ -1,5 +1,6 @@
 """Nodes that train an action identifier on a few pictures, and save it (ADI)."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
+from ..consent import gate
 from ..inputs.checked import CheckedNode
 from ..messages import tell
 from ..training import drawing, inputs, picture_training, widgets
@@ -93,6 +95,7 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     tooltip="Learns the direction of the action's tokens alone and leaves them as long as those of "
                     "the initial word, so that the other words of a prompt keep their weight.",
                 ),
+                widgets.consent(),
             ],
             outputs=[
                 ACTION.Output(display_name="action", tooltip="Connect it to Encode or Save Action Identifier."),
@@ -104,6 +107,7 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
     def execute(cls, images, subjects, contrast_images=None, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
         action = _action(values)
+        consent = gate.check_training("Train Action Identifier", values.get("consent"))
         config = widgets.config(values)
         exemplars = _exemplars(values["vae"], images, subjects, contrast_images)
         tell("Train Action Identifier", _warnings(values["clip"], action, exemplars), logging.WARNING)
@@ -113,7 +117,7 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
             checkpoints=Checkpoints("action_identifier", settings),
             resume_from=values["resume_from"], preview=_preview(values["vae"], exemplars, action, config),
         )
-        return io.NodeOutput(identifier, loss_map)
+        return io.NodeOutput(dataclasses.replace(identifier, consent=consent), loss_map)
 
 
 def _action(values: dict) -> ActionTrainingConfig:
@@ -215,7 +219,8 @@ class UnderstudySaveActionIdentifier(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, action, filename_prefix, textual_inversion=False) -> io.NodeOutput:
+    def execute(cls, action, filename_prefix, textual_inversion=False, consent=None) -> io.NodeOutput:
+        action = gate.with_consent("Save Action Identifier", action, consent)
         logging.info("[Understudy] saved %s", files.save(action, filename_prefix))
         if textual_inversion:
             logging.info("[Understudy] saved %s", files.export(action, filename_prefix))

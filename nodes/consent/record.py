@@ -24,7 +24,8 @@ PURPOSES = (UNSPECIFIED, *SCOPES)
 ENTRY = "understudy_consent"  # of a weight file's metadata
 MISSING = "there is no consent record"
 
-_LONGEST = 100_000  # characters of one text; a weight file's header has room for several
+_LONGEST_NOTE = 100_000  # characters; a weight file's header has room for several
+_LONGEST = 1000  # of the other texts
 _MOST_REFERENCES = 1000
 _VERSION = 1
 _SHOWN = 80  # characters of one text in a message
@@ -146,16 +147,17 @@ def describe(record: ConsentRecord) -> str:
 
 def shown(text: str) -> str:
     """A text from a file as a message may show it: one short line, without what steers a screen."""
-    visible = "".join(c if c in _JOINERS or unicodedata.category(c) not in _STEERING else " " for c in text[:1000])
-    line = " ".join(visible.split())
+    kept = (c if c in _JOINERS or unicodedata.category(c) not in _STEERING else " " for c in text[:_LONGEST])
+    line = " ".join("".join(kept).split())
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
 
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise ConsentError(f"{name} is of type {type(value).__name__}: use a text")
-    if len(value) > _LONGEST:
-        raise ConsentError(f"{name} has {len(value)} characters: shorten it to {_LONGEST} at most")
+    longest = _LONGEST_NOTE if name == "note" else _LONGEST
+    if len(value) > longest:
+        raise ConsentError(f"{name} has {len(value)} characters: shorten it to {longest} at most")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -39,8 +39,10 @@ _DAMAGED = "Download or save the file again: it is damaged, or was not written b
 # Reading
 
 
-def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE) -> None:
-    """Refuse whatever is not a valid safetensors file, in bounded time and memory, without reading tensors.
+def inspect(
+    path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by key, and metadata, of a safetensors file, in bounded time and memory, without reading tensors.
 
     Raises WeightFileError: not a regular file, truncated, trailing bytes, overlaps or holes, a header over
     `max_header` bytes, a file over `max_file` bytes, duplicate keys, unknown dtypes, no elements.
@@ -56,7 +58,7 @@ def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file:
         entries = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise refused(path, f"has an ambiguous header ({error})", _DAMAGED) from error
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None) or {}
     if not entries:
         raise refused(path, "holds no tensors", "Choose a file with trained weights")
     for key, entry in entries.items():
@@ -67,19 +69,24 @@ def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file:
             raise refused(path, f"stores {key!r} as {entry['dtype']}", fix)
         if len(entry["shape"]) > MAX_RANK or math.prod(entry["shape"]) == 0:
             raise refused(path, f"gives {key!r} the shape {str(entry['shape'])[:60]}", _DAMAGED)
+    return {key: tuple(entry["shape"]) for key, entry in entries.items()}, metadata
+
+
+def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE) -> None:
+    """Refuse whatever is not a valid safetensors file, as `inspect` does."""
+    inspect(path, max_header=max_header, max_file=max_file)
 
 
 def read(
     path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (on the CPU, copied, as stored) and metadata of a safetensors file; `validate` comes first.
+    """Tensors (on the CPU, copied, as stored) and metadata of a safetensors file; `inspect` comes first.
 
-    Raises WeightFileError as `validate` does.
+    Raises WeightFileError as `inspect` does.
     """
-    validate(path, max_header=max_header, max_file=max_file)
+    _, metadata = inspect(path, max_header=max_header, max_file=max_file)
     tensors = {}
     with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
         for key in file.keys():
             tensor = file.get_tensor(key)
             if tensor.dtype == torch.bool and tensor.view(torch.uint8).max() > 1:

@@ -4,6 +4,8 @@ import logging
 
 from comfy_api.latest import io
 
+from ..consent import gate
+from ..consent.record import ConsentRecord
 from ..inputs.checked import CheckedNode
 from ..messages import tell
 from ..training import inputs, picture_training, widgets
@@ -15,6 +17,7 @@ from .nodes import CATEGORY
 
 _DEFAULT = SourceDrivingPairConfig()
 _PICTURES = ("source", "driving")
+_NOT_SAVED = "the LoRA's file will hold no consent record: Save LoRA Weights is ComfyUI's, and keeps none"
 
 
 class UnderstudyTrainSourceDrivingPair(CheckedNode):
@@ -59,6 +62,7 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
                 widgets.min_snr_gamma(),
                 *widgets.on_the_way("Iterations", "the source text"),
                 widgets.whole_unet(False, "rank then has no effect.", optional=True, advanced=True),
+                widgets.consent(),
             ],
             outputs=[
                 widgets.LORA_MODEL.Output(
@@ -72,8 +76,9 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
     def execute(cls, **lists) -> io.NodeOutput:
         pictures = [inputs.one_picture(lists.pop(name), name) for name in _PICTURES]
         texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in _PICTURES]
-        tell("Train Source and Driving Pair", _warnings(texts), logging.WARNING)
         values = inputs.single_values(lists)
+        consent = gate.check_training("Train Source and Driving Pair", values.get("consent"))
+        tell("Train Source and Driving Pair", _warnings(texts, consent), logging.WARNING)
         config, lora = _configs(values)
         latents = picture_training.encode_pictures(values["vae"], pictures)
         settings = widgets.settings(values, config, _settings(lora, texts, latents))
@@ -84,11 +89,12 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
         return io.NodeOutput(lora_weights, loss_map)
 
 
-def _warnings(texts: list[str]) -> list[str]:
-    return [
+def _warnings(texts: list[str], consent: ConsentRecord | None) -> list[str]:
+    warnings = [
         f"{name}_text is empty, so no prompt will mean the {name} picture"
         for name, text in zip(_PICTURES, texts, strict=True) if not text
     ]
+    return warnings + [_NOT_SAVED] * bool(consent)
 
 
 def _configs(values: dict) -> tuple[TrainingConfig, LoraConfig | None]:

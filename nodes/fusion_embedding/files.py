@@ -1,10 +1,12 @@
 """The weight file of a fusion: safetensors of this pack, or a published Lightning checkpoint as far as it fits."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import comfy.clip_vision
 
+from ..consent import gate, record
 from ..files import weights
 from ..files.folders import WeightFolder
 from ..files.names import EXTENSION, refused
@@ -38,7 +40,8 @@ def packed(fusion: Fusion) -> tuple[Weights, dict[str, str]]:
             tensors |= {f"{part}.{key}": weight for key, weight in content.items()}
     metadata = {
         "kind": _KIND, "method": "FPDM fusion embedding (arXiv 2412.07333)", "unet": fusion.unet_kind or "none",
-        "parts": ", ".join(fusion.parts), "prediction": fusion.prediction,
+        "parts": ", ".join(fusion.parts), "prediction": fusion.prediction, "base": fusion.base,
+        **record.to_metadata(fusion.consent),
     }
     if fusion.probe is not None:
         tensors["probe.embedding"] = fusion.probe
@@ -56,7 +59,7 @@ def load(name: str) -> tuple[Fusion, list[str]]:
     tensors, metadata = read_any(path)
     try:
         if metadata.get("kind") == _KIND:
-            fusion = unpacked(tensors, metadata)
+            fusion = dataclasses.replace(unpacked(tensors, metadata), consent=gate.read(metadata, path.name))
             return fusion, [f"holds: {', '.join(fusion.parts)}"]
         if published.is_published(tensors):
             return published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
@@ -96,4 +99,5 @@ def unpacked(tensors: Weights, metadata: dict[str, str]) -> Fusion:
     return Fusion(
         parts.get("combiner"), encoder, parts.get("generator"), parts.get("unet"), kind if "unet" in parts else "",
         None if probe is None else probe.float(), metadata.get("prediction", "")[:8],
+        metadata.get("base", "")[:16],
     )

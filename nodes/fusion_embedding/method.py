@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from ...kernels import fusion_embedding as kernel
+from ..consent.record import ConsentRecord
 from ..fingerprint import weights_fingerprint
 from ..training.objective import Denoising, draw_batch
 from .config import PERSON_THRESHOLD, CombinerConfig, GeneratorConfig
@@ -36,6 +37,7 @@ class Fusion:
     CLIP_VISION if stage 1 trained one. unet: weights by name, `unet_kind` LORA (a LORA_MODEL) or WHOLE (the weights
     themselves, under ComfyUI's names or diffusers'). probe: if stage 1 froze its encoder, that encoder's embedding of
     encoding.probe's picture, [D] on the CPU. prediction: of the generator's model, "noise" or "v"; "" if unknown.
+    base: the fingerprint of that model, or "". consent: that to the pictures, if there is a record.
     """
 
     combiner: Weights | None = None
@@ -45,6 +47,8 @@ class Fusion:
     unet_kind: str = ""
     probe: torch.Tensor | None = None
     prediction: str = ""
+    base: str = ""
+    consent: ConsentRecord | None = None
 
     @property
     def parts(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.conds
 import torch
 
+from ..fingerprint import fingerprint
 from ..training import drawing
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
@@ -239,7 +240,7 @@ def train_generator(
     kind = WHOLE if generator.whole_unet else LORA
     trained_fusion = dataclasses.replace(
         fusion, generator=_on_cpu(weights), unet=unet, unet_kind=kind,
-        prediction=sampling.prediction(model.get_model_object("model_sampling")),
+        prediction=sampling.prediction(model.get_model_object("model_sampling")), base=fingerprint(model),
     )
     return trained_fusion, loss_map
 

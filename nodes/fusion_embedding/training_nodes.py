@@ -1,9 +1,11 @@
 """Nodes that train both stages of a fusion (FPDM), the combiner and the generator, and save it."""
 
+import dataclasses
 import logging
 
 from comfy_api.latest import io
 
+from ..consent import gate
 from ..fingerprint import weights_fingerprint
 from ..inputs.checked import CheckedNode, File
 from ..messages import tell
@@ -104,6 +106,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
                 _dataset_folder(),
                 widgets.resume_from(),
                 *widgets.on_the_way("Steps"),
+                widgets.consent(),
             ],
             outputs=_outputs("Connect it to Train Fusion Generator, or to Save Fusion."),
         )
@@ -111,6 +114,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
         values, data = _values_and_pairs(lists, "Train Fusion Combiner")
+        consent = gate.check_training("Train Fusion Combiner", values.get("consent"))
         combiner = CombinerConfig(
             temperature=values["temperature"], batch_size=values["batch_size"], train_encoder=values["train_encoder"]
         )
@@ -123,7 +127,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
         fusion, loss_map = training.train_combiner(
             values["clip_vision"], data, config, combiner, checkpoints=checkpoints, resume_from=values["resume_from"],
         )
-        return io.NodeOutput(fusion, loss_map)
+        return io.NodeOutput(dataclasses.replace(fusion, consent=consent), loss_map)
 
 
 class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
@@ -181,6 +185,7 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                 ),
                 widgets.dtype(),
                 *widgets.on_the_way("Steps", "the first pair"),
+                widgets.consent(),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
         )
@@ -195,13 +200,14 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
         )
         config = widgets.config(values)
         fusion = values.get("fusion") or Fusion()
+        consent = gate.check_training("Train Fusion Generator", values.get("consent"), fusion.consent)
         settings = widgets.settings(values, config, _generator_settings(values, data, generator, fusion))
         trained, loss_map = training.train_generator(
             values["model"], values["vae"], values["appearance_encoder"], data, fusion, values.get("clip_vision"),
             config, generator, checkpoints=Checkpoints("fusion_generator", settings),
             resume_from=values["resume_from"],
         )
-        return io.NodeOutput(trained, loss_map)
+        return io.NodeOutput(dataclasses.replace(trained, consent=consent), loss_map)
 
 
 def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorConfig, fusion: Fusion) -> dict:
@@ -243,8 +249,8 @@ class UnderstudySaveFusion(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, fusion, filename_prefix) -> io.NodeOutput:
-        path = files.save(fusion, filename_prefix)
+    def execute(cls, fusion, filename_prefix, consent=None) -> io.NodeOutput:
+        path = files.save(gate.with_consent("Save Fusion", fusion, consent), filename_prefix)
         logging.info("[Understudy] saved %s, %s", path, ", ".join(fusion.parts))
         return io.NodeOutput()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..consent import gate, record
 from ..files import weights
 from ..files.fitting import MisfitError, check_lora
 from ..files.folders import LORAS
@@ -37,7 +38,7 @@ def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: st
         metadata |= {
             "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[0]), "ss_network_alpha": str(alphas[0])
         }
-    return weights.save(lora, metadata, FOLDER.name, filename_prefix)
+    return weights.save(lora, metadata | record.to_metadata(subject.consent), FOLDER.name, filename_prefix)
 
 
 def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
@@ -49,7 +50,10 @@ def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
     try:
         content = json.loads(metadata[_ENTRY])
         captions = tuple(str(caption) for caption in content["captions"])
-        subject = Subject(str(content["token"]), str(content["class_noun"]), captions, str(content["base"]))
+        subject = Subject(
+            str(content["token"]), str(content["class_noun"]), captions, str(content["base"]),
+            gate.read(metadata, path.name),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise refused(path, f"has no valid description of its identity ({error})", "Save the prior again") from error
     return tensors, subject

@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from .. import subject_tokens
+from ..consent import gate
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..messages import pictures, tell
@@ -61,6 +62,7 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
                     "Weight of the prior: 0 is off, 1 as it was trained. Lower values follow prompts more.",
                     lowest=-10.0, highest=10.0,
                 ),
+                cls.purpose(),
             ],
             outputs=[
                 io.Model.Output(tooltip="Connect it to a sampler, to Invert Image, or to Load Identity Prior."),
@@ -75,8 +77,9 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
         return True
 
     @classmethod
-    def execute(cls, model, lora_name, strength) -> io.NodeOutput:
+    def execute(cls, model, lora_name, strength, purpose=gate.UNSPECIFIED) -> io.NodeOutput:
         tensors, subject = files.load(lora_name)
+        gate.check_loaded("Load Identity Prior", subject.consent, purpose)
         patched = files.apply(model, tensors, subject, strength, lora_name)
         return io.NodeOutput(patched, subject, subject.trigger)
 

@@ -6,6 +6,7 @@ import logging
 from comfy_api.latest import io
 
 from .. import subject_tokens
+from ..consent import gate
 from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
 from ..inputs.widgets import IDENTITY
@@ -91,6 +92,7 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
                 widgets.dtype(),
                 widgets.min_snr_gamma(),
                 *widgets.on_the_way("Steps", "the first caption"),
+                widgets.consent(),
             ],
             outputs=[
                 widgets.LORA_MODEL.Output(
@@ -135,7 +137,9 @@ def _subject(values: dict, captions: list[str]) -> tuple[Subject, list[str]]:
     subject = Subject(values["identity_token"].strip(), values["class_noun"].strip())
     texts = [subject.expand(text, f"caption {i + 1} of captions") for i, text in enumerate(captions)]
     captions_once = tuple(dict.fromkeys(texts))
-    return dataclasses.replace(subject, captions=captions_once, base=fingerprint(values["model"])), texts
+    consent = gate.check_training("Train Identity Prior", values.get("consent"))
+    base = fingerprint(values["model"])
+    return dataclasses.replace(subject, captions=captions_once, base=base, consent=consent), texts
 
 
 def _warnings(clip, subject: Subject, count: int) -> list[str]:
@@ -162,8 +166,8 @@ class UnderstudySaveIdentityPrior(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, lora, identity, filename_prefix) -> io.NodeOutput:
-        path = files.save(lora, identity, filename_prefix)
+    def execute(cls, lora, identity, filename_prefix, consent=None) -> io.NodeOutput:
+        path = files.save(lora, gate.with_consent("Save Identity Prior", identity, consent), filename_prefix)
         logging.info("[Understudy] saved %s", path)
         return io.NodeOutput()
 

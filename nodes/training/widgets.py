@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..consent import widgets as consent_widgets
 from ..files.folders import WeightFolder
 from ..fingerprint import clip_fingerprint, fingerprint
 from ..inputs.checked import File
@@ -115,6 +116,9 @@ def on_the_way(unit: str, picture: str = "") -> list[io.Input]:
     return [checkpointing, *([previews] if picture else []), checkpoints]
 
 
+consent = consent_widgets.to_train  # the last input of each Train node
+
+
 def whole_unet(default: bool, note: str, **options: Any) -> io.Boolean.Input:
     """All weights in place of a LoRA."""
     return io.Boolean.Input(
@@ -134,8 +138,8 @@ def save_schema(
         tooltip=f"Name in output/{folder.name}, with folders if you like. A number is added; nothing is replaced.",
     )
     return io.Schema(
-        node_id, display_name, category, inputs=[*inputs, filename_prefix, *options], outputs=[], is_output_node=True,
-        **texts,
+        node_id, display_name, category, inputs=[*inputs, filename_prefix, *options, consent_widgets.to_save()],
+        outputs=[], is_output_node=True, **texts,
     )
 
 

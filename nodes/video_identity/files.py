@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from ..consent import gate, record
 from ..files import weights
 from ..files.folders import LORAS
 from ..files.names import refused
@@ -18,11 +19,12 @@ def load(name: str) -> VideoAdapter:
     Raises WeightFileError, naming the file and the first bad key, for any other kind of file.
     """
     path = FOLDER.find(name)
-    tensors, _ = read_any(path)
+    tensors, metadata = read_any(path)
     try:
-        return adapter_from(tensors)
+        adapter = adapter_from(tensors)
     except AdapterError as error:
         raise refused(path, f"is not a video identity adapter: {error}", "Choose another file") from error
+    return dataclasses.replace(adapter, base=metadata.get("base", "")[:16], consent=gate.read(metadata, path.name))
 
 
 def save(adapter: VideoAdapter, filename_prefix: str) -> Path:
@@ -32,6 +34,6 @@ def save(adapter: VideoAdapter, filename_prefix: str) -> Path:
     """
     metadata = {
         "method": "Stand-In video identity adapter (arXiv 2508.07901)", "blocks": str(len(adapter.blocks)),
-        "width": str(adapter.width),
+        "width": str(adapter.width), "base": adapter.base, **record.to_metadata(adapter.consent),
     }
     return weights.save(adapter.tensors(), metadata, FOLDER.name, filename_prefix)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..consent.record import ConsentRecord
 from ..errors import shown_by_name
 from ..inputs import frame_masks, latents
 from ..inputs.ranges import select_numbers
@@ -59,9 +60,13 @@ class BlockUpdates:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VideoAdapter:
-    """The updates of every block, in order. Compared by identity: loading a file twice gives two adapters."""
+    """The updates of every block, in order; the fingerprint of the base model, if it is known; and the consent to
+    the pictures, if there is a record. Compared by identity: loading a file twice gives two adapters.
+    """
 
     blocks: tuple[BlockUpdates, ...]
+    base: str = ""
+    consent: ConsentRecord | None = None
 
     @property
     def width(self) -> int:

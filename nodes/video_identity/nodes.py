@@ -4,6 +4,7 @@ import logging
 
 from comfy_api.latest import io
 
+from ..consent import gate
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..messages import pictures, tell
@@ -100,6 +101,7 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
             ],
             inputs=[
                 cls.file("A file in models/loras or output/loras. Only adapters are listed: else use Load LoRA."),
+                cls.purpose(),
             ],
             outputs=[ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply Video Identity.")],
         )
@@ -110,8 +112,10 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
         return True
 
     @classmethod
-    def execute(cls, adapter_name) -> io.NodeOutput:
-        return io.NodeOutput(files.load(adapter_name))
+    def execute(cls, adapter_name, purpose=gate.UNSPECIFIED) -> io.NodeOutput:
+        adapter = files.load(adapter_name)
+        gate.check_loaded("Load Video Identity Adapter", adapter.consent, purpose)
+        return io.NodeOutput(adapter)
 
 
 class UnderstudyApplyVideoIdentity(CheckedNode):

@@ -1,11 +1,14 @@
 """Nodes that train and save a video identity adapter (Stand-In)."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
 import torch
 from comfy_api.latest import io
 
+from ..consent import gate
+from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
 from ..inputs.latents import check_not_zero
 from ..messages import tell
@@ -58,6 +61,7 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
                 widgets.resume_from(),
                 widgets.dtype(),
                 *widgets.on_the_way("Steps"),
+                widgets.consent(),
             ],
             outputs=[
                 ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply or Save Video Identity Adapter."),
@@ -77,6 +81,7 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
         if not all(positive):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
         texts = inputs.one_each(list(positive), len(videos), "positive", kind="items", each="video")
+        consent = gate.check_training("Train Video Identity Adapter", values.get("consent"))
         config = widgets.config(values)
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
@@ -87,6 +92,7 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
             values["model"], videos, pictures, texts, config, values["rank"],
             checkpoints=checkpoints, resume_from=values["resume_from"],
         )
+        adapter = dataclasses.replace(adapter, base=fingerprint(values["model"]), consent=consent)
         return io.NodeOutput(adapter, loss_map)
 
 
@@ -115,8 +121,8 @@ class UnderstudySaveVideoIdentityAdapter(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, adapter, filename_prefix) -> io.NodeOutput:
-        path = files.save(adapter, filename_prefix)
+    def execute(cls, adapter, filename_prefix, consent=None) -> io.NodeOutput:
+        path = files.save(gate.with_consent("Save Video Identity Adapter", adapter, consent), filename_prefix)
         logging.info("[Understudy] saved %s", path)
         return io.NodeOutput()
 

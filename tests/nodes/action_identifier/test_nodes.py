@@ -16,6 +16,7 @@ from pack.nodes.action_identifier.training_nodes import (
     UnderstudySaveActionIdentifier,
     UnderstudyTrainActionIdentifier,
 )
+from pack.nodes.consent.record import ConsentRecord
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
 from pack.nodes.subject_tokens import Subject
 from support import action_identifiers, tiny_clip, tiny_model
@@ -76,6 +77,11 @@ def test_it_trains_on_lists_batches_and_lines_alike():
     assert torch.equal(batch.tokens["l"], listed.tokens["l"])
     grey, loss_map = train(images=[images()[..., :1]], contrast_images=[torch.cat([images(), images()[..., :1]], -1)])
     assert torch.isfinite(grey.tokens["l"]).all() and len(loss_map["loss"]) == 2
+
+
+def test_consent_goes_with_the_action():
+    consent = ConsentRecord("Anna", ("training",))
+    assert train(consent=[consent])[0].consent == consent and train()[0].consent is None
 
 
 def test_the_noise_levels_weight_reaches_the_training():

@@ -122,7 +122,7 @@ def test_problems_name_each_thing_that_is_not_covered():
 
 
 def test_what_is_shown_is_one_short_line():
-    name = "Anna\n[Understudy] consent is valid\u202e\x1b[2J" + "x" * 50_000
+    name = "Anna\n[Understudy] consent is valid\u202e\x1b[2J" + "x" * 900
     line = record.describe(agreed(subject=name, granted_by="B\r\nC", granted_on="2026-11-28", expires="2027-12-31"))
     assert line.startswith("consent of Anna [Understudy] consent is valid [2Jxxx") and "\u202e" not in line
     assert line.endswith("… for private, training, from B C, since 2026-11-28, until 2027-12-31")

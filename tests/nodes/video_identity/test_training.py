@@ -7,6 +7,8 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from pack.nodes.consent.record import ConsentRecord
+from pack.nodes.fingerprint import fingerprint
 from pack.nodes.training import loop
 from pack.nodes.training.checkpoints import FOLDER, Checkpoints
 from pack.nodes.training.config import TrainingConfig
@@ -139,6 +141,15 @@ def node(model, latents, references, positive, **settings):
         return UnderstudyTrainVideoIdentityAdapter.execute(
             latents, references, positive, model=[model], **{key: [value] for key, value in values.items()}
         ).result
+
+
+def test_consent_and_the_base_model_go_with_the_adapter():
+    model, positive = wan(), tiny_model.conditioning(0)
+    latents, references = [{"samples": draw(1, *SHAPE)}], [{"samples": draw(2, 1, 16, 1, 4, 4)}]
+    consent = ConsentRecord("Anna", ("training",))
+    adapter, _ = node(model, latents, references, [positive], consent=consent)
+    assert adapter.consent == consent and adapter.base == fingerprint(model)
+    assert node(model, latents, references, [positive])[0].consent is None
 
 
 def test_a_backward_pass_keeps_little_of_the_reference_with_checkpointing():
