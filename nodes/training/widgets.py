@@ -116,7 +116,7 @@ def on_the_way(unit: str, picture: str = "") -> list[io.Input]:
     return [checkpointing, *([previews] if picture else []), checkpoints]
 
 
-consent = consent_widgets.to_train  # the last input of each Train node
+consent = consent_widgets.to_train  # of every Train node
 
 
 def whole_unet(default: bool, note: str, **options: Any) -> io.Boolean.Input:

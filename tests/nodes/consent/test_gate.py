@@ -213,7 +213,7 @@ def test_every_train_save_and_load_node_asks():
         schema = node.GET_SCHEMA()
         verb = schema.display_name.split()[0]
         if verb in asked:
-            last = schema.inputs[-1]
-            assert (last.id, last.io_type) == asked[verb] and last.optional, schema.node_id
+            optional = {(widget.id, widget.io_type) for widget in schema.inputs if widget.optional}
+            assert asked[verb] in optional, schema.node_id
             counts[verb] += 1
     assert counts == {"Train": 6, "Save": 4, "Load": 4} and len(PURPOSES) == 5
