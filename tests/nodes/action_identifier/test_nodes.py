@@ -67,7 +67,8 @@ def test_inputs_and_outputs_are_those_agreed_on(node, required, outputs):
     schema = node.GET_SCHEMA()
     ids = [widget.id for widget in schema.inputs]
     assert ids[: len(required)] == required
-    assert all(widget.optional and widget.advanced for widget in schema.inputs[len(required) :])
+    further = schema.inputs[len(required) :]
+    assert all(widget.optional and (widget.advanced or widget.id in ("consent", "purpose")) for widget in further)
     assert [output.io_type for output in schema.outputs] == outputs
 
 
