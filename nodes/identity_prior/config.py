@@ -72,6 +72,9 @@ class BlendConfig:
 
     start_percent: float = 0.0
     end_percent: float = 1.0
+    # Ours: the share of new noise where the subject is. The inverted noise holds its old pose.
+    fresh_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)
+        check_limits(self, "fresh_noise", lowest=0, highest=1, fix="0 (the inverted noise) to 1 (all new)")

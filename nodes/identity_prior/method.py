@@ -17,6 +17,9 @@ from ..inputs.ranges import SIGMA_TOLERANCE
 from ..training.objective import same_bucket
 from .config import MaskConfig
 
+# Ours: a map whose values differ by less of the highest one, and a mask of more than this much of the picture, do not
+# show where a subject is.
+FLAT, NEARLY_ALL = 0.15, 0.85
 # denoise(x, sigma) -> the denoised estimate of x [B, C, ...] at sigma
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 
@@ -150,6 +153,23 @@ def subject_mask(heat: torch.Tensor, size: Sequence[int], config: MaskConfig) ->
     # A constant map does not show the subject, which may be anywhere.
     level = torch.where(high > low, (heat - low) / (high - low).clamp(min=1e-12), torch.ones_like(heat))
     return (level >= config.threshold).float()
+
+
+def doubt(heat: torch.Tensor, mask: torch.Tensor) -> str:
+    """Why a map [B, T, h, w] and its mask [B, T, H, W] do not show a subject, or nothing."""
+    low, high = float(heat.min()), float(heat.max())
+    if high - low <= FLAT * high:
+        return "shows the subject nowhere more than elsewhere"
+    covered = float(mask.float().mean())
+    return f"covers {covered:.0%} of the picture" if covered >= NEARLY_ALL else ""
+
+
+def fresh(noise: torch.Tensor, mask: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """`noise` [B, C, ...] with a share, 0 to 1, of new noise of the same variance where the mask
+    [1 or B, 1 or T, H, W] is; elsewhere its bits stay.
+    """
+    new = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)).to(noise)
+    return blend(math.sqrt(1 - share**2) * noise + share * new, noise, mask)
 
 
 def grown(mask: torch.Tensor, cells: int) -> torch.Tensor:

@@ -19,6 +19,14 @@ _BLEND = BlendConfig()
 _GAP = 8  # pixels between the two masks that Show Edit Masks shows
 
 
+def _mask_text(what: str) -> io.Conditioning.Input:
+    return io.Conditioning.Input(
+        "mask_text", optional=True,
+        tooltip=f"What {what} is found by, in place of positive: a text from Encode Identity that names the subject and "
+        "what it does, without its clothes, which would draw the attention away. One more model call per step.",
+    )
+
+
 def _map_inputs() -> list:
     """How the subject's map is read, for experts; the same for the source mask and the edited one."""
     return [
@@ -154,6 +162,7 @@ class UnderstudyInvertImage(CheckedNode):
                     "values include more around the subject.",
                 ),
                 *_map_inputs(),
+                _mask_text("the source mask"),
             ],
             outputs=[
                 INVERSION.Output(display_name="inversion", tooltip="Connect it to Identity Mask Blend."),
@@ -163,9 +172,12 @@ class UnderstudyInvertImage(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, latent, sigmas, method, iterations, mask_threshold, **maps) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, latent, sigmas, method, iterations, mask_threshold, mask_text=None, **maps
+    ) -> io.NodeOutput:
         masks = MaskConfig(threshold=mask_threshold, grow=0, **maps)
-        inverted = inversion.invert(model, positive, latent, sigmas, InversionConfig(method, iterations), masks)
+        config = InversionConfig(method, iterations)
+        inverted = inversion.invert(model, positive, latent, sigmas, config, masks, mask_text)
         size = f"{inverted.megabytes:.1f} MB on {inverted.trajectory.latents.device}"
         summary = f"inverted over {len(sigmas) - 1} steps by {method}; the path takes {size}"
         tell("Invert Image", [summary])
@@ -210,17 +222,24 @@ class UnderstudyIdentityMaskBlend(CheckedNode):
                     "for all, or one per picture or frame.",
                 ),
                 *_map_inputs(),
+                _mask_text("the edited mask"),
+                widgets.fraction(
+                    "fresh_noise", _BLEND.fresh_noise,
+                    "How much of the start noise is new where the subject is: 0 is the inverted noise, which holds "
+                    "its old pose, 1 all new, from the seed of the sampler's noise.", optional=True, advanced=True,
+                ),
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Show Edit Masks.")],
         )
 
     @classmethod
     def execute(
-        cls, model, inversion, positive, threshold, grow, start_percent, end_percent, mask=None, **maps
+        cls, model, inversion, positive, threshold, grow, start_percent, end_percent, mask=None, mask_text=None,
+        fresh_noise=_BLEND.fresh_noise, **maps,
     ) -> io.NodeOutput:
         masks = MaskConfig(threshold=threshold, grow=grow, **maps)
-        config = BlendConfig(start_percent, end_percent)
-        return io.NodeOutput(sampling.apply(model, inversion, positive, masks, config, mask))
+        config = BlendConfig(start_percent, end_percent, fresh_noise)
+        return io.NodeOutput(sampling.apply(model, inversion, positive, masks, config, mask, mask_text))
 
 
 class UnderstudyEditMasks(CheckedNode):

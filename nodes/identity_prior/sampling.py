@@ -33,9 +33,11 @@ _REMEMBERED_RUNS = 4
 
 def apply(
     model: Any, inversion: Inversion, positive: list, masks: MaskConfig, config: BlendConfig,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | None, mask_text: list | None = None,
 ) -> Any:
     """A clone of `model` that blends, by `mask` [F, H, W] if there is one, else by masks from its own attention.
+
+    That is attention to the subject in `positive`, or in `mask_text`, for which each step calls the model once more.
 
     Raises ValueError, naming the input and the fix, where it cannot.
     """
@@ -45,12 +47,12 @@ def apply(
     if mask is not None:
         mask = method.latent_mask(mask, clean.shape)
     else:
-        subject_tokens.require_subject(positive, "positive")
+        subject_tokens.require_subject(*((positive, "positive") if mask_text is None else (mask_text, "mask_text")))
         if not layers:
             raise ValueError("this model has no cross-attention to find the subject by: connect your own `mask`")
         attention.chosen_layers(layers, masks, max(clean.shape[-2:]))
         model = attention.with_recorder(model)
-    blend = IdentityBlend(inversion, layers, masks, config, mask)
+    blend = IdentityBlend(inversion, layers, masks, config, mask, mask_text if mask is None else None)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: blend.outer_sample,
         WrappersMP.SAMPLER_SAMPLE: blend.sampler_sample,
@@ -70,6 +72,7 @@ class IdentityBlend:
     masks: MaskConfig
     config: BlendConfig
     connected_mask: torch.Tensor | None
+    mask_text: list | None = None
     # Source and edited mask [B, T, H, W] of the last runs, by the digest of their samples.
     run_masks: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=OrderedDict)
     _last: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -77,6 +80,8 @@ class IdentityBlend:
     def outer_sample(self, executor, *args, **kwargs):
         """ComfyUI's OUTER_SAMPLE: remember the masks under the samples that they made."""
         self._last = None
+        if self.mask_text is not None:
+            attention.show_mask_text(executor.class_obj, self.mask_text)
         samples = executor(*args, **kwargs)
         if self._last is not None and not samples.is_nested:
             self.run_masks[_digest(samples)] = self._last
@@ -96,10 +101,15 @@ class IdentityBlend:
                 "same SIGMAS to Invert Image and to the sampler, which is SamplerCustom or SamplerCustomAdvanced. "
                 "KSampler makes its own, and others for uni_pc and dpm_2"
             )
-        run = _BlendRun(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(guider.conds))
+        conditions = guider.conds if self.mask_text is None else {attention.KEY: guider.conds[attention.KEY]}
+        run = _BlendRun(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(conditions))
         if run.starts_off_path(guider, sigmas, noise, latent_image):
             warning = "noise is not Invert Image's, so the edit will not follow the picture: connect its `noise`"
             tell("Identity Mask Blend", [warning], logging.WARNING)
+        elif self.config.fresh_noise and noise.any():
+            mask = self.connected_mask
+            mask = method.grown(run.source, self.masks.grow) if mask is None else mask
+            noise = method.fresh(noise, mask.to(noise.device), self.config.fresh_noise, extra_args.get("seed") or 0)
         options = extra_args["model_options"]
         options = {**options, "transformer_options": {**options["transformer_options"], KEY: run}}
         samples = executor(
@@ -107,6 +117,8 @@ class IdentityBlend:
             disable_pbar,
         )
         self._last = run.masks()
+        if run.heat is not None and (doubt := method.doubt(run.heat, run.edited)):
+            tell("Identity Mask Blend", [f"the edited mask {doubt}: {attention.MASK_FIX}"], logging.WARNING)
         last = grid[-1]
         if run.is_active(last) and samples.shape == noise.shape:
             model_sampling = guider.inner_model.model_sampling
@@ -123,11 +135,15 @@ class IdentityBlend:
         if run is None or not run.is_active(sigma):
             return executor(x, timestep, model_options, seed)
         run.check(x)
-        recorder = None
+        recorder, options = None, model_options
         if self.connected_mask is None:
             recorder = attention.AttentionRecorder(run.subject, self.layers, self.masks, x.shape)
-            model_options = recorder.added_to(model_options)
-        denoised = executor(method.blend(x, run.path.at(sigma), run.mask), timestep, model_options, seed)
+            if self.mask_text is None:
+                options = recorder.added_to(model_options)
+        blended = method.blend(x, run.path.at(sigma), run.mask)
+        denoised = executor(blended, timestep, options, seed)
+        if recorder is not None and self.mask_text is not None:
+            attention.look_by_mask_text(executor.class_obj, blended, timestep, model_options, recorder)
         if recorder is not None:
             run.update_mask(recorder)
         return method.blend(denoised, run.path.denoised(sigma), run.mask)

@@ -143,7 +143,7 @@ def _masked_step(optimiser: torch.optim.AdamW, parameters: Parameters, masks: di
 
 @torch.no_grad()
 def _turn(parameter: torch.Tensor, before: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Give what a step moved of each vector [..., D] the length that it had, so that all of the vector keeps its own."""
+    """Give what a step moved of each vector [..., D] the length that it had: the whole vector keeps its own."""
     free = torch.ones_like(parameter, dtype=torch.bool) if mask is None else mask
     length = (before * free).norm(dim=-1, keepdim=True)
     now = (parameter * free).norm(dim=-1, keepdim=True)
