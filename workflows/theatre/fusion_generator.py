@@ -15,8 +15,8 @@ from pack.nodes.fusion_embedding import encoding, files, layout, method, samplin
 from pack.nodes.fusion_embedding.config import GeneratorConfig
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
 from pack.nodes.training.config import TrainingConfig
-from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.objective import DenoisingObjective
+from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.session import session
 from pack.nodes.training.whole_network import WholeNetwork
 from safetensors import safe_open

@@ -14,8 +14,8 @@ import wan_stages as stages
 from pack.nodes.puppets import captions, render, theatre, world
 from pack.nodes.puppets.config import NAMED_ACTIONS, SCENES, Identity, Take
 from pack.nodes.training.config import TrainingConfig
-from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.objective import DenoisingObjective
+from pack.nodes.training.seeds import seed_for
 from pack.nodes.video_identity import reference_picture, training
 from pack.nodes.video_identity.config import ReferenceConfig
 from pack.nodes.video_identity.method import VideoAdapter, adapter_from
