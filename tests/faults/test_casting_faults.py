@@ -1,0 +1,87 @@
+"""A casting sheet in a real server: repeated runs finish it, a killed one goes on, the end blocks what follows."""
+
+import pytest
+from faults import prompts
+from launcher.server import Server
+from PIL import Image
+
+PREFIX = "casting/theatre"
+
+
+def sheet(server: Server, identities: list[str], actions: list[str], scenes: list[str], at_once: int) -> dict:
+    """Casting Sheet → sampling on the theatre → Save Image."""
+    texts = {"identities": identities, "actions": actions, "scenes": scenes}
+    values = {name: "\n".join(lines) for name, lines in texts.items()} | {"at_once": at_once}
+    values = prompts.defaults(server, "UnderstudyCastingSheet") | values | {"filename_prefix": PREFIX}
+    prompt = prompts.plain(steps=1)
+    prompt["sheet"] = prompts.node("UnderstudyCastingSheet", **values, prompt="a {identity} {action} {scene}")
+    prompt["positive"]["inputs"]["text"] = ["sheet", 1]
+    prompt["empty"]["inputs"] |= {"width": 64, "height": 64}
+    prompt[prompts.SAMPLER]["inputs"]["noise_seed"] = ["sheet", 4]
+    prompt["pixels"] = prompts.node("VAEDecode", samples=[prompts.SAMPLER, 0], vae=[prompts.LOADER, 2])
+    prompt[prompts.RESULT] = prompts.node("SaveImage", images=["pixels", 0], filename_prefix=["sheet", 5])
+    return prompt
+
+
+def saved(server: Server) -> list:
+    return sorted((server.base / "output" / "casting").glob("theatre_*.png"))
+
+
+def run(server: Server, prompt: dict) -> tuple[int, str]:
+    """How many pictures a run saved, and what the sheet said of it, "" where it had nothing to do."""
+    entry = server.queue(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    outputs = entry["outputs"]
+    told = outputs.get("sheet", {}).get("text", [""])[0]
+    return len(outputs.get(prompts.RESULT, {}).get("images", ())), told
+
+
+def test_repeated_runs_finish_a_sheet_and_a_torn_file_is_made_again(fault_server):
+    prompt = sheet(fault_server, ["red robot", "blue cat"], ["waving", "sitting"], ["on a beach"], 3)
+    count, told = run(fault_server, prompt)
+    assert count == 3 and "0 of 4 are there, 3 are made now" in told
+    torn = saved(fault_server)[0]
+    torn.write_bytes(torn.read_bytes()[:-20])
+    count, told = run(fault_server, prompt)
+    assert count == 2 and "2 of 4 are there, 2 are made now" in told and "1 files in the folder are damaged" in told
+    count, told = run(fault_server, prompt)
+    assert count == 0 and "all 4 are there" in told and "what follows does not run" in told
+    assert run(fault_server, prompt)[0] == 0
+    stems = {path.name[: -len("_00001_.png")] for path in saved(fault_server)}
+    assert len(stems) == 4 and len(saved(fault_server)) == 5
+    with Image.open(fault_server.base / "output" / "casting" / "theatre_contact_sheet.jpg") as contact:
+        assert contact.size == (220 + 2 * 96, 16 + 2 * 96)
+        assert contact.getpixel((260, 60)) != (221, 221, 221)
+
+
+@pytest.mark.soak
+def test_a_sheet_of_720_is_finished_though_the_server_is_killed(comfy_path, tmp_path):
+    """12 identities, 20 actions, 3 scenes; killed twice, in the middle of a run each time."""
+    identities = [f"{colour} {who}" for colour in ("red", "blue", "green") for who in ("robot", "cat", "bear", "fox")]
+    actions = [f"{action} {side}" for action in ("waving", "sitting", "jumping", "walking", "bowing")
+               for side in ("left", "right", "fast", "slowly")]
+    scenes = ["on a beach", "in a forest", "at night"]
+    deaths, runs = [4, 9], 0
+    server = Server(comfy_path, tmp_path, cpu=True)
+    with server:
+        prompt = sheet(server, identities, actions, scenes, 48)
+    while True:
+        with Server(comfy_path, tmp_path, cpu=True) as server:
+            while True:
+                runs += 1
+                assert runs < 40
+                if runs in deaths:
+                    before = len(saved(server))
+                    server.submit(prompt)
+                    while len(saved(server)) < before + 5 and server.alive():
+                        pass
+                    server.process.kill()
+                    server.process.wait()
+                    break
+                if not run(server, prompt)[0]:
+                    stems = {path.name.rsplit("_", 2)[0] for path in saved(server)}
+                    assert len(stems) == 720 and runs > max(deaths)
+                    for path in saved(server):
+                        with Image.open(path) as picture:
+                            picture.load()
+                    return
