@@ -18,6 +18,7 @@ from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import State
 from ..training.objective import Denoising
+from ..training.reference_loss import ReferenceLoss, noise_and_level
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, clone_without_streaming, session
@@ -87,6 +88,7 @@ def train(
         loss_map = run(
             objective, tokens, config, denoiser.device, checkpoints=checkpoints, resume=resume, masks=masks,
             preview=None if preview is None else show, phase="action",
+            reference_loss=trainer.reference_loss(tokens),
             # With them a resumed run draws no contrasts again.
             extra_tensors={f"{_CONTRAST}{i}": contrast for i, contrast in enumerate(contrasts)},
             fixed_norm=action.fixed_norm,
@@ -197,6 +199,18 @@ class _ActionTrainer:
             return method.BatchObjective(batch_loss, count, self.config.batch_size), None
         triples = method.TripleObjective(triple_loss, tokens, count, self.action.mask_percentile, self.action.merge)
         return triples, lambda: triples.masks
+
+    def reference_loss(self, tokens: loop.Parameters) -> ReferenceLoss:
+        """The error on the exemplars under prompts with the tokens, which begin as the initial word."""
+        name = self.action.placeholder
+
+        def loss_at(index: int, seed: int, place: float) -> torch.Tensor:
+            latent = self.latents[index]
+            prompt = self._prompt(self.exemplars.prompt(index, name, name), tokens, name)
+            conditions = self._with_contexts([index], [self.contexts(prompt, name, tokens)])
+            return self.denoising.loss_at(latent, conditions, *noise_and_level(self.denoising, latent, seed, place))
+
+        return ReferenceLoss(len(self.latents), loss_at)
 
     def contrasts(self, resume: State | None) -> list[torch.Tensor]:
         """For each exemplar its context with another action, in the model's space: connected, stored in the

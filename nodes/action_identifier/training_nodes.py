@@ -11,7 +11,7 @@ from ...kernels.channel_mask import MERGES
 from ..consent import gate
 from ..inputs.checked import CheckedNode
 from ..messages import tell
-from ..training import drawing, inputs, picture_training, widgets
+from ..training import doctor, drawing, inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from . import encoding, files, sampling, training
@@ -110,7 +110,15 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
         consent = gate.check_training("Train Action Identifier", values.get("consent"))
         config = widgets.config(values)
         exemplars = _exemplars(values["vae"], images, subjects, contrast_images)
-        tell("Train Action Identifier", _warnings(values["clip"], action, exemplars), logging.WARNING)
+        findings = [
+            *doctor.of_named(exemplars.subjects, "subjects", (action.initial_word,)),
+            *doctor.examine(
+                inputs.pictures(images, "images"), exemplars.subjects if any(exemplars.subjects) else (),
+                texts="subjects", learned=(action.placeholder,), model=values["model"],
+            ),
+        ]
+        warnings = _warnings(values["clip"], action, exemplars)
+        tell("Train Action Identifier", [*warnings, *doctor.lines(findings)], logging.WARNING)
         settings = widgets.settings(values, config, _settings(action, exemplars))
         identifier, loss_map = training.train(
             values["model"], values["clip"], exemplars, action, config,

@@ -8,7 +8,7 @@ from ..consent import gate
 from ..consent.record import ConsentRecord
 from ..inputs.checked import CheckedNode
 from ..messages import tell
-from ..training import inputs, picture_training, widgets
+from ..training import doctor, inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from . import training
@@ -78,7 +78,8 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
         texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in _PICTURES]
         values = inputs.single_values(lists)
         consent = gate.check_training("Train Source and Driving Pair", values.get("consent"))
-        tell("Train Source and Driving Pair", _warnings(texts, consent), logging.WARNING)
+        warnings = _warnings(pictures, texts, values["model"]) + [_NOT_SAVED] * bool(consent)
+        tell("Train Source and Driving Pair", warnings, logging.WARNING)
         config, lora = _configs(values)
         latents = picture_training.encode_pictures(values["vae"], pictures)
         settings = widgets.settings(values, config, _settings(lora, texts, latents))
@@ -89,12 +90,16 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
         return io.NodeOutput(lora_weights, loss_map)
 
 
-def _warnings(texts: list[str], consent: ConsentRecord | None) -> list[str]:
-    warnings = [
+def _warnings(pictures: list, texts: list[str], model) -> list[str]:
+    empty = [
         f"{name}_text is empty, so no prompt will mean the {name} picture"
         for name, text in zip(_PICTURES, texts, strict=True) if not text
     ]
-    return warnings + [_NOT_SAVED] * bool(consent)
+    described = [] if empty else texts
+    findings = doctor.examine(
+        pictures, described, images="source and driving", texts="source_text and driving_text", model=model
+    )
+    return [*empty, *doctor.lines(findings)]
 
 
 def _configs(values: dict) -> tuple[TrainingConfig, LoraConfig | None]:

@@ -17,6 +17,7 @@ from ...kernels import fusion_embedding as kernel
 from ..consent.record import ConsentRecord
 from ..fingerprint import weights_fingerprint
 from ..training.objective import Denoising, draw_batch
+from ..training.reference_loss import noise_and_level
 from .config import PERSON_THRESHOLD, CombinerConfig, GeneratorConfig
 from .layout import FusionError, Weights, pose_blocks
 
@@ -175,6 +176,14 @@ class RetrievalObjective:
         self.ranks.append(kernel.retrieval_ranks(fused.detach(), target.detach()).cpu())
         return kernel.source_enhanced_info_nce(source, target, fused, self.config.temperature, self.config.l1)
 
+    def reference_loss(self) -> float:
+        """The loss on the first pairs, as many as a batch, without dropout."""
+        with torch.no_grad():
+            source, pose, target = self.embed(list(range(self.batch_size)))
+            fused = kernel.combine(source, pose, self.weights, None)
+            loss = kernel.source_enhanced_info_nce(source, target, fused, self.config.temperature, self.config.l1)
+        return float(loss)
+
     def accuracy(self) -> str:
         """Shares of targets that are first and among the first five of their batch, lately, under dropout."""
         ranks = torch.cat(list(self.ranks))
@@ -235,6 +244,14 @@ class PoseTransferObjective:
         fused = None if pairs[0].fused is None else torch.cat([pair.fused for pair in pairs])
         states, pose = (torch.cat([getattr(pair, name) for pair in pairs]) for name in ("states", "pose"))
         return self.denoising.loss_at(clean, PairBatch(states, fused, pose, keep), noise, level).mean()
+
+    def reference_loss(self, index: int, seed: int, place: float) -> torch.Tensor:
+        """The error [1] of one pair with all its conditions, as ReferenceLoss asks for it."""
+        pair = self.encoded[index]
+        clean = self.denoising.denoiser.model.process_latent_in(pair.latent.clone()).float()
+        keep = {name: torch.ones(1) for name in CONDITIONS}
+        batch = PairBatch(pair.states, pair.fused, pair.pose, keep)
+        return self.denoising.loss_at(clean, batch, *noise_and_level(self.denoising, clean, seed, place))
 
 
 def check_poses(pose: torch.Tensor, name: str = "pose") -> None:

@@ -15,6 +15,7 @@ from ..training.config import LoraConfig, TrainingConfig
 from ..training.differentiable import no_training
 from ..training.lora import lora_model, trainable
 from ..training.objective import Denoising
+from ..training.reference_loss import ReferenceLoss
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, encoder_session, session
@@ -60,7 +61,7 @@ def train_combiner(
         parameters |= {} if trained is None else {f"encoder.{k}": v for k, v in trained.parameters().items()}
         loss_map = run(
             objective, parameters, config, clip_vision.load_device,
-            checkpoints=checkpoints, resume=resume, note=objective.accuracy,
+            checkpoints=checkpoints, resume=resume, note=objective.accuracy, reference_loss=objective.reference_loss,
         )
         encoder_weights = None if trained is None else _on_cpu(module.state_dict())
     if encoder_weights is None:
@@ -232,6 +233,7 @@ def train_generator(
             loss_map = run(
                 objective, parameters, config, denoiser.device, checkpoints=checkpoints, resume=resume,
                 preview=lambda: _preview(denoiser, vae, weights, encoded[0], config.seed),
+                reference_loss=ReferenceLoss(len(pairs), objective.reference_loss),
             )
         if generator.whole_unet:
             unet = {f"diffusion_model.{key}": value for key, value in _on_cpu(trained.parameters()).items()}

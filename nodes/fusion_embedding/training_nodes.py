@@ -9,7 +9,7 @@ from ..consent import gate
 from ..fingerprint import weights_fingerprint
 from ..inputs.checked import CheckedNode, File
 from ..messages import tell
-from ..training import inputs, widgets
+from ..training import doctor, inputs, widgets
 from ..training.checkpoints import Checkpoints
 from . import encoding, files, pairs, training
 from .config import CombinerConfig, GeneratorConfig
@@ -232,7 +232,15 @@ def _values_and_pairs(lists: dict, node: str) -> tuple[dict, pairs.Pairs]:
     values = inputs.single_values(lists)
     data = pairs.open_pairs(pictures, values.get("dataset_folder", pairs.NONE))
     checked = sorted({i * len(data) // _POSES_CHECKED for i in range(_POSES_CHECKED)})
-    tell(node, [line for i in checked for line in pose_warnings(data[i].pose, f"pose {i + 1}")], logging.WARNING)
+    some = {i: data[i] for i in checked}
+    warnings = [line for i, pair in some.items() for line in pose_warnings(pair.pose, f"pose {i + 1}")]
+    targets = [pair.target for pair in some.values()]
+    native = doctor.native_size(values.get("model"))
+    findings = [
+        *doctor.of_copies([doctor.features(target) for target in targets], "target", checked),
+        *doctor.of_light(targets, "target"), *doctor.of_sizes(targets, "target", native),
+    ]
+    tell(node, [*warnings, *doctor.lines(findings)], logging.WARNING)
     return values, data
 
 

@@ -62,6 +62,7 @@ def train(
         checkpoints=checkpoints, resume_from=resume_from, make_objective=objective,
         forward_batch=config.batch_size * (2 if class_latents else 1),
         preview=drawing.preview_of(vae, conditionings[0], empty, latents[0].shape, config.seed),
+        references=len(latents),
     )
 
 

@@ -12,7 +12,7 @@ from ..inputs.checked import CheckedNode
 from ..inputs.widgets import IDENTITY
 from ..messages import tell
 from ..subject_tokens import Subject
-from ..training import inputs, picture_training, widgets
+from ..training import doctor, inputs, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
 from .config import AUGMENTS, IdentityPriorConfig
@@ -113,9 +113,12 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
             class_count=values.get("class_count", _DEFAULT.class_count),
         )
         pictures = inputs.pictures(images, "images")
-        subject, texts = _subject(values, inputs.texts_for(captions, len(pictures), "captions"))
+        captions = inputs.texts_for(captions, len(pictures), "captions")
+        subject, texts = _subject(values, captions)
         config = widgets.config(values)
-        tell("Train Identity Prior", _warnings(values["clip"], subject, len(pictures)), logging.WARNING)
+        warnings = _warnings(values["clip"], subject, len(pictures))
+        findings = doctor.examine(pictures, captions, learned=(subject.token, subject.noun), model=values["model"])
+        tell("Train Identity Prior", [*warnings, *doctor.lines(findings)], logging.WARNING)
         pictures, texts = training.variants(pictures, texts, prior.augment, config.seed)
         latents = picture_training.encode_pictures(values["vae"], pictures)
         classes = training.class_pictures(values["vae"], subject, texts, prior, class_images, class_captions)

@@ -14,6 +14,7 @@ from .drawing import ModelPreview
 from .loop import Objective
 from .lora import lora_model, trainable
 from .objective import Denoising, DenoisingObjective, Sample
+from .reference_loss import ReferenceLoss
 from .runs import LossMap, run
 from .session import session
 
@@ -49,11 +50,12 @@ def train_on_pictures(
     model: Any, latents: Sequence[torch.Tensor], conditionings: Sequence[list], config: TrainingConfig,
     lora: LoraConfig | None, *, checkpoints: Checkpoints, resume_from: str,
     make_objective: MakeObjective | None = None, forward_batch: int | None = None,
-    preview: ModelPreview | None = None,
+    preview: ModelPreview | None = None, references: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], LossMap]:
     """Train a LoRA of `model`, or its whole network if `lora` is None, on latents and their CONDITIONINGs.
 
     Latents are as VAE Encode makes them. `forward_batch` is how many of them a forward pass takes, if not batch_size.
+    The first `references` of them, or all, are those whose loss is compared before and after.
     Returns ComfyUI's LORA_MODEL and LOSS_MAP; the model is not modified. Raises loop.TrainingDiverged, ValueError
     for texts or latents of another model and as `session` does, and ComfyUI's interruption.
     """
@@ -67,12 +69,13 @@ def train_on_pictures(
             for latent, conditioning in zip(latents, conditionings, strict=True)
         ]
         objective: Objective = DenoisingObjective(denoiser, samples, config)
+        reference_loss = ReferenceLoss.of_samples(objective, samples[:references])
         if make_objective is not None:
             objective = make_objective(objective, samples)
         trained = trainable(denoiser.network, lora, config.seed, denoiser.device)
         with trained.attached():
             loss_map = run(
                 objective, trained.parameters(), config, denoiser.device, checkpoints=checkpoints, resume=resume,
-                preview=None if preview is None else lambda: preview(denoiser),
+                preview=None if preview is None else lambda: preview(denoiser), reference_loss=reference_loss,
             )
         return lora_model(trained, denoiser.model.model_config.unet_config), loss_map

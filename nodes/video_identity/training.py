@@ -17,6 +17,7 @@ from ..patching import models
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.objective import DenoisingObjective, Sample
+from ..training.reference_loss import ReferenceLoss
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, session
@@ -38,7 +39,10 @@ def train(
     resume = checkpoints.resume(resume_from)
     with prepared(model, latents, references, conditionings, config, rank) as (adapter, samples, denoiser):
         objective = DenoisingObjective(denoiser, samples, config)
-        loss_map = run(objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume)
+        loss_map = run(
+            objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume,
+            reference_loss=ReferenceLoss.of_samples(objective, samples),
+        )
         return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), loss_map
 
 

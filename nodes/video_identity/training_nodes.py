@@ -12,7 +12,7 @@ from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
 from ..inputs.latents import check_not_zero
 from ..messages import tell
-from ..training import inputs, widgets
+from ..training import doctor, inputs, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
 from .config import AdapterTrainingConfig
@@ -82,6 +82,7 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
         texts = inputs.one_each(list(positive), len(videos), "positive", kind="items", each="video")
         consent = gate.check_training("Train Video Identity Adapter", values.get("consent"))
+        tell("Train Video Identity Adapter", doctor.lines(_findings(videos, pictures, texts)), logging.WARNING)
         config = widgets.config(values)
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
@@ -94,6 +95,19 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
         )
         adapter = dataclasses.replace(adapter, base=fingerprint(values["model"]), consent=consent)
         return io.NodeOutput(adapter, loss_map)
+
+
+def _findings(videos: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], texts: Sequence[list]) -> list:
+    """What these latents and CONDITIONINGs will teach badly."""
+    findings = [*doctor.of_copies([doctor.features(video) for video in videos], "latents")]
+    if len({id(picture) for picture in pictures}) > 1:
+        findings += doctor.of_copies([doctor.features(picture) for picture in pictures], "references")
+    if len(videos) > 1 and len({inputs.conditioning_digest([text]) for text in texts}) == 1:
+        findings.append(doctor.Finding(
+            f"positive: all {len(videos)} videos have the same text, so what differs between them is learned as "
+            "well: describe each video"
+        ))
+    return findings
 
 
 def _check_references(pictures: Sequence[torch.Tensor]) -> None:

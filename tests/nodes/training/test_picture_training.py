@@ -108,8 +108,13 @@ def test_gradients_equal_those_of_an_ordinary_model_and_survive_checkpointing():
 
 def test_a_batch_costs_one_forward():
     model = inference_model()
-    calls = []
-    handle = model.model.diffusion_model.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
+    calls = []  # of steps, which have gradients
+
+    def count(_module, inputs, _output):
+        if torch.is_grad_enabled():
+            calls.append(len(inputs[0]))
+
+    handle = model.model.diffusion_model.register_forward_hook(count)
     trained(model, count=6, batch_size=4, steps=3)
     handle.remove()
     assert calls == [4, 4, 4]
@@ -119,8 +124,12 @@ def test_pictures_of_several_sizes_train_in_batches_of_one_size():
     model = inference_model()
     sizes = [(1, 4, 8, 8), (1, 4, 8, 8), (1, 4, 16, 8)]
     seen = set()
-    network = model.model.diffusion_model
-    handle = network.register_forward_hook(lambda _m, inputs, _o: seen.add(tuple(inputs[0].shape)))
+
+    def see(_module, inputs, _output):
+        if torch.is_grad_enabled():  # in a step
+            seen.add(tuple(inputs[0].shape))
+
+    handle = model.model.diffusion_model.register_forward_hook(see)
     with torch.inference_mode():
         picture_training.train_on_pictures(
             model, [torch.randn(size) for size in sizes], [tiny_model.conditioning(i) for i in range(3)],
