@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from .. import subject_tokens
+from .. import explanations, subject_tokens
 from ..consent import gate
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
@@ -231,6 +231,10 @@ class UnderstudyIdentityMaskBlend(CheckedNode):
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Show Edit Masks.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_values) -> str:
+        return explanations.fingerprint()
 
     @classmethod
     def execute(

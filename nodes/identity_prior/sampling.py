@@ -6,7 +6,6 @@ along the path, so that Euler and DDIM follow it exactly and other samplers as c
 the sampler is done, what is outside is the end of the path itself.
 """
 
-import hashlib
 import logging
 import math
 from collections import OrderedDict
@@ -18,13 +17,14 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .. import subject_tokens
+from .. import explanations, subject_tokens
 from ..inputs import latents, ranges
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
-from . import attention, method
+from . import attention, explaining, method
 from .config import BlendConfig, MaskConfig
+from .explaining import EditStep
 from .inversion import Inversion, InversionSampler
 
 KEY = "understudy_identity_blend"
@@ -65,7 +65,7 @@ def apply(
 class IdentityBlend:
     """The blend of one patched model. A run's state travels with it; only its masks stay, for Show Edit Masks."""
 
-    RUN_STATE = ("run_masks", "_last")
+    RUN_STATE = ("run_masks", "_last", "_last_steps", "explained")
 
     inversion: Inversion
     layers: Sequence[CrossAttention]
@@ -76,15 +76,24 @@ class IdentityBlend:
     # Source and edited mask [B, T, H, W] of the last runs, by the digest of their samples.
     run_masks: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=OrderedDict)
     _last: tuple[torch.Tensor, torch.Tensor] | None = None
+    _last_steps: list[EditStep] | None = None
+    # The masks of every step, of runs that Explain Result asks for.
+    explained: explanations.Runs = field(default_factory=explanations.Runs)
+
+    def explain(self, samples: torch.Tensor) -> explanations.Explanation:
+        """Where each step of the run that made `samples` saw the subject. Raises ValueError, naming the fix."""
+        return explaining.of_edit(self.explained.of(samples), connected=self.connected_mask is not None)
 
     def outer_sample(self, executor, *args, **kwargs):
         """ComfyUI's OUTER_SAMPLE: remember the masks under the samples that they made."""
-        self._last = None
+        self._last = self._last_steps = None
         if self.mask_text is not None:
             attention.show_mask_text(executor.class_obj, self.mask_text)
         samples = executor(*args, **kwargs)
         if self._last is not None and not samples.is_nested:
-            self.run_masks[_digest(samples)] = self._last
+            if self._last_steps is not None:
+                self.explained.add(samples, self._last_steps)
+            self.run_masks[explanations.samples_digest(samples)] = self._last
             while len(self.run_masks) > _REMEMBERED_RUNS:
                 self.run_masks.popitem(last=False)
         return samples
@@ -116,7 +125,7 @@ class IdentityBlend:
             guider, sigmas, {**extra_args, "model_options": options}, callback, noise, latent_image, denoise_mask,
             disable_pbar,
         )
-        self._last = run.masks()
+        self._last, self._last_steps = run.masks(), run.history
         if run.heat is not None and (doubt := method.doubt(run.heat, run.edited)):
             tell("Identity Mask Blend", [f"the edited mask {doubt}: {attention.MASK_FIX}"], logging.WARNING)
         last = grid[-1]
@@ -146,6 +155,7 @@ class IdentityBlend:
             attention.look_by_mask_text(executor.class_obj, blended, timestep, model_options, recorder)
         if recorder is not None:
             run.update_mask(recorder)
+        run.remember(sigma)
         return method.blend(denoised, run.path.denoised(sigma), run.mask)
 
 
@@ -177,6 +187,7 @@ class _BlendRun:
         # As published, nothing is blended before the first step has shown where the subject is.
         first = torch.ones_like(self.source) if self.connected_mask is None else self.connected_mask
         self.mask = first.to(noise.device)
+        self.history: list[EditStep] | None = [] if explanations.is_asked() else None
 
     def is_active(self, sigma: float) -> bool:
         """Whether the blend acts at sigma; at sigma 0 is the finished latent."""
@@ -214,6 +225,14 @@ class _BlendRun:
         self.edited = method.subject_mask(heat, self.source.shape[-2:], self.masks_config)
         self.mask = method.grown(method.union(self.source, self.edited), self.masks_config.grow)
 
+    def remember(self, sigma: float) -> None:
+        """Add the masks as they are now to what Explain Result shows, once for each noise level."""
+        if self.history is None:
+            return
+        if self.history and self.history[-1].sigma == sigma:
+            self.history.pop()
+        self.history.append(EditStep(sigma, *self.masks(), (self.mask > 0).float().cpu()))
+
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Source and edited mask [B, T, H, W], of one shape."""
         edited = self.edited if self.connected_mask is None else self.mask
@@ -235,7 +254,7 @@ def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     blend = models.attachment(model, KEY)
     if blend is None:
         raise ValueError("model has no blend: connect the output of Identity Mask Blend to `model`")
-    masks = blend.run_masks.get(_digest(samples))
+    masks = blend.run_masks.get(explanations.samples_digest(samples))
     if masks is not None:
         return masks
     if not blend.run_masks:
@@ -251,10 +270,6 @@ def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         tell("Show Edit Masks", [warning], logging.WARNING)
     # The samples were upscaled, composited or cut since.
     return next(reversed(blend.run_masks.values()))
-
-
-def _digest(samples: torch.Tensor) -> str:
-    return hashlib.sha256(samples.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _check_sampler(sampler: Any) -> str:

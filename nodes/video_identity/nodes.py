@@ -4,6 +4,7 @@ import logging
 
 from comfy_api.latest import io
 
+from .. import explanations
 from ..consent import gate
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
@@ -156,6 +157,10 @@ class UnderstudyApplyVideoIdentity(CheckedNode):
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a sampler, or to another Apply Video Identity.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_values) -> str:
+        return explanations.fingerprint()
 
     @classmethod
     def execute(
