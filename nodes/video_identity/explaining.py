@@ -57,8 +57,8 @@ class Shares:
 class CallRecorder:
     """What one call of the model adds to a run's shares.
 
-    grid: frames, rows and columns of the video's tokens, after `leading` others; rows: those of the batch that count,
-    the positive's; numbers: of each block the numbers of its references, in order.
+    grid: frames, rows and columns of the video's tokens, after `leading` others; rows: the part of the batch that
+    counts, the positive's; numbers: of each block the numbers of its references, in order.
     """
 
     shares: Shares
@@ -67,7 +67,7 @@ class CallRecorder:
     total: int
     grid: tuple[int, int, int]
     leading: int
-    rows: Sequence[int]
+    rows: slice
     numbers: Mapping[int, Sequence[int]]
 
     @torch.compiler.disable
@@ -78,23 +78,24 @@ class CallRecorder:
         places, size = _places(self.grid)
         self.shares.places, self.shares.tokens = size[0] * size[1], self.grid[1] * self.grid[2]
         places = (places + self.leading).to(q.device)
-        rows = torch.tensor(list(self.rows), device=q.device)
-        k, v = k[rows], v[rows]
-        q = q[rows][:, places]
+        q, k, v = q[self.rows][:, places], k[self.rows], v[self.rows]  # views, but for q's few
         logs = [attention_with_lse(q, k, v)[1]]
         for reference in references:
-            own = [part.expand(k.shape[0] if len(part) == 1 else -1, -1, -1, -1) if len(part) == 1 else part[rows]
-                   for part in (reference.k, reference.v)]
-            log = attention_with_lse(q, *own)[1]
+            of_batch = [self._of_batch(part, len(q)) for part in (reference.k, reference.v)]
+            log = attention_with_lse(q, *of_batch)[1]
             if reference.weight is not None:
                 weight = reference.weight.reshape(-1, reference.weight.shape[-1])
                 weight = weight[:, places] if weight.shape[-1] > 1 else weight
-                log = log + torch.log((weight if len(weight) == 1 else weight[rows]).to(log))[..., None]
+                log = log + torch.log(self._of_batch(weight, len(q)).to(log))[..., None]
             logs.append(log)
         of_each = torch.stack(logs).softmax(0).mean((1, 3))  # over batch and heads: [1 + references, places]
         for number, share in zip(self.numbers[block], of_each[1:], strict=True):
             values = share.float().cpu().unflatten(0, (len(self.frames), *size))
             self.shares.add((number, self.step, block), self.frames, self.total, values)
+
+    def _of_batch(self, part: torch.Tensor, count: int) -> torch.Tensor:
+        """The rows of the positive, or the only one for all."""
+        return part.expand(count, *part.shape[1:]) if len(part) == 1 else part[self.rows]
 
 
 def call_recorder(
@@ -103,14 +104,14 @@ def call_recorder(
 ) -> CallRecorder | None:
     """The recorder of a call at `sigma`; None for one without the positive, or whose frames are not known."""
     entries = options.get("cond_or_uncond") or [0]
-    size = batch // len(entries)
-    rows = [i * size + j for i, entry in enumerate(entries) if entry == 0 for j in range(size)]
+    size, positive = batch // len(entries), entries.index(0) if 0 in entries else None
     window = options.get("context_window")
     frames = list(getattr(window, "index_list", None) or range(grid[0]))
-    if not rows or len(frames) != grid[0] or max(frames) >= total:
+    if positive is None or len(frames) != grid[0] or max(frames) >= total:
         return None
     sigmas = options.get("sample_sigmas")
     step = 0 if sigmas is None else int((sigmas > sigma * (1 + SIGMA_TOLERANCE)).sum())
+    rows = slice(positive * size, (positive + 1) * size)
     return CallRecorder(shares, step, frames, total, grid, leading, rows, numbers)
 
 

@@ -54,6 +54,30 @@ def test_repeated_runs_finish_a_sheet_and_a_torn_file_is_made_again(fault_server
         assert contact.getpixel((260, 60)) != (221, 221, 221)
 
 
+@pytest.mark.parametrize(("pass_above", "kept"), [(-1.0, 2), (1.0, 0)])
+def test_an_identity_check_keeps_what_passes_and_the_rest_is_tried_twice(fault_server, pass_above, kept):
+    """The picture that passes has the name that the sheet looks for; one that does not is not tried for ever."""
+    values = prompts.defaults(fault_server, "UnderstudyCastingSheet")
+    values |= {"identities": "test 1\ntest 2", "seeds": "5", "filename_prefix": f"casting/check{kept}"}
+    prompt = {
+        "sheet": prompts.node("UnderstudyCastingSheet", **values, prompt="{identity}"),
+        "vision": prompts.node("UnderstudyLoadPuppetVision"),
+        "known": prompts.node("EmptyImage", width=64, height=64, batch_size=1, color=0),
+    }
+    puppet = prompts.defaults(fault_server, "UnderstudyPuppet")
+    prompt["puppet"] = prompts.node("UnderstudyPuppet", **puppet | {"identity": ["sheet", 1], "seed": ["sheet", 4]})
+    links = {"clip_vision": ["vision", 0], "references": ["known", 0], "images": ["puppet", 0], "names": ["sheet", 5]}
+    prompt["check"] = prompts.node("UnderstudyIdentityCheck", pass_above=pass_above, reject_below=-1.0, **links)
+    prompt[prompts.RESULT] = prompts.node("SaveImage", images=["check", 0], filename_prefix=["check", 4])
+    runs = [run(fault_server, prompt) for _ in range(4)]
+    assert [count for count, _ in runs] == [kept, 0, 0, 0]
+    if kept:
+        assert "all 2 are there" in runs[1][1]
+    else:
+        assert "2 were sent on before and are not there" in runs[1][1] and "2 are made now" in runs[1][1]
+        assert "nothing is sent on" in runs[2][1] and "change at_once or an entry" in runs[2][1]
+
+
 @pytest.mark.soak
 def test_a_sheet_of_720_is_finished_though_the_server_is_killed(comfy_path, tmp_path):
     """12 identities, 20 actions, 3 scenes; killed twice, in the middle of a run each time."""
