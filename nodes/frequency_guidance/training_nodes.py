@@ -5,7 +5,6 @@ import logging
 from comfy_api.latest import io
 
 from ..consent import gate
-from ..consent.record import ConsentRecord
 from ..inputs.checked import CheckedNode
 from ..messages import tell
 from ..training import doctor, inputs, picture_training, widgets
