@@ -219,6 +219,7 @@ class PoseTransferObjective:
 
     def __init__(self, denoising: Denoising, encoded: Any, batch_size: int, config: GeneratorConfig):
         self.denoising, self.encoded, self.batch_size, self.config = denoising, encoded, batch_size, config
+        self._read: tuple[int, EncodedPair] | None = None
         buckets: dict[tuple[int, int], list[int]] = {}
         for i, size in enumerate(encoded.sizes()):
             buckets.setdefault(size, []).append(i)
@@ -247,7 +248,9 @@ class PoseTransferObjective:
 
     def reference_loss(self, index: int, seed: int, place: float) -> torch.Tensor:
         """The error [1] of one pair with all its conditions, as ReferenceLoss asks for it."""
-        pair = self.encoded[index]
+        if self._read is None or self._read[0] != index:  # it asks for each pair several times in a row
+            self._read = index, self.encoded[index]
+        pair = self._read[1]
         clean = self.denoising.denoiser.model.process_latent_in(pair.latent.clone()).float()
         keep = {name: torch.ones(1) for name in CONDITIONS}
         batch = PairBatch(pair.states, pair.fused, pair.pose, keep)

@@ -108,7 +108,8 @@ def test_what_does_not_fit_into_memory_is_read_when_its_turn_comes(monkeypatch):
     monkeypatch.setattr(training, "_CACHE_BYTES", 1000)
     large = counted(6)
     streamed, _ = generated(large, seed=4)
-    assert len(large.read) == 1 + 1 + 3 * 2, "a look at the first, and two in each step"
+    compared = 2 * 6  # each for the loss before and after
+    assert len(large.read) == 1 + 1 + 3 * 2 + compared, "a look at the first, and two in each step"
     assert same(streamed.generator, cached.generator)
 
 
