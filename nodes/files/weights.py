@@ -13,13 +13,12 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import folder_paths
 import safetensors
 import safetensors.torch
 import torch
 
 from .names import normalise_prefix, refused
-from .publishing import publish, sweep
+from .publishing import save_content
 
 MAX_HEADER = 8 << 20  # bytes; a 14-billion-parameter model's header is under one tenth of it
 MAX_ENTRIES = 300_000  # objects, lists and keys in a header, which bounds the memory of parsing it
@@ -153,18 +152,7 @@ def save(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folde
     prefix = normalise_prefix(filename_prefix).removeprefix(f"{folder}/")
     metadata = _checked_metadata(metadata, prefix)
     content = safetensors.torch.save(_storable(tensors, prefix), metadata=metadata)
-    output = folder_paths.get_output_directory()
-    root = os.path.join(output, folder)
-    try:
-        if not folder_paths.is_within_directory(output, os.path.dirname(os.path.join(root, prefix))):
-            raise refused(filename_prefix, "leaves the output folder through a link", "Use another subfolder")
-        target, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-        sweep(target)
-        return publish(content, Path(target), name, counter, validate)
-    except OSError as error:
-        fix = "Free some space or choose another folder, then run the node again; nothing was written"
-        problem = f"{prefix!r} could not be saved in {root!r}: {error.strerror}"
-        raise OSError(error.errno, f"{problem}. {fix}") from error
+    return save_content(content, folder, prefix, validate)
 
 
 def _checked_metadata(metadata: Mapping[str, str], name: str) -> dict[str, str]:
