@@ -1,5 +1,6 @@
 """The nodes that label results and read labels: IPTC's digital source type, and signed C2PA manifests."""
 
+import dataclasses
 import datetime
 import logging
 import os
@@ -12,6 +13,8 @@ from comfy.cli_args import args
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_api.latest import io, ui
 
+from ..consent import gate, record
+from ..consent.widgets import CONSENT
 from ..files import contents
 from ..files.names import normalise_prefix
 from ..files.publishing import save_content
@@ -59,6 +62,11 @@ class UnderstudyLabelMedia(CheckedNode):
                     tooltip="Add a signed C2PA manifest, where c2pa-python is installed and a certificate is in "
                     "ComfyUI's folder user/__understudy. Otherwise the label alone is written, and the node says so.",
                 ),
+                CONSENT.Input(
+                    "consent", optional=True,
+                    tooltip="From Consent Record, for who is shown: all but its note goes into the file, where "
+                    "everybody can read it. The node warns where it is out of date.",
+                ),
                 io.String.Input(
                     "sources", default="", multiline=True, optional=True,
                     tooltip="Files that went into the result and that the graph does not load: one per line, names "
@@ -81,12 +89,13 @@ class UnderstudyLabelMedia(CheckedNode):
 
     @classmethod
     def execute(
-        cls, filename_prefix, label, sign, images=None, video=None, sources="", format="png"
+        cls, filename_prefix, label, sign, images=None, video=None, consent=None, sources="", format="png"
     ) -> io.NodeOutput:
         if (images is None) == (video is None):
             found = "neither images nor video is" if images is None else "images and video are both"
             raise ValueError(f"{found} connected: connect one of them")
         now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+        agreed = _agreed(consent, now)
         signer, lines = _signer(now) if sign else (None, [])
         traced = method.trace(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         gathered = gather(traced, sources, signed=signer is not None)
@@ -95,9 +104,9 @@ class UnderstudyLabelMedia(CheckedNode):
         if args.disable_metadata:
             traced = method.Trace(watermarks=traced.watermarks)
         ingredients = [each for each, _ in gathered.ingredients]
-        packet = xmp.write(label, ingredients)
+        packet = xmp.write(label, ingredients, record.describe(consent) if consent else "")
         prefix = normalise_prefix(filename_prefix)
-        definition = method.manifest(Path(prefix).name, label, traced, len(ingredients), now.isoformat())
+        definition = method.manifest(Path(prefix).name, label, traced, len(ingredients), now.isoformat(), agreed)
 
         def write(content: bytes, kind: str, name: str, size: tuple[int, int]) -> ui.SavedResult:
             throw_exception_if_processing_interrupted()
@@ -189,6 +198,20 @@ def read(path: Path) -> tuple[report.Verdict, list[str]]:
         return nothing, [*lines, f"Manifest: {report.plain(problem)}"]
     judged, described = report.describe(content)
     return judged, [*lines, *described]
+
+
+def _agreed(consent: record.ConsentRecord | None, now: datetime.datetime) -> dict[str, Any]:
+    """What the file says of consent; the node says what it does not cover.
+
+    Raises ConsentError for a connected record that does not hold, where consent is required.
+    """
+    if not consent:
+        return {}
+    lines = record.problems(consent, record.UNSPECIFIED, now)
+    if lines and gate.is_required():
+        raise record.ConsentError(f"{'; '.join(lines)}: connect a Consent Record that holds to consent")
+    tell("Label Media", lines, logging.WARNING)
+    return {name: value for name, value in dataclasses.asdict(consent).items() if value and name != "note"}
 
 
 def _signer(now: datetime.datetime) -> tuple[signing.Credentials | None, list[str]]:

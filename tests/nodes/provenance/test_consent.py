@@ -1,0 +1,51 @@
+"""Consent in labelled files: all but the note, in manifest and metadata, and what is said where it does not hold."""
+
+import pytest
+from pack.nodes.consent.record import ConsentError, ConsentRecord
+from pack.nodes.provenance import nodes
+from support import labels
+
+RECORD = ConsentRecord(
+    "Anna Ø <&>", ("editorial", "training"), "the agency", "2026-01-02", "2090-12-31", "secret note", ("ab" * 32,)
+)
+
+
+@pytest.mark.parametrize("sign", [True, False])
+def test_consent_goes_into_the_file_without_its_note(folders, certificate, sign):
+    (path,) = labels.label(folders, consent=RECORD, sign=sign)
+    content = path.read_bytes()
+    assert b"secret note" not in content
+    packet = labels.packet(path).decode()
+    assert "consent of Anna Ø &lt;&amp;&gt; for editorial, training, from the agency" in packet
+    if sign:
+        (stated,) = [
+            each["data"] for each in labels.manifests(path)[0]["assertions"]
+            if each["label"] == "io.github.understudy.consent"
+        ]
+        assert stated == {
+            "subject": "Anna Ø <&>", "scopes": ["editorial", "training"], "granted_by": "the agency",
+            "granted_on": "2026-01-02", "expires": "2090-12-31", "references": ["ab" * 32],
+        }
+        assert "Consent: " in labels.read(f"made/{path.name} [output]")[0]
+
+
+@pytest.mark.parametrize("record", [None, ConsentRecord()])
+def test_no_record_or_the_empty_one_says_nothing(folders, certificate, record):
+    (path,) = labels.label(folders, consent=record)
+    assert "onsent" not in labels.packet(path).decode()
+    assert len(labels.manifests(path)[0]["assertions"]) == 1
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_record_that_does_not_hold_warns_or_stops(folders, certificate, required, monkeypatch):
+    told = []
+    monkeypatch.setattr(nodes, "tell", lambda _node, some, *_level: told.extend(some))
+    monkeypatch.setenv("UNDERSTUDY_REQUIRE_CONSENT", str(int(required)))
+    old = ConsentRecord("Anna", ("private",), expires="2020-01-01")
+    if required:
+        with pytest.raises(ConsentError, match="ended with 2020-01-01: connect a Consent Record that holds"):
+            labels.label(folders, consent=old)
+        assert list(folders.output.rglob("*.png")) == []
+    else:
+        assert labels.label(folders, consent=old)
+        assert "consent of Anna ended with 2020-01-01" in told
