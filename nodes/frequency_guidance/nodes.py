@@ -117,16 +117,28 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
                 ),
                 _cutoff("amplitude_low", "Lowest frequency of the amplitude term"),
                 _cutoff("amplitude_high", "Highest frequency of the amplitude term"),
+                io.Mask.Input(
+                    "source_mask", optional=True,
+                    tooltip="Where the source's subject is, of any size: the driving subject is moved and scaled to "
+                    "it. It needs driving_mask.",
+                ),
+                io.Mask.Input(
+                    "driving_mask", optional=True,
+                    tooltip="Where the driving subject is, of any size: its phases alone act, in the scene that is "
+                    "being made, and the driving picture's scene does not come along.",
+                ),
             ],
             outputs=[io.Sampler.Output(tooltip="Connect it to SamplerCustom or SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, sampler, source, driving, **settings) -> io.NodeOutput:
+    def execute(cls, sampler, source, driving, source_mask=None, driving_mask=None, **settings) -> io.NodeOutput:
         config = FrequencyGuidanceConfig(**settings)
         if config.off:
             return io.NodeOutput(sampler)
-        guidance = method.FrequencyGuidance(source["samples"], driving["samples"], config)
+        guidance = method.FrequencyGuidance(
+            source["samples"], driving["samples"], config, source_mask, driving_mask
+        )
         wrap = samplers.guide_latent if config.apply_to == "latent" else samplers.guide_denoised
         return io.NodeOutput(wrap(sampler, guidance.begin))
 

@@ -18,7 +18,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .. import explanations, subject_tokens
-from ..inputs import latents, ranges
+from ..inputs import latent_masks, latents, ranges
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
@@ -45,7 +45,7 @@ def apply(
     latents.check_channels(clean, "inversion", model.model.latent_format.latent_channels, "invert with this model")
     layers = attention.layers_of(model)
     if mask is not None:
-        mask = method.latent_mask(mask, clean.shape)
+        mask = latent_masks.latent_mask(mask, clean.shape)
     else:
         subject_tokens.require_subject(*((positive, "positive") if mask_text is None else (mask_text, "mask_text")))
         if not layers:
