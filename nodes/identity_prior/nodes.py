@@ -22,8 +22,8 @@ _GAP = 8  # pixels between the two masks that Show Edit Masks shows
 def _mask_text(what: str) -> io.Conditioning.Input:
     return io.Conditioning.Input(
         "mask_text", optional=True,
-        tooltip=f"What {what} is found by, in place of positive: a text from Encode Identity that names the subject and "
-        "what it does, without its clothes, which would draw the attention away. One more model call per step.",
+        tooltip=f"What {what} is found by, in place of positive: a text from Encode Identity that names the subject "
+        "and what it does, without its clothes, which would draw the attention away. One more model call per step.",
     )
 
 

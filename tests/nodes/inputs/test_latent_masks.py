@@ -5,7 +5,6 @@ import torch
 from pack.nodes.inputs.latent_masks import blend, latent_mask
 
 
-
 def test_video_masks_follow_the_frames():
     shape = torch.Size((1, 16, 3, 4, 4))
     frames = torch.arange(9.0)[:, None, None].expand(9, 8, 8) / 8
