@@ -13,7 +13,7 @@ from . import vision
 from .captions import caption, subject_phrase
 from .config import ACTIONS, COLOURS, HEADWEAR, NAMED_ACTIONS, PATTERNS, SCENES, SPECIES, Identity, Picture, Take
 from .render import draw_pose, render, render_clip
-from .world import check_name, identity_from_words, pick, sample_identity, staged
+from .world import check_name, identity_from_words, names_a_puppet, pick, sample_identity, staged
 
 _IDENTITY_HELP = (
     "Who it is, in the theatre's words: 'red striped robot with blue trousers and a yellow cap'. 'test 0' to "
@@ -34,6 +34,18 @@ def _size_input() -> io.Int.Input:
 
 def _identity(words: str, seed: int) -> Identity:
     return sample_identity(seed) if words.strip().lower() == "random" else identity_from_words(words)
+
+
+def _identities(text: str) -> list[str]:
+    """The puppets of a list, one a line; a comma begins another one only before words that say who it is."""
+    puppets: list[str] = []
+    for line in text.splitlines():
+        for i, words in enumerate(entries(line)):
+            if i and not names_a_puppet(words):
+                puppets[-1] += f", {words}"
+            else:
+                puppets.append(words)
+    return puppets
 
 
 def _tensors(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,13 +157,13 @@ class UnderstudyPuppetSet(CheckedNode):
     @classmethod
     def validate_inputs(cls, identities=None, actions=None, scenes=None) -> bool | str:
         """Each is None while it comes from another node."""
-        return (_problem(lambda words: _identity(words, 0), *entries(identities or ""))
+        return (_problem(lambda words: _identity(words, 0), *_identities(identities or ""))
                 or _problem(lambda name: check_name("action", name, ACTIONS), *entries(actions or ""))
                 or _problem(lambda name: check_name("scene", name, SCENES), *entries(scenes or "")) or True)
 
     @classmethod
     def execute(cls, identities, actions, scenes, count, seed, size=128) -> io.NodeOutput:
-        takes = _takes(entries(identities), entries(actions), entries(scenes), count, seed)
+        takes = _takes(_identities(identities), entries(actions), entries(scenes), count, seed)
         drawn = [_tensors([render(take, size)]) for take in takes]
         images, masks, poses = (list(column) for column in zip(*drawn, strict=True))
         subjects = [subject_phrase(take.identity) for take in takes]

@@ -79,7 +79,7 @@ def train(
             monitor.progress(len(losses), losses[-1])
             if config.checkpoint_every and len(losses) % config.checkpoint_every == 0:
                 saved_steps = len(losses)
-                monitor.checkpoint(_snapshot(losses, parameters, optimiser))
+                _checkpoint(monitor, losses, parameters, optimiser)
         saved_steps = len(losses)
         _warn_if_degraded(losses, config, monitor)
     except TrainingDiverged:
@@ -88,7 +88,7 @@ def train(
     finally:
         # Cancelled, out of memory, ...: a step that did not finish has not changed a parameter.
         if len(losses) > saved_steps:
-            monitor.checkpoint(_snapshot(losses, parameters, optimiser))
+            _checkpoint(monitor, losses, parameters, optimiser)
     return losses
 
 
@@ -166,6 +166,17 @@ def _warn_if_degraded(losses: list[float], config: TrainingConfig, monitor: Moni
             f"the loss rose from {losses[0]:.4f} to {last:.4f}, so the result is probably useless: lower "
             f"learning_rate ({config.learning_rate:g})"
         )
+
+
+def _checkpoint(monitor: Monitor, losses, parameters, optimiser) -> None:
+    """Give the monitor a copy of the run's state, or a warning where there is no memory for one; the run goes on."""
+    try:
+        state = _snapshot(losses, parameters, optimiser)
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own, on any device, are RuntimeErrors
+        reason = f"{error}".strip() or "out of memory"
+        monitor.warn(f"the state could not be copied for a checkpoint, and the training goes on: {reason}")
+    else:
+        monitor.checkpoint(state)
 
 
 def _snapshot(losses, parameters, optimiser) -> State:

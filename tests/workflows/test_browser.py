@@ -4,8 +4,6 @@ import base64
 import datetime
 import io
 import json
-import os
-import shutil
 import urllib.request
 
 import make_certificate
@@ -14,21 +12,10 @@ import pytest
 from launcher import scripts, workflow_files
 from launcher.server import PACK_NAME
 from PIL import Image
-from playwright.sync_api import sync_playwright
-from support import labels
+from support import frontend, labels
 
 FILES = sorted((scripts.ROOT / "workflows").glob("*.json"))
 QUICKEST = "Puppets-2a-Action-from-a-picture"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SCREENSHOTS = scripts.ROOT / ".cache" / "browser"
 
 MISSING_NODES = """() => app.graph.nodes
@@ -43,15 +30,8 @@ SHOWN_PICTURES = """() => app.graph.nodes
 
 @pytest.fixture(scope="module")
 def browser():
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not executable and os.environ.get("CI"):
-        pytest.fail("No browser: install Debian's package `chromium`.")
-    if not executable:
-        pytest.skip("no Chromium here; Debian's package is `chromium`")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=executable, headless=True, args=FLAGS)
+    with frontend.browser() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture

@@ -142,11 +142,12 @@ def test_pictures_of_several_sizes_train_in_batches_of_one_size():
 
 def test_the_native_lora_loader_gives_what_was_trained():
     model = inference_model()
-    x, sigma = torch.randn(SHAPE), torch.tensor([2.0])
+    x, sigma = latents(1)[0], torch.tensor([2.0])
+    generator = torch.Generator().manual_seed(1)
     with session(model, SHAPE, config()) as denoiser:
         adapters = LoraLayers(denoiser.network, LoraConfig(rank=4, alpha=2.0), 0, denoiser.device)
         for module in adapters.modules.values():
-            torch.nn.init.normal_(module.up, 0, 0.2)
+            torch.nn.init.normal_(module.up, 0, 0.2, generator)
         conditions = [denoiser.prepare(tiny_model.conditioning(0), x)]
         with torch.no_grad():
             plain = denoiser.denoise(x, sigma, conditions)
