@@ -18,7 +18,9 @@ def recorded(scopes=("private",), **typed):
 
 
 def test_what_is_typed_is_recorded_and_nothing_else():
-    typed = {"subject": " Анна ", "granted_by": "母", "granted_on": "2026-11-28", "expires": "2027-12-31", "note": "n"}
+    typed = {
+        "subject": " Анна ", "granted_by": "母", "granted_on": "2026-11-28", "expires": "2027-12-31", "note": "n"
+    }
     assert recorded(["training", "private"], **typed) == ConsentRecord(
         "Анна", ("private", "training"), "母", "2026-11-28", "2027-12-31", "n"
     )
@@ -31,7 +33,8 @@ def test_without_any_text_it_is_the_empty_record_whatever_the_scopes():
 @pytest.mark.parametrize(("scopes", "typed", "message"), [
     ("sale", {"subject": "A"}, "scopes is 'sale': use a list of private"),
     (["sale"], {"subject": "A"}, "scopes is 'sale': use one of private"),
-    ([], {"subject": "A"}, "scopes is empty"), (["private"], {"note": "n"}, "subject is empty"),
+    ([], {"subject": "A"}, "scopes is empty"), (["private"], {"note": "n"
+    }, "subject is empty"),
     (["private"], {"subject": "A", "expires": "tomorrow"}, "expires is 'tomorrow'"),
 ])
 def test_errors_name_the_input(scopes, typed, message):
