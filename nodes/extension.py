@@ -17,6 +17,7 @@ from .fusion_embedding.training_nodes import NODES as FUSION_TRAINING
 from .identity_check.nodes import NODES as CHECK_NODES
 from .identity_prior.nodes import NODES as IDENTITY_NODES
 from .identity_prior.training_nodes import NODES as IDENTITY_TRAINING
+from .library.nodes import NODES as LIBRARY_NODES
 from .provenance.nodes import NODES as PROVENANCE_NODES
 from .puppets import menus, theatre
 from .puppets.nodes import NODES as THEATRE_NODES
@@ -32,7 +33,7 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     *VIDEO_NODES, *VIDEO_TRAINING,
     *ACTION_TRAINING, *ACTION_NODES,
     *DRIFT_NODES,
-    *CONSENT_NODES,
+    *CONSENT_NODES, *LIBRARY_NODES,
     *DOCTOR_NODES, *CASTING_NODES, *CHECK_NODES, *EXPLAIN_NODES,
     *PROVENANCE_NODES,
 ]

@@ -5,14 +5,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..consent import gate, record
 from ..files import weights
 from ..files.folders import WeightFolder
+from ..files.kinds import LearnedKind, Shapes, Summary
 from ..files.names import EXTENSION, refused
 from ..files.pickles import read_any
+from . import sampling
 from .config import check_placeholder
 from .method import ANY_ENCODER, ActionError, ActionIdentifier, Place
 
@@ -92,6 +95,25 @@ def export(action: ActionIdentifier, filename_prefix: str) -> Path:
         for encoder, tokens in action.tokens.items()
     }
     return weights.save(tensors, record.to_metadata(action.consent), EMBEDDINGS.name, filename_prefix)
+
+
+def _summary(_shapes: Shapes, metadata: Mapping[str, str]) -> Summary | None:
+    if metadata.get("kind") != _KIND:
+        return None
+    check_placeholder(metadata.get("placeholder", ""))
+    return Summary(metadata.get("base", ""), metadata["placeholder"])
+
+
+def _misfit(model: Any, _shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    try:
+        trained_for = _places(metadata.get("layers", ""))
+        places = sampling.places(model.get_model_object("diffusion_model"))
+    except ValueError as error:
+        return str(error)
+    return "" if trained_for in ((), places) else "its layers are those of another kind of model"
+
+
+KIND = LearnedKind("action", FOLDER, _summary, _misfit)
 
 
 def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ActionIdentifier:

@@ -137,6 +137,17 @@ def problems(record: ConsentRecord | None, purpose: str, now: datetime) -> list[
     return lines
 
 
+def state(record: ConsentRecord | None, now: datetime) -> str:
+    """In a few words, without a name: whether a record holds at `now`, which knows its time zone, and for what."""
+    if not record:
+        return "no consent record"
+    if record.has_expired(now):
+        return f"consent ended with {record.expires}"
+    if not record.has_begun(now):
+        return f"consent begins only on {record.granted_on}"
+    return f"consent for {', '.join(record.scopes)}" + (f" until {record.expires}" if record.expires else "")
+
+
 def describe(record: ConsentRecord) -> str:
     """The record in one line, without its note and pictures."""
     line = f"consent of {shown(record.subject)} for {', '.join(record.scopes)}"

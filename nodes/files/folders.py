@@ -42,10 +42,14 @@ class WeightFolder:
         return [name for name in folder_paths.get_filename_list(self.name) if not self.mark or self._is_marked(name)]
 
     def _is_marked(self, name: str) -> bool:
-        path = folder_paths.get_full_path(self.name, name)
+        return self.marks(folder_paths.get_full_path(self.name, name))
+
+    def marks(self, path: str | os.PathLike | None) -> bool:
+        """Whether a file holds the mark; False where it cannot be read."""
         try:
             status = os.stat(path)
-            return stat.S_ISREG(status.st_mode) and _begins_with(self.mark, path, status.st_mtime_ns, status.st_size)
+            known = os.fspath(path), status.st_mtime_ns, status.st_size
+            return stat.S_ISREG(status.st_mode) and _begins_with(self.mark, *known)
         except (OSError, TypeError):  # deleted meanwhile, or not to be read
             return False
 

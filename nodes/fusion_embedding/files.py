@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.clip_vision
@@ -9,6 +10,7 @@ import comfy.clip_vision
 from ..consent import gate, record
 from ..files import weights
 from ..files.folders import WeightFolder
+from ..files.kinds import LearnedKind, Shapes, Summary
 from ..files.names import EXTENSION, refused
 from ..files.pickles import read_any
 from . import encoding, published
@@ -66,6 +68,15 @@ def load(name: str) -> tuple[Fusion, list[str]]:
     except FusionError as error:
         raise refused(path, f"is not a usable fusion: {error}", _FIX) from error
     raise refused(path, f"holds {sorted(tensors)[0]!r}, which is not part of a fusion", _FIX)
+
+
+def _summary(_shapes: Shapes, metadata: Mapping[str, str]) -> Summary | None:
+    if metadata.get("kind") != _KIND:
+        return None
+    return Summary(metadata.get("base", ""), metadata.get("parts", ""))
+
+
+KIND = LearnedKind("fusion", FOLDER, _summary)
 
 
 def unpacked(tensors: Weights, metadata: dict[str, str]) -> Fusion:

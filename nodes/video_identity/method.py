@@ -160,6 +160,15 @@ def adapter_from(tensors: Mapping[str, torch.Tensor]) -> VideoAdapter:
     ))
 
 
+def size_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+    """Blocks and width of the adapter whose weights have these shapes, or None if one is no adapter's."""
+    matches = [_KEY.fullmatch(key) for key in shapes]
+    if not all(matches) or not all(len(shape) == 2 for shape in shapes.values()):
+        return None
+    down = next((shape for match, shape in zip(matches, shapes.values(), strict=True) if match[4] == "down"), None)
+    return down and (1 + max(int(match[2]) for match in matches), down[1])
+
+
 def _projection_update(matrices: Mapping, block: int, projection: str, width: int) -> ProjectionUpdate:
     pair = {part: matrices.get((block, projection, part)) for part in ("down", "up")}
     rank = next((m.shape[0 if part == "down" else 1] for part, m in pair.items() if m is not None), "rank")
