@@ -12,7 +12,7 @@ import torch
 from ..consent import gate, record
 from ..files import weights
 from ..files.folders import WeightFolder
-from ..files.kinds import LearnedKind, Shapes, Summary
+from ..files.kinds import LearnedKind, Shapes, Summary, made_now
 from ..files.names import EXTENSION, refused
 from ..files.pickles import read_any
 from . import sampling
@@ -78,7 +78,7 @@ def save(action: ActionIdentifier, filename_prefix: str) -> Path:
     metadata = {
         "kind": _KIND, "method": "ADI action identifier (arXiv 2311.15841)", "placeholder": action.placeholder,
         "initial_word": action.initial_word, "base": action.base, "layers": json.dumps(action.places),
-        **record.to_metadata(action.consent),
+        **made_now(), **record.to_metadata(action.consent),
     }
     tensors = {f"{_KEY}{encoder}": tokens for encoder, tokens in action.tokens.items()}
     return weights.save(tensors, metadata, FOLDER.name, filename_prefix)

@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from .folders import WeightFolder
 
+DATE = "modelspec.date"
 Shapes = Mapping[str, tuple[int, ...]]
 Metadata = Mapping[str, str]
+
+
+def made_now() -> dict[str, str]:
+    """The metadata that says when a file was made, in UTC, as model managers read it."""
+    return {DATE: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")}
 
 
 @dataclass(frozen=True)

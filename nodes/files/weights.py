@@ -11,7 +11,6 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 
 import safetensors
@@ -33,7 +32,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-DATE = "modelspec.date"  # the metadata's entry for when a file was made, where model managers look for it
 _DAMAGED = "Download or save the file again: it is damaged, or was not written by a safetensors library"
 
 
@@ -152,8 +150,7 @@ def save(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folde
     infinite values, metadata that is not text; OSError, leaving nothing behind, when the disk fails or is full.
     """
     prefix = normalise_prefix(filename_prefix).removeprefix(f"{folder}/")
-    written = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    metadata = _checked_metadata({DATE: written, **metadata}, prefix)
+    metadata = _checked_metadata(metadata, prefix)
     content = safetensors.torch.save(_storable(tensors, prefix), metadata=metadata)
     return save_content(content, folder, prefix, validate)
 

@@ -10,7 +10,7 @@ import comfy.clip_vision
 from ..consent import gate, record
 from ..files import weights
 from ..files.folders import WeightFolder
-from ..files.kinds import LearnedKind, Shapes, Summary
+from ..files.kinds import LearnedKind, Shapes, Summary, made_now
 from ..files.names import EXTENSION, refused
 from ..files.pickles import read_any
 from . import encoding, published
@@ -29,7 +29,8 @@ def save(fusion: Fusion, filename_prefix: str) -> Path:
     Keys begin with `combiner.`, `encoder.`, `generator.` or `unet.`, and one is `probe.embedding`; the metadata says
     whether `unet.` is a LoRA or a whole UNet.
     """
-    return weights.save(*packed(fusion), FOLDER.name, filename_prefix)
+    tensors, metadata = packed(fusion)
+    return weights.save(tensors, metadata | made_now(), FOLDER.name, filename_prefix)
 
 
 def packed(fusion: Fusion) -> tuple[Weights, dict[str, str]]:

@@ -13,7 +13,7 @@ from ..consent import gate, record
 from ..files import weights
 from ..files.fitting import MisfitError, check_lora
 from ..files.folders import LORAS
-from ..files.kinds import LearnedKind, Shapes, Summary
+from ..files.kinds import LearnedKind, Shapes, Summary, made_now
 from ..files.names import refused
 from ..files.pickles import read_any
 from ..fingerprint import fingerprint
@@ -39,7 +39,7 @@ def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: st
         metadata |= {
             "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[0]), "ss_network_alpha": str(alphas[0])
         }
-    return weights.save(lora, metadata | record.to_metadata(subject.consent), FOLDER.name, filename_prefix)
+    return weights.save(lora, metadata | made_now() | record.to_metadata(subject.consent), FOLDER.name, filename_prefix)
 
 
 def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..consent import record
 from ..consent.record import ConsentError, ConsentRecord
 from ..files import weights
-from ..files.kinds import LearnedKind
+from ..files.kinds import DATE, LearnedKind
 from ..files.names import EXTENSION, WeightFileError
 
 # A file of a Save node: its name, and its number, which is the version.
@@ -67,7 +67,7 @@ def read(path: Path, kinds: Sequence[LearnedKind]) -> Entry:
                 return Entry(
                     kind.name, "", record.shown(summary.holds), record.shown(summary.base), tags_of(metadata),
                     record.shown(metadata.get("modelspec.author", "")),
-                    record.shown(metadata.get(weights.DATE, "")), _consent(metadata),
+                    record.shown(metadata.get(DATE, "")), _consent(metadata),
                 )
     except (WeightFileError, ValueError) as error:
         return Entry(problem=f"damaged: {record.shown(str(error).removeprefix(repr(str(path))))}")

@@ -8,7 +8,7 @@ from typing import Any
 from ..consent import gate, record
 from ..files import weights
 from ..files.folders import LORAS
-from ..files.kinds import LearnedKind, Shapes, Summary
+from ..files.kinds import LearnedKind, Shapes, Summary, made_now
 from ..files.names import refused
 from ..files.pickles import read_any
 from . import method, sampling
@@ -55,6 +55,7 @@ def save(adapter: VideoAdapter, filename_prefix: str) -> Path:
     """
     metadata = {
         "method": "Stand-In video identity adapter (arXiv 2508.07901)", "blocks": str(len(adapter.blocks)),
-        "width": str(adapter.width), "base": adapter.base, **record.to_metadata(adapter.consent),
+        "width": str(adapter.width), "base": adapter.base, **made_now(),
+        **record.to_metadata(adapter.consent),
     }
     return weights.save(adapter.tensors(), metadata, FOLDER.name, filename_prefix)

@@ -8,6 +8,7 @@ import folder_paths
 import pytest
 from pack.nodes.consent.record import ENTRY, ConsentRecord
 from pack.nodes.files import weights
+from pack.nodes.files.kinds import DATE
 from pack.nodes.library import entries, listing
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=timezone.utc)
@@ -46,7 +47,7 @@ def test_a_line_says_fit_consent_tags_and_author(saving):
     tensors, metadata = weights.read(path)
     weights.save(tensors, {
         **metadata, "modelspec.tags": "robot, \u202ered\n,, toys", "modelspec.author": "Zoë\x1b[2J",
-        weights.DATE: "2026-11-01",
+        DATE: "2026-11-01",
     }, "loras", "tagged")
     assert lines("0123456789abcdef")["tagged_00001_.safetensors"] == (
         "tagged version 1: sks robot; of the connected model; consent for private until 2027-12-31; made 2026-11-01;"
