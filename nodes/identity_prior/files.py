@@ -39,7 +39,8 @@ def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: st
         metadata |= {
             "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[0]), "ss_network_alpha": str(alphas[0])
         }
-    return weights.save(lora, metadata | made_now() | record.to_metadata(subject.consent), FOLDER.name, filename_prefix)
+    metadata |= made_now() | record.to_metadata(subject.consent)
+    return weights.save(lora, metadata, FOLDER.name, filename_prefix)
 
 
 def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
