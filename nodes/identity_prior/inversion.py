@@ -23,7 +23,7 @@ from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
 from ..training.objective import prediction_kind
 from . import attention, method
-from .config import InversionConfig, MaskConfig
+from .config import FLOW_EDIT, InversionConfig, MaskConfig
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,20 @@ class InversionSampler(comfy.samplers.Sampler):
         scales = {sigma: float(samplers.input_scale(model_sampling, sigmas.new_tensor(sigma))) for sigma in grid}
         clean = latent_image.to(_path_device((len(grid), *latent_image.shape)), torch.float32)
         steps = _Steps(model_wrap, extra_args, latent_image.device, self.layers, self.masks, grid, callback)
-        path = method.invert(
-            steps.denoise, clean, grid, scales.__getitem__, self.config.method, self.config.iterations,
-            steps.finish_step,
-        )
-        self.inversion = Inversion(method.Trajectory(grid, path), steps.source_mask(clean), self.config.method)
+        if self.config.path == FLOW_EDIT:
+            new = torch.randn(clean.shape, generator=torch.Generator().manual_seed(self.config.seed)).to(clean)
+
+            def noised(sigma: float) -> torch.Tensor:
+                return model_sampling.noise_scaling(clean.new_tensor(sigma), new.clone(), clean, False)
+
+            path = method.straight_path(steps.denoise, grid, noised, clean, steps.finish_step)
+        else:
+            path = method.invert(
+                steps.denoise, clean, grid, scales.__getitem__, self.config.method, self.config.iterations,
+                steps.finish_step,
+            ),
+        name = FLOW_EDIT if self.config.path == FLOW_EDIT else self.config.method
+        self.inversion = Inversion(method.Trajectory(grid, *path), steps.source_mask(clean), name)
         return latent_image
 
 
@@ -124,6 +133,7 @@ class _Steps:
     denoised: torch.Tensor | None = None
     heat: torch.Tensor | None = None
     heat_sum: torch.Tensor | float = 0.0
+    done: int = 0
 
     def __post_init__(self) -> None:
         looked_at = self.guider.conds.get(attention.KEY)
@@ -147,7 +157,7 @@ class _Steps:
         return self.denoised
 
     def finish_step(self, i: int, x: torch.Tensor) -> None:
-        """After step i of the sampler arrived at x, from the last step to the first. Raises ValueError for NaN."""
+        """After x, with which step i of the sampler begins, is known. Raises ValueError for NaN."""
         if not torch.isfinite(x).all():
             raise ValueError(
                 f"the inversion became NaN or infinite at sigma {self.sigmas[i]:.4g}: set method to ddim, give the "
@@ -160,9 +170,9 @@ class _Steps:
             self.heat = recorder.heat(self.heat)
         if self.heat is not None:
             self.heat_sum = self.heat_sum + self.heat
+        self.done += 1
         if self.callback is not None:
-            count = len(self.sigmas) - 1
-            self.callback(count - 1 - i, self.denoised, x, count)
+            self.callback(self.done - 1, self.denoised, x, len(self.sigmas) - 1)
 
     def _on_device(self, x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
         return x.to(self.device), x.new_full((len(x),), sigma, device=self.device)

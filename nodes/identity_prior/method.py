@@ -56,9 +56,13 @@ class PriorObjective:
 class Trajectory:
     """A latent's path from noise to itself: x [S + 1, B, C, ...] in the sampler's own scale at falling sigmas."""
 
-    def __init__(self, sigmas: Sequence[float], latents: torch.Tensor):
+    # What the edit's estimates are corrected by at each sigma but the last, [S, B, C, ...]; for FlowEdit alone.
+    corrections: torch.Tensor | None = None
+
+    def __init__(self, sigmas: Sequence[float], latents: torch.Tensor, corrections: torch.Tensor | None = None):
         self.sigmas = tuple(sigmas)
         self.latents = latents
+        self.corrections = corrections
 
     @property
     def clean(self) -> torch.Tensor:
@@ -78,11 +82,39 @@ class Trajectory:
         i, high, low = self._segment(sigma)
         return self.latents[i + 1] - (self.latents[i] - self.latents[i + 1]) * (low / (high - low))
 
+    def corrected(self, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+        """An edit's estimate at sigma, with the correction there; between the grid's sigmas on a straight line."""
+        if self.corrections is None:
+            return denoised
+        i, high, low = self._segment(sigma)
+        last = len(self.corrections) - 1
+        share = min(max((sigma - low) / (high - low), 0.0), 1.0)
+        correction = torch.lerp(self.corrections[min(i + 1, last)], self.corrections[i], share)
+        return denoised + correction.to(denoised)
+
     def _segment(self, sigma: float) -> tuple[int, float, float]:
         """The step that starts at sigma or above it, the first one for higher sigmas: its number and its ends."""
         lower = self.sigmas[1:-1]
         i = sum(sigma <= low * (1 + SIGMA_TOLERANCE) for low in lower)
         return i, self.sigmas[i], self.sigmas[i + 1]
+
+
+def straight_path(
+    denoise: Denoise, sigmas: Sequence[float], noised: Callable[[float], torch.Tensor], clean: torch.Tensor,
+    on_step: Callable[[int, torch.Tensor], None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlowEdit's path of `clean` [B, C, ...]: x [S + 1, B, C, ...] at falling sigmas, and a correction [S, B, C, ...].
+
+    noised(sigma) is the picture with one noise at sigma. The correction is what the model's estimate along the path
+    lacks of the picture. Added to the estimate of an edit, a step of Euler is FlowEdit's: with x = z + noised - clean
+    for its edited picture z, x - sigma v(x) + clean - (noised - sigma v(noised)).
+    """
+    path, corrections = [], []
+    for i, sigma in enumerate(sigmas[:-1]):
+        path.append(noised(sigma))
+        corrections.append(clean - denoise(path[-1], sigma))
+        on_step(i, path[-1])
+    return torch.stack([*path, clean]), torch.stack(corrections)
 
 
 def invert(

@@ -9,7 +9,7 @@ from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..messages import pictures, tell
 from . import files, inversion, sampling
-from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
+from .config import METHODS, PATHS, BlendConfig, InversionConfig, MaskConfig
 
 CATEGORY = "Understudy/Identity prior"
 INVERSION = io.Custom("UNDERSTUDY_INVERSION")
@@ -163,6 +163,15 @@ class UnderstudyInvertImage(CheckedNode):
                 ),
                 *_map_inputs(),
                 _mask_text("the source mask"),
+                io.Combo.Input(
+                    "path", options=list(PATHS), default=_INVERSION.path, optional=True, advanced=True,
+                    tooltip="inversion runs the sampling backwards. flow_edit goes straight from the picture to "
+                    "noise and corrects each step of the edit: one model call per step, for models that invert badly.",
+                ),
+                io.Int.Input(
+                    "path_seed", default=_INVERSION.seed, min=0, max=0xFFFFFFFFFFFFFFFF, optional=True, advanced=True,
+                    tooltip="Draws the noise of flow_edit; inversion needs none.",
+                ),
             ],
             outputs=[
                 INVERSION.Output(display_name="inversion", tooltip="Connect it to Identity Mask Blend."),
@@ -173,13 +182,14 @@ class UnderstudyInvertImage(CheckedNode):
 
     @classmethod
     def execute(
-        cls, model, positive, latent, sigmas, method, iterations, mask_threshold, mask_text=None, **maps
+        cls, model, positive, latent, sigmas, method, iterations, mask_threshold, mask_text=None,
+        path=_INVERSION.path, path_seed=_INVERSION.seed, **maps,
     ) -> io.NodeOutput:
         masks = MaskConfig(threshold=mask_threshold, grow=0, **maps)
-        config = InversionConfig(method, iterations)
+        config = InversionConfig(method, iterations, path, path_seed)
         inverted = inversion.invert(model, positive, latent, sigmas, config, masks, mask_text)
         size = f"{inverted.megabytes:.1f} MB on {inverted.trajectory.latents.device}"
-        summary = f"inverted over {len(sigmas) - 1} steps by {method}; the path takes {size}"
+        summary = f"inverted over {len(sigmas) - 1} steps by {inverted.method}; the path takes {size}"
         tell("Invert Image", [summary])
         noise, mask = inversion.InvertedNoise(model, inverted), _pixels(inverted.source_mask, model)
         return io.NodeOutput(inverted, noise, mask, ui={"text": (summary,)})

@@ -156,7 +156,7 @@ class IdentityBlend:
         if recorder is not None:
             run.update_mask(recorder)
         run.remember(sigma)
-        return method.blend(denoised, run.path.denoised(sigma), run.mask)
+        return method.blend(run.path.corrected(denoised, sigma), run.path.denoised(sigma), run.mask)
 
 
 class _BlendRun:
