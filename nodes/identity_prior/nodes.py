@@ -166,7 +166,8 @@ class UnderstudyInvertImage(CheckedNode):
                 io.Combo.Input(
                     "path", options=list(PATHS), default=_INVERSION.path, optional=True, advanced=True,
                     tooltip="inversion runs the sampling backwards. flow_edit goes straight from the picture to "
-                    "noise and corrects each step of the edit: one model call per step, for models that invert badly.",
+                    "noise and corrects each step of the edit: one model call per step, for models that invert "
+                    "badly.",
                 ),
                 io.Int.Input(
                     "path_seed", default=_INVERSION.seed, min=0, max=0xFFFFFFFFFFFFFFFF, optional=True, advanced=True,

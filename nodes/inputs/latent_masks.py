@@ -9,8 +9,8 @@ from . import frame_masks, latents
 def latent_mask(mask: torch.Tensor, shape: torch.Size, name: str = "mask") -> torch.Tensor:
     """The MASK [F, H, W] of input `name` in the cells of latents of `shape` [B, C, (T,) H, W].
 
-    Returns [1 or B, 1 or T, H, W], in which 0 and 1 stay exact. For pictures F is 1 or B, and any number where B is 1;
-    for videos 1, T, or the 4 (T - 1) + 1 frames of the video, of which each latent frame takes the mean. Raises
+    Returns [1 or B, 1 or T, H, W], in which 0 and 1 stay exact. For pictures F is 1 or B, and any number where B is
+    1; for videos 1, T, or the 4 (T - 1) + 1 frames of the video, of which each latent frame takes the mean. Raises
     ValueError, naming the input, for another F.
     """
     mask = mask.float().reshape(-1, *mask.shape[-2:])
