@@ -48,14 +48,17 @@ LISTEN = """() => {
         keep('b_preview_with_metadata', detail.displayNodeId, detail))
 }"""
 REPLAY = """alike => {
+    const pictured = []
     for (const node of app.graph.nodes) {
         const type = alike.includes(node.type) ? alike.find(name => window.shown[name]) : node.type
         for (const [event, detail] of Object.entries(window.shown[type] ?? {})) {
             const id = String(node.id)
             const names = {node: id, display_node: id, nodeId: id, displayNodeId: id, realNodeId: id}
             app.api.dispatchCustomEvent(event, {...detail, ...names, prompt_id: undefined})
+            if (detail.blob || detail.output?.images) pictured.push(id)
         }
     }
+    return pictured
 }"""
 SHORTEN = """() => {
     for (const node of app.graph.nodes)
@@ -137,8 +140,7 @@ class Frontend:
 
     def pretend(self) -> None:
         """Show on every node of the open workflow what its type showed in an earlier run."""
-        self.page.evaluate(REPLAY, list(SHOWS_SOMETHING))
-        self._wait_for_media([])
+        self._wait_for_media(self.page.evaluate(REPLAY, list(SHOWS_SOMETHING)))
 
     def rectangles(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """The nodes' rectangles, title bars included, in the classic renderer and in Nodes 2.0."""
