@@ -1,6 +1,7 @@
 """Frequency guidance: a source's amplitude spectrum and a driving picture's phase spectrum steer sampling.
 
-Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidance.py.
+Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidance.py, those of fine detail in
+kernels/wavelet_detail.py.
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...kernels import spectral_guidance
+from ...kernels import spectral_guidance, wavelet_detail
 from ..inputs import latent_masks, latents, ranges
 from ..training.objective import Sample
 from ..training.seeds import seed_for
@@ -43,7 +44,7 @@ class FrequencyGuidance:
         self._masks = source_mask, driving_mask
         if source_mask is not None and driving_mask is None:
             raise ValueError("source_mask says where the driving subject belongs: connect its driving_mask as well")
-        self._source = source if config.amplitude_scale > 0 else None
+        self._source = source if config.amplitude_scale > 0 or config.detail_bands else None
         self._driving = driving if config.phase_scale > 0 else None
         for name, latent in (("source", self._source), ("driving", self._driving)):
             if latent is not None:
@@ -71,7 +72,10 @@ class FrequencyGuidance:
         @functools.cache
         def target_on(device: torch.device) -> spectral_guidance.Target:
             return spectral_guidance.prepare(
-                *(None if latent is None else latent.to(device) for latent in (source, driving)),
+                *(
+                    None if latent is None or not scale else latent.to(device)
+                    for latent, scale in ((source, config.amplitude_scale), (driving, config.phase_scale))
+                ),
                 distance=config.phase_distance,
                 amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
                 phase_band=phase_band,
@@ -95,9 +99,11 @@ class FrequencyGuidance:
                     f"the sampler changed the latent from {tuple(shape)} to {tuple(latent.shape)}: "
                     "frequency guidance needs a sampler that keeps the size"
                 )
-            return spectral_guidance.update(
-                latent, target_of(latent), config.amplitude_scale, config.phase_scale, config.update
-            )
+            if config.amplitude_scale or config.phase_scale:
+                latent = spectral_guidance.update(
+                    latent, target_of(latent), config.amplitude_scale, config.phase_scale, config.update
+                )
+            return wavelet_detail.inject(latent, source, config.detail_bands)
 
         return guide
 

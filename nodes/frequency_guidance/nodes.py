@@ -7,7 +7,7 @@ from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..patching import samplers
 from . import method
-from .config import APPLY_TO, FrequencyGuidanceConfig
+from .config import APPLY_TO, MOST_DETAIL_BANDS, FrequencyGuidanceConfig
 
 CATEGORY = "Understudy/Frequency guidance"
 _DEFAULT = FrequencyGuidanceConfig()
@@ -126,6 +126,12 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
                     "driving_mask", optional=True,
                     tooltip="Where the driving subject is, of any size: its phases alone act, in the scene that is "
                     "being made, and the driving picture's scene does not come along.",
+                ),
+                io.Int.Input(
+                    "detail_bands", default=_DEFAULT.detail_bands, min=0, max=MOST_DETAIL_BANDS, optional=True,
+                    advanced=True,
+                    tooltip="For editing models: how many of the finest wavelet bands of each step follow the "
+                    "source, where the edit leaves what is coarser alone. 0 is off, 1 or 2 keep skin and fabric.",
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="Connect it to SamplerCustom or SamplerCustomAdvanced.")],

@@ -103,7 +103,7 @@ def straight_path(
     denoise: Denoise, sigmas: Sequence[float], noised: Callable[[float], torch.Tensor], clean: torch.Tensor,
     on_step: Callable[[int, torch.Tensor], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlowEdit's path of `clean` [B, C, ...]: x [S + 1, B, C, ...] at falling sigmas, and a correction [S, B, C, ...].
+    """FlowEdit's path of `clean` [B, C, ...]: x [S + 1, B, C, ...] at falling sigmas, corrections [S, B, C, ...].
 
     noised(sigma) is the picture with one noise at sigma. The correction is what the model's estimate along the path
     lacks of the picture. Added to the estimate of an edit, a step of Euler is FlowEdit's: with x = z + noised - clean

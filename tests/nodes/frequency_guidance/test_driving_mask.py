@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pack.kernels import spectral_guidance
+from pack.kernels import spectral_guidance, wavelet_detail
 from pack.nodes.frequency_guidance import method
 from pack.nodes.frequency_guidance.config import FrequencyGuidanceConfig
 
@@ -113,3 +113,14 @@ def test_without_a_phase_term_masks_change_nothing():
     config = FrequencyGuidanceConfig(amplitude_scale=0.5, phase_scale=0.0, end_percent=1.0)
     masked, plain = (guided(x, driving, m, config=config, source=source) for m in (box(2, 6, 3, 7), None))
     assert torch.equal(masked, plain)
+
+
+def test_detail_bands_follow_the_source_alone_and_are_off_at_zero():
+    x, driving, source = noise(1, *SHAPE), noise(2, *SHAPE), noise(3, *SHAPE)
+    off = {"amplitude_scale": 0.0, "phase_scale": 0.0, "end_percent": 0.6}
+    config = FrequencyGuidanceConfig(**off, detail_bands=2)
+    guide = method.FrequencyGuidance(source, driving, config).begin(MODEL, x.shape)
+    assert torch.equal(guide(x, 9.0), wavelet_detail.inject(x, 0.5 * source, 2)) and guide(x, 1.0) is x
+    assert FrequencyGuidanceConfig(**off).off and not config.off
+    with pytest.raises(ValueError, match="detail_bands is 5"):
+        FrequencyGuidanceConfig(detail_bands=5)
