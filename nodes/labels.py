@@ -1,5 +1,6 @@
 """Text in pictures that nodes draw: a font that has the letters, and lines cut to a width."""
 
+import contextlib
 import functools
 import unicodedata
 
@@ -11,29 +12,32 @@ _WIDE_FONTS = (
     "msgothic.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf",
 )
 _LATIN = 0x250  # the first code point after Latin letters
+_NO_LETTER = "\uffff"
 
 
 @functools.lru_cache(maxsize=32)
-def _font(size: int, wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont | None:
-    if not wide:
-        return ImageFont.load_default(size)
+def _fonts(size: int) -> list[ImageFont.FreeTypeFont]:
+    """PIL's own, and those of the list that this computer has."""
+    fonts = [ImageFont.load_default(size)]
     for name in _WIDE_FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:  # not on this computer
-            continue
-    return None
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    return fonts
+
+
+@functools.lru_cache(maxsize=4096)
+def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    """Whether a font draws a letter, and not the box of letters that it lacks."""
+    return bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))
 
 
 def draw_text(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, size: int = 12) -> None:
     """One line of text, at most `width` pixels wide, in black; letters that no font here has become `?`."""
     text = "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text)
-    wide = any(ord(letter) >= _LATIN for letter in text)
-    font = _font(size, wide)
-    if font is None:
-        text = "".join(letter if ord(letter) < _LATIN else "?" for letter in unicodedata.normalize("NFC", text))
-        font = _font(size, False)
-    line = text
+    others = {letter for letter in text if ord(letter) >= _LATIN}
+    fonts = _fonts(size)
+    font = next((font for font in fonts if all(_has(font, letter) for letter in others)), fonts[0])
+    line = "".join("?" if letter in others and not _has(font, letter) else letter for letter in text)
     while line and draw.textlength(line, font=font) > width:
         line = f"{line.rstrip('…')[:-1]}…" if len(line) > 1 else ""
     draw.text(place, line, fill="black", font=font)

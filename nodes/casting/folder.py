@@ -121,13 +121,15 @@ def contact_sheet(every: Sequence[Item], files: Mapping[str, Path]) -> Image.Ima
     """
     columns = list(dict.fromkeys(item.action for item in every))
     rows = list(dict.fromkeys((item.identity, item.scene, item.seed) for item in every))
+    identities = list(dict.fromkeys(item.identity for item in every))
     side = min(_THUMBNAIL, (_LARGEST - _LABEL) // len(columns), (_LARGEST - _LINE) // len(rows))
     side = max(side, _SMALLEST)
     image, draw = labels.canvas(_LABEL + side * len(columns), _LINE + side * len(rows))
     for i, action in enumerate(columns):
         labels.draw_text(draw, (_LABEL + i * side + 2, 1), f"{i + 1} {action}", side - 4)
     for i, (identity, scene, seed) in enumerate(rows):
-        for j, line in enumerate((identity, scene, f"seed {seed}")[: max(1, side // _LINE)]):
+        number = identities.index(identity) + 1  # where no font here has the letters, it tells them apart
+        for j, line in enumerate((f"{number} {identity}", scene, f"seed {seed}")[: max(1, side // _LINE)]):
             labels.draw_text(draw, (2, _LINE + i * side + j * _LINE), line, _LABEL - 4)
     for item in every:
         left = _LABEL + columns.index(item.action) * side

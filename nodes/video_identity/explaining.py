@@ -144,7 +144,7 @@ def of_video(shares: Shares) -> Explanation:
         name = f"reference {number + 1}" if len(tables) > 1 else "the reference"
         chosen = spread(len(steps), _STEPS), spread(len(blocks), _BLOCKS), spread(values.shape[2], _FRAMES)
         step_names = [f"step {steps[i] + 1}" for i in chosen[0]]
-        frame_names = [f"latent frame {i + 1}" for i in chosen[2]]
+        frame_names = [f"frame {i + 1}" for i in chosen[2]]
         by_block = values.mean((2, 3, 4)).T[chosen[1]][:, chosen[0]]
         by_frame = values.nanmean(1).mean((-2, -1)).T[chosen[2]][:, chosen[0]]
         over_frames = values.nanmean((0, 1))[chosen[2]]
@@ -153,8 +153,10 @@ def of_video(shares: Shares) -> Explanation:
                 f"Attention to {name}: by block and step", [f"block {blocks[i]}" for i in chosen[1]], step_names,
                 by_block[..., None, None],
             ),
-            _panel(f"Attention to {name}: by frame and step", frame_names, step_names, by_frame[..., None, None]),
-            _panel(f"Attention to {name}: where in each frame", ["mean"], frame_names, over_frames[None]),
+            _panel(
+                f"Attention to {name}: by latent frame and step", frame_names, step_names, by_frame[..., None, None]
+            ),
+            _panel(f"Attention to {name}: where in each latent frame", ["mean"], frame_names, over_frames[None]),
         ]
         lines += _lines(name, steps, blocks, values)
     cost = shares.places / max(1, shares.tokens)

@@ -100,6 +100,22 @@ def test_a_large_sheet_stays_a_picture():
     assert max(folder.contact_sheet(many, {}).size) <= 24 * 400 + 16
 
 
+def test_letters_that_no_font_has_are_question_marks(monkeypatch):
+    drawn = {}
+    for fonts in ((), labels._WIDE_FONTS):
+        monkeypatch.setattr(labels, "_WIDE_FONTS", fonts)
+        labels._fonts.cache_clear()
+        for text in ("人", "?", "é"):
+            image, draw = labels.canvas(40, 20)
+            labels.draw_text(draw, (2, 1), text, 36)
+            drawn[text, bool(fonts)] = image.tobytes()
+    labels._fonts.cache_clear()
+    assert drawn["人", False] == drawn["?", False] != drawn["é", False]
+    no_box, draw = labels.canvas(40, 20)
+    draw.text((2, 1), "人", fill="black", font=labels.ImageFont.load_default(12))
+    assert drawn["人", True] != no_box.tobytes(), "a letter or a question mark, and no box"
+
+
 @pytest.mark.parametrize("text", ["plain", "ゆっくり歩く人形", "x" * 300, "", "👩‍🚀 in space", "\x00\n"])
 def test_labels_take_any_text_and_stay_in_their_width(text):
     image, draw = labels.canvas(200, 20)
