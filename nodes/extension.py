@@ -23,6 +23,7 @@ from .puppets import menus, theatre
 from .puppets.nodes import NODES as THEATRE_NODES
 from .training.checkpoints import FOLDER as TRAINING_CHECKPOINTS
 from .training_doctor.nodes import NODES as DOCTOR_NODES
+from .training_jobs.nodes import NODES as JOB_NODES
 from .video_identity.nodes import NODES as VIDEO_NODES
 from .video_identity.training_nodes import NODES as VIDEO_TRAINING
 
@@ -35,7 +36,7 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     *DRIFT_NODES,
     *CONSENT_NODES, *LIBRARY_NODES,
     *DOCTOR_NODES, *CASTING_NODES, *CHECK_NODES, *EXPLAIN_NODES,
-    *PROVENANCE_NODES,
+    *PROVENANCE_NODES, *JOB_NODES,
 ]
 FOLDERS = [ACTION_IDENTIFIERS, FUSION_EMBEDDINGS, TRAINING_CHECKPOINTS]
 

@@ -17,7 +17,8 @@ from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import State
-from ..training.objective import Denoising
+from ..training.objective import WEIGHTS, Denoising
+from ..training.parallel import only_whole_batches
 from ..training.reference_loss import ReferenceLoss, noise_and_level
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
@@ -38,12 +39,14 @@ Preview = Callable[[ModelDenoiser, Any, list], Image.Image | None]
 class Exemplars:
     """Pictures of one action, as VAE Encode gives them, [1, C, ...] of one shape, and who is in each.
 
-    `contrasts` show each one's context with another action; without them the model draws them.
+    `contrasts` show each one's context with another action; without them the model draws them. `weights` [1, 1, ...]
+    are those of the cells in the loss, also for the contrast of each.
     """
 
     latents: Sequence[torch.Tensor]
     subjects: Sequence[str]
     contrasts: Sequence[torch.Tensor] | None = None
+    weights: Sequence[torch.Tensor] | None = None
 
     def prompt(self, index: int, action: str, placeholder: str) -> str:
         """The words of a picture with `action` where its subject's line has the placeholder, or else at the end."""
@@ -62,6 +65,7 @@ def train(
     preview(denoiser, clip, [the identifier so far]) is drawn every `config.preview_every` steps. Raises
     loop.TrainingDiverged, ValueError as `session` does, and ComfyUI's interruption.
     """
+    only_whole_batches("an action", "since a step compares three pictures of one draw")
     check_encoded([], [*exemplars.latents, *(exemplars.contrasts or ())], model)
     resume = checkpoints.resume(resume_from)
     places = sampling.places(model.get_model_object("diffusion_model"))
@@ -134,6 +138,8 @@ class _ActionTrainer:
         self.conditions = [
             denoiser.prepare(prompt, latent) for prompt, latent in zip(prompts, exemplars.latents, strict=True)
         ]
+        for conditions, weights in zip(self.conditions, exemplars.weights or (), strict=bool(exemplars.weights)):
+            conditions[WEIGHTS] = weights
 
     def _into(self, latent: torch.Tensor) -> torch.Tensor:
         return self.denoiser.model.process_latent_in(latent.clone()).float()

@@ -11,7 +11,7 @@ from ...kernels.channel_mask import MERGES
 from ..consent import gate
 from ..inputs.checked import CheckedNode
 from ..messages import tell
-from ..training import doctor, drawing, inputs, picture_training, widgets
+from ..training import doctor, drawing, inputs, loss_masks, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from . import encoding, files, sampling, training
@@ -95,6 +95,8 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     tooltip="Learns the direction of the action's tokens alone and leaves them as long as those of "
                     "the initial word, so that the other words of a prompt keep their weight.",
                 ),
+                *widgets.masks("one mask per picture, or one for all"),
+                widgets.offload(),
                 widgets.consent(),
             ],
             outputs=[
@@ -104,7 +106,7 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, images, subjects, contrast_images=None, **lists) -> io.NodeOutput:
+    def execute(cls, images, subjects, contrast_images=None, masks=None, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
         action = _action(values)
         consent = gate.check_training("Train Action Identifier", values.get("consent"))
@@ -119,7 +121,10 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
         ]
         warnings = _warnings(values["clip"], action, exemplars)
         tell("Train Action Identifier", [*warnings, *doctor.lines(findings)], logging.WARNING)
-        settings = widgets.settings(values, config, _settings(action, exemplars))
+        masks, floor = loss_masks.pictures(masks, len(exemplars.latents)), values.get("mask_floor", 0.0)
+        exemplars = dataclasses.replace(exemplars, weights=loss_masks.weights(masks, exemplars.latents, floor))
+        method = {**_settings(action, exemplars), **loss_masks.settings(masks, floor, inputs.digest)}
+        settings = widgets.settings(values, config, method)
         identifier, loss_map = training.train(
             values["model"], values["clip"], exemplars, action, config,
             checkpoints=Checkpoints("action_identifier", settings),

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..consent import gate
 from ..inputs.checked import CheckedNode
 from ..messages import tell
-from ..training import doctor, inputs, picture_training, widgets
+from ..training import doctor, inputs, loss_masks, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from . import training
@@ -61,6 +61,8 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
                 widgets.min_snr_gamma(),
                 *widgets.on_the_way("Iterations", "the source text"),
                 widgets.whole_unet(False, "rank then has no effect.", optional=True, advanced=True),
+                *widgets.masks("of source and driving picture, in this order, or one for both"),
+                widgets.offload(),
                 widgets.consent(),
             ],
             outputs=[
@@ -75,16 +77,20 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
     def execute(cls, **lists) -> io.NodeOutput:
         pictures = [inputs.one_picture(lists.pop(name), name) for name in _PICTURES]
         texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in _PICTURES]
+        masks = loss_masks.pictures(lists.pop("masks", None), len(pictures))
         values = inputs.single_values(lists)
         consent = gate.check_training("Train Source and Driving Pair", values.get("consent"))
         warnings = _warnings(pictures, texts, values["model"]) + [_NOT_SAVED] * bool(consent)
         tell("Train Source and Driving Pair", warnings, logging.WARNING)
         config, lora = _configs(values)
         latents = picture_training.encode_pictures(values["vae"], pictures)
-        settings = widgets.settings(values, config, _settings(lora, texts, latents))
+        floor = values.get("mask_floor", 0.0)
+        method = {**_settings(lora, texts, latents), **loss_masks.settings(masks, floor, inputs.digest)}
+        settings = widgets.settings(values, config, method)
         lora_weights, loss_map = training.train(
             values["model"], values["clip"], values["vae"], latents, texts, config, lora,
             checkpoints=Checkpoints("source_driving_pair", settings), resume_from=values["resume_from"],
+            weights=loss_masks.weights(masks, latents, floor),
         )
         return io.NodeOutput(lora_weights, loss_map)
 

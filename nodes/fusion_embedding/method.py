@@ -17,6 +17,7 @@ from ...kernels import fusion_embedding as kernel
 from ..consent.record import ConsentRecord
 from ..fingerprint import weights_fingerprint
 from ..training.objective import Denoising, draw_batch
+from ..training.parallel import engine, in_shares, share
 from ..training.reference_loss import noise_and_level
 from .config import PERSON_THRESHOLD, CombinerConfig, GeneratorConfig
 from .layout import FusionError, Weights, pose_blocks
@@ -170,11 +171,19 @@ class RetrievalObjective:
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         order = torch.randperm(self.count, generator=generator)[: self.batch_size]
-        source, pose, target = self.embed([int(i) for i in order])
-        drop = kernel.dropout(self.config.dropout, generator) if self.config.dropout else None
+        part = share().of(self.batch_size)
+        source, pose, target = self.embed([int(i) for i in order[part]])
+        drop = None
+        if self.config.dropout:
+            drop = kernel.dropout(self.config.dropout, generator, part, self.batch_size)
         fused = kernel.combine(source, pose, self.weights, drop)
-        self.ranks.append(kernel.retrieval_ranks(fused.detach(), target.detach()).cpu())
-        return kernel.source_enhanced_info_nce(source, target, fused, self.config.temperature, self.config.l1)
+        # Targets are retrieved among those of all processes, so gradients come back from them.
+        whole = engine().everyone(torch.cat([source, fused, target], dim=-1))
+        sources, fuseds, targets = whole.chunk(3, dim=-1)
+        self.ranks.append(kernel.retrieval_ranks(fuseds.detach(), targets.detach()).cpu())
+        return kernel.source_enhanced_info_nce(
+            source, target, fused, self.config.temperature, self.config.l1, (sources, fuseds, part.start)
+        )
 
     def reference_loss(self) -> float:
         """The loss on the first pairs, as many as a batch, without dropout."""
@@ -193,13 +202,14 @@ class RetrievalObjective:
 
 class EncodedPair(NamedTuple):
     """One pair as a generator reads it: latent [1, C, h, w] as VAE Encode makes it, hidden states [1, T, encoder],
-    e_f [1, D] or None, and the drawing [1, 3, H, W] at the latent's size.
+    e_f [1, D] or None, the drawing [1, 3, H, W] at the latent's size, `weights` [1, 1, h, w] of its cells or None.
     """
 
     latent: torch.Tensor
     states: torch.Tensor
     fused: torch.Tensor | None
     pose: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 class PairBatch(NamedTuple):
@@ -226,7 +236,26 @@ class PoseTransferObjective:
         self.buckets = list(buckets.values())
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
-        pairs = [self.encoded[i] for i in draw_batch(self.buckets, self.batch_size, generator)]
+        drawn = draw_batch(self.buckets, self.batch_size, generator)
+        count = len(drawn)
+        pairs = [self.encoded[i] for i in drawn[share().of(count)] or drawn[:1]]
+        shape = pairs[0].latent.shape[1:]
+        noise = torch.randn((count, *shape), generator=generator)
+        noise += self.config.noise_offset * torch.randn((count, shape[0], 1, 1), generator=generator)
+        level = torch.randint(len(self.denoising.denoiser.sigmas), (count,), generator=generator)
+        keep = {
+            name: (torch.rand(count, generator=generator) >= getattr(self.config, f"{name}_drop")).float()
+            for name in CONDITIONS
+        }
+
+        def losses(part: slice) -> torch.Tensor:
+            kept = {name: values[part] for name, values in keep.items()}
+            masked = {} if pairs[0].weights is None else {"weights": torch.cat([pair.weights for pair in pairs])}
+            return self.denoising.loss_at(*self._batch(pairs, kept), noise[part], level[part], **masked)
+
+        return in_shares(count, losses).mean()
+
+    def _batch(self, pairs: Sequence[EncodedPair], keep: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PairBatch]:
         tokens = sorted({pair.states.shape[1] for pair in pairs})
         if len(tokens) > 1:
             raise FusionError(
@@ -235,16 +264,9 @@ class PoseTransferObjective:
             )
         into = self.denoising.denoiser.model.process_latent_in
         clean = torch.cat([into(pair.latent.clone()).float() for pair in pairs])
-        noise = torch.randn(clean.shape, generator=generator)
-        noise += self.config.noise_offset * torch.randn((*clean.shape[:2], 1, 1), generator=generator)
-        level = torch.randint(len(self.denoising.denoiser.sigmas), (len(clean),), generator=generator)
-        keep = {
-            name: (torch.rand(len(pairs), generator=generator) >= getattr(self.config, f"{name}_drop")).float()
-            for name in CONDITIONS
-        }
         fused = None if pairs[0].fused is None else torch.cat([pair.fused for pair in pairs])
         states, pose = (torch.cat([getattr(pair, name) for pair in pairs]) for name in ("states", "pose"))
-        return self.denoising.loss_at(clean, PairBatch(states, fused, pose, keep), noise, level).mean()
+        return clean, PairBatch(states, fused, pose, keep)
 
     def reference_loss(self, index: int, seed: int, place: float) -> torch.Tensor:
         """The error [1] of one pair with all its conditions, as ReferenceLoss asks for it."""

@@ -9,7 +9,7 @@ from ..consent import gate
 from ..fingerprint import weights_fingerprint
 from ..inputs.checked import CheckedNode, File
 from ..messages import tell
-from ..training import doctor, inputs, widgets
+from ..training import doctor, inputs, loss_masks, widgets
 from ..training.checkpoints import Checkpoints
 from . import encoding, files, pairs, training
 from .config import CombinerConfig, GeneratorConfig
@@ -106,6 +106,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
                 _dataset_folder(),
                 widgets.resume_from(),
                 *widgets.on_the_way("Steps"),
+                *widgets.masks("of the targets, one per pair or for all; a dataset_folder may hold a folder mask"),
                 widgets.consent(),
             ],
             outputs=_outputs("Connect it to Train Fusion Generator, or to Save Fusion."),
@@ -113,7 +114,10 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
+        masks = lists.pop("masks", None)
         values, data = _values_and_pairs(lists, "Train Fusion Combiner")
+        if (masks := _masks(masks, data)) is not None:
+            data = pairs.MaskedPairs(data, masks, values.get("mask_floor", 0.0))
         consent = gate.check_training("Train Fusion Combiner", values.get("consent"))
         combiner = CombinerConfig(
             temperature=values["temperature"], batch_size=values["batch_size"], train_encoder=values["train_encoder"]
@@ -185,6 +189,8 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                 ),
                 widgets.dtype(),
                 *widgets.on_the_way("Steps", "the first pair"),
+                *widgets.masks("of the targets, one per pair or for all; a dataset_folder may hold a folder mask"),
+                widgets.offload(),
                 widgets.consent(),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
@@ -192,7 +198,9 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
+        masks = lists.pop("masks", None)
         values, data = _values_and_pairs(lists, "Train Fusion Generator")
+        masks, floor = _masks(masks, data), values.get("mask_floor", 0.0)
         options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset")
         generator = GeneratorConfig(
             batch_size=values["batch_size"], whole_unet=values["whole_unet"],
@@ -201,11 +209,13 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
         config = widgets.config(values)
         fusion = values.get("fusion") or Fusion()
         consent = gate.check_training("Train Fusion Generator", values.get("consent"), fusion.consent)
-        settings = widgets.settings(values, config, _generator_settings(values, data, generator, fusion))
+        method = _generator_settings(values, data, generator, fusion)
+        method |= loss_masks.settings(masks, floor, inputs.digest)
+        settings = widgets.settings(values, config, method)
         trained, loss_map = training.train_generator(
             values["model"], values["vae"], values["appearance_encoder"], data, fusion, values.get("clip_vision"),
             config, generator, checkpoints=Checkpoints("fusion_generator", settings),
-            resume_from=values["resume_from"],
+            resume_from=values["resume_from"], masks=masks, mask_floor=floor,
         )
         return io.NodeOutput(dataclasses.replace(trained, consent=consent), loss_map)
 
@@ -224,6 +234,13 @@ def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorCon
         encoder = encoding.encoder_for(fusion, values.get("clip_vision"))
         settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
     return settings
+
+
+def _masks(masks: list | None, data: pairs.Pairs):
+    """A mask for each target: the connected ones, or those of the folder; None if there is neither."""
+    if masks is None and isinstance(data, pairs.FolderPairs):
+        return data.masks()
+    return loss_masks.pictures(masks, len(data))
 
 
 def _values_and_pairs(lists: dict, node: str) -> tuple[dict, pairs.Pairs]:

@@ -12,7 +12,7 @@ from ..inputs.checked import CheckedNode
 from ..inputs.widgets import IDENTITY
 from ..messages import tell
 from ..subject_tokens import Subject
-from ..training import doctor, inputs, picture_training, widgets
+from ..training import doctor, inputs, loss_masks, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
 from .config import AUGMENTS, IdentityPriorConfig
@@ -92,6 +92,8 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
                 widgets.dtype(),
                 widgets.min_snr_gamma(),
                 *widgets.on_the_way("Steps", "the first caption"),
+                *widgets.masks("one mask per picture, or one for all"),
+                widgets.offload(),
                 widgets.consent(),
             ],
             outputs=[
@@ -106,7 +108,7 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, images, captions, class_images=None, class_captions=None, **lists) -> io.NodeOutput:
+    def execute(cls, images, captions, class_images=None, class_captions=None, masks=None, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
         prior = IdentityPriorConfig(
             rank=values["rank"], prior_weight=values["prior_weight"], augment=values["augment"],
@@ -119,18 +121,23 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
         warnings = _warnings(values["clip"], subject, len(pictures))
         findings = doctor.examine(pictures, captions, learned=(subject.token, subject.noun), model=values["model"])
         tell("Train Identity Prior", [*warnings, *doctor.lines(findings)], logging.WARNING)
+        masks = loss_masks.pictures(masks, len(pictures))
+        if masks is not None:  # cut and mirrored as the pictures are
+            masks, _ = training.variants(masks, texts, prior.augment, config.seed)
         pictures, texts = training.variants(pictures, texts, prior.augment, config.seed)
         latents = picture_training.encode_pictures(values["vae"], pictures)
+        floor = values.get("mask_floor", 0.0)
         classes = training.class_pictures(values["vae"], subject, texts, prior, class_images, class_captions)
         settings = {
             "pictures": inputs.digest(latents), "captions": texts, "rank": prior.rank,
             "class_pictures": inputs.digest(classes.latents) if class_images else "made by the model",
             "class_captions": list(classes.texts), "prior_weight": prior.prior_weight,
+            **loss_masks.settings(masks, floor, inputs.digest),
         }
         lora, loss_map = training.train(
             values["model"], values["clip"], values["vae"], latents, texts, classes, prior, config,
             checkpoints=Checkpoints("identity_prior", widgets.settings(values, config, settings)),
-            resume_from=values["resume_from"],
+            resume_from=values["resume_from"], weights=loss_masks.weights(masks, latents, floor),
         )
         return io.NodeOutput(lora, subject, loss_map)
 

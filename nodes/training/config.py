@@ -24,6 +24,8 @@ class TrainingConfig:
     # Min-SNR weighting (Hang et al., arXiv 2303.09556): 5 is the published value, 0 is off.
     min_snr_gamma: float = 0.0
     gradient_checkpointing: bool = False
+    # Whether the frozen weights stay in main memory and stream in, layer by layer.
+    offload: bool = False
     # Ours: what the model computes in; "model" is its own type, but never fp16, where small gradients vanish.
     dtype: str = "model"
     # Optimiser steps between previews and between checkpoints; 0 is never.

@@ -89,6 +89,33 @@ def copied_norm_inputs(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def streamed_layers(model: torch.nn.Module) -> Iterator[None]:
+    """Layers compute again in the backward pass, with weights that stream in again: none is kept for it meanwhile.
+
+    Weights that stream in share buffers, so one that autograd kept would be overwritten.
+    """
+    # ComfyUI's own for a layer of one input; this module is large, and part of ComfyUI's nodes.
+    from comfy_extras.nodes_train import OffloadCheckpointFunction
+
+    def again(forward):
+        return lambda x, *args, **kwargs: OffloadCheckpointFunction.apply(x, lambda y: forward(y, *args, **kwargs))
+
+    originals = []
+    try:
+        for module in model.modules():
+            if next(module.children(), None) is None and next(module.parameters(), None) is not None:
+                originals.append((module, module.__dict__.get("forward")))
+                one_input = isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd)
+                module.forward = again(module.forward) if one_input else _recomputing(module.forward)
+        yield
+    finally:
+        for module, original in originals:
+            del module.forward
+            if original is not None:
+                module.forward = original
+
+
+@contextlib.contextmanager
 def checkpointed_blocks(network: torch.nn.Module, on_copies: bool = False) -> Iterator[None]:
     """Blocks save their inputs only and compute again in the backward pass; `on_copies` if they work in place."""
     originals = []

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..inputs.words import entries, words_pattern
+from .stored import is_stored
 
 # Pictures are compared at this size, in which grain, compression and a few pixels of cropping are gone.
 _SIDE = 24
@@ -59,6 +60,8 @@ def examine(
     `images` and `texts` name the inputs; `learned` are the words for what is learned, which captions need not
     explain; masks [H, W], 0..1, one for each picture or none; a MODEL tells the size to train at.
     """
+    if is_stored(pictures):  # a job's, which is examined in the graph
+        return []
     findings = [
         *of_copies([features(picture) for picture in pictures], images), *of_light(pictures, images),
         *of_sizes(pictures, images, native_size(model)), *of_masks(masks), *of_captions(captions, texts, learned),

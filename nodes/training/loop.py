@@ -14,6 +14,7 @@ import torch
 
 from ..errors import shown_by_name
 from .config import TrainingConfig
+from .parallel import engine
 from .seeds import seed_for
 
 # objective(step, generator) -> scalar loss with a graph to the parameters
@@ -70,6 +71,7 @@ def train(
     state = State() if resume is None else resume
     if state.step:
         _restore(state, parameters, optimiser, config)
+    objective, optimiser = engine().prepared(objective, parameters, optimiser)
     losses = list(state.losses)
     saved_steps = state.step
     try:
@@ -94,14 +96,13 @@ def train(
 
 def _one_step(step, objective, optimiser, parameters, config, masks, fixed_norm) -> float:
     optimiser.zero_grad(set_to_none=True)
-    loss = objective(step, torch.Generator().manual_seed(seed_for(config.seed, "step", step)))
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise TrainingDiverged(_divergence("loss", value, step, config))
     for group in optimiser.param_groups:
         group["lr"] = config.learning_rate_at(step)
-    loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm))
+    seed = seed_for(config.seed, "step", step)
+    value = engine().gradients(objective, step, lambda: torch.Generator().manual_seed(seed))
+    if not math.isfinite(value):
+        raise TrainingDiverged(_divergence("loss", value, step, config))
+    norm = engine().clipped(parameters, config.max_gradient_norm)
     if not math.isfinite(norm):
         raise TrainingDiverged(_divergence("gradient", norm, step, config))
     found = {} if masks is None else masks()
@@ -170,6 +171,8 @@ def _warn_if_degraded(losses: list[float], config: TrainingConfig, monitor: Moni
 
 def _checkpoint(monitor: Monitor, losses, parameters, optimiser) -> None:
     """Give the monitor a copy of the run's state, or a warning where there is no memory for one; the run goes on."""
+    if not engine().main:  # the others hold the same state
+        return
     try:
         state = _snapshot(losses, parameters, optimiser)
     except (MemoryError, RuntimeError) as error:  # PyTorch's own, on any device, are RuntimeErrors

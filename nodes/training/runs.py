@@ -15,6 +15,7 @@ from . import doctor, loop
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .monitor import FAILURES, NodeMonitor, Preview, told
+from .parallel import engine
 
 # What ComfyUI's Plot Loss Graph takes, LOSS_MAP: the loss of every optimiser step.
 LossMap = dict[str, list[float]]
@@ -36,13 +37,13 @@ def run(
     loop.TrainingDiverged and ComfyUI's interruption.
     """
     monitor = NodeMonitor(config, device, checkpoints, preview, note, phase, extra_tensors)
-    before = _measured(reference_loss)
-    losses = loop.train(objective, parameters, config, monitor, resume, masks, fixed_norm)
+    before = _measured(reference_loss) if engine().main else None
+    losses = loop.train(objective, parameters, config, engine().watched(monitor), resume, masks, fixed_norm)
     after = None if before is None else _measured(reference_loss)
     if after is not None:
         finding = doctor.compared(before, after)
         tell("training", [finding.text], logging.WARNING if finding.serious else logging.INFO)
-    if checkpoints is not None:
+    if checkpoints is not None and engine().main:
         monitor.report_peak_memory()
     return {"loss": losses}
 

@@ -116,6 +116,30 @@ def on_the_way(unit: str, picture: str = "") -> list[io.Input]:
     return [checkpointing, *([previews] if picture else []), checkpoints]
 
 
+def masks(each: str) -> list[io.Input]:
+    """Where the loss looks; `each` says how many masks there are."""
+    return [
+        io.Mask.Input(
+            "masks", optional=True,
+            tooltip=f"Where to learn from, {each}: white counts in full, black as mask_floor says. Without masks "
+            "everything counts.",
+        ),
+        io.Float.Input(
+            "mask_floor", default=0.0, min=0.0, max=1.0, step=0.01, round=False, optional=True, advanced=True,
+            tooltip="How much counts outside the masks: 0 nothing, 1 as much as inside. No effect without masks.",
+        ),
+    ]
+
+
+def offload() -> io.Boolean.Input:
+    """Frozen weights in main memory."""
+    return io.Boolean.Input(
+        "offload", default=False, optional=True, advanced=True,
+        tooltip="Leaves the model's weights in main memory and streams them in layer by layer: much slower, for "
+        "cards that the model does not fit on.",
+    )
+
+
 consent = consent_widgets.to_train  # of every Train node
 
 

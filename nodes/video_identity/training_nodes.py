@@ -12,8 +12,9 @@ from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
 from ..inputs.latents import check_not_zero
 from ..messages import tell
-from ..training import doctor, inputs, widgets
+from ..training import doctor, inputs, loss_masks, widgets
 from ..training.checkpoints import Checkpoints
+from ..training.stored import is_stored
 from . import files, training
 from .config import AdapterTrainingConfig
 from .nodes import ADAPTER, CATEGORY
@@ -61,6 +62,8 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
                 widgets.resume_from(),
                 widgets.dtype(),
                 *widgets.on_the_way("Steps"),
+                *widgets.masks("a list item per video, of one mask or one per frame, or one for all"),
+                widgets.offload(),
                 widgets.consent(),
             ],
             outputs=[
@@ -70,28 +73,31 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, latents, references, positive, **lists) -> io.NodeOutput:
+    def execute(cls, latents, references, positive, masks=None, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
         videos = inputs.single_latents(latents, "latents")
         pictures = inputs.single_latents(references, "references")
-        pictures = inputs.one_each(pictures, len(videos), "references", kind="items", each="video")
         _check_references(pictures)
-        if len(pictures) > len({id(picture) for picture in pictures}):
+        if len(pictures) == 1 < len(videos):
             tell("Train Video Identity Adapter", [f"one reference is trained with all {len(videos)} videos"])
+        pictures = inputs.one_each(pictures, len(videos), "references", kind="items", each="video")
         if not all(positive):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
-        texts = inputs.one_each(list(positive), len(videos), "positive", kind="items", each="video")
+        texts = inputs.one_each(positive, len(videos), "positive", kind="items", each="video")
         consent = gate.check_training("Train Video Identity Adapter", values.get("consent"))
         tell("Train Video Identity Adapter", doctor.lines(_findings(videos, pictures, texts)), logging.WARNING)
         config = widgets.config(values)
+        masks, floor = loss_masks.videos(masks, len(videos)), values.get("mask_floor", 0.0)
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
             "texts": inputs.conditioning_digest(texts), "rank": values["rank"],
+            **loss_masks.settings(masks, floor, inputs.digest),
         }
         checkpoints = Checkpoints("video_identity_adapter", widgets.settings(values, config, settings))
         adapter, loss_map = training.train(
             values["model"], videos, pictures, texts, config, values["rank"],
             checkpoints=checkpoints, resume_from=values["resume_from"],
+            weights=loss_masks.weights(masks, videos, floor),
         )
         adapter = dataclasses.replace(adapter, base=fingerprint(values["model"]), consent=consent)
         return io.NodeOutput(adapter, loss_map)
@@ -99,6 +105,8 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
 
 def _findings(videos: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], texts: Sequence[list]) -> list:
     """What these latents and CONDITIONINGs will teach badly."""
+    if is_stored(videos):  # a job's, which is examined in the graph
+        return []
     findings = [*doctor.of_copies([doctor.features(video) for video in videos], "latents")]
     if len({id(picture) for picture in pictures}) > 1:
         findings += doctor.of_copies([doctor.features(picture) for picture in pictures], "references")
