@@ -69,6 +69,13 @@ def file_warnings(path: str | os.PathLike, purpose: str) -> list[str]:
     return [*lines, f"required: {is_required()}"] if lines else []
 
 
+def day_if_required() -> str:
+    """The fingerprint of a file that is not known yet: the day where consent is required, since a cache may outlast
+    it, else "".
+    """
+    return str(record.day_of(_now())) if is_required() else ""
+
+
 def check_training(
     node: str, connected: ConsentRecord | None, inherited: ConsentRecord | None = None
 ) -> ConsentRecord | None:

@@ -82,20 +82,25 @@ class ConsentRecord:
 
     def has_begun(self, now: datetime) -> bool:
         """Whether `now`, which knows its time zone, is not before the day on which consent was granted."""
-        return not self.granted_on or _day("granted_on", self.granted_on) <= now.astimezone(_FIRST_ZONE).date()
+        return not self.granted_on or _day("granted_on", self.granted_on) <= day_of(now)
 
     def has_expired(self, now: datetime) -> bool:
         """Whether `now`, which knows its time zone, is after the last day at UTC+14, or not before the moment."""
         if not self.expires:
             return False
         if _DAY.fullmatch(self.expires):
-            return now.astimezone(_FIRST_ZONE).date() > _day("expires", self.expires)
+            return day_of(now) > _day("expires", self.expires)
         return now >= _moment(self.expires)
 
     def to_json(self) -> str:
         """The record for a file's metadata; what is empty is left out."""
         content = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name)}
         return json.dumps({"version": _VERSION, **content}, ensure_ascii=False)
+
+
+def day_of(now: datetime) -> date:
+    """The day that counts at `now`, which knows its time zone."""
+    return now.astimezone(_FIRST_ZONE).date()
 
 
 def from_json(text: str) -> ConsentRecord:

@@ -37,10 +37,8 @@ class UnderstudyIdentityLibrary(CheckedNode):
             inputs=[
                 io.Combo.Input(
                     "kind", options=[kind.name for kind in listing.KINDS], default=listing.KINDS[0].name,
-                    tooltip="What to load: "
-                    + ", ".join(f"{kind.name} with {loader}" for kind, loader in zip(
-                        listing.KINDS, ("Load Identity Prior", "Load Action Identifier", "Load Fusion",
-                                        "Load Video Identity Adapter"), strict=True)) + ".",
+                    tooltip="What to load: identity prior with Load Identity Prior, action with Load Action "
+                    "Identifier, fusion with Load Fusion, video identity adapter with Load Video Identity Adapter.",
                 ),
                 File(
                     "name", options=listing.names(listing.all_files()),
@@ -91,21 +89,22 @@ class UnderstudyIdentityLibrary(CheckedNode):
         base = "" if model is None else fingerprint(model)
         shapes, metadata = _header(chosen.path)
         picture, missing = sidecars.preview(chosen.path)
-        tags, author = sidecars.tags_and_author(chosen.path)
-        newest = max(file.version for file in files if (file.entry.kind, file.name) == (kind, chosen.name))
-        lines = [
-            f"{chosen.folder}/{chosen.file}, newest version {newest}, sha256 {index.sha256(str(chosen.path))}",
-            listing.line(chosen, base), *([f"beside it: {', '.join([*tags, author])}"] if tags or author else []),
-            *([missing] if missing else []),
-        ]
-        tell(_NAME, lines)
+        tell(_NAME, [*_about(chosen, base), *([missing] if missing else [])])
         _warn_of_misfit(chosen, model, base, shapes, metadata)
-        listed = [listing.line(file, base) for file in files]
         others = [listing.line(file, base) for file in files if file.entry.kind in ("", kind) and file is not chosen]
         more = [f"and {len(others) - _SHOWN} more: see the output list"] if len(others) > _SHOWN else []
         tell(_NAME, [*others[:_SHOWN], *more])
         image = torch.full((1, 64, 64, 3), 0.5) if picture is None else picture
-        return io.NodeOutput(chosen.file, gate.read(metadata, _NAME), image, "\n".join(listed))
+        listed = "\n".join(listing.line(file, base) for file in files)
+        return io.NodeOutput(chosen.file, gate.read(metadata, _NAME), image, listed)
+
+
+def _about(chosen: listing.Listed, base: str) -> list[str]:
+    """What the node shows of a file, and of what model managers wrote beside it."""
+    tags, author = sidecars.tags_and_author(chosen.path)
+    beside = [f"beside it: {', '.join(part for part in (*tags, author) if part)}"] if tags or author else []
+    digest = index.sha256(str(chosen.path))
+    return [f"{chosen.folder}/{chosen.file}, sha256 {digest}", listing.line(chosen, base), *beside]
 
 
 def _header(path: Path) -> tuple[dict, dict]:

@@ -152,9 +152,11 @@ def test_consent_that_ends_makes_a_cached_loader_run_again(kind, monkeypatch):
     before = kind.load_node.fingerprint_inputs(**asked)
     monkeypatch.setattr(gate, "_now", lambda: NOON.replace(day=29))
     ended = kind.load_node.fingerprint_inputs(**asked)
+    linked = {kind.load_node.FILE: None, "purpose": None}
+    assert kind.load_node.fingerprint_inputs(**linked) == ""
     monkeypatch.setenv("UNDERSTUDY_REQUIRE_CONSENT", "1")
     assert len({before, ended, kind.load_node.fingerprint_inputs(**asked)}) == 3
-    assert kind.load_node.fingerprint_inputs(**{kind.load_node.FILE: None, "purpose": None}) == ""  # links
+    assert kind.load_node.fingerprint_inputs(**linked) == "2026-11-30"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 1, "subject": 5}', "x" * 100_000, '{"version": 9}'])

@@ -55,7 +55,7 @@ def test_it_says_hash_consent_and_the_others(saving, caplog):
     with caplog.at_level("INFO"):
         chosen()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert f"loras/anna_00001_.safetensors, newest version 1, sha256 {digest}" in caplog.text
+    assert f"loras/anna_00001_.safetensors, sha256 {digest}" in caplog.text
     assert "consent for private until 2099-12-31" in caplog.text and "there is no preview picture" in caplog.text
     assert "and 11 more: see the output list" in caplog.text and "flex" not in caplog.text
     assert "note" not in caplog.text
