@@ -150,7 +150,8 @@ def source_type(path: str | os.PathLike) -> str:
 def _picture_packet(path: str | os.PathLike) -> bytes:
     try:
         with Image.open(path) as image:
-            image.load()  # PNG may have its texts behind the pixels
+            if image.format == "PNG":
+                image.load()  # its texts may be behind the pixels
             packet = image.info.get("xmp") or image.info.get(_PNG_PACKET) or b""
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be read as a picture ({error})") from error

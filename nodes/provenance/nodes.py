@@ -84,8 +84,10 @@ class UnderstudyLabelMedia(CheckedNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_values: Any) -> str:
-        return "".join(map(_version, (signing.CERTIFICATE, signing.KEY)))
+    def fingerprint_inputs(cls, sources: str | None = None, **_values: Any) -> str:
+        paths = filter(None, map(files.find_media, (sources or "").split("\n")))
+        named = "".join(contents.digest(path) for path in paths if path.is_file())
+        return named + "".join(map(_version, (signing.CERTIFICATE, signing.KEY)))
 
     @classmethod
     def execute(
@@ -96,13 +98,13 @@ class UnderstudyLabelMedia(CheckedNode):
             raise ValueError(f"{found} connected: connect one of them")
         now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
         agreed = _agreed(consent, now)
-        signer, lines = _signer(now) if sign else (None, [])
+        signer, unsigned = _signer(now) if sign else (None, [])
         traced = method.trace(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         gathered = gather(traced, sources, signed=signer is not None)
         if str(cls.hidden.unique_id) not in (cls.hidden.prompt or {}):
             gathered.warnings.append("the graph does not say what led here: name the files in sources")
         if args.disable_metadata:
-            traced = method.Trace(watermarks=traced.watermarks)
+            traced = dataclasses.replace(traced, steps=())
         ingredients = [each for each, _ in gathered.ingredients]
         packet = xmp.write(label, ingredients, record.describe(consent) if consent else "")
         prefix = normalise_prefix(filename_prefix)
@@ -120,9 +122,9 @@ class UnderstudyLabelMedia(CheckedNode):
             *_write_pictures(cls, images, files.FORMATS[format], packet, prefix, write)
         ]
         how = f"signed by {signer.signer}" if signer else "not signed"
-        tell("Label Media", [f"labelled as {label}, {how}", *lines, *gathered.notes])
+        tell("Label Media", [f"labelled as {label}, {how}", *gathered.notes])
         warnings = [f"{name} takes a mark out of the picture" for name in traced.removers]
-        tell("Label Media", gathered.warnings + warnings, logging.WARNING)
+        tell("Label Media", [*unsigned, *gathered.warnings, *warnings], logging.WARNING)
         shown = ui.PreviewVideo(saved) if images is None else ui.SavedImages(saved)
         return io.NodeOutput(ui=shown)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import folder_paths
 
-from .config import PURPOSES
+from .config import PURPOSES, VENDOR
 from .files import has_manifest
 
 CERTIFICATE, KEY, TRUSTED = "certificate.pem", "private_key.pem", "trusted.pem"
@@ -28,8 +28,9 @@ _REMOTE = "Remote"  # begins c2pa's error where a file only has the address of i
 _OFFLINE = {
     "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
     "core": {"allowed_network_hosts": [], "allow_redirects": False},
-    "builder": {"thumbnail": {"enabled": False}},
 }
+# What the signer answers for; other assertions would count as gathered from elsewhere (C2PA 2.2).
+_OURS = ["c2pa.actions", "c2pa.ingredient", f"{VENDOR}.consent"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -142,12 +143,13 @@ def _context() -> Any:
     """c2pa's settings for one use: offline, with the authorities that the user trusts."""
     import c2pa
 
+    builder = {"thumbnail": {"enabled": False}, "created_assertion_labels": _OURS}
     trust = {"trust_config": "\n".join(PURPOSES)}
     trusted = folder() / TRUSTED
     if trusted.is_file():
         trust["trust_anchors"] = trusted.read_text(encoding="utf-8", errors="replace")
     try:
-        return c2pa.Context.from_dict({**_OFFLINE, "trust": trust})
+        return c2pa.Context.from_dict({**_OFFLINE, "trust": trust, "builder": builder})
     except c2pa.C2paError as error:
         raise _refused(trusted, f"holds no certificates in PEM form ({_line(error)})") from error
 

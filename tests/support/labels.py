@@ -56,6 +56,17 @@ def manifests(path, anchors=""):
     return report["manifests"][report["active_manifest"]], report
 
 
+def answered_for(path):
+    """The labels of the assertions that the signer answers for, and of those that are only gathered."""
+    with c2pa.Context() as context, open(path, "rb") as file, c2pa.Reader(file, context=context) as reader:
+        report = json.loads(reader.detailed_json())
+    claim = report["manifests"][report["active_manifest"]]["claim"]
+    return [
+        {each["url"].rpartition("/")[2] for each in claim.get(kind) or []}
+        for kind in ("created_assertions", "gathered_assertions")
+    ]
+
+
 def packet(path):
     """The XMP packet of a file, by the layout of its format."""
     content = path.read_bytes()

@@ -137,6 +137,14 @@ def test_other_kinds_of_keys_are_named_as_c2pa_does(key, tmp_path):
     assert signing._algorithm(tmp_path, key) in ("es384", "ps256")
 
 
+def test_a_changed_source_is_signed_again(folders):
+    (folders.input / "a.png").write_bytes(b"1")
+    before = labels.UnderstudyLabelMedia.fingerprint_inputs(sources="a.png\n")
+    (folders.input / "a.png").write_bytes(b"2")
+    assert labels.UnderstudyLabelMedia.fingerprint_inputs(sources="a.png\n") != before
+    assert labels.UnderstudyLabelMedia.fingerprint_inputs(sources="none.png") == ""
+
+
 def test_a_new_certificate_signs_again(folders, certificate):
     before = labels.UnderstudyLabelMedia.fingerprint_inputs()
     for name in make_certificate.FILES:

@@ -26,6 +26,9 @@ def test_consent_goes_into_the_file_without_its_note(folders, certificate, sign)
             "subject": "Anna Ø <&>", "scopes": ["editorial", "training"], "granted_by": "the agency",
             "granted_on": "2026-01-02", "expires": "2090-12-31", "references": ["ab" * 32],
         }
+        assert labels.answered_for(path) == [
+            {"c2pa.actions.v2", "io.github.understudy.consent", "c2pa.hash.data"}, set()
+        ]
         assert "Consent: " in labels.read(f"made/{path.name} [output]")[0]
 
 

@@ -58,6 +58,8 @@ def test_loaded_files_are_ingredients_by_use_and_sha256(folders, certificate):
         f"source of UnderstudyFrequencyGuidanceSampler; SHA-256 {sha256(folders.input / 'anna.png')}"
     )
     assert found["dance.jpg"]["description"].startswith("driving of UnderstudyFrequencyGuidanceSampler; ")
+    answered, gathered = labels.answered_for(path)
+    assert {"c2pa.actions.v2", "c2pa.ingredient.v3", "c2pa.ingredient.v3__1"} < answered and not gathered
     created, method = actions(path)
     assert len(created["parameters"]["ingredients"]) == 2
     assert method["softwareAgent"]["name"] == "UnderstudyFrequencyGuidanceSampler"
