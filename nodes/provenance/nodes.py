@@ -164,12 +164,13 @@ class UnderstudyReadLabel(CheckedNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        return True if files.find_media(file) else f"file is {file!r}: choose a picture or video of the list"
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        known = file is None or files.find_media(file)  # one that a link brings is checked when it is there
+        return True if known else f"file is {file!r}: choose a picture or video of the list"
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        path = files.find_media(file)
+    def fingerprint_inputs(cls, file: str | None = None) -> str:
+        path = files.find_media(file or "")
         return (contents.digest(path) if path and path.is_file() else "") + _version(signing.TRUSTED)
 
     @classmethod

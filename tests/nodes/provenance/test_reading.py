@@ -100,6 +100,19 @@ def test_a_new_hash_of_a_changed_picture_does_not_help(signed):
     assert not judged.picture_matches and not judged.signature_holds
 
 
+def test_one_of_two_hashes_is_not_enough():
+    hashed = "u/c2pa.hash.data"
+    results = {"activeManifest": {
+        "success": [{"code": "claimSignature.validated", "url": "u"}] + [
+            {"code": code, "url": hashed} for code in ("assertion.hashedURI.match", "assertion.dataHash.match")
+        ],
+        "failure": [],
+    }}
+    assert report.verdict(results) == report.Verdict(True, True, False)
+    results["activeManifest"]["failure"] = [{"code": "assertion.bmffHash.mismatch", "url": "u/c2pa.hash.bmff"}]
+    assert not report.verdict(results).picture_matches
+
+
 def test_a_manifest_of_another_picture_does_not_match(folders, certificate):
     first, second = (
         labels.label(folders, images=labels.pictures(height=height))[0] for height in (24, 30)
