@@ -2,7 +2,7 @@
 
 Source: arXiv 2412.07333. A combiner turns two embeddings into one (kernels/fusion_embedding.py). A generator has up
 to three paths into a UNet: appearance tokens in place of the text's, an embedding that is added to the time's, and
-a residual of the pose after the first convolution.
+a residual of the pose after the first convolution. A fourth is ours: tokens of the embedding, after the appearance's.
 """
 
 import collections
@@ -109,6 +109,10 @@ def unet_inputs(
     embedding = torch.zeros(1, 1, device=device)
     if fused is not None:
         embedding = class_embedding(weights, fused.to(device) * fusion.reshape(-1, 1))
+    if "embedding_tokens.projection.weight" in weights:
+        extra = embedding_tokens(weights, fused.to(device)) * fusion.reshape(-1, 1, 1)
+        count = max(len(tokens), len(extra))
+        tokens = torch.cat([to_batch(tokens, count), to_batch(extra, count)], dim=1)
     # Without a graph one at a time: a drawing at full size takes far more memory than its residual.
     at_once = len(pose) if torch.is_grad_enabled() else 1
     residual = torch.cat([pose_residual(weights, part.to(device)) for part in pose.split(at_once)])
@@ -132,6 +136,20 @@ def appearance_tokens(weights: Mapping[str, torch.Tensor], states: torch.Tensor)
 def class_embedding(weights: Mapping[str, torch.Tensor], fused: torch.Tensor) -> torch.Tensor:
     """What is added to the time's embedding, [B, time], for e_f [B, D]; zeros stand for one that is left out."""
     return _projection(weights, "embedding", fused)
+
+
+def embedding_tokens(weights: Mapping[str, torch.Tensor], fused: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, n, context] of e_f [B, D], which cross-attention reads after the appearance's.
+
+    Ours: e_f is of length 1 and its class embedding small beside the time's, while its tokens have a norm, and so a
+    scale, of their own.
+    """
+    name = "embedding_tokens.norm"
+    width = weights[f"{name}.weight"].shape[0]
+    projection = "embedding_tokens.projection"
+    tokens = functional.linear(fused, weights[f"{projection}.weight"], weights[f"{projection}.bias"])
+    tokens = tokens.unflatten(-1, (-1, width))
+    return functional.layer_norm(tokens, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"])
 
 
 def pose_residual(weights: Mapping[str, torch.Tensor], pose: torch.Tensor) -> torch.Tensor:

@@ -158,13 +158,13 @@ def unet(model: Any) -> UNetModel:
     return network
 
 
-def model_sizes(model: Any, encoder: int, embedding: int | None) -> Sizes:
-    """The sizes of a generator for this MODEL, with hidden states and e_f of these widths."""
+def model_sizes(model: Any, encoder: int, embedding: int | None, embedding_tokens: int = 0) -> Sizes:
+    """The sizes of a generator for this MODEL, with hidden states and e_f of these widths, and tokens of e_f."""
     network = unet(model)
     return Sizes(
         encoder, model.model.model_config.unet_config["context_dim"], embedding,
         network.time_embed[2].out_features if embedding is not None else 0,
-        network.input_blocks[0][0].out_channels,
+        network.input_blocks[0][0].out_channels, 0 if embedding is None else embedding_tokens,
     )
 
 

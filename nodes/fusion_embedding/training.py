@@ -241,7 +241,7 @@ def train_generator(
     encoded = PairEncoder(pairs, vae, appearance, fusion.combiner, encoder, ratio, masks, mask_floor)
     width = None if fusion.combiner is None else layout.combiner_width(fusion.combiner)
     first = encoded[0]
-    sizes = sampling.model_sizes(model, first.states.shape[-1], width)
+    sizes = sampling.model_sizes(model, first.states.shape[-1], width, generator.embedding_tokens)
     _check_latent(first.latent, (latent_format.latent_channels, *encoded.sizes()[0]))
     encoded.fill()
     height, across = max(encoded.sizes(), key=lambda size: size[0] * size[1])

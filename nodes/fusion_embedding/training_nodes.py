@@ -12,7 +12,8 @@ from ..messages import tell
 from ..training import doctor, inputs, loss_masks, widgets
 from ..training.checkpoints import Checkpoints
 from . import encoding, files, pairs, training
-from .config import CombinerConfig, GeneratorConfig
+from .config import MOST_EMBEDDING_TOKENS, CombinerConfig, GeneratorConfig
+from .layout import FusionError
 from .method import Fusion, pose_warnings
 from .nodes import CATEGORY, FUSION
 
@@ -192,6 +193,12 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                 *widgets.masks("of the targets, one per pair or for all; a dataset_folder may hold a folder mask"),
                 widgets.offload(),
                 widgets.consent(),
+                io.Int.Input(
+                    "embedding_tokens", default=_GENERATOR.embedding_tokens, min=0, max=MOST_EMBEDDING_TOKENS,
+                    optional=True, advanced=True,
+                    tooltip="Tokens by which the UNet also reads the fusion embedding, beside the class embedding. "
+                    "0 is as published, where what the source wears may not arrive; 4 is a good start.",
+                ),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
         )
@@ -201,13 +208,18 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
         masks = lists.pop("masks", None)
         values, data = _values_and_pairs(lists, "Train Fusion Generator")
         masks, floor = _masks(masks, data), values.get("mask_floor", 0.0)
-        options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset")
+        options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset", "embedding_tokens")
         generator = GeneratorConfig(
             batch_size=values["batch_size"], whole_unet=values["whole_unet"],
             **{name: values[name] for name in options if name in values},
         )
         config = widgets.config(values)
         fusion = values.get("fusion") or Fusion()
+        if generator.embedding_tokens and fusion.combiner is None:
+            raise FusionError(
+                f"embedding_tokens is {generator.embedding_tokens}, and without a fusion there is no embedding: "
+                "connect Train Fusion Combiner to fusion, or set it to 0"
+            )
         consent = gate.check_training("Train Fusion Generator", values.get("consent"), fusion.consent)
         method = _generator_settings(values, data, generator, fusion)
         method |= loss_masks.settings(masks, floor, inputs.digest)
@@ -226,6 +238,7 @@ def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorCon
         "pairs": data.digest(), "rank": "whole UNet" if generator.whole_unet else generator.rank,
         "source_drop": generator.source_drop, "fusion_drop": generator.fusion_drop,
         "pose_drop": generator.pose_drop, "noise_offset": generator.noise_offset,
+        "embedding_tokens": generator.embedding_tokens,
         "vae": weights_fingerprint(values["vae"].get_sd()),
         "appearance_encoder": weights_fingerprint(values["appearance_encoder"].get_sd()),
         "combiner": weights_fingerprint(fusion.combiner or {}),
