@@ -12,6 +12,7 @@ from typing import Any
 from .config import GENERATOR, SOURCE_TYPES, VENDOR
 
 _OURS = "Understudy"  # begins the ids of the pack's nodes
+_CONSENT = "UnderstudyConsentRecord"  # makes nothing, and its note is not for everybody
 _WATERMARK = re.compile("watermark|水印|透かし|ウォーターマーク", re.IGNORECASE)
 _REMOVING = re.compile("remov|eras|去除|去水印|除去", re.IGNORECASE)
 _READING = re.compile("detect|decod|extract|read|verif|check|检测|検出", re.IGNORECASE)
@@ -75,8 +76,8 @@ class Ingredient:
 def trace(prompt: Mapping[str, Any], last: str) -> Trace:
     """What led to the node `last` of an API-format prompt; nothing where the prompt does not have it.
 
-    Each input of one of the pack's nodes is a use: what reaches it is used as that, and no longer as what comes
-    after it.
+    Consent records are left out. Each input of one of the pack's nodes is a use: what reaches it is used as that, and
+    no longer as what comes after it.
     """
     if last not in prompt:
         return Trace()
@@ -85,7 +86,10 @@ def trace(prompt: Mapping[str, Any], last: str) -> Trace:
     while waiting:
         node = waiting.pop()
         if node not in links:
-            links[node] = [(name, link[0]) for name, link in _inputs(prompt, node) if _is_link(prompt, link)]
+            links[node] = [
+                (name, link[0]) for name, link in _inputs(prompt, node)
+                if _is_link(prompt, link) and _class(prompt, link[0]) != _CONSENT
+            ]
             waiting += [source for _, source in links[node]]
     order = list(graphlib.TopologicalSorter({
         node: {source for _, source in sources} for node, sources in links.items()

@@ -64,8 +64,8 @@ class UnderstudyLabelMedia(CheckedNode):
                 ),
                 CONSENT.Input(
                     "consent", optional=True,
-                    tooltip="From Consent Record, for who is shown: all but its note goes into the file, where "
-                    "everybody can read it. The node warns where it is out of date.",
+                    tooltip="From Consent Record, for who is shown: it goes into the file, where everybody can read "
+                    "it; its note only with the workflow. The node warns where it is out of date.",
                 ),
                 io.String.Input(
                     "sources", default="", multiline=True, optional=True,

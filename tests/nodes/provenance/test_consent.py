@@ -32,6 +32,26 @@ def test_consent_goes_into_the_file_without_its_note(folders, certificate, sign)
         assert "Consent: " in labels.read(f"made/{path.name} [output]")[0]
 
 
+def test_the_node_that_typed_it_adds_nothing_to_the_manifest(folders, certificate):
+    """Its note is in the workflow, as in every picture that ComfyUI saves; help says so."""
+    (folders.input / "reference.png").write_bytes(labels.red_png())
+    prompt = {
+        "reference": {"class_type": "LoadImage", "inputs": {"image": "reference.png"}},
+        "consent": {
+            "class_type": "UnderstudyConsentRecord",
+            "inputs": {"subject": "Anna", "note": "secret note", "references": ["reference", 0]},
+        },
+        "train": {"class_type": "UnderstudyTrainIdentityPrior", "inputs": {"steps": 3, "consent": ["consent", 0]}},
+        "label": {
+            "class_type": "UnderstudyLabelMedia", "inputs": {"images": ["train", 0], "consent": ["consent", 0]},
+        },
+    }
+    (path,) = labels.label(folders, consent=RECORD, prompt=prompt)
+    active = labels.manifests(path)[0]
+    assert "UnderstudyTrainIdentityPrior" in str(active) and "ingredients" not in active
+    assert "secret note" not in str(active) and "secret note" not in labels.packet(path).decode()
+
+
 @pytest.mark.parametrize("record", [None, ConsentRecord()])
 def test_no_record_or_the_empty_one_says_nothing(folders, certificate, record):
     (path,) = labels.label(folders, consent=record)
