@@ -122,10 +122,16 @@ def _can_batch(first: Any, second: Any) -> bool:
 
 
 class Denoising:
-    """The weighted denoising loss of a model, at noise levels drawn uniformly from its own table of sigmas."""
+    """The weighted denoising loss of a model, at noise levels drawn uniformly from its own table of sigmas.
 
-    def __init__(self, denoiser: Denoiser, config: TrainingConfig):
-        self.denoiser = denoiser
+    A method's own `level_weight(sigma [B])` -> [B] multiplies it.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, config: TrainingConfig,
+        level_weight: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
+    ):
+        self.denoiser, self.level_weight = denoiser, level_weight
         self.prediction_loss = PredictionLoss(denoiser.model.model_sampling, config.min_snr_gamma)
 
     def loss(self, clean: torch.Tensor, conditions: Sequence, generator: torch.Generator) -> torch.Tensor:
@@ -160,14 +166,15 @@ class Denoising:
         sampling = self.denoiser.model.model_sampling
         noisy = sampling.noise_scaling(sigma.reshape(-1, *[1] * (clean.ndim - 1)), noise, clean)
         denoised = self.denoiser.denoise(noisy, sigma, conditions)
-        return self.prediction_loss(denoised, clean, sigma, None if weights is None else weights.to(device))
+        loss = self.prediction_loss(denoised, clean, sigma, None if weights is None else weights.to(device))
+        return loss * self.level_weight(sigma)
 
 
 class DenoisingObjective(Denoising):
     """The plain objective: the mean denoising loss of seeded batches of `samples`."""
 
-    def __init__(self, denoiser: Denoiser, samples: Sequence[Sample], config: TrainingConfig):
-        super().__init__(denoiser, config)
+    def __init__(self, denoiser: Denoiser, samples: Sequence[Sample], config: TrainingConfig, **options: Any):
+        super().__init__(denoiser, config, **options)
         self.batches = Batches(samples, config.batch_size)
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:

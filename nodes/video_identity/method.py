@@ -4,6 +4,7 @@ Source: Stand-In (arXiv 2508.07901); the attention itself is in kernels/restrict
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -262,3 +263,21 @@ def token_weights(
     frames -= leading
     video = frame_masks.by_latent_frame(tokens, frames).expand(frames, -1, -1)
     return torch.cat([video.mean().expand(leading, *video.shape[1:]), video]) if leading else video
+
+
+# Training
+
+
+def training_sigmas(levels: int = 1000, shift: float = 5.0) -> torch.Tensor:
+    """The noise levels [levels] of the official repository's training, rising to 1: an even grid, shifted."""
+    even = torch.arange(1, levels + 1, dtype=torch.float64) / levels
+    return (shift * even / (1 + (shift - 1) * even)).float()
+
+
+def bell_weight(sigma: torch.Tensor) -> torch.Tensor:
+    """The official repository's weight of noise levels [B] in 0..1: a bell around 0.5, 0 at its ends, mean 1."""
+
+    def bell(x: torch.Tensor) -> torch.Tensor:
+        return (-2 * (x - 0.5).square()).exp() - math.exp(-0.5)
+
+    return bell(sigma) / bell(training_sigmas().to(sigma)).mean()

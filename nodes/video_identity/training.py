@@ -22,6 +22,7 @@ from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, session
 from . import method, reference_pass, sampling
+from .config import BELL, EVEN
 
 _REFERENCE = "understudy_reference"
 
@@ -29,18 +30,23 @@ _REFERENCE = "understudy_reference"
 def train(
     model: Any, latents: Sequence[torch.Tensor], references: Sequence[torch.Tensor], conditionings: Sequence[list],
     config: TrainingConfig, rank: int, *, checkpoints: Checkpoints, resume_from: str,
-    weights: Sequence[torch.Tensor] | None = None,
+    weights: Sequence[torch.Tensor] | None = None, loss_weighting: str = EVEN,
 ) -> tuple[method.VideoAdapter, LossMap]:
     """Train the updates of the reference's q, k and v; the loss is on the video's tokens alone.
 
     latents: [1, C, T, H, W] each, references: [1, C, 1, h, w] each, as VAE Encode returns them; one latent, reference
-    and CONDITIONING per video, and where there are masks `weights` [1, 1, T, H, W] of the latent's cells. Returns the
-    adapter, fp32 on the CPU, and ComfyUI's LOSS_MAP. The model is not modified. Raises TrainingDiverged, ValueError
-    as `session` does, and ComfyUI's interruption.
+    and CONDITIONING per video, and where there are masks `weights` [1, 1, T, H, W] of the latent's cells. Noise
+    levels are drawn and weighted by `loss_weighting`, one of config.LOSS_WEIGHTINGS. Returns the adapter, fp32 on the
+    CPU, and ComfyUI's LOSS_MAP. The model is not modified. Raises TrainingDiverged, ValueError as `session` does, and
+    ComfyUI's interruption.
     """
     resume = checkpoints.resume(resume_from)
     with prepared(model, latents, references, conditionings, config, rank, weights) as (adapter, samples, denoiser):
-        objective = DenoisingObjective(denoiser, samples, config)
+        options = {}
+        if loss_weighting == BELL:
+            denoiser.sigmas = method.training_sigmas().to(denoiser.sigmas)
+            options["level_weight"] = method.bell_weight
+        objective = DenoisingObjective(denoiser, samples, config, **options)
         loss_map = run(
             objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume,
             reference_loss=ReferenceLoss.of_samples(objective, samples),

@@ -16,7 +16,7 @@ from ..training import doctor, inputs, loss_masks, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.stored import is_stored
 from . import files, training
-from .config import AdapterTrainingConfig
+from .config import LOSS_WEIGHTINGS, AdapterTrainingConfig
 from .nodes import ADAPTER, CATEGORY
 
 _DEFAULT = AdapterTrainingConfig()
@@ -65,6 +65,12 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
                 *widgets.masks("a list item per video, of one mask or one per frame, or one for all"),
                 widgets.offload(),
                 widgets.consent(),
+                io.Combo.Input(
+                    "loss_weighting", options=list(LOSS_WEIGHTINGS), default=_DEFAULT.loss_weighting, optional=True,
+                    advanced=True,
+                    tooltip="Which noise levels count. bell is the official repository's: shift 5, and most weight "
+                    "on middle levels, where looks are decided. even takes the model's own levels alike.",
+                ),
             ],
             outputs=[
                 ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply or Save Video Identity Adapter."),
@@ -86,18 +92,18 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
         texts = inputs.one_each(positive, len(videos), "positive", kind="items", each="video")
         consent = gate.check_training("Train Video Identity Adapter", values.get("consent"))
         tell("Train Video Identity Adapter", doctor.lines(_findings(videos, pictures, texts)), logging.WARNING)
-        config = widgets.config(values)
+        config, weighting = widgets.config(values), values.get("loss_weighting", _DEFAULT.loss_weighting)
         masks, floor = loss_masks.videos(masks, len(videos)), values.get("mask_floor", 0.0)
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
-            "texts": inputs.conditioning_digest(texts), "rank": values["rank"],
+            "texts": inputs.conditioning_digest(texts), "rank": values["rank"], "loss_weighting": weighting,
             **loss_masks.settings(masks, floor, inputs.digest),
         }
         checkpoints = Checkpoints("video_identity_adapter", widgets.settings(values, config, settings))
         adapter, loss_map = training.train(
             values["model"], videos, pictures, texts, config, values["rank"],
             checkpoints=checkpoints, resume_from=values["resume_from"],
-            weights=loss_masks.weights(masks, videos, floor),
+            weights=loss_masks.weights(masks, videos, floor), loss_weighting=weighting,
         )
         adapter = dataclasses.replace(adapter, base=fingerprint(values["model"]), consent=consent)
         return io.NodeOutput(adapter, loss_map)
