@@ -21,6 +21,7 @@ from .library.nodes import NODES as LIBRARY_NODES
 from .provenance.nodes import NODES as PROVENANCE_NODES
 from .puppets import menus, theatre
 from .puppets.nodes import NODES as THEATRE_NODES
+from .reference_weight.nodes import NODES as REFERENCE_NODES
 from .training.checkpoints import FOLDER as TRAINING_CHECKPOINTS
 from .training_doctor.nodes import NODES as DOCTOR_NODES
 from .training_jobs.nodes import NODES as JOB_NODES
@@ -37,6 +38,7 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     *CONSENT_NODES, *LIBRARY_NODES,
     *DOCTOR_NODES, *CASTING_NODES, *CHECK_NODES, *EXPLAIN_NODES,
     *PROVENANCE_NODES, *JOB_NODES,
+    *REFERENCE_NODES,
 ]
 FOLDERS = [ACTION_IDENTIFIERS, FUSION_EMBEDDINGS, TRAINING_CHECKPOINTS]
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..fingerprint import fingerprint
+from ..inputs.families import family
 from ..inputs.model_fit import check_encoded
 from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
@@ -66,9 +67,9 @@ def train(
     loop.TrainingDiverged, ValueError as `session` does, and ComfyUI's interruption.
     """
     only_whole_batches("an action", "since a step compares three pictures of one draw")
+    places = sampling.places(model.get_model_object("diffusion_model"), family(model))
     check_encoded([], [*exemplars.latents, *(exemplars.contrasts or ())], model)
     resume = checkpoints.resume(resume_from)
-    places = sampling.places(model.get_model_object("diffusion_model"))
     base = fingerprint(model)
     encoder = TextEncoder(clip)
     count = 3 if action.triples else config.batch_size

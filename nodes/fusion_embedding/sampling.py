@@ -18,6 +18,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 
 from ..files import fitting
+from ..inputs.families import family, identity_instead
 from ..messages import tell
 from ..patching import models
 from . import layout, method
@@ -151,10 +152,11 @@ def unet(model: Any) -> UNetModel:
     network = model.get_model_object("diffusion_model")
     if type(network) is not UNetModel:
         raise FusionError(
-            f"model is a {type(network).__name__}, and a fusion needs a UNet: load SD 1.5, SD 2.1 or SDXL"
+            f"model is {family(model)}, a {type(network).__name__}, and a fusion needs a UNet: load SD 1.5, SD 2.1 "
+            f"or SDXL, or {identity_instead(model)}"
         )
     if network.num_classes is not None and type(model.model).__name__ not in _SDXL_SIZES:
-        raise FusionError(f"a {type(model.model).__name__} with class labels is unknown: load SD 1.5, 2.1 or SDXL")
+        raise FusionError(f"model is {family(model)}, whose class labels are unknown: load SD 1.5, 2.1 or SDXL")
     return network
 
 

@@ -17,6 +17,7 @@ import torch
 
 from .. import subject_tokens
 from ..inputs import latents
+from ..inputs.families import check_one_latent, family
 from ..inputs.model_fit import check_latents, check_texts
 from ..messages import tell
 from ..patching import models, samplers
@@ -47,9 +48,10 @@ def invert(
 
     The subject is looked for by `positive`, or by `mask_text` in one more call a step.
     """
+    check_one_latent(model, "inversion")
     samples = _checked(latent["samples"], model)
     method.check_sigmas([float(sigma) for sigma in sigmas])
-    prediction_kind(model.get_model_object("model_sampling"), "inversion")
+    prediction_kind(model.get_model_object("model_sampling"), "inversion", family(model))
     check_texts([positive], "positive", model, "use the CLIP of this model in Encode Identity")
     # They skip calls by what changed since a higher sigma, and an inversion comes from lower ones.
     model, cache = models.without_step_caches(model)
@@ -62,8 +64,7 @@ def invert(
     elif layers:
         subject_tokens.require_subject(positive, "positive")
     else:
-        name = type(model.get_model_object("diffusion_model")).__name__
-        warning = f"a {name} has no cross-attention that can be read, so the source mask is the whole picture"
+        warning = f"{family(model)} has no cross-attention that can be read, so the source mask is the whole picture"
         tell("Invert Image", [warning], logging.WARNING)
     sampler = InversionSampler(config, masks, layers)
     guider = comfy.samplers.CFGGuider(attention.with_recorder(model) if layers else model)

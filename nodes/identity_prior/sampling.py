@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .. import explanations, subject_tokens
 from ..inputs import latent_masks, latents, ranges
+from ..inputs.families import check_one_latent, family
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
@@ -41,6 +42,7 @@ def apply(
 
     Raises ValueError, naming the input and the fix, where it cannot.
     """
+    check_one_latent(model, "the blend")
     clean = inversion.trajectory.clean
     latents.check_channels(clean, "inversion", model.model.latent_format.latent_channels, "invert with this model")
     layers = attention.layers_of(model)
@@ -49,7 +51,10 @@ def apply(
     else:
         subject_tokens.require_subject(*((positive, "positive") if mask_text is None else (mask_text, "mask_text")))
         if not layers:
-            raise ValueError("this model has no cross-attention to find the subject by: connect your own `mask`")
+            raise ValueError(
+                f"model is {family(model)}, which has no cross-attention to find the subject by: connect your own "
+                "`mask`, for example from ComfyUI's SAM3 Detect"
+            )
         attention.chosen_layers(layers, masks, max(clean.shape[-2:]))
         model = attention.with_recorder(model)
     blend = IdentityBlend(inversion, layers, masks, config, mask, mask_text if mask is None else None)

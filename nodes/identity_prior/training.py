@@ -46,6 +46,7 @@ def train(
 
     Raises what picture_training.train_on_pictures raises.
     """
+    picture_training.check_family(model, LoraConfig(rank=prior.rank))
     checkpoints.resume(resume_from)  # one that does not fit is refused before the model draws
     *conditionings, empty = picture_training.encode_texts(clip, [*texts, *classes.texts, ""])
     check_encoded(conditionings, chained(latents, classes.latents), model)  # also before the model draws

@@ -63,7 +63,11 @@ class LoraConfig:
     # Ours: None is a scale of 1 for every rank, so that a learning rate suits all of them.
     alpha: float | None = None
     # Which layers, by a regular expression on their names in the model; by default those of attention.
-    layers: str = r"att(?:entio)?n.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out)$"
+    layers: str = (
+        r"att(?:entio)?n.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out"
+        # AuraFlow and Krea 2, Kandinsky, Mochi
+        r"|w[12]?[qkvo]|to_query|to_key|to_value|out_layer|(?:qkv|proj)_[xy])$"
+    )
 
     def __post_init__(self) -> None:
         check_limits(self, "rank", lowest=1, fix="1 or more")

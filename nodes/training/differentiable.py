@@ -116,6 +116,16 @@ def streamed_layers(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def copied_activations() -> Iterator[None]:
+    """What a backward pass needs of activations is copied: some networks add in place to all that they have read."""
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.grad_fn is not None else tensor  # weights stay
+
+    with torch.autograd.graph.saved_tensors_hooks(copied, lambda tensor: tensor):
+        yield
+
+
+@contextlib.contextmanager
 def checkpointed_blocks(network: torch.nn.Module, on_copies: bool = False) -> Iterator[None]:
     """Blocks save their inputs only and compute again in the backward pass; `on_copies` if they work in place."""
     originals = []
@@ -132,7 +142,15 @@ def checkpointed_blocks(network: torch.nn.Module, on_copies: bool = False) -> It
 
 
 def _on_a_copy(forward):
-    return lambda x, *args, **kwargs: forward(x.clone(), *args, **kwargs)
+    def on_copies(*args, **kwargs):
+        return forward(*(_copied_tokens(a) for a in args), **{key: _copied_tokens(a) for key, a in kwargs.items()})
+
+    return on_copies
+
+
+def _copied_tokens(value: Any) -> Any:
+    """A copy of what a block may add to: tokens [B, N, C] or [B, T, H, W, C]; others as they are."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.ndim in (3, 5) else value
 
 
 def _recomputing(forward):

@@ -16,8 +16,8 @@ from .stored import is_stored
 
 # ComfyUI's kinds of prediction by class name, looked up in a class's resolution order; None is refused.
 _PREDICTIONS = {
-    "EPS": "noise", "V_PREDICTION": "v", "EDM": "v", "CONST": "flow", "LCM": None,
-    "V_PREDICTION_DDPM": None, "X0": None, "IMG_TO_IMG": None, "IMG_TO_IMG_FLOW": None, "COSMOS_RFLOW": None,
+    "EPS": "noise", "V_PREDICTION": "v", "EDM": "v", "CONST": "flow", "COSMOS_RFLOW": "scaled flow", "LCM": None,
+    "V_PREDICTION_DDPM": None, "X0": None, "IMG_TO_IMG": None, "IMG_TO_IMG_FLOW": None,
 }
 
 
@@ -188,13 +188,16 @@ class DenoisingObjective(Denoising):
         return in_shares(len(batch), losses).mean()
 
 
-def prediction_kind(model_sampling: Any, purpose: str) -> str:
-    """noise, v or flow. Raises ValueError, naming `purpose` and the model's kind, for another prediction."""
+def prediction_kind(model_sampling: Any, purpose: str, family: str = "") -> str:
+    """noise, v, flow, or scaled flow, which is flow at the noisy latent's own scale, as Cosmos-Predict2's.
+
+    Raises ValueError, naming `purpose`, the model's kind and its `family`, for another prediction.
+    """
     kind = next((cls.__name__ for cls in type(model_sampling).__mro__ if cls.__name__ in _PREDICTIONS), "")
     if _PREDICTIONS.get(kind) is None:
         raise ValueError(
-            f"{purpose} is not known for a model of {kind or 'this'} prediction: use one that predicts noise, "
-            "v or flow"
+            f"{purpose} is not known for a model of {kind or 'this'} prediction{family and f', such as {family}'}: "
+            "use one that predicts noise, v or flow"
         )
     return _PREDICTIONS[kind]
 
@@ -203,13 +206,14 @@ class PredictionLoss:
     """The mean square error of the prediction target, computed from the error of the denoised estimate.
 
     For ε-prediction |ε̂ - ε|² = |x̂ - x|² / σ²; for v-prediction with unit data variance
-    |v̂ - v|² = |x̂ - x|² (σ² + 1) / σ²; for flow models |v̂ - v|² = |x̂ - x|² / σ². `min_snr_gamma` weights it by
+    |v̂ - v|² = |x̂ - x|² (σ² + 1) / σ²; for flow models |v̂ - v|² = |x̂ - x|² / σ², where a scaled flow's own level is
+    σ / (1 + σ). `min_snr_gamma` weights it by
     min(SNR, γ) / SNR for ε and / (SNR + 1) for v (Hang et al., arXiv 2303.09556), as diffusers does.
     """
 
     def __init__(self, model_sampling: Any, min_snr_gamma: float):
         kind = prediction_kind(model_sampling, "training")
-        self.flow, self.velocity = kind == "flow", kind == "v"
+        self.flow, self.velocity, self.scaled = "flow" in kind, kind == "v", kind == "scaled flow"
         if min_snr_gamma and self.flow:
             raise ValueError("min_snr_gamma is for noise and v prediction: set it to 0 for a flow model")
         self.gamma = min_snr_gamma
@@ -222,7 +226,7 @@ class PredictionLoss:
         if weights is not None:
             error = error * (weights / weights.flatten(1).mean(1).reshape(-1, *[1] * (weights.ndim - 1)))
         error = error.flatten(1).mean(1)
-        error = error / sigma.square()
+        error = error / (sigma / (1 + sigma) if self.scaled else sigma).square()
         if self.velocity:
             error = error * (sigma.square() + 1)
         return error * self.weight(sigma)

@@ -6,21 +6,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from comfy.ldm.cosmos.predict2 import MiniTrainDIT
+from comfy.ldm.ernie.model import ErnieImageModel
+from comfy.ldm.joyimage.model import JoyImageTransformer3DModel
+from comfy.ldm.pixeldit.model import PixDiT_T2I
 
 from ..fingerprint import weights_fingerprint
+from ..inputs.families import check_one_latent, family
 from ..inputs.model_fit import check_encoded
 from ..messages import tell
 from .checkpoints import Checkpoints
 from .config import LoraConfig, TrainingConfig
 from .drawing import ModelPreview
 from .loop import Objective
-from .lora import lora_model, trainable
-from .objective import WEIGHTS, Denoising, DenoisingObjective, Sample, samples_of
+from .lora import chosen_layers, lora_model, trainable
+from .objective import WEIGHTS, Denoising, DenoisingObjective, Sample, prediction_kind, samples_of
 from .parallel import engine
 from .reference_loss import ReferenceLoss
 from .runs import LossMap, run
 from .session import session
 from .stored import Stored, digest, is_stored
+
+# The rotary embedding of most is a kernel of ComfyUI's without a gradient; the last writes over what its own needs.
+_WITHOUT_GRADIENTS = (ErnieImageModel, JoyImageTransformer3DModel, MiniTrainDIT, PixDiT_T2I)
 
 # make(denoising, samples) -> the method's objective
 MakeObjective = Callable[[Denoising, Sequence[Sample]], Objective]
@@ -73,6 +81,7 @@ def train_on_pictures(
     Raises loop.TrainingDiverged, ValueError for texts or latents of another model and as `session` does, and
     ComfyUI's interruption.
     """
+    check_family(model, lora)
     check_encoded(conditionings, latents, model)
     resume = checkpoints.resume(resume_from)
     largest = max(latents, key=lambda latent: latent.numel())
@@ -96,3 +105,20 @@ def train_on_pictures(
                 preview=None if preview is None else lambda: preview(denoiser), reference_loss=reference_loss,
             )
         return lora_model(trained, denoiser.model.model_config.unet_config), loss_map
+
+
+def check_family(model: Any, lora: LoraConfig | None) -> None:
+    """Raises ValueError, naming the family and the fix, for a model that cannot be trained on pictures."""
+    network = model.get_model_object("diffusion_model")
+    check_one_latent(model, "training")
+    prediction_kind(model.get_model_object("model_sampling"), "training", family(model))
+    if isinstance(network, _WITHOUT_GRADIENTS):
+        raise ValueError(
+            f"model is {family(model)}, whose attention has no backward pass in this ComfyUI, so it cannot be "
+            "trained: use SD, SDXL, Flux, Qwen-Image, Z-Image or Wan"
+        )
+    if lora is not None and not chosen_layers(network, lora):
+        raise ValueError(
+            f"model is {family(model)}, none of whose layers are known as attention, which is what is trained: use "
+            "SD, SDXL, Flux, Qwen-Image, Z-Image or Wan"
+        )

@@ -11,13 +11,17 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.ldm.lightricks.model import LTXBaseModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ..inputs.families import family
 from ..messages import tell
 from ..patching import models
 from ..patching.wan_blocks import OVERRIDE
 from .config import TrainingConfig
 from .differentiable import (
     checkpointed_blocks,
+    copied_activations,
     copied_norm_inputs,
     frozen_parameters,
     host_in_training,
@@ -147,8 +151,19 @@ def session(
         if config.offload:
             for streamed in (patcher, *other_models):
                 stack.enter_context(streamed_layers(streamed.model))
+        network = patcher.model.diffusion_model
+        if isinstance(network, LTXBaseModel):  # it adds in place to what was read, beyond norms
+            if config.gradient_checkpointing or config.offload:
+                raise ValueError(
+                    f"gradient_checkpointing or offload is on, and {family(patcher)} gives wrong gradients where "
+                    "parts of it are computed twice: switch both off"
+                )
+            stack.enter_context(copied_activations())
+        elif not isinstance(network, UNetModel):
+            # Flux and its relatives add in place to what a norm has read.
+            stack.enter_context(copied_norm_inputs(network))
         if config.gradient_checkpointing:
-            stack.enter_context(checkpointed_blocks(patcher.model.diffusion_model))
+            stack.enter_context(checkpointed_blocks(network, on_copies=not isinstance(network, UNetModel)))
         yield ModelDenoiser(patcher)
 
 

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from ..inputs.ranges import ALL, check_choice, check_limits, check_range, parse_numbers
 
+HIGHEST_STRENGTH = 2.0  # ours: twice as much of the attention, before the softmax divides
+
 
 @dataclass(frozen=True)
 class VideoIdentityConfig:
-    """How the video sees a reference: strength 0..1, steps as percents 0..1 of sampling, blocks counted from 0.
+    """How the video sees a reference: strength 0..2, steps as percents 0..1 of sampling, blocks counted from 0.
 
     Raises ValueError for a strength out of range, an empty range of steps, or other text than block ranges.
     """
@@ -21,7 +23,8 @@ class VideoIdentityConfig:
     blocks: str = ALL
 
     def __post_init__(self) -> None:
-        check_limits(self, "strength", lowest=0, highest=1, fix="0 (off) to 1 (as published)")
+        fix = f"0 (off) to {HIGHEST_STRENGTH:g}, 1 is as published"
+        check_limits(self, "strength", lowest=0, highest=HIGHEST_STRENGTH, fix=fix)
         check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)
         parse_numbers("blocks", self.blocks)
 

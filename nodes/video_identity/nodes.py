@@ -10,7 +10,7 @@ from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..messages import pictures, tell
 from . import files, method, reference_picture, sampling
-from .config import ReferenceConfig, VideoIdentityConfig
+from .config import HIGHEST_STRENGTH, ReferenceConfig, VideoIdentityConfig
 
 CATEGORY = "Understudy/Video identity"
 ADAPTER = io.Custom("UNDERSTUDY_VIDEO_ADAPTER")
@@ -142,8 +142,8 @@ class UnderstudyApplyVideoIdentity(CheckedNode):
                     "reference", tooltip="One picture from Prepare Reference, encoded with this model's VAE.",
                 ),
                 widgets.strength(
-                    "Weight of the reference in the video's attention: 0 is off, 1 as published. Values in between "
-                    "are exact and somewhat slower.", _DEFAULT.strength,
+                    "Weight of the reference in the video's attention: 0 is off, 1 as published, above 1 stronger. "
+                    "Other values than 1 are exact and somewhat slower.", _DEFAULT.strength, highest=HIGHEST_STRENGTH,
                 ),
                 *widgets.percent_range(_DEFAULT, "the reference"),
                 widgets.numbers(

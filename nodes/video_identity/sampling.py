@@ -19,6 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ...kernels.restricted_attention import Reference
 from .. import explanations
 from ..inputs import latents, ranges
+from ..inputs.families import family, identity_instead
 from ..messages import tell
 from ..patching import models, wan_blocks
 from . import blocks, explaining, method, reference_pass
@@ -113,14 +114,18 @@ def wan_network(model: Any) -> Any:
     """The Wan transformer of a MODEL. Raises ValueError for any model whose attention cannot be extended."""
     network = model.get_model_object("diffusion_model")
     name = type(network).__name__
+    kind = f"{family(model)}, a {name}"
     if not wan_blocks.is_wan(network):
-        raise ValueError(f"model is a {name}, and the video identity adapter needs a Wan video model: connect one")
+        raise ValueError(
+            f"model is {kind}, and the video identity adapter needs a Wan video model: connect one, or "
+            f"{identity_instead(model)}"
+        )
     advice = "connect a Wan T2V, I2V, VACE, camera, Animate, HuMo or SCAIL model"
     if not wan_blocks.runs_patches(network):
-        raise ValueError(f"model is a {name}, which does not let its attention be extended: {advice}")
+        raise ValueError(f"model is {kind}, which does not let its attention be extended: {advice}")
     if name not in VERIFIED:
         raise ValueError(
-            f"model is a {name}, a relative of Wan in which the video identity adapter is not verified: {advice}"
+            f"model is {kind}, a relative of Wan in which the video identity adapter is not verified: {advice}"
         )
     return network
 

@@ -198,7 +198,7 @@ def test_video_models_train_and_load_under_their_names():
 
 
 def test_a_model_without_named_attention_is_refused():
-    with pytest.raises(ValueError, match="not supported"):
+    with pytest.raises(ValueError, match="model is SD 1.5, none of whose layers"):
         trained(inference_model(), lora=LoraConfig(layers="no such layer"))
 
 
@@ -237,8 +237,9 @@ def test_the_loss_is_the_error_of_the_prediction_with_diffusers_weights(kind):
         torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-5)
 
 
-def test_flow_loss_is_the_error_of_the_velocity():
-    sampling = Sampling.of(comfy.model_sampling.CONST)
+@pytest.mark.parametrize("kind", [comfy.model_sampling.CONST, comfy.model_sampling.COSMOS_RFLOW])
+def test_flow_loss_is_the_error_of_the_velocity(kind):
+    sampling = Sampling.of(kind)
     clean, noise, output = (torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
     sigma = torch.tensor([0.2, 0.9])
     denoised = sampling.calculate_denoised(sigma, output, sampling.noise_scaling(sigma, noise, clean))

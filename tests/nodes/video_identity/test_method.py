@@ -80,7 +80,7 @@ def test_blocks(text, expected):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: VideoIdentityConfig(strength=1.5), "strength is 1.5: use 0"),
+    (lambda: VideoIdentityConfig(strength=2.5), "strength is 2.5: use 0"),
     (lambda: VideoIdentityConfig(strength=float("nan")), "strength"),
     (lambda: VideoIdentityConfig(start_percent=0.5, end_percent=0.5), "range of steps is empty"),
     *(

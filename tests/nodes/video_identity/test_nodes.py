@@ -266,7 +266,7 @@ def test_from_file_to_video_and_back(folder):
 
 
 @pytest.mark.parametrize(("model", "settings", "message"), [
-    (lambda: tiny_model.picture(), {}, "model is a UNetModel.*needs a Wan"),
+    (lambda: tiny_model.picture(), {}, "model is SD 1.5, a UNetModel.*needs a Wan"),
     (lambda: tiny_model.wan("causal"), {}, "CausalWanModel, which does not let"),
     (lambda: tiny_model.wan(dim=96), {}, r"q_loras\.down\.weight should be \(rank, 96\) and is \(4, 48\)"),
     (lambda: tiny_model.wan(num_layers=4), {}, r"blocks\.3\.self_attn\.q_loras\.down\.weight .* is nothing"),
