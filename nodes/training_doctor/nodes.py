@@ -109,11 +109,14 @@ def _losses(values: dict[str, Any], pictures: Sequence[torch.Tensor], texts: Seq
     latents = picture_training.encode_pictures(values["vae"], pictures)
     conditionings = picture_training.encode_texts(values["clip"], texts)
     check_encoded(conditionings, latents, values["model"])
+    unnamed = [
+        Finding("captions hold {subject}, which nothing fills in here: write the trigger there for a true loss")
+    ] * any("{subject}" in text for text in texts)
     before = _loss(values["model"], latents, conditionings)
     if values.get("lora") is None:
-        return [Finding(f"loss of the base model on these pictures {before:.4f}")]
+        return [*unnamed, Finding(f"loss of the base model on these pictures {before:.4f}")]
     tuned = models.with_lora(values["model"], weights=values["lora"], strength=1.0)
-    return [doctor.compared(before, _loss(tuned, latents, conditionings))]
+    return [*unnamed, doctor.compared(before, _loss(tuned, latents, conditionings))]
 
 
 def _loss(model: Any, latents: Sequence[torch.Tensor], conditionings: Sequence[list]) -> float:

@@ -1,5 +1,7 @@
 """A casting sheet in a real server: repeated runs finish it, a killed one goes on, the end blocks what follows."""
 
+import time
+
 import pytest
 from faults import prompts
 from launcher.server import Server
@@ -54,6 +56,24 @@ def test_repeated_runs_finish_a_sheet_and_a_torn_file_is_made_again(fault_server
         assert contact.getpixel((260, 60)) != (221, 221, 221)
 
 
+def test_a_file_of_the_sheet_goes_into_its_loader(fault_server):
+    """The identity's output is a COMBO, which the Load node's list takes; {subject} is filled in from the file."""
+    (prior,) = [name for name in fault_server.model_names("loras") if name.startswith("puppets_sd_identity")]
+    prompt = sheet(fault_server, [prior], ["waving"], ["on a beach"], 2)
+    prompt["sheet"]["inputs"]["filename_prefix"] = "casting/prior"
+    prompt["prior"] = prompts.node(
+        "UnderstudyLoadIdentityPrior", model=[prompts.LOADER, 0], lora_name=["sheet", 0], strength=1.0,
+        **{name: value for name, value in prompts.defaults(fault_server, "UnderstudyLoadIdentityPrior").items()
+           if name not in ("model", "lora_name", "strength")},
+    )
+    prompt["positive"] = prompts.node(
+        "UnderstudyEncodeIdentity", clip=[prompts.LOADER, 1], identity=["prior", 1], text=["sheet", 1]
+    )
+    prompt[prompts.SAMPLER]["inputs"]["model"] = ["prior", 0]
+    assert run(fault_server, prompt)[0] == 1
+    assert "all 1 are there" in run(fault_server, prompt)[1]
+
+
 @pytest.mark.parametrize(("pass_above", "kept"), [(-1.0, 2), (1.0, 0)])
 def test_an_identity_check_keeps_what_passes_and_the_rest_is_tried_twice(fault_server, pass_above, kept):
     """The picture that passes has the name that the sheet looks for; one that does not is not tried for ever."""
@@ -98,7 +118,7 @@ def test_a_sheet_of_720_is_finished_though_the_server_is_killed(comfy_path, tmp_
                     before = len(saved(server))
                     server.submit(prompt)
                     while len(saved(server)) < before + 5 and server.alive():
-                        pass
+                        time.sleep(0.05)
                     server.process.kill()
                     server.process.wait()
                     break

@@ -51,6 +51,7 @@ def test_a_lora_is_compared_with_its_base():
     after, before = map(float, re.search(r"references ([\d.]+), and ([\d.]+) before", text).groups())
     assert after < before
     assert f"loss of the base model on these pictures {before:.4f}" in examine(**MODELS)[0]
+    assert "captions hold {subject}" in examine(captions=["a {subject} at night"], **MODELS)[0]
     blank = {key: torch.zeros_like(weight) if weight.ndim else weight for key, weight in lora.items()}
     text, healthy = examine(**MODELS, lora=blank)
     assert "learned nothing" in text and healthy is False
