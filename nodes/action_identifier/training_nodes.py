@@ -112,16 +112,16 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
         consent = gate.check_training("Train Action Identifier", values.get("consent"))
         config = widgets.config(values)
         exemplars = _exemplars(values["vae"], images, subjects, contrast_images)
+        masks, floor = loss_masks.pictures(masks, len(exemplars.latents)), values.get("mask_floor", 0.0)
         findings = [
             *doctor.of_named(exemplars.subjects, "subjects", (action.initial_word,)),
             *doctor.examine(
                 inputs.pictures(images, "images"), exemplars.subjects if any(exemplars.subjects) else (),
-                texts="subjects", learned=(action.placeholder,), model=values["model"],
+                texts="subjects", learned=(action.placeholder,), masks=masks, model=values["model"],
             ),
         ]
         warnings = _warnings(values["clip"], action, exemplars)
         tell("Train Action Identifier", [*warnings, *doctor.lines(findings)], logging.WARNING)
-        masks, floor = loss_masks.pictures(masks, len(exemplars.latents)), values.get("mask_floor", 0.0)
         exemplars = dataclasses.replace(exemplars, weights=loss_masks.weights(masks, exemplars.latents, floor))
         method = {**_settings(action, exemplars), **loss_masks.settings(masks, floor, inputs.digest)}
         settings = widgets.settings(values, config, method)

@@ -119,9 +119,11 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
         subject, texts = _subject(values, captions)
         config = widgets.config(values)
         warnings = _warnings(values["clip"], subject, len(pictures))
-        findings = doctor.examine(pictures, captions, learned=(subject.token, subject.noun), model=values["model"])
-        tell("Train Identity Prior", [*warnings, *doctor.lines(findings)], logging.WARNING)
         masks = loss_masks.pictures(masks, len(pictures))
+        findings = doctor.examine(
+            pictures, captions, learned=(subject.token, subject.noun), masks=masks, model=values["model"]
+        )
+        tell("Train Identity Prior", [*warnings, *doctor.lines(findings)], logging.WARNING)
         if masks is not None:  # cut and mirrored as the pictures are
             masks, _ = training.variants(masks, texts, prior.augment, config.seed)
         pictures, texts = training.variants(pictures, texts, prior.augment, config.seed)

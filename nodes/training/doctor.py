@@ -53,15 +53,16 @@ class Finding(NamedTuple):
 
 def examine(
     pictures: Sequence[torch.Tensor], captions: Sequence[str], *, images: str = "images", texts: str = "captions",
-    learned: Sequence[str] = (), masks: Sequence[torch.Tensor] = (), model: Any = None,
+    learned: Sequence[str] = (), masks: Sequence[torch.Tensor] | None = None, model: Any = None,
 ) -> list[Finding]:
     """Findings on pictures [1, H, W, 3] in 0..1 with a caption each, serious ones first.
 
     `images` and `texts` name the inputs; `learned` are the words for what is learned, which captions need not
-    explain; masks [H, W], 0..1, one for each picture or none; a MODEL tells the size to train at.
+    explain; masks [H, W] or [1, H, W, 1], 0..1, one for each picture or none; a MODEL tells the size to train at.
     """
     if is_stored(pictures):  # a job's, which is examined in the graph
         return []
+    masks = [mask[0, ..., 0] if mask.ndim == 4 else mask for mask in masks or ()]
     findings = [
         *of_copies([features(picture) for picture in pictures], images), *of_light(pictures, images),
         *of_sizes(pictures, images, native_size(model)), *of_masks(masks), *of_captions(captions, texts, learned),

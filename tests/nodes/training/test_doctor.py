@@ -140,6 +140,14 @@ def test_what_should_be_learned_is_found_as_a_word():
     assert texts(doctor.of_named(captions, "subjects", ("", "skipping"))) == []
 
 
+def test_masks_as_train_nodes_have_them_count(pictures):
+    """[1, H, W, 1], or none at all."""
+    masks = [torch.rand(1, 16, 16, 1), torch.zeros(1, 16, 16, 1), torch.rand(1, 16, 16, 1)]
+    (line,) = texts(doctor.examine(pictures[:3], CAPTIONS, masks=masks))
+    assert "masks: 2 of 3 is empty" in line
+    assert texts(doctor.examine(pictures[:3], CAPTIONS, masks=None)) == []
+
+
 def test_serious_findings_come_first(pictures):
     findings = doctor.examine([pictures[0]] * 3, ["a robot"] * 3, masks=[torch.ones(8, 8)] * 3)
     flags = [finding.serious for finding in findings]
