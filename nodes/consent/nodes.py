@@ -11,7 +11,6 @@ from .record import SCOPES, ConsentRecord
 from .widgets import CONSENT
 
 CATEGORY = "Understudy/Consent"
-_DEFAULT_SCOPES = ["private", "training"]
 
 
 class UnderstudyConsentRecord(CheckedNode):
@@ -34,7 +33,7 @@ class UnderstudyConsentRecord(CheckedNode):
                     "removes another one on saving.",
                 ),
                 io.MultiCombo.Input(
-                    "scopes", options=list(SCOPES), default=_DEFAULT_SCOPES,
+                    "scopes", options=list(SCOPES),
                     tooltip="What the person agreed to: private, editorial and commercial say where results may be "
                     "shown, training that a model may learn the person.",
                 ),

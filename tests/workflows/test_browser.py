@@ -104,6 +104,24 @@ def test_a_prompt_switch_saved_with_driving_first_keeps_its_links(modern, page, 
     assert (inputs["target"], inputs["driving"]) == (TARGET_TEXT, DRIVING_TEXT)
 
 
+def test_several_scopes_of_consent_are_chosen_and_sent_as_a_list(page, server):
+    page.goto(server.url)
+    page.wait_for_function("() => window.app?.graph?.nodes")
+    prompt = page.evaluate(
+        """async () => {
+            const node = LiteGraph.createNode("UnderstudyConsentRecord")
+            app.graph.add(node)
+            const before = (await app.graphToPrompt()).output[node.id].inputs
+            node.widgets.find(widget => widget.name === "scopes").value = ["editorial"]
+            return [before, (await app.graphToPrompt()).output[node.id].inputs, node.widgets.map(w => w.name)]
+        }"""
+    )
+    assert [inputs["scopes"] for inputs in prompt[:2]] == [
+        {"__value__": []}, {"__value__": ["editorial"]}
+    ]
+    assert prompt[2] == ["subject", "scopes", "granted_by", "granted_on", "expires", "note"]
+
+
 def test_a_bypassed_prompt_switch_keeps_the_target(page, server):
     open_template(page, server, SAVED_AS_TEMPLATE)
     prompt = page.evaluate(
