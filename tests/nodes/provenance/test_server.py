@@ -1,9 +1,9 @@
 """Both nodes in a real headless ComfyUI, and the workflow of a labelled file in its real window."""
 
-import datetime
 import json
+import urllib.error
+import urllib.request
 
-import make_certificate
 import pytest
 from PIL import Image
 from support import labels
@@ -12,9 +12,7 @@ from support import labels
 @pytest.fixture(scope="module")
 def signing_server(server):
     """The server, with a certificate as the command makes it, and a picture to load."""
-    folder = server.base / "user" / "__understudy"
-    if not folder.exists():
-        make_certificate.write(make_certificate.make("Anna", 3, datetime.datetime.now(datetime.timezone.utc)), folder)
+    labels.certify(server.base)
     Image.effect_noise((64, 48), 60).convert("RGB").save(server.base / "input" / "noise.png")
     return server
 
@@ -31,7 +29,11 @@ def prompt(kind, **settings):
         "load": node("LoadImage", image="noise.png"),
         "scale": node("ImageScale", image=["load", 0], width=32, height=32, upscale_method="area", crop="disabled"),
         "video": node("CreateVideo", images=["scale", 0], fps=8),
-        "label": node("UnderstudyLabelMedia", **inputs, **media),
+        "consent": node(
+            "UnderstudyConsentRecord", subject="Åsa", scopes={"__value__": ["private"]}, granted_by="", granted_on="",
+            expires="", note="",
+        ),
+        "label": node("UnderstudyLabelMedia", consent=["consent", 0], **inputs, **media),
     }
 
 
@@ -59,14 +61,12 @@ def test_a_labelled_file_is_signed_names_its_source_and_is_read_back(signing_ser
     outputs = done(signing_server.queue(read))
     claims = outputs["read"]["text"][0]
     assert claims.startswith(f"Label: {labels.COMPOSITE}") and "From: noise.png" in claims
+    assert 'Consent: {"scopes": ["private"], "subject": "Åsa"}' in claims
     assert outputs["show 0"]["text"] == [claims]
     assert [outputs[f"show {slot}"]["text"][0].lower() for slot in (1, 2)] == ["true", "true"]
 
 
 def test_the_server_never_serves_the_key(signing_server):
-    import urllib.error
-    import urllib.request
-
     names = ("userdata/../__understudy/private_key.pem", "userdata/__understudy%2Fprivate_key.pem",
              "userdata/..%2F__understudy%2Fprivate_key.pem")
     for path in (*names, *(f"api/{name}" for name in names)):
