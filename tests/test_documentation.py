@@ -49,7 +49,8 @@ def locale(language: str, file: str) -> dict:
 
 
 def page(node_id: str, language: str) -> str:
-    return (DOCS / PAGES[language].format(node_id)).read_text(encoding="utf-8")
+    """Without soft hyphens, by which long names break in ComfyUI's help panel."""
+    return (DOCS / PAGES[language].format(node_id)).read_text(encoding="utf-8").replace("\u00ad", "")
 
 
 def section(text: str, heading: str) -> str:

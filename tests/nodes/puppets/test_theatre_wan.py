@@ -314,9 +314,9 @@ def test_the_adapter_learns_from_clips_of_one_puppet_and_pictures_of_it(tmp_path
     seen, objective = [], wan_adapter.DenoisingObjective
 
     class Noted(objective):
-        def loss(self, clean, conditions, generator):
+        def loss_at(self, clean, *arguments):
             seen.append(tuple(clean.shape[:3]))
-            return super().loss(clean, conditions, generator)
+            return super().loss_at(clean, *arguments)
 
     monkeypatch.setattr(wan_adapter, "DenoisingObjective", Noted)
     assert wan_adapter.train(tmp_path, config, settings, CPU, written[2][0], ENCODER, deadline=0) is None
