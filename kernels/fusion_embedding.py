@@ -45,13 +45,23 @@ def combine(
 
 
 def source_enhanced_info_nce(
-    source: torch.Tensor, target: torch.Tensor, fused: torch.Tensor, temperature: float, l1: float
+    source: torch.Tensor, target: torch.Tensor, fused: torch.Tensor, temperature: float, l1: float,
+    batch: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
-    """The loss of N embeddings [N, D] of each kind, a scalar. `temperature` and `l1` have no units."""
-    t, f = torch.cat([target, source]), torch.cat([fused, source])
+    """The loss of N embeddings [N, D] of each kind, a scalar. `temperature` and `l1` have no units.
+
+    Where the N are a part of a larger batch, `batch` is (e_s, e_f) of all its M pairs and the place of the first of
+    the N; the loss is then that part's summand, so that those of all parts add up to the loss of the M pairs.
+    """
+    all_source, all_fused, first = batch or (source, fused, 0)
+    count = len(all_source)
+    t, f = torch.cat([target, source]), torch.cat([all_fused, all_source])
     similarity = functional.normalize(t, dim=-1) @ functional.normalize(f, dim=-1).T / temperature
-    contrast = (similarity.logsumexp(dim=1) - similarity.diagonal()).mean()
-    return contrast + l1 * (torch.cat([source, source]) - f).abs().mean()
+    places = first + torch.arange(len(source), device=t.device)
+    own = similarity.gather(1, torch.cat([places, count + places]).unsqueeze(1)).squeeze(1)
+    contrast = (similarity.logsumexp(dim=1) - own).mean()
+    distance = (torch.cat([source, source]) - torch.cat([fused, source])).abs().mean()
+    return (contrast + l1 * distance) * (len(source) / count)
 
 
 def retrieval_ranks(fused: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -66,11 +76,14 @@ def retrieval_ranks(fused: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (difference > 1e-6).sum(dim=1) + ties / 2
 
 
-def dropout(rate: float, generator: torch.Generator) -> Drop:
-    """Inverted dropout that draws from `generator`, on the CPU, at every call."""
+def dropout(rate: float, generator: torch.Generator, rows: slice = slice(None), count: int | None = None) -> Drop:
+    """Inverted dropout that draws from `generator`, on the CPU, at every call.
+
+    For what are `rows` of a batch of `count`, it draws for the batch.
+    """
 
     def drop(x: torch.Tensor) -> torch.Tensor:
-        keep = torch.rand(x.shape, generator=generator) >= rate
+        keep = (torch.rand((count or len(x), *x.shape[1:]), generator=generator) >= rate)[rows]
         return x * keep.to(x.device) / (1 - rate)
 
     return drop

@@ -9,8 +9,9 @@ and keys already carry their rotary positions. Everything is [B, T, H, D]: batch
     Out_I = Attn(Q_I, K_I, V_I)                              a reference sees neither video nor another reference
     Out_V = Attn(Q_V, [K_V; K_I], [V_V; V_I])
 
-A weight w in 0..1 for each video token multiplies the reference's unnormalised attention, which is the same as
-adding log w to its scores: 1 is the published method, 0 gives exactly Attn(Q_V, K_V, V_V).
+A weight w >= 0 for each video token multiplies the reference's unnormalised attention, which is the same as
+adding log w to its scores: 1 is the published method, 0 gives exactly Attn(Q_V, K_V, V_V), and above 1 the
+reference counts more.
 
 Two forms of Out_V:
 - `joint` is the fast path for weights of 1: keys and values go into buffers of N + R rows, and the caller's

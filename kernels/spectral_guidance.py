@@ -94,13 +94,19 @@ def prepare(
         amplitude = half_spectrum(source).abs()
         mask = band_mask(size, amplitude_band, amplitude.device)
     if driving is not None:
-        spectrum = half_spectrum(driving)
-        band = band_mask(size, phase_band, spectrum.device)
-        if distance == "paper":
-            band &= ~_real_bins(size, band.device)
-        length = spectrum.abs()
-        phasor = torch.where(band & (length > _floor(length)), spectrum / length, 0)
+        phasor = driving_phasor(driving, distance, phase_band)
     return Target(size, amplitude, mask, phasor, distance)
+
+
+def driving_phasor(driving: torch.Tensor, distance: str = "circular", phase_band: Band = ALL_BANDS) -> torch.Tensor:
+    """D/|D| of a driving latent [..., H, W], [..., H, W//2 + 1]; 0 where a phase is undefined or out of the band."""
+    size = tuple(driving.shape[-2:])
+    spectrum = half_spectrum(driving)
+    band = band_mask(size, phase_band, spectrum.device)
+    if distance == "paper":
+        band &= ~_real_bins(size, band.device)
+    length = spectrum.abs()
+    return torch.where(band & (length > _floor(length)), spectrum / length, 0)
 
 
 def band_mask(size: tuple[int, int], band: Band, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .consent.record import ConsentRecord
 from .inputs.words import replace_words, words_pattern
 
 SUBJECT = "{subject}"
@@ -20,14 +21,15 @@ _SIDE_BY_SIDE = {"l", "g"}
 
 @dataclass(frozen=True)
 class Subject:
-    """Who or what a prior knows: its token and class in prompts, the captions it was trained on, and the fingerprint
-    of the base model. Raises ValueError for a token of several words, or no class.
+    """Who or what a prior knows: its token and class in prompts, the captions it was trained on, the fingerprint
+    of the base model, and the consent to it. Raises ValueError for a token of several words, or no class.
     """
 
     token: str
     class_noun: str
     captions: tuple[str, ...] = ()
     base: str = ""
+    consent: ConsentRecord | None = None
 
     def __post_init__(self) -> None:
         if len(self.token.split()) != 1 or not self.class_noun.strip():

@@ -28,7 +28,7 @@ def formulas() -> list[str]:
     return [
         name for name in shipped_modules()
         if name.startswith("kernels/") or PurePosixPath(name).name in ("method.py", "config.py")
-        or name in ("nodes/training/loop.py", "nodes/training/objective.py")
+        or name in ("nodes/training/loop.py", "nodes/training/objective.py", "nodes/consent/record.py")
     ]
 
 

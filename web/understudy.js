@@ -1,6 +1,6 @@
 import { app } from "../../scripts/app.js";
 
-// The server reads the value from the user's settings when it starts; see is_shown in nodes/puppets/menus.py.
+// The server reads the values from the user's settings: see nodes/settings.py.
 app.registerExtension({
   name: "Understudy",
   settings: [
@@ -13,6 +13,16 @@ app.registerExtension({
         "ComfyUI. The environment variable UNDERSTUDY_THEATRE overrides this setting.",
       type: "boolean",
       defaultValue: true,
+    },
+    {
+      id: "Understudy.RequireConsent",
+      category: ["Understudy", "Consent", "Require"],
+      name: "Require consent",
+      tooltip:
+        "Stops Load and Train nodes, instead of warning, where a file's consent record is missing, out of date or " +
+        "for another purpose. The environment variable UNDERSTUDY_REQUIRE_CONSENT overrides this setting.",
+      type: "boolean",
+      defaultValue: false,
     },
   ],
 });

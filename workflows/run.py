@@ -183,30 +183,38 @@ def machine(server: Server) -> str:
     return f"{name}; ComfyUI {system['comfyui_version']}, PyTorch {system['pytorch_version']}"
 
 
-def run(options: argparse.Namespace, workflows: list[workflow_files.Workflow], comfyui: Path) -> int:
-    """Run the workflows on one server and write the gallery; returns the exit code."""
-    entries = []
-    options.output.mkdir(parents=True, exist_ok=True)
-    models = models_folder(comfyui)
-    # A run's pictures and trained files do not pile up: they are deleted when the server has stopped.
-    with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as base:
-        print("Starting ComfyUI", flush=True)
-        with Server(comfyui, Path(base), models=models, cpu=options.cpu or None) as server:
-            description = machine(server)
-            print(description, flush=True)
-            for workflow in workflows:
-                entries.append(run_workflow(server, workflow, options.output))
-                report(entries[-1])
-                if not server.alive():
-                    break
+def write_gallery(entries: list[gallery.Entry], options: argparse.Namespace, description: str) -> None:
+    """Write the pages and pictures of the workflows that have been run."""
     gallery.write_contact_sheet(entries, options.output / "contact_sheet.jpg")
     gallery.write_page(entries, options.output / "index.html", description)
     for entry in entries:
         if options.thumbnails and entry.state == "done" and entry.main:
             gallery.save_thumbnail(entry.main, entry.workflow.path.with_suffix(".jpg"))
+    print(f"Gallery: {options.output / 'index.html'}", flush=True)
+
+
+def run(options: argparse.Namespace, workflows: list[workflow_files.Workflow], comfyui: Path) -> int:
+    """Run the workflows on one server and write the gallery; returns the exit code."""
+    entries, description = [], ""
+    options.output.mkdir(parents=True, exist_ok=True)
+    models = models_folder(comfyui)
+    # A run's pictures and trained files do not pile up: they are deleted when the server has stopped.
+    try:
+        with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as base:
+            print("Starting ComfyUI", flush=True)
+            with Server(comfyui, Path(base), models=models, cpu=options.cpu or None) as server:
+                description = machine(server)
+                print(description, flush=True)
+                for workflow in workflows:
+                    entries.append(run_workflow(server, workflow, options.output))
+                    report(entries[-1])
+                    if not server.alive():
+                        break
+    finally:  # stopped by Ctrl-C as well
+        if entries:
+            write_gallery(entries, options, description)
     if any(entry.state == "skipped" for entry in entries):
         print(f"Put model files into the folders of {models}.")
-    print(f"Gallery: {options.output / 'index.html'}")
     # A skipped workflow counts as a failure only if the user named it.
     wanted = ("done",) if options.names else ("done", "skipped")
     return 0 if len(entries) == len(workflows) and all(entry.state in wanted for entry in entries) else 1

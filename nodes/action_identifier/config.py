@@ -32,6 +32,9 @@ class ActionTrainingConfig:
     context_learning_rate: float = 5e-3
     # Ours: actions that a base model can draw, to compare with the one that is learned.
     contrast_words: str = "standing, sitting, running, jumping, kicking"
+    # Directional Textual Inversion (ICLR 2026) learns the direction of an embedding alone: a norm that grows crowds
+    # out the rest of a prompt. Ours is AdamW's step, then turned back to the length of what the masks free.
+    fixed_norm: bool = False
     # False: no triples and no masks, as P+ (arXiv 2303.09522) trains tokens for each layer, on batches; for
     # comparisons.
     triples: bool = True

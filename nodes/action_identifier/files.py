@@ -5,13 +5,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..consent import gate, record
 from ..files import weights
 from ..files.folders import WeightFolder
+from ..files.kinds import LearnedKind, Shapes, Summary, made_now
 from ..files.names import EXTENSION, refused
 from ..files.pickles import read_any
+from . import sampling
 from .config import check_placeholder
 from .method import ANY_ENCODER, ActionError, ActionIdentifier, Place
 
@@ -58,8 +62,10 @@ def load(name: str, placeholder: str = "") -> ActionIdentifier:
     tensors, metadata = read_any(path, under="string_to_param")
     try:
         if metadata.get("kind") == _KIND:
-            return _identifier(tensors, metadata)
-        return _imported(tensors, path.stem)
+            action = _identifier(tensors, metadata)
+        else:
+            action = _imported(tensors, path.stem)
+        return dataclasses.replace(action, consent=gate.read(metadata, path.name))
     except ActionError as error:
         raise refused(path, f"is not an action identifier: {error}", _OTHER) from error
 
@@ -72,6 +78,7 @@ def save(action: ActionIdentifier, filename_prefix: str) -> Path:
     metadata = {
         "kind": _KIND, "method": "ADI action identifier (arXiv 2311.15841)", "placeholder": action.placeholder,
         "initial_word": action.initial_word, "base": action.base, "layers": json.dumps(action.places),
+        **made_now(), **record.to_metadata(action.consent),
     }
     tensors = {f"{_KEY}{encoder}": tokens for encoder, tokens in action.tokens.items()}
     return weights.save(tensors, metadata, FOLDER.name, filename_prefix)
@@ -87,7 +94,26 @@ def export(action: ActionIdentifier, filename_prefix: str) -> Path:
         "emb_params" if single else _CLIPS.get(encoder, [encoder])[0]: tokens.float().mean(0)
         for encoder, tokens in action.tokens.items()
     }
-    return weights.save(tensors, {}, EMBEDDINGS.name, filename_prefix)
+    return weights.save(tensors, record.to_metadata(action.consent), EMBEDDINGS.name, filename_prefix)
+
+
+def _summary(_shapes: Shapes, metadata: Mapping[str, str]) -> Summary | None:
+    if metadata.get("kind") != _KIND:
+        return None
+    check_placeholder(metadata.get("placeholder", ""))
+    return Summary(metadata.get("base", ""), metadata["placeholder"])
+
+
+def _misfit(model: Any, _shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    try:
+        trained_for = _places(metadata.get("layers", ""))
+        places = sampling.places(model.get_model_object("diffusion_model"))
+    except ValueError as error:
+        return str(error)
+    return "" if trained_for in ((), places) else "its layers are those of another kind of model"
+
+
+KIND = LearnedKind("action", FOLDER, _summary, _misfit)
 
 
 def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ActionIdentifier:

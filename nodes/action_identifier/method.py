@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...kernels.channel_mask import channel_mask
+from ..consent.record import ConsentRecord
 from ..errors import shown_by_name
 
 # The encoder's name in an identifier that fits whichever encoder has its width.
@@ -40,7 +41,8 @@ class ActionIdentifier:
     """One trained action. tokens[encoder]: [L, n, D] for the n tokens that stand for `placeholder`, fp32.
 
     `places` are the L places of the network it was trained for; without any, L is 1 and it fits every network.
-    `initial_word` is what the placeholder means at strength 0; `base` is the fingerprint of the model, or empty.
+    `initial_word` is what the placeholder means at strength 0; `base` is the fingerprint of the model, or empty;
+    `consent` is that to the pictures, if there is a record.
     Raises ActionError for tokens of another shape or with values that are not finite.
     """
 
@@ -49,6 +51,7 @@ class ActionIdentifier:
     tokens: Mapping[str, torch.Tensor]
     places: tuple[Place, ...] = ()
     base: str = ""
+    consent: ConsentRecord | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -128,7 +131,10 @@ class Triple(NamedTuple):
 
 @dataclass
 class TripleObjective:
-    """The anchor's denoising error, whose gradient follows the channels of the action alone. For the training loop.
+    """The error of two exemplars, whose gradient follows the channels of the action alone. For the training loop.
+
+    Published is the anchor's gradient. Ours is the mean of its and of the other exemplar's, which is computed for the
+    masks anyway: it has more signal for its noise.
 
     tokens: name -> parameter [L, n, D]. triple_loss(triple, copies, generator) -> errors [3] of the anchor, the other
     exemplar and the contrast, in one forward pass with one noise and one noise level; copies[name] is [3, L, n, D],
@@ -153,12 +159,13 @@ class TripleObjective:
         gradients = torch.autograd.grad(errors.sum(), list(copies.values()))
         # What is not finite must stop the run, though the mask may hide it.
         finite = all(values.isfinite().all() for values in (errors, *gradients))
-        value = errors.detach()[0] if finite else torch.full_like(errors.detach()[0], float("nan"))
+        value = errors.detach()[:2].mean() if finite else torch.full_like(errors.detach()[0], float("nan"))
         for (name, token), gradient in zip(self.tokens.items(), gradients, strict=True):
             anchor, same_action, same_context = gradient
             self.masks[name] = channel_mask(anchor, same_action, same_context, self.percentile, self.merge)
-            # Zero in value; its gradient is the anchor's, where it may act.
-            value = value + ((token - token.detach()) * (anchor * self.masks[name])).sum()
+            # Zero in value; its gradient is that of both exemplars, where it may act.
+            both = (anchor + same_action) / 2
+            value = value + ((token - token.detach()) * (both * self.masks[name])).sum()
         return value
 
 

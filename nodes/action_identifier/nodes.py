@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..consent import gate
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from . import encoding, files, sampling
@@ -35,13 +36,16 @@ class UnderstudyLoadActionIdentifier(widgets.LoadNode):
                     tooltip="Another word for the action in prompts, for example where two actions share one. Empty "
                     "leaves it as it is.",
                 ),
+                cls.purpose(),
             ],
             outputs=[ACTION.Output(display_name="action", tooltip="Connect it to Encode Action.")],
         )
 
     @classmethod
-    def execute(cls, action_name, placeholder="") -> io.NodeOutput:
-        return io.NodeOutput(files.load(action_name, placeholder.strip()))
+    def execute(cls, action_name, placeholder="", purpose=gate.UNSPECIFIED) -> io.NodeOutput:
+        action = files.load(action_name, placeholder.strip())
+        gate.check_loaded("Load Action Identifier", action.consent, purpose)
+        return io.NodeOutput(action)
 
 
 class UnderstudyEncodeAction(CheckedNode):

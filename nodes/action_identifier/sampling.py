@@ -18,6 +18,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..fingerprint import fingerprint
+from ..inputs.families import family
 from ..messages import tell
 from ..patching import models, unet_layers, wan_blocks
 from . import method
@@ -43,7 +44,7 @@ def apply(model: Any, strength: float) -> Any:
     Raises ValueError for models whose cross-attention is not known.
     """
     network = model.get_model_object("diffusion_model")
-    resolver = ContextResolver(places(network), strength, fingerprint(model))
+    resolver = ContextResolver(places(network, family(model)), strength, fingerprint(model))
     wrappers = {WrappersMP.CALC_COND_BATCH: resolver.calc_cond_batch, WrappersMP.APPLY_MODEL: resolver.apply_model}
     patched = models.with_wrappers(model, key=KEY, wrappers=wrappers, attachment=resolver)
     if wan_blocks.is_wan(network):
@@ -51,17 +52,18 @@ def apply(model: Any, strength: float) -> Any:
     return models.with_attention_inputs(patched, patch=ActionInputsPatch(resolver.places))
 
 
-def places(network: Any) -> tuple[Place, ...]:
+def places(network: Any, kind: str = "") -> tuple[Place, ...]:
     """Where prompts enter this diffusion model, in the order in which they do.
 
     A transformer of a UNet is one place, however many layers it has: 16 places in SD 1.5 and 2.1, 11 with 70 layers
-    in SDXL. A Wan transformer has one in each block. Raises ValueError for any other kind of model.
+    in SDXL. A Wan transformer has one in each block. Raises ValueError, naming the `kind`, for any other model.
     """
     layers = wan_blocks.cross_attentions(network) or unet_layers.cross_attentions(network)
     if not layers:
         raise ValueError(
-            f"model is a {type(network).__name__}, and action identifiers need a UNet with cross-attention, such as "
-            "SD 1.5, SD 2.1 or SDXL, or a Wan model that attends to the text once in each block: connect one"
+            f"model is {kind or f'a {type(network).__name__}'}, and action identifiers need layers that read nothing "
+            "but the text: connect SD 1.5, SD 2.1, SDXL, or a Wan model that attends to the text once in each block; "
+            "with this one, train Source and Driving Pair or use Frequency Guidance"
         )
     counts = collections.Counter((layer.part, layer.block) for layer in layers)
     return tuple(Place(part, block, count) for (part, block), count in counts.items())

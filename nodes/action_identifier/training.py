@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 
 from ..fingerprint import fingerprint
+from ..inputs.families import family
 from ..inputs.model_fit import check_encoded
 from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import State
-from ..training.objective import Denoising
+from ..training.objective import WEIGHTS, Denoising
+from ..training.parallel import only_whole_batches
+from ..training.reference_loss import ReferenceLoss, noise_and_level
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, clone_without_streaming, session
@@ -37,12 +40,14 @@ Preview = Callable[[ModelDenoiser, Any, list], Image.Image | None]
 class Exemplars:
     """Pictures of one action, as VAE Encode gives them, [1, C, ...] of one shape, and who is in each.
 
-    `contrasts` show each one's context with another action; without them the model draws them.
+    `contrasts` show each one's context with another action; without them the model draws them. `weights` [1, 1, ...]
+    are those of the cells in the loss, also for the contrast of each.
     """
 
     latents: Sequence[torch.Tensor]
     subjects: Sequence[str]
     contrasts: Sequence[torch.Tensor] | None = None
+    weights: Sequence[torch.Tensor] | None = None
 
     def prompt(self, index: int, action: str, placeholder: str) -> str:
         """The words of a picture with `action` where its subject's line has the placeholder, or else at the end."""
@@ -61,9 +66,10 @@ def train(
     preview(denoiser, clip, [the identifier so far]) is drawn every `config.preview_every` steps. Raises
     loop.TrainingDiverged, ValueError as `session` does, and ComfyUI's interruption.
     """
+    only_whole_batches("an action", "since a step compares three pictures of one draw")
+    places = sampling.places(model.get_model_object("diffusion_model"), family(model))
     check_encoded([], [*exemplars.latents, *(exemplars.contrasts or ())], model)
     resume = checkpoints.resume(resume_from)
-    places = sampling.places(model.get_model_object("diffusion_model"))
     base = fingerprint(model)
     encoder = TextEncoder(clip)
     count = 3 if action.triples else config.batch_size
@@ -87,8 +93,10 @@ def train(
         loss_map = run(
             objective, tokens, config, denoiser.device, checkpoints=checkpoints, resume=resume, masks=masks,
             preview=None if preview is None else show, phase="action",
+            reference_loss=trainer.reference_loss(tokens),
             # With them a resumed run draws no contrasts again.
             extra_tensors={f"{_CONTRAST}{i}": contrast for i, contrast in enumerate(contrasts)},
+            fixed_norm=action.fixed_norm,
         )
         return identifier(), loss_map
 
@@ -131,6 +139,8 @@ class _ActionTrainer:
         self.conditions = [
             denoiser.prepare(prompt, latent) for prompt, latent in zip(prompts, exemplars.latents, strict=True)
         ]
+        for conditions, weights in zip(self.conditions, exemplars.weights or (), strict=bool(exemplars.weights)):
+            conditions[WEIGHTS] = weights
 
     def _into(self, latent: torch.Tensor) -> torch.Tensor:
         return self.denoiser.model.process_latent_in(latent.clone()).float()
@@ -196,6 +206,18 @@ class _ActionTrainer:
             return method.BatchObjective(batch_loss, count, self.config.batch_size), None
         triples = method.TripleObjective(triple_loss, tokens, count, self.action.mask_percentile, self.action.merge)
         return triples, lambda: triples.masks
+
+    def reference_loss(self, tokens: loop.Parameters) -> ReferenceLoss:
+        """The error on the exemplars under prompts with the tokens, which begin as the initial word."""
+        name = self.action.placeholder
+
+        def loss_at(index: int, seed: int, place: float) -> torch.Tensor:
+            latent = self.latents[index]
+            prompt = self._prompt(self.exemplars.prompt(index, name, name), tokens, name)
+            conditions = self._with_contexts([index], [self.contexts(prompt, name, tokens)])
+            return self.denoising.loss_at(latent, conditions, *noise_and_level(self.denoising, latent, seed, place))
+
+        return ReferenceLoss(len(self.latents), loss_at)
 
     def contrasts(self, resume: State | None) -> list[torch.Tensor]:
         """For each exemplar its context with another action, in the model's space: connected, stored in the

@@ -1,5 +1,6 @@
 """Nodes that train an action identifier on a few pictures, and save it (ADI)."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -7,9 +8,10 @@ import torch
 from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
+from ..consent import gate
 from ..inputs.checked import CheckedNode
 from ..messages import tell
-from ..training import drawing, inputs, picture_training, widgets
+from ..training import doctor, drawing, inputs, loss_masks, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from . import encoding, files, sampling, training
@@ -88,6 +90,14 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     "to learn. No effect with contrast_images.",
                 ),
                 widgets.min_snr_gamma(),
+                io.Boolean.Input(
+                    "fixed_norm", default=_DEFAULT.fixed_norm, optional=True, advanced=True,
+                    tooltip="Learns the direction of the action's tokens alone and leaves them as long as those of "
+                    "the initial word, so that the other words of a prompt keep their weight.",
+                ),
+                *widgets.masks("one mask per picture, or one for all"),
+                widgets.offload(),
+                widgets.consent(),
             ],
             outputs=[
                 ACTION.Output(display_name="action", tooltip="Connect it to Encode or Save Action Identifier."),
@@ -96,19 +106,31 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, images, subjects, contrast_images=None, **lists) -> io.NodeOutput:
+    def execute(cls, images, subjects, contrast_images=None, masks=None, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
         action = _action(values)
+        consent = gate.check_training("Train Action Identifier", values.get("consent"))
         config = widgets.config(values)
         exemplars = _exemplars(values["vae"], images, subjects, contrast_images)
-        tell("Train Action Identifier", _warnings(values["clip"], action, exemplars), logging.WARNING)
-        settings = widgets.settings(values, config, _settings(action, exemplars))
+        masks, floor = loss_masks.pictures(masks, len(exemplars.latents)), values.get("mask_floor", 0.0)
+        findings = [
+            *doctor.of_named(exemplars.subjects, "subjects", (action.initial_word,)),
+            *doctor.examine(
+                inputs.pictures(images, "images"), exemplars.subjects if any(exemplars.subjects) else (),
+                texts="subjects", learned=(action.placeholder,), masks=masks, model=values["model"],
+            ),
+        ]
+        warnings = _warnings(values["clip"], action, exemplars)
+        tell("Train Action Identifier", [*warnings, *doctor.lines(findings)], logging.WARNING)
+        exemplars = dataclasses.replace(exemplars, weights=loss_masks.weights(masks, exemplars.latents, floor))
+        method = {**_settings(action, exemplars), **loss_masks.settings(masks, floor, inputs.digest)}
+        settings = widgets.settings(values, config, method)
         identifier, loss_map = training.train(
             values["model"], values["clip"], exemplars, action, config,
             checkpoints=Checkpoints("action_identifier", settings),
             resume_from=values["resume_from"], preview=_preview(values["vae"], exemplars, action, config),
         )
-        return io.NodeOutput(identifier, loss_map)
+        return io.NodeOutput(dataclasses.replace(identifier, consent=consent), loss_map)
 
 
 def _action(values: dict) -> ActionTrainingConfig:
@@ -116,7 +138,9 @@ def _action(values: dict) -> ActionTrainingConfig:
     chosen = {name: values[name] for name in names}
     for name in ("placeholder", "initial_word"):
         chosen[name] = chosen[name].strip()
-    return ActionTrainingConfig(**chosen, contrast_words=values.get("contrast_words", _DEFAULT.contrast_words))
+    for name in ("contrast_words", "fixed_norm"):
+        chosen[name] = values.get(name, getattr(_DEFAULT, name))
+    return ActionTrainingConfig(**chosen)
 
 
 def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:
@@ -173,7 +197,7 @@ def _settings(action: ActionTrainingConfig, exemplars: training.Exemplars) -> di
         "contrast_images": "drawn" if contrasts is None else inputs.digest(contrasts),
         "placeholder": action.placeholder, "initial_word": action.initial_word, "merge": action.merge,
         "context_steps": action.context_steps, "mask_percentile": action.mask_percentile,
-        "contrast_words": action.contrasts,
+        "contrast_words": action.contrasts, "fixed_norm": action.fixed_norm,
     }
 
 
@@ -208,7 +232,8 @@ class UnderstudySaveActionIdentifier(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, action, filename_prefix, textual_inversion=False) -> io.NodeOutput:
+    def execute(cls, action, filename_prefix, textual_inversion=False, consent=None) -> io.NodeOutput:
+        action = gate.with_consent("Save Action Identifier", action, consent)
         logging.info("[Understudy] saved %s", files.save(action, filename_prefix))
         if textual_inversion:
             logging.info("[Understudy] saved %s", files.export(action, filename_prefix))

@@ -13,6 +13,7 @@ from . import contents
 from .names import refused
 
 _BEGINNING = 256 << 10  # bytes; a header of a 14-billion-parameter model's adapter has fewer
+_LONGEST_HEADER = 8 << 20  # bytes; metadata such as a long note may be before the names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +42,14 @@ class WeightFolder:
         return [name for name in folder_paths.get_filename_list(self.name) if not self.mark or self._is_marked(name)]
 
     def _is_marked(self, name: str) -> bool:
-        path = folder_paths.get_full_path(self.name, name)
+        return self.marks(folder_paths.get_full_path(self.name, name))
+
+    def marks(self, path: str | os.PathLike | None) -> bool:
+        """Whether a file holds the mark; False where it cannot be read."""
         try:
             status = os.stat(path)
-            return stat.S_ISREG(status.st_mode) and _begins_with(self.mark, path, status.st_mtime_ns, status.st_size)
+            known = os.fspath(path), status.st_mtime_ns, status.st_size
+            return stat.S_ISREG(status.st_mode) and _begins_with(self.mark, *known)
         except (OSError, TypeError):  # deleted meanwhile, or not to be read
             return False
 
@@ -63,9 +68,13 @@ class WeightFolder:
 
 @functools.lru_cache(maxsize=16384)
 def _begins_with(mark: bytes, path: str, _modified: int, _size: int) -> bool:
-    """Whether the expression is in the file's first bytes, where every format has names; again if it was changed."""
+    """Whether the expression is in the file's header, or in the first bytes, where other formats have names; again
+    if it was changed.
+    """
     with open(path, "rb") as file:
-        return re.search(mark, file.read(_BEGINNING)) is not None
+        first = file.read(8)
+        header = int.from_bytes(first, "little")
+        return re.search(mark, first + file.read(header if header <= _LONGEST_HEADER else _BEGINNING)) is not None
 
 
 LORAS = WeightFolder("loras")

@@ -9,18 +9,45 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+import folder_paths
+
 try:
     import fcntl
 except ImportError:  # Windows, where an open file cannot be deleted: the sweep needs no lock there
     fcntl = None
 
-from .names import EXTENSION
+from .names import EXTENSION, refused
 
 _TEMPORARY = ".understudy-"
 
 
-def publish(content: bytes, folder: Path, name: str, counter: int, check: Callable[[Path], None]) -> Path:
-    """Write `<name>_<counter>_.safetensors`, with the first free number from `counter` on; returns its path.
+def save_content(
+    content: bytes, folder: str, prefix: str, check: Callable[[Path], None], extension: str = EXTENSION,
+    size: tuple[int, int] = (0, 0),
+) -> Path:
+    """Write `output/<folder>/<prefix>_00001_<extension>`, with the next free number; returns its path.
+
+    `prefix` is normalised; `size`, width and height, stands for ComfyUI's placeholders in it. Raises WeightFileError
+    where a link leads outside; OSError, leaving nothing behind, when the disk fails or is full.
+    """
+    output = folder_paths.get_output_directory()
+    root = os.path.join(output, folder)
+    try:
+        if not folder_paths.is_within_directory(output, os.path.dirname(os.path.join(root, prefix))):
+            raise refused(prefix, "leaves the output folder through a link", "Use another subfolder")
+        target, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root, *size)
+        sweep(target)
+        return publish(content, Path(target), name, counter, check, extension)
+    except OSError as error:
+        fix = "Free some space or choose another folder, then run the node again; nothing was written"
+        problem = f"{prefix!r} could not be saved in {root!r}: {error.strerror}"
+        raise OSError(error.errno, f"{problem}. {fix}") from error
+
+
+def publish(
+    content: bytes, folder: Path, name: str, counter: int, check: Callable[[Path], None], extension: str = EXTENSION
+) -> Path:
+    """Write `<name>_<counter>_<extension>`, with the first free number from `counter` on; returns its path.
 
     `check` is called with the temporary file, which is published unless it raises.
     """
@@ -32,8 +59,8 @@ def publish(content: bytes, folder: Path, name: str, counter: int, check: Callab
             os.fsync(file.fileno())
             check(temporary)
             if os.name != "nt":  # linked while open, so that the lock still keeps the sweep away
-                return _link_next(temporary, folder, name, counter)
-        return _link_next(temporary, folder, name, counter)
+                return _link_next(temporary, folder, name, counter, extension)
+        return _link_next(temporary, folder, name, counter, extension)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,10 +92,10 @@ def _open_temporary(folder: Path) -> tuple[Path, int]:
         return temporary, descriptor
 
 
-def _link_next(temporary: Path, folder: Path, name: str, counter: int) -> Path:
+def _link_next(temporary: Path, folder: Path, name: str, counter: int, extension: str) -> Path:
     """Give the temporary file the first free number from `counter` on."""
     while True:
-        path = folder / f"{name}_{counter:05}_{EXTENSION}"
+        path = folder / f"{name}_{counter:05}_{extension}"
         try:
             _rename_exclusively(temporary, path)
         except FileExistsError:  # another process took the number in the meantime

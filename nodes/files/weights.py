@@ -13,13 +13,12 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import folder_paths
 import safetensors
 import safetensors.torch
 import torch
 
 from .names import normalise_prefix, refused
-from .publishing import publish, sweep
+from .publishing import save_content
 
 MAX_HEADER = 8 << 20  # bytes; a 14-billion-parameter model's header is under one tenth of it
 MAX_ENTRIES = 300_000  # objects, lists and keys in a header, which bounds the memory of parsing it
@@ -39,8 +38,10 @@ _DAMAGED = "Download or save the file again: it is damaged, or was not written b
 # Reading
 
 
-def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE) -> None:
-    """Refuse whatever is not a valid safetensors file, in bounded time and memory, without reading tensors.
+def inspect(
+    path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by key, and metadata, of a safetensors file, in bounded time and memory, without reading tensors.
 
     Raises WeightFileError: not a regular file, truncated, trailing bytes, overlaps or holes, a header over
     `max_header` bytes, a file over `max_file` bytes, duplicate keys, unknown dtypes, no elements.
@@ -56,7 +57,7 @@ def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file:
         entries = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise refused(path, f"has an ambiguous header ({error})", _DAMAGED) from error
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None) or {}
     if not entries:
         raise refused(path, "holds no tensors", "Choose a file with trained weights")
     for key, entry in entries.items():
@@ -67,19 +68,24 @@ def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file:
             raise refused(path, f"stores {key!r} as {entry['dtype']}", fix)
         if len(entry["shape"]) > MAX_RANK or math.prod(entry["shape"]) == 0:
             raise refused(path, f"gives {key!r} the shape {str(entry['shape'])[:60]}", _DAMAGED)
+    return {key: tuple(entry["shape"]) for key, entry in entries.items()}, metadata
+
+
+def validate(path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE) -> None:
+    """Refuse whatever is not a valid safetensors file, as `inspect` does."""
+    inspect(path, max_header=max_header, max_file=max_file)
 
 
 def read(
     path: str | os.PathLike, *, max_header: int = MAX_HEADER, max_file: int = MAX_FILE
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (on the CPU, copied, as stored) and metadata of a safetensors file; `validate` comes first.
+    """Tensors (on the CPU, copied, as stored) and metadata of a safetensors file; `inspect` comes first.
 
-    Raises WeightFileError as `validate` does.
+    Raises WeightFileError as `inspect` does.
     """
-    validate(path, max_header=max_header, max_file=max_file)
+    _, metadata = inspect(path, max_header=max_header, max_file=max_file)
     tensors = {}
     with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
         for key in file.keys():
             tensor = file.get_tensor(key)
             if tensor.dtype == torch.bool and tensor.view(torch.uint8).max() > 1:
@@ -146,18 +152,7 @@ def save(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folde
     prefix = normalise_prefix(filename_prefix).removeprefix(f"{folder}/")
     metadata = _checked_metadata(metadata, prefix)
     content = safetensors.torch.save(_storable(tensors, prefix), metadata=metadata)
-    output = folder_paths.get_output_directory()
-    root = os.path.join(output, folder)
-    try:
-        if not folder_paths.is_within_directory(output, os.path.dirname(os.path.join(root, prefix))):
-            raise refused(filename_prefix, "leaves the output folder through a link", "Use another subfolder")
-        target, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-        sweep(target)
-        return publish(content, Path(target), name, counter, validate)
-    except OSError as error:
-        fix = "Free some space or choose another folder, then run the node again; nothing was written"
-        problem = f"{prefix!r} could not be saved in {root!r}: {error.strerror}"
-        raise OSError(error.errno, f"{problem}. {fix}") from error
+    return save_content(content, folder, prefix, validate)
 
 
 def _checked_metadata(metadata: Mapping[str, str], name: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
 from ..inputs.ranges import check_choice, check_limits, check_range
 
 APPLY_TO = ("denoised", "latent")
+MOST_DETAIL_BANDS = 4
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,13 @@ class FrequencyGuidanceConfig:
     phase_high: float = 0.3
     amplitude_low: float = 0.0
     amplitude_high: float = HIGHEST_CUTOFF
+    # Ours, after FreqEdit (arXiv 2512.01755): how many of the finest wavelet bands follow the source.
+    detail_bands: int = 0
 
     def __post_init__(self) -> None:
         check_choice(self, phase_distance=DISTANCES, apply_to=APPLY_TO, update=RULES)
         check_limits(self, "amplitude_scale", "phase_scale", lowest=0, highest=1, fix="0 (off) to 1 (all the way)")
+        check_limits(self, "detail_bands", lowest=0, highest=MOST_DETAIL_BANDS, fix="0 (off) to 4")
         for low, high, what in (
             ("start_percent", "end_percent", "the range of steps"),
             ("phase_low", "phase_high", "the phase band"),
@@ -46,7 +50,7 @@ class FrequencyGuidanceConfig:
     @property
     def off(self) -> bool:
         """True where guidance changes nothing."""
-        return self.amplitude_scale == 0 and self.phase_scale == 0
+        return self.amplitude_scale == 0 and self.phase_scale == 0 and self.detail_bands == 0
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,20 @@
 """Frequency guidance: a source's amplitude spectrum and a driving picture's phase spectrum steer sampling.
 
-Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidance.py.
+Source: ImPoster (arXiv 2409.15650); the formulas are in kernels/spectral_guidance.py, those of fine detail in
+kernels/wavelet_detail.py.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from ...kernels import spectral_guidance
-from ..inputs import latents, ranges
+from ...kernels import spectral_guidance, wavelet_detail
+from ..inputs import latent_masks, latents, ranges
 from ..training.objective import Sample
 from ..training.seeds import seed_for
 from .config import FrequencyGuidanceConfig
@@ -28,12 +31,20 @@ class FrequencyGuidance:
     """Guidance toward one source and one driving latent; it holds no state of a sampling run.
 
     source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one whose scale is 0 is ignored.
+    With a driving_mask [F, H, W], of any size, the phases are those of its subject in the estimate's own scene; a
+    source_mask says where the subject belongs and how large it is. Both are ours.
     Raises ValueError, naming the input, for latents that are empty, all zero, not finite, or nested.
     """
 
-    def __init__(self, source: torch.Tensor, driving: torch.Tensor, config: FrequencyGuidanceConfig):
+    def __init__(
+        self, source: torch.Tensor, driving: torch.Tensor, config: FrequencyGuidanceConfig,
+        source_mask: torch.Tensor | None = None, driving_mask: torch.Tensor | None = None,
+    ):
         self.config = config
-        self._source = source if config.amplitude_scale > 0 else None
+        self._masks = source_mask, driving_mask
+        if source_mask is not None and driving_mask is None:
+            raise ValueError("source_mask says where the driving subject belongs: connect its driving_mask as well")
+        self._source = source if config.amplitude_scale > 0 or config.detail_bands else None
         self._driving = driving if config.phase_scale > 0 else None
         for name, latent in (("source", self._source), ("driving", self._driving)):
             if latent is not None:
@@ -50,15 +61,35 @@ class FrequencyGuidance:
         guided = ranges.sigma_range(model.model_sampling, config.start_percent, config.end_percent)
         source = _fit("source", self._source, shape, model)
         driving = _fit("driving", self._driving, shape, model)
+        source_mask, mask = (
+            None if mask is None or driving is None else _cells(name, mask, shape)
+            for name, mask in zip(("source_mask", "driving_mask"), self._masks, strict=True)
+        )
+        if source_mask is not None:
+            driving, mask = aligned(driving, mask, source_mask)
+        phase_band = spectral_guidance.Band(config.phase_low, config.phase_high)
 
         @functools.cache
         def target_on(device: torch.device) -> spectral_guidance.Target:
             return spectral_guidance.prepare(
-                *(None if latent is None else latent.to(device) for latent in (source, driving)),
+                *(
+                    None if latent is None or not scale else latent.to(device)
+                    for latent, scale in ((source, config.amplitude_scale), (driving, config.phase_scale))
+                ),
                 distance=config.phase_distance,
                 amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
-                phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),
+                phase_band=phase_band,
             )
+
+        def target_of(latent: torch.Tensor) -> spectral_guidance.Target:
+            target = target_on(latent.device)
+            if mask is None:
+                return target
+            estimate = latent.float()
+            # The driving subject in the scene that is being made, so that its own scene does not come along.
+            scene = latent_masks.blend(driving.to(estimate.device).expand(estimate.shape), estimate, mask)
+            phasor = spectral_guidance.driving_phasor(scene, config.phase_distance, phase_band)
+            return replace(target, phasor=phasor)
 
         def guide(latent: torch.Tensor, sigma: float) -> torch.Tensor:
             if sigma not in guided:
@@ -68,9 +99,11 @@ class FrequencyGuidance:
                     f"the sampler changed the latent from {tuple(shape)} to {tuple(latent.shape)}: "
                     "frequency guidance needs a sampler that keeps the size"
                 )
-            return spectral_guidance.update(
-                latent, target_on(latent.device), config.amplitude_scale, config.phase_scale, config.update
-            )
+            if config.amplitude_scale or config.phase_scale:
+                latent = spectral_guidance.update(
+                    latent, target_of(latent), config.amplitude_scale, config.phase_scale, config.update
+                )
+            return wavelet_detail.inject(latent, source, config.detail_bands)
 
         return guide
 
@@ -103,6 +136,51 @@ def _fit(name: str, latent: torch.Tensor | None, shape: torch.Size, model: Any) 
             "encode a picture, or a video of the same length"
         )
     return model.process_latent_in(latent.to(torch.float32))
+
+
+def _cells(name: str, mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A MASK [F, H, W] in latent cells [1 or B, 1 or T, H, W]. Raises ValueError where it is empty."""
+    cells = latent_masks.latent_mask(mask, shape, name)
+    latents.check_batch(len(cells), shape[0], name, "mask")
+    if not (cells.flatten(1).amax(1) > 0).all():
+        raise ValueError(f"{name} is empty: paint or detect the subject in it, or disconnect it")
+    return cells
+
+
+def aligned(
+    driving: torch.Tensor, mask: torch.Tensor, source_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The driving latent [B, C, (T,) H, W] and its mask [B, T, H, W], put where the source's subject is.
+
+    Enlarged until both masks have one area, which a pose changes less than a box, and moved until the boxes share the
+    middle of their lower edge. A video is moved as its first frame is, so that what it does stays.
+    """
+    count = max(len(driving), len(mask), len(source_mask))
+    driving, mask, source_mask = (t.expand(count, *t.shape[1:]) for t in (driving, mask, source_mask))
+    moves = []
+    for at, to in zip(mask[:, 0], source_mask[:, 0], strict=True):
+        scale = math.sqrt(float(to.sum() / at.sum()))
+        moves.append([[1 / scale, 0.0, _foot(at)[0] - _foot(to)[0] / scale],
+                      [0.0, 1 / scale, _foot(at)[1] - _foot(to)[1] / scale]])
+    if all(move == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]] for move in moves):
+        return driving, mask
+    theta = torch.tensor(moves, dtype=torch.float32)
+
+    def moved(planes: torch.Tensor, padding: str) -> torch.Tensor:
+        flat = planes.float().reshape(count, -1, *planes.shape[-2:])
+        grid = F.affine_grid(theta.to(flat.device), list(flat.shape), align_corners=False)
+        return F.grid_sample(flat, grid, padding_mode=padding, align_corners=False).reshape(planes.shape)
+
+    return moved(driving, "border"), moved(mask, "zeros")
+
+
+def _foot(mask: torch.Tensor) -> tuple[float, float]:
+    """The middle of the lower edge of the box around a mask [H, W], from -1 to 1 across the plane."""
+    inside = mask >= 0.5 * mask.max()
+    rows, columns = (inside.any(dim).nonzero() for dim in (1, 0))
+    height, width = mask.shape
+    middle = (float(columns.min()) + float(columns.max()) + 1) / 2
+    return 2 * middle / width - 1, 2 * (float(rows.max()) + 1) / height - 1
 
 
 def switch_prompt(driving: list, target: list, switch_percent: float) -> list:

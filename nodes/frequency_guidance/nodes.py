@@ -7,7 +7,7 @@ from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..patching import samplers
 from . import method
-from .config import APPLY_TO, FrequencyGuidanceConfig
+from .config import APPLY_TO, MOST_DETAIL_BANDS, FrequencyGuidanceConfig
 
 CATEGORY = "Understudy/Frequency guidance"
 _DEFAULT = FrequencyGuidanceConfig()
@@ -117,16 +117,34 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
                 ),
                 _cutoff("amplitude_low", "Lowest frequency of the amplitude term"),
                 _cutoff("amplitude_high", "Highest frequency of the amplitude term"),
+                io.Mask.Input(
+                    "source_mask", optional=True,
+                    tooltip="Where the source's subject is, of any size: the driving subject is moved and scaled to "
+                    "it. It needs driving_mask.",
+                ),
+                io.Mask.Input(
+                    "driving_mask", optional=True,
+                    tooltip="Where the driving subject is, of any size: its phases alone act, in the scene that is "
+                    "being made, and the driving picture's scene does not come along.",
+                ),
+                io.Int.Input(
+                    "detail_bands", default=_DEFAULT.detail_bands, min=0, max=MOST_DETAIL_BANDS, optional=True,
+                    advanced=True,
+                    tooltip="For editing models: how many of the finest wavelet bands of each step follow the "
+                    "source, where the edit leaves what is coarser alone. 0 is off, 1 or 2 keep skin and fabric.",
+                ),
             ],
             outputs=[io.Sampler.Output(tooltip="Connect it to SamplerCustom or SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, sampler, source, driving, **settings) -> io.NodeOutput:
+    def execute(cls, sampler, source, driving, source_mask=None, driving_mask=None, **settings) -> io.NodeOutput:
         config = FrequencyGuidanceConfig(**settings)
         if config.off:
             return io.NodeOutput(sampler)
-        guidance = method.FrequencyGuidance(source["samples"], driving["samples"], config)
+        guidance = method.FrequencyGuidance(
+            source["samples"], driving["samples"], config, source_mask, driving_mask
+        )
         wrap = samplers.guide_latent if config.apply_to == "latent" else samplers.guide_denoised
         return io.NodeOutput(wrap(sampler, guidance.begin))
 

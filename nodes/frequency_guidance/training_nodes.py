@@ -4,9 +4,10 @@ import logging
 
 from comfy_api.latest import io
 
+from ..consent import gate
 from ..inputs.checked import CheckedNode
 from ..messages import tell
-from ..training import inputs, picture_training, widgets
+from ..training import doctor, inputs, loss_masks, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from . import training
@@ -15,6 +16,7 @@ from .nodes import CATEGORY
 
 _DEFAULT = SourceDrivingPairConfig()
 _PICTURES = ("source", "driving")
+_NOT_SAVED = "the LoRA's file will hold no consent record: Save LoRA Weights is ComfyUI's, and keeps none"
 
 
 class UnderstudyTrainSourceDrivingPair(CheckedNode):
@@ -59,6 +61,9 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
                 widgets.min_snr_gamma(),
                 *widgets.on_the_way("Iterations", "the source text"),
                 widgets.whole_unet(False, "rank then has no effect.", optional=True, advanced=True),
+                *widgets.masks("of source and driving picture, in this order, or one for both"),
+                widgets.offload(),
+                widgets.consent(),
             ],
             outputs=[
                 widgets.LORA_MODEL.Output(
@@ -72,23 +77,35 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
     def execute(cls, **lists) -> io.NodeOutput:
         pictures = [inputs.one_picture(lists.pop(name), name) for name in _PICTURES]
         texts = [inputs.one_text(lists.pop(f"{name}_text"), f"{name}_text") for name in _PICTURES]
-        tell("Train Source and Driving Pair", _warnings(texts), logging.WARNING)
+        masks = loss_masks.pictures(lists.pop("masks", None), len(pictures))
         values = inputs.single_values(lists)
+        consent = gate.check_training("Train Source and Driving Pair", values.get("consent"))
+        warnings = _warnings(pictures, texts, masks, values["model"]) + [_NOT_SAVED] * bool(consent)
+        tell("Train Source and Driving Pair", warnings, logging.WARNING)
         config, lora = _configs(values)
         latents = picture_training.encode_pictures(values["vae"], pictures)
-        settings = widgets.settings(values, config, _settings(lora, texts, latents))
+        floor = values.get("mask_floor", 0.0)
+        method = {**_settings(lora, texts, latents), **loss_masks.settings(masks, floor, inputs.digest)}
+        settings = widgets.settings(values, config, method)
         lora_weights, loss_map = training.train(
             values["model"], values["clip"], values["vae"], latents, texts, config, lora,
             checkpoints=Checkpoints("source_driving_pair", settings), resume_from=values["resume_from"],
+            weights=loss_masks.weights(masks, latents, floor),
         )
         return io.NodeOutput(lora_weights, loss_map)
 
 
-def _warnings(texts: list[str]) -> list[str]:
-    return [
+def _warnings(pictures: list, texts: list[str], masks: list | None, model) -> list[str]:
+    empty = [
         f"{name}_text is empty, so no prompt will mean the {name} picture"
         for name, text in zip(_PICTURES, texts, strict=True) if not text
     ]
+    described = [] if empty else texts
+    findings = doctor.examine(
+        pictures, described, images="source and driving", texts="source_text and driving_text", masks=masks,
+        model=model,
+    )
+    return [*empty, *doctor.lines(findings)]
 
 
 def _configs(values: dict) -> tuple[TrainingConfig, LoraConfig | None]:

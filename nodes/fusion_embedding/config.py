@@ -8,6 +8,7 @@ from ..inputs.ranges import check_limits
 PERSON_THRESHOLD = 0.05
 # Published: the CFG of the samples.
 GUIDANCE = 2.0
+MOST_EMBEDDING_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,14 @@ class GeneratorConfig:
     # Published: width of the hidden layer of the appearance tokens, and channels of the pose path.
     hidden: int = 768
     pose_channels: tuple[int, ...] = (16, 32, 96, 256)
+    # Published: e_f as a class embedding alone. Ours: tokens of e_f beside it; 0 is off.
+    embedding_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("source_drop", "fusion_drop", "pose_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 0 (never) to below 1, 0.2 as published")
+        check_limits(self, "embedding_tokens", lowest=0, highest=MOST_EMBEDDING_TOKENS, fix="0 (off) to 16, say 4")
         check_limits(self, "noise_offset", lowest=0, highest=1, fix="0 (off) to 1, 0.1 as published")
 
 

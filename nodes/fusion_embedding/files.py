@@ -1,12 +1,16 @@
 """The weight file of a fusion: safetensors of this pack, or a published Lightning checkpoint as far as it fits."""
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.clip_vision
 
+from ..consent import gate, record
 from ..files import weights
 from ..files.folders import WeightFolder
+from ..files.kinds import LearnedKind, Shapes, Summary, made_now
 from ..files.names import EXTENSION, refused
 from ..files.pickles import read_any
 from . import encoding, published
@@ -25,7 +29,8 @@ def save(fusion: Fusion, filename_prefix: str) -> Path:
     Keys begin with `combiner.`, `encoder.`, `generator.` or `unet.`, and one is `probe.embedding`; the metadata says
     whether `unet.` is a LoRA or a whole UNet.
     """
-    return weights.save(*packed(fusion), FOLDER.name, filename_prefix)
+    tensors, metadata = packed(fusion)
+    return weights.save(tensors, metadata | made_now(), FOLDER.name, filename_prefix)
 
 
 def packed(fusion: Fusion) -> tuple[Weights, dict[str, str]]:
@@ -38,7 +43,8 @@ def packed(fusion: Fusion) -> tuple[Weights, dict[str, str]]:
             tensors |= {f"{part}.{key}": weight for key, weight in content.items()}
     metadata = {
         "kind": _KIND, "method": "FPDM fusion embedding (arXiv 2412.07333)", "unet": fusion.unet_kind or "none",
-        "parts": ", ".join(fusion.parts), "prediction": fusion.prediction,
+        "parts": ", ".join(fusion.parts), "prediction": fusion.prediction, "base": fusion.base,
+        **record.to_metadata(fusion.consent),
     }
     if fusion.probe is not None:
         tensors["probe.embedding"] = fusion.probe
@@ -56,13 +62,22 @@ def load(name: str) -> tuple[Fusion, list[str]]:
     tensors, metadata = read_any(path)
     try:
         if metadata.get("kind") == _KIND:
-            fusion = unpacked(tensors, metadata)
+            fusion = dataclasses.replace(unpacked(tensors, metadata), consent=gate.read(metadata, path.name))
             return fusion, [f"holds: {', '.join(fusion.parts)}"]
         if published.is_published(tensors):
             return published.convert(tensors, comfy.clip_vision.load_clipvision_from_sd)
     except FusionError as error:
         raise refused(path, f"is not a usable fusion: {error}", _FIX) from error
     raise refused(path, f"holds {sorted(tensors)[0]!r}, which is not part of a fusion", _FIX)
+
+
+def _summary(_shapes: Shapes, metadata: Mapping[str, str]) -> Summary | None:
+    if metadata.get("kind") != _KIND:
+        return None
+    return Summary(metadata.get("base", ""), metadata.get("parts", ""))
+
+
+KIND = LearnedKind("fusion", FOLDER, _summary)
 
 
 def unpacked(tensors: Weights, metadata: dict[str, str]) -> Fusion:
@@ -96,4 +111,5 @@ def unpacked(tensors: Weights, metadata: dict[str, str]) -> Fusion:
     return Fusion(
         parts.get("combiner"), encoder, parts.get("generator"), parts.get("unet"), kind if "unet" in parts else "",
         None if probe is None else probe.float(), metadata.get("prediction", "")[:8],
+        metadata.get("base", "")[:16],
     )

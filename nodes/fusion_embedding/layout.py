@@ -20,7 +20,8 @@ class FusionError(ValueError):
 @dataclass(frozen=True)
 class Sizes:
     """Widths that a generator shares with its encoders and its UNet: of the appearance encoder's tokens, the UNet's
-    tokens (context), e_f (None if that path is off), the time's embedding, and the first convolution's channels.
+    tokens (context), e_f (None if that path is off), the time's embedding, and the first convolution's channels;
+    and how many tokens e_f has of its own.
     """
 
     encoder: int
@@ -28,6 +29,7 @@ class Sizes:
     embedding: int | None
     time: int
     channels: int
+    embedding_tokens: int = 0
 
 
 def new_combiner(width: int, projection: int, hidden: int, generator: torch.Generator) -> Weights:
@@ -57,7 +59,11 @@ def new_generator(sizes: Sizes, hidden: int, pose_channels: Sequence[int], gener
     neither acts; published for the pose, ours for the embedding.
     """
     weights = dict(_initial(_generator_shapes(sizes, hidden, sizes.embedding, pose_channels), generator))
-    weights |= {"appearance.norm.weight": torch.ones(hidden), "appearance.norm.bias": torch.zeros(hidden)}
+    norms = {"appearance.norm": hidden}
+    if sizes.embedding_tokens:
+        norms["embedding_tokens.norm"] = sizes.context
+    for name, width in norms.items():
+        weights |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
     for name in ("embedding.second", "pose.conv_out"):
         for part in ("weight", "bias"):
             if f"{name}.{part}" in weights:
@@ -71,7 +77,11 @@ def generator_sizes(weights: Mapping[str, torch.Tensor]) -> Sizes:
     context, _ = _matrix(weights, "appearance.second.weight")
     norms = {"appearance.norm": hidden}
     inner = embedding = None
-    time = 0
+    time = tokens = 0
+    if any(key.startswith("embedding_tokens.") for key in weights):
+        rows, embedding = _matrix(weights, "embedding_tokens.projection.weight")
+        tokens = max(1, rows // context)
+        norms["embedding_tokens.norm"] = context
     if any(key.startswith("embedding.") for key in weights):
         inner, embedding = _matrix(weights, "embedding.first.weight")
         time, _ = _matrix(weights, "embedding.second.weight")
@@ -79,7 +89,7 @@ def generator_sizes(weights: Mapping[str, torch.Tensor]) -> Sizes:
             norms["embedding.norm"] = inner
     blocks = range(1, pose_blocks(weights), 2)
     pose_channels = [_out_channels(weights, name) for name in ("pose.conv_in", *(f"pose.blocks.{i}" for i in blocks))]
-    sizes = Sizes(encoder, context, embedding, time, _out_channels(weights, "pose.conv_out"))
+    sizes = Sizes(encoder, context, embedding, time, _out_channels(weights, "pose.conv_out"), tokens)
     shapes = _with_biases(_generator_shapes(sizes, hidden, inner, pose_channels))
     shapes |= {f"{name}.{part}": (width,) for name, width in norms.items() for part in ("weight", "bias")}
     _check_shapes(weights, shapes, "generator")
@@ -93,6 +103,8 @@ def _generator_shapes(
     shapes = {"appearance.first": (hidden, sizes.encoder), "appearance.second": (sizes.context, hidden)}
     if sizes.embedding is not None:
         shapes |= {"embedding.first": (inner, sizes.embedding), "embedding.second": (sizes.time, inner)}
+    if sizes.embedding_tokens:
+        shapes["embedding_tokens.projection"] = (sizes.embedding_tokens * sizes.context, sizes.embedding)
     shapes["pose.conv_in"] = (pose_channels[0], 3, 3, 3)
     for i, (before, after) in enumerate(zip(pose_channels, pose_channels[1:], strict=False)):
         shapes[f"pose.blocks.{2 * i}"] = (before, before, 3, 3)

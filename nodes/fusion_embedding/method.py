@@ -2,7 +2,7 @@
 
 Source: arXiv 2412.07333. A combiner turns two embeddings into one (kernels/fusion_embedding.py). A generator has up
 to three paths into a UNet: appearance tokens in place of the text's, an embedding that is added to the time's, and
-a residual of the pose after the first convolution.
+a residual of the pose after the first convolution. A fourth is ours: tokens of the embedding, after the appearance's.
 """
 
 import collections
@@ -14,8 +14,11 @@ import torch
 from torch.nn import functional
 
 from ...kernels import fusion_embedding as kernel
+from ..consent.record import ConsentRecord
 from ..fingerprint import weights_fingerprint
 from ..training.objective import Denoising, draw_batch
+from ..training.parallel import engine, in_shares, share
+from ..training.reference_loss import noise_and_level
 from .config import PERSON_THRESHOLD, CombinerConfig, GeneratorConfig
 from .layout import FusionError, Weights, pose_blocks
 
@@ -36,6 +39,7 @@ class Fusion:
     CLIP_VISION if stage 1 trained one. unet: weights by name, `unet_kind` LORA (a LORA_MODEL) or WHOLE (the weights
     themselves, under ComfyUI's names or diffusers'). probe: if stage 1 froze its encoder, that encoder's embedding of
     encoding.probe's picture, [D] on the CPU. prediction: of the generator's model, "noise" or "v"; "" if unknown.
+    base: the fingerprint of that model, or "". consent: that to the pictures, if there is a record.
     """
 
     combiner: Weights | None = None
@@ -45,6 +49,8 @@ class Fusion:
     unet_kind: str = ""
     probe: torch.Tensor | None = None
     prediction: str = ""
+    base: str = ""
+    consent: ConsentRecord | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -103,6 +109,10 @@ def unet_inputs(
     embedding = torch.zeros(1, 1, device=device)
     if fused is not None:
         embedding = class_embedding(weights, fused.to(device) * fusion.reshape(-1, 1))
+    if "embedding_tokens.projection.weight" in weights:
+        extra = embedding_tokens(weights, fused.to(device)) * fusion.reshape(-1, 1, 1)
+        count = max(len(tokens), len(extra))
+        tokens = torch.cat([to_batch(tokens, count), to_batch(extra, count)], dim=1)
     # Without a graph one at a time: a drawing at full size takes far more memory than its residual.
     at_once = len(pose) if torch.is_grad_enabled() else 1
     residual = torch.cat([pose_residual(weights, part.to(device)) for part in pose.split(at_once)])
@@ -126,6 +136,20 @@ def appearance_tokens(weights: Mapping[str, torch.Tensor], states: torch.Tensor)
 def class_embedding(weights: Mapping[str, torch.Tensor], fused: torch.Tensor) -> torch.Tensor:
     """What is added to the time's embedding, [B, time], for e_f [B, D]; zeros stand for one that is left out."""
     return _projection(weights, "embedding", fused)
+
+
+def embedding_tokens(weights: Mapping[str, torch.Tensor], fused: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, n, context] of e_f [B, D], which cross-attention reads after the appearance's.
+
+    Ours: e_f is of length 1 and its class embedding small beside the time's, while its tokens have a norm, and so a
+    scale, of their own.
+    """
+    name = "embedding_tokens.norm"
+    width = weights[f"{name}.weight"].shape[0]
+    projection = "embedding_tokens.projection"
+    tokens = functional.linear(fused, weights[f"{projection}.weight"], weights[f"{projection}.bias"])
+    tokens = tokens.unflatten(-1, (-1, width))
+    return functional.layer_norm(tokens, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"])
 
 
 def pose_residual(weights: Mapping[str, torch.Tensor], pose: torch.Tensor) -> torch.Tensor:
@@ -165,11 +189,27 @@ class RetrievalObjective:
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         order = torch.randperm(self.count, generator=generator)[: self.batch_size]
-        source, pose, target = self.embed([int(i) for i in order])
-        drop = kernel.dropout(self.config.dropout, generator) if self.config.dropout else None
+        part = share().of(self.batch_size)
+        source, pose, target = self.embed([int(i) for i in order[part]])
+        drop = None
+        if self.config.dropout:
+            drop = kernel.dropout(self.config.dropout, generator, part, self.batch_size)
         fused = kernel.combine(source, pose, self.weights, drop)
-        self.ranks.append(kernel.retrieval_ranks(fused.detach(), target.detach()).cpu())
-        return kernel.source_enhanced_info_nce(source, target, fused, self.config.temperature, self.config.l1)
+        # Targets are retrieved among those of all processes, so gradients come back from them.
+        whole = engine().everyone(torch.cat([source, fused, target], dim=-1))
+        sources, fuseds, targets = whole.chunk(3, dim=-1)
+        self.ranks.append(kernel.retrieval_ranks(fuseds.detach(), targets.detach()).cpu())
+        return kernel.source_enhanced_info_nce(
+            source, target, fused, self.config.temperature, self.config.l1, (sources, fuseds, part.start)
+        )
+
+    def reference_loss(self) -> float:
+        """The loss on the first pairs, as many as a batch, without dropout."""
+        with torch.no_grad():
+            source, pose, target = self.embed(list(range(self.batch_size)))
+            fused = kernel.combine(source, pose, self.weights, None)
+            loss = kernel.source_enhanced_info_nce(source, target, fused, self.config.temperature, self.config.l1)
+        return float(loss)
 
     def accuracy(self) -> str:
         """Shares of targets that are first and among the first five of their batch, lately, under dropout."""
@@ -180,13 +220,14 @@ class RetrievalObjective:
 
 class EncodedPair(NamedTuple):
     """One pair as a generator reads it: latent [1, C, h, w] as VAE Encode makes it, hidden states [1, T, encoder],
-    e_f [1, D] or None, and the drawing [1, 3, H, W] at the latent's size.
+    e_f [1, D] or None, the drawing [1, 3, H, W] at the latent's size, `weights` [1, 1, h, w] of its cells or None.
     """
 
     latent: torch.Tensor
     states: torch.Tensor
     fused: torch.Tensor | None
     pose: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 class PairBatch(NamedTuple):
@@ -206,13 +247,33 @@ class PoseTransferObjective:
 
     def __init__(self, denoising: Denoising, encoded: Any, batch_size: int, config: GeneratorConfig):
         self.denoising, self.encoded, self.batch_size, self.config = denoising, encoded, batch_size, config
+        self._read: tuple[int, EncodedPair] | None = None
         buckets: dict[tuple[int, int], list[int]] = {}
         for i, size in enumerate(encoded.sizes()):
             buckets.setdefault(size, []).append(i)
         self.buckets = list(buckets.values())
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
-        pairs = [self.encoded[i] for i in draw_batch(self.buckets, self.batch_size, generator)]
+        drawn = draw_batch(self.buckets, self.batch_size, generator)
+        count = len(drawn)
+        pairs = [self.encoded[i] for i in drawn[share().of(count)] or drawn[:1]]
+        shape = pairs[0].latent.shape[1:]
+        noise = torch.randn((count, *shape), generator=generator)
+        noise += self.config.noise_offset * torch.randn((count, shape[0], 1, 1), generator=generator)
+        level = torch.randint(len(self.denoising.denoiser.sigmas), (count,), generator=generator)
+        keep = {
+            name: (torch.rand(count, generator=generator) >= getattr(self.config, f"{name}_drop")).float()
+            for name in CONDITIONS
+        }
+
+        def losses(part: slice) -> torch.Tensor:
+            kept = {name: values[part] for name, values in keep.items()}
+            masked = {} if pairs[0].weights is None else {"weights": torch.cat([pair.weights for pair in pairs])}
+            return self.denoising.loss_at(*self._batch(pairs, kept), noise[part], level[part], **masked)
+
+        return in_shares(count, losses).mean()
+
+    def _batch(self, pairs: Sequence[EncodedPair], keep: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PairBatch]:
         tokens = sorted({pair.states.shape[1] for pair in pairs})
         if len(tokens) > 1:
             raise FusionError(
@@ -221,16 +282,19 @@ class PoseTransferObjective:
             )
         into = self.denoising.denoiser.model.process_latent_in
         clean = torch.cat([into(pair.latent.clone()).float() for pair in pairs])
-        noise = torch.randn(clean.shape, generator=generator)
-        noise += self.config.noise_offset * torch.randn((*clean.shape[:2], 1, 1), generator=generator)
-        level = torch.randint(len(self.denoising.denoiser.sigmas), (len(clean),), generator=generator)
-        keep = {
-            name: (torch.rand(len(pairs), generator=generator) >= getattr(self.config, f"{name}_drop")).float()
-            for name in CONDITIONS
-        }
         fused = None if pairs[0].fused is None else torch.cat([pair.fused for pair in pairs])
         states, pose = (torch.cat([getattr(pair, name) for pair in pairs]) for name in ("states", "pose"))
-        return self.denoising.loss_at(clean, PairBatch(states, fused, pose, keep), noise, level).mean()
+        return clean, PairBatch(states, fused, pose, keep)
+
+    def reference_loss(self, index: int, seed: int, place: float) -> torch.Tensor:
+        """The error [1] of one pair with all its conditions, as ReferenceLoss asks for it."""
+        if self._read is None or self._read[0] != index:  # it asks for each pair several times in a row
+            self._read = index, self.encoded[index]
+        pair = self._read[1]
+        clean = self.denoising.denoiser.model.process_latent_in(pair.latent.clone()).float()
+        keep = {name: torch.ones(1) for name in CONDITIONS}
+        batch = PairBatch(pair.states, pair.fused, pair.pose, keep)
+        return self.denoising.loss_at(clean, batch, *noise_and_level(self.denoising, clean, seed, place))
 
 
 def check_poses(pose: torch.Tensor, name: str = "pose") -> None:

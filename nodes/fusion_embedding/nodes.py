@@ -4,6 +4,7 @@ import logging
 
 from comfy_api.latest import io
 
+from ..consent import gate
 from ..fingerprint import weights_fingerprint
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
@@ -42,6 +43,7 @@ class UnderstudyLoadFusion(widgets.LoadNode):
             ],
             inputs=[
                 cls.file("A file in models/fusion_embeddings or output/fusion_embeddings, .safetensors or .ckpt."),
+                cls.purpose(),
             ],
             outputs=[
                 FUSION.Output(display_name="fusion", tooltip="Connect it to Combine Fusion and to Apply Fusion."),
@@ -49,9 +51,10 @@ class UnderstudyLoadFusion(widgets.LoadNode):
         )
 
     @classmethod
-    def execute(cls, fusion_name) -> io.NodeOutput:
+    def execute(cls, fusion_name, purpose=gate.UNSPECIFIED) -> io.NodeOutput:
         fusion, report = files.load(fusion_name)
         tell("Load Fusion", report)
+        gate.check_loaded("Load Fusion", fusion.consent, purpose)
         return io.NodeOutput(fusion, ui={"text": tuple(report)})
 
 

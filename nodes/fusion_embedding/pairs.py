@@ -16,11 +16,14 @@ from PIL import Image, ImageOps
 
 from ..files import contents
 from ..inputs.pictures import check_pictures, colour
+from ..training.stored import Stored, digest
 from .layout import FusionError
 from .method import check_poses
 
 NONE = "none"
 ROLES = ("source", "pose", "target")
+_GREY = 0.5  # what an encoder sees of a target outside of its mask
+MASK = "mask"  # of the target; a folder may lack it
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # What PIL raises for a truncated or damaged file, or one that claims to be huge.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -119,6 +122,20 @@ class FolderPairs:
             rotated = image.getexif().get(0x0112, 1) >= 5  # the camera was turned by 90 degrees
         return (width, height) if rotated else (height, width)
 
+    def masks(self) -> Stored | None:
+        """A mask [1, H, W, 1] for each pair, from the folder `mask` if there is one. Raises FusionError for a gap."""
+        folder = self.folder / MASK
+        if not folder.is_dir():
+            return None
+        files = _files(folder)
+        wanted = [_name(paths[2]) for paths in self.files]
+        missing = [name for name in wanted if name not in files]
+        if missing:
+            fix = "give each pair a mask of its name, or remove the folder"
+            raise FusionError(f"{folder} has no {missing[0]!r}: {fix}")
+        digests = digest(*(contents.digest(files[name]) for name in wanted))
+        return Stored(len(wanted), lambda i: _read(files[wanted[i]])[..., :1], digests)
+
     def digest(self) -> str:
         content = hashlib.sha256()
         for path in itertools.chain.from_iterable(self.files):
@@ -127,6 +144,30 @@ class FolderPairs:
             except OSError as error:
                 raise FusionError(f"{path} cannot be read ({error.strerror}): replace or remove the pair") from error
         return content.hexdigest()[:16]
+
+
+class MaskedPairs:
+    """Pairs whose targets are grey outside of `masks` [1, H, W, 1], as far as `floor`, 0 to 1, is below 1."""
+
+    def __init__(self, pairs: Pairs, masks: Sequence[torch.Tensor], floor: float):
+        self.pairs, self.masks, self.floor = pairs, masks, floor
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        pair = self.pairs[index]
+        mask = self.masks[index].movedim(-1, 1).float()
+        inside = torch.nn.functional.interpolate(mask, tuple(pair.target.shape[1:3]), mode="area").movedim(1, -1)
+        weight = self.floor + (1 - self.floor) * inside.clamp(0, 1)
+        return pair._replace(target=pair.target * weight + _GREY * (1 - weight))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.pairs.size(index)
+
+    def digest(self) -> str:
+        masks = [hashlib.sha256(mask.contiguous().numpy()).hexdigest() for mask in self.masks]
+        return digest(self.pairs.digest(), masks, self.floor)
 
 
 def choices() -> list[str]:
@@ -179,10 +220,14 @@ def _files(folder: Path) -> dict[str, Path]:
         # macOS leaves files whose names begin with a dot.
         if path.suffix.lower() in _ENDINGS and path.is_file() and not path.name.startswith("."):
             # Systems and copying programs spell one name in several ways.
-            other = files.setdefault(unicodedata.normalize("NFC", path.stem), path)
+            other = files.setdefault(_name(path), path)
             if other is not path:
                 raise FusionError(f"{folder} has {other.name} and {path.name}, of one name: remove or rename one")
     return files
+
+
+def _name(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.stem)
 
 
 @contextlib.contextmanager

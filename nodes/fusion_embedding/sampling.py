@@ -18,6 +18,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 
 from ..files import fitting
+from ..inputs.families import family, identity_instead
 from ..messages import tell
 from ..patching import models
 from . import layout, method
@@ -151,20 +152,21 @@ def unet(model: Any) -> UNetModel:
     network = model.get_model_object("diffusion_model")
     if type(network) is not UNetModel:
         raise FusionError(
-            f"model is a {type(network).__name__}, and a fusion needs a UNet: load SD 1.5, SD 2.1 or SDXL"
+            f"model is {family(model)}, a {type(network).__name__}, and a fusion needs a UNet: load SD 1.5, SD 2.1 "
+            f"or SDXL, or {identity_instead(model)}"
         )
     if network.num_classes is not None and type(model.model).__name__ not in _SDXL_SIZES:
-        raise FusionError(f"a {type(model.model).__name__} with class labels is unknown: load SD 1.5, 2.1 or SDXL")
+        raise FusionError(f"model is {family(model)}, whose class labels are unknown: load SD 1.5, 2.1 or SDXL")
     return network
 
 
-def model_sizes(model: Any, encoder: int, embedding: int | None) -> Sizes:
-    """The sizes of a generator for this MODEL, with hidden states and e_f of these widths."""
+def model_sizes(model: Any, encoder: int, embedding: int | None, embedding_tokens: int = 0) -> Sizes:
+    """The sizes of a generator for this MODEL, with hidden states and e_f of these widths, and tokens of e_f."""
     network = unet(model)
     return Sizes(
         encoder, model.model.model_config.unet_config["context_dim"], embedding,
         network.time_embed[2].out_features if embedding is not None else 0,
-        network.input_blocks[0][0].out_channels,
+        network.input_blocks[0][0].out_channels, 0 if embedding is None else embedding_tokens,
     )
 
 

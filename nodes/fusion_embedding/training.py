@@ -8,15 +8,19 @@ from typing import Any
 import comfy.conds
 import torch
 
-from ..training import drawing
+from ..fingerprint import fingerprint, weights_fingerprint
+from ..training import drawing, inputs, loss_masks
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from ..training.differentiable import no_training
 from ..training.lora import lora_model, trainable
 from ..training.objective import Denoising
+from ..training.parallel import check_contrast, engine
+from ..training.reference_loss import ReferenceLoss
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, encoder_session, session
+from ..training.stored import digest
 from ..training.whole_network import BYTES_PER_PARAMETER, WholeNetwork
 from . import encoding, layout, method, sampling
 from .config import GUIDANCE, CombinerConfig, GeneratorConfig
@@ -43,6 +47,7 @@ def train_combiner(
     """
     if len(pairs) < 2:
         raise FusionError("there is one pair, but a target is retrieved among others: connect 2 or more")
+    check_contrast(min(config.batch_size, len(pairs)))
     resume = checkpoints.resume(resume_from)
     width = encoding.embeddings(clip_vision, pairs[0].source).shape[-1]
     with _loaded_encoder(clip_vision, config, combiner.train_encoder) as (module, trained):
@@ -59,7 +64,7 @@ def train_combiner(
         parameters |= {} if trained is None else {f"encoder.{k}": v for k, v in trained.parameters().items()}
         loss_map = run(
             objective, parameters, config, clip_vision.load_device,
-            checkpoints=checkpoints, resume=resume, note=objective.accuracy,
+            checkpoints=checkpoints, resume=resume, note=objective.accuracy, reference_loss=objective.reference_loss,
         )
         encoder_weights = None if trained is None else _on_cpu(module.state_dict())
     if encoder_weights is None:
@@ -101,9 +106,13 @@ class _FrozenEmbeddings:
     def __init__(self, clip_vision: Any, pairs: Pairs):
         self.clip_vision, self.pairs = clip_vision, pairs
         self.cache: dict[int, torch.Tensor] = {}
+        self.shared = engine().encoded("embeddings", self._key, len(pairs), self._embedded)
+
+    def _key(self) -> str:
+        return digest(self.pairs.digest(), weights_fingerprint(self.clip_vision.get_sd()))
 
     def __call__(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        rows = [self._embedded(i) for i in indices]
+        rows = [self._embedded(i) if self.shared is None else self.shared[i] for i in indices]
         return torch.stack(rows, dim=1).to(self.clip_vision.load_device).unbind()
 
     def _embedded(self, index: int) -> torch.Tensor:
@@ -123,14 +132,21 @@ class _FrozenEmbeddings:
 class PairEncoder:
     """The pairs of a PoseTransferObjective, encoded when they are drawn, and cached up to a limit."""
 
-    def __init__(self, pairs: Pairs, vae: Any, appearance: Any, combiner: Weights | None, encoder: Any, ratio: int):
+    def __init__(
+        self, pairs: Pairs, vae: Any, appearance: Any, combiner: Weights | None, encoder: Any, ratio: int,
+        masks: Sequence[torch.Tensor] | None = None, floor: float = 0.0,
+    ):
+        self.masks, self.floor = masks, floor
         self.pairs, self.vae, self.appearance, self.ratio = pairs, vae, appearance, ratio
         self.combiner, self.encoder = combiner, encoder
         self.cache: dict[int, EncodedPair] = {}
+        self.shared: Sequence[dict[str, torch.Tensor]] | None = None
         self.free_bytes = _CACHE_BYTES
         self._sizes: list[tuple[int, int]] = []
 
     def __getitem__(self, index: int) -> EncodedPair:
+        if self.shared is not None:
+            return EncodedPair(**{"fused": None, **self.shared[index]})
         if index in self.cache:
             return self.cache[index]
         with torch.no_grad():
@@ -150,13 +166,28 @@ class PairEncoder:
             fused = encoding.fused(self.combiner, self.encoder, source, pose)
         latent = self.vae.encode(_cropped(target, self.ratio)).cpu().float()
         states = encoding.states(self.appearance, source)
-        return EncodedPair(latent, states, fused, _cropped(pose, self.ratio).movedim(-1, 1).float())
+        weights = None
+        if self.masks is not None:
+            weights = loss_masks.cells(self.masks[index], latent.shape, self.floor, f"mask {index + 1} of masks")
+        return EncodedPair(latent, states, fused, _cropped(pose, self.ratio).movedim(-1, 1).float(), weights)
 
     def fill(self) -> None:
-        """Encode all if they seem to fit, before the model to train takes the memory."""
-        if _bytes(self[0]) * len(self.pairs) <= _CACHE_BYTES:
+        """Encode all if they seem to fit, or are stored, before the model to train takes the memory."""
+        self.shared = engine().encoded("pairs", self._key, len(self.pairs), self._by_name)
+        if self.shared is None and _bytes(self[0]) * len(self.pairs) <= _CACHE_BYTES:
             for i in range(len(self.pairs)):
                 self[i]
+
+    def _by_name(self, index: int) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            encoded = self._encoded(index)
+        return {name: part for name, part in encoded._asdict().items() if part is not None}
+
+    def _key(self) -> str:
+        parts = [self.vae.get_sd(), self.appearance.get_sd(), self.combiner or {}]
+        parts += [] if self.encoder is None else [self.encoder.get_sd()]
+        masked = [] if self.masks is None else [inputs.digest(self.masks), self.floor]
+        return digest(self.pairs.digest(), *map(weights_fingerprint, parts), *masked)
 
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of each pair's latent; read once, since a folder opens every file for it."""
@@ -194,10 +225,12 @@ class FusionDenoiser(ModelDenoiser):
 def train_generator(
     model: Any, vae: Any, appearance: Any, pairs: Pairs, fusion: Fusion, clip_vision: Any, config: TrainingConfig,
     generator: GeneratorConfig, *, checkpoints: Checkpoints, resume_from: str,
+    masks: Sequence[torch.Tensor] | None = None, mask_floor: float = 0.0,
 ) -> tuple[Fusion, LossMap]:
     """Train a generator's three paths, and a LoRA of the UNet or the whole UNet.
 
-    Without a combiner in `fusion` the embedding path is off. Returns `fusion` with the generator, and the LOSS_MAP.
+    Without a combiner in `fusion` the embedding path is off. Outside of `masks` [1, H, W, 1] of the targets the loss
+    has the weight `mask_floor`. Returns `fusion` with the generator, and the LOSS_MAP.
     No model or encoder is modified. Raises TrainingDiverged, FusionError, ValueError as `session` does, and
     ComfyUI's interruption.
     """
@@ -205,16 +238,16 @@ def train_generator(
     latent_format = model.model.latent_format
     ratio = latent_format.spacial_downscale_ratio
     encoder = None if fusion.combiner is None else encoding.encoder_for(fusion, clip_vision)
-    encoded = PairEncoder(pairs, vae, appearance, fusion.combiner, encoder, ratio)
+    encoded = PairEncoder(pairs, vae, appearance, fusion.combiner, encoder, ratio, masks, mask_floor)
     width = None if fusion.combiner is None else layout.combiner_width(fusion.combiner)
     first = encoded[0]
-    sizes = sampling.model_sizes(model, first.states.shape[-1], width)
+    sizes = sampling.model_sizes(model, first.states.shape[-1], width, generator.embedding_tokens)
     _check_latent(first.latent, (latent_format.latent_channels, *encoded.sizes()[0]))
     encoded.fill()
     height, across = max(encoded.sizes(), key=lambda size: size[0] * size[1])
     shape = [config.batch_size, latent_format.latent_channels, height, across]
     patchers = {id(part): part.patcher for part in (vae, appearance, encoder) if part is not None}
-    encoders = list(patchers.values()) if len(encoded.cache) < len(pairs) else []
+    encoders = list(patchers.values()) if encoded.shared is None and len(encoded.cache) < len(pairs) else []
     patched = sampling.with_fusion_patches(model)
     with session(patched, shape, config, whole=generator.whole_unet, other_models=encoders) as denoiser:
         seeded = torch.Generator().manual_seed(seed_for(config.seed, "generator"))
@@ -231,6 +264,7 @@ def train_generator(
             loss_map = run(
                 objective, parameters, config, denoiser.device, checkpoints=checkpoints, resume=resume,
                 preview=lambda: _preview(denoiser, vae, weights, encoded[0], config.seed),
+                reference_loss=ReferenceLoss(len(pairs), objective.reference_loss),
             )
         if generator.whole_unet:
             unet = {f"diffusion_model.{key}": value for key, value in _on_cpu(trained.parameters()).items()}
@@ -239,7 +273,7 @@ def train_generator(
     kind = WHOLE if generator.whole_unet else LORA
     trained_fusion = dataclasses.replace(
         fusion, generator=_on_cpu(weights), unet=unet, unet_kind=kind,
-        prediction=sampling.prediction(model.get_model_object("model_sampling")),
+        prediction=sampling.prediction(model.get_model_object("model_sampling")), base=fingerprint(model),
     )
     return trained_fusion, loss_map
 

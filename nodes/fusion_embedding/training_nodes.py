@@ -1,16 +1,19 @@
 """Nodes that train both stages of a fusion (FPDM), the combiner and the generator, and save it."""
 
+import dataclasses
 import logging
 
 from comfy_api.latest import io
 
+from ..consent import gate
 from ..fingerprint import weights_fingerprint
 from ..inputs.checked import CheckedNode, File
 from ..messages import tell
-from ..training import inputs, widgets
+from ..training import doctor, inputs, loss_masks, widgets
 from ..training.checkpoints import Checkpoints
 from . import encoding, files, pairs, training
-from .config import CombinerConfig, GeneratorConfig
+from .config import MOST_EMBEDDING_TOKENS, CombinerConfig, GeneratorConfig
+from .layout import FusionError
 from .method import Fusion, pose_warnings
 from .nodes import CATEGORY, FUSION
 
@@ -104,13 +107,19 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
                 _dataset_folder(),
                 widgets.resume_from(),
                 *widgets.on_the_way("Steps"),
+                *widgets.masks("of the targets, one per pair or for all; a dataset_folder may hold a folder mask"),
+                widgets.consent(),
             ],
             outputs=_outputs("Connect it to Train Fusion Generator, or to Save Fusion."),
         )
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
+        masks = lists.pop("masks", None)
         values, data = _values_and_pairs(lists, "Train Fusion Combiner")
+        if (masks := _masks(masks, data)) is not None:
+            data = pairs.MaskedPairs(data, masks, values.get("mask_floor", 0.0))
+        consent = gate.check_training("Train Fusion Combiner", values.get("consent"))
         combiner = CombinerConfig(
             temperature=values["temperature"], batch_size=values["batch_size"], train_encoder=values["train_encoder"]
         )
@@ -123,7 +132,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
         fusion, loss_map = training.train_combiner(
             values["clip_vision"], data, config, combiner, checkpoints=checkpoints, resume_from=values["resume_from"],
         )
-        return io.NodeOutput(fusion, loss_map)
+        return io.NodeOutput(dataclasses.replace(fusion, consent=consent), loss_map)
 
 
 class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
@@ -181,27 +190,46 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                 ),
                 widgets.dtype(),
                 *widgets.on_the_way("Steps", "the first pair"),
+                *widgets.masks("of the targets, one per pair or for all; a dataset_folder may hold a folder mask"),
+                widgets.offload(),
+                widgets.consent(),
+                io.Int.Input(
+                    "embedding_tokens", default=_GENERATOR.embedding_tokens, min=0, max=MOST_EMBEDDING_TOKENS,
+                    optional=True, advanced=True,
+                    tooltip="Tokens by which the UNet also reads the fusion embedding, beside the class embedding. "
+                    "0 is as published, where what the source wears may not arrive; 4 is a good start.",
+                ),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
         )
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
+        masks = lists.pop("masks", None)
         values, data = _values_and_pairs(lists, "Train Fusion Generator")
-        options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset")
+        masks, floor = _masks(masks, data), values.get("mask_floor", 0.0)
+        options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset", "embedding_tokens")
         generator = GeneratorConfig(
             batch_size=values["batch_size"], whole_unet=values["whole_unet"],
             **{name: values[name] for name in options if name in values},
         )
         config = widgets.config(values)
         fusion = values.get("fusion") or Fusion()
-        settings = widgets.settings(values, config, _generator_settings(values, data, generator, fusion))
+        if generator.embedding_tokens and fusion.combiner is None:
+            raise FusionError(
+                f"embedding_tokens is {generator.embedding_tokens}, and without a fusion there is no embedding: "
+                "connect Train Fusion Combiner to fusion, or set it to 0"
+            )
+        consent = gate.check_training("Train Fusion Generator", values.get("consent"), fusion.consent)
+        method = _generator_settings(values, data, generator, fusion)
+        method |= loss_masks.settings(masks, floor, inputs.digest)
+        settings = widgets.settings(values, config, method)
         trained, loss_map = training.train_generator(
             values["model"], values["vae"], values["appearance_encoder"], data, fusion, values.get("clip_vision"),
             config, generator, checkpoints=Checkpoints("fusion_generator", settings),
-            resume_from=values["resume_from"],
+            resume_from=values["resume_from"], masks=masks, mask_floor=floor,
         )
-        return io.NodeOutput(trained, loss_map)
+        return io.NodeOutput(dataclasses.replace(trained, consent=consent), loss_map)
 
 
 def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorConfig, fusion: Fusion) -> dict:
@@ -210,6 +238,7 @@ def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorCon
         "pairs": data.digest(), "rank": "whole UNet" if generator.whole_unet else generator.rank,
         "source_drop": generator.source_drop, "fusion_drop": generator.fusion_drop,
         "pose_drop": generator.pose_drop, "noise_offset": generator.noise_offset,
+        "embedding_tokens": generator.embedding_tokens,
         "vae": weights_fingerprint(values["vae"].get_sd()),
         "appearance_encoder": weights_fingerprint(values["appearance_encoder"].get_sd()),
         "combiner": weights_fingerprint(fusion.combiner or {}),
@@ -220,13 +249,28 @@ def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorCon
     return settings
 
 
+def _masks(masks: list | None, data: pairs.Pairs):
+    """A mask for each target: the connected ones, or those of the folder; None if there is neither."""
+    if masks is None and isinstance(data, pairs.FolderPairs):
+        return data.masks()
+    return loss_masks.pictures(masks, len(data))
+
+
 def _values_and_pairs(lists: dict, node: str) -> tuple[dict, pairs.Pairs]:
     """The settings of a node whose every input is a list, and the pairs, of which a few poses are looked at."""
     pictures = {name: lists.pop(name, None) for name in pairs.ROLES}
     values = inputs.single_values(lists)
     data = pairs.open_pairs(pictures, values.get("dataset_folder", pairs.NONE))
     checked = sorted({i * len(data) // _POSES_CHECKED for i in range(_POSES_CHECKED)})
-    tell(node, [line for i in checked for line in pose_warnings(data[i].pose, f"pose {i + 1}")], logging.WARNING)
+    some = {i: data[i] for i in checked}
+    warnings = [line for i, pair in some.items() for line in pose_warnings(pair.pose, f"pose {i + 1}")]
+    targets = [pair.target for pair in some.values()]
+    native = doctor.native_size(values.get("model"))
+    findings = [
+        *doctor.of_copies([doctor.features(target) for target in targets], "target", checked),
+        *doctor.of_light(targets, "target"), *doctor.of_sizes(targets, "target", native),
+    ]
+    tell(node, [*warnings, *doctor.lines(findings)], logging.WARNING)
     return values, data
 
 
@@ -243,8 +287,8 @@ class UnderstudySaveFusion(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, fusion, filename_prefix) -> io.NodeOutput:
-        path = files.save(fusion, filename_prefix)
+    def execute(cls, fusion, filename_prefix, consent=None) -> io.NodeOutput:
+        path = files.save(gate.with_consent("Save Fusion", fusion, consent), filename_prefix)
         logging.info("[Understudy] saved %s, %s", path, ", ".join(fusion.parts))
         return io.NodeOutput()
 

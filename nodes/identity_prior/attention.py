@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.sampler_helpers
+import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.wan.model import WanI2VCrossAttention
@@ -25,6 +27,7 @@ from .config import AUTO, MaskConfig
 from .method import mean_map
 
 KEY = "understudy_token_attention"
+MASK_FIX = "connect a mask_text without clothes, raise the threshold, or connect your own `mask`"
 # Ours: UNets know subjects best in their coarse layers, of so many cells or more. In SD these have 16, as in
 # Prompt-to-Prompt, since only the middle block is coarser; on the theatre 8 overlap better with the true masks.
 _BEST_CELLS = 8
@@ -66,6 +69,17 @@ def with_recorder(model: ModelPatcher) -> ModelPatcher:
         return models.with_cross_attention_patches(model, key=KEY, patches=patches)
     patches = {i: functools.partial(RecordingBlockPatch, i, use=_text_use(network.blocks[i])) for i, _ in layers}
     return models.with_block_patches(model, key=KEY, patches=patches)
+
+
+def show_mask_text(guider: Any, mask_text: list) -> None:
+    """Let a guider that is about to sample prepare `mask_text`, a CONDITIONING, beside its own prompts."""
+    guider.conds[KEY] = comfy.sampler_helpers.convert_cond(mask_text)
+
+
+def look_by_mask_text(guider: Any, x: torch.Tensor, sigma: torch.Tensor, options: Mapping[str, Any],
+                      recorder: "AttentionRecorder") -> None:
+    """Call the model at x [B, C, ...] and sigma [B] with the guider's mask text alone, for what `recorder` sees."""
+    comfy.samplers.calc_cond_batch(guider.inner_model, [guider.conds[KEY]], x, sigma, recorder.added_to(options))
 
 
 def _text_use(block: Any) -> int:

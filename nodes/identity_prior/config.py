@@ -8,6 +8,7 @@ from ..inputs.ranges import ALL, check_choice, check_limits, check_range, parse_
 
 AUGMENTS = ("none", "crop", "crop_and_flip")
 METHODS = ("ddim", "fixed_point", "renoise")
+INVERSION, FLOW_EDIT = PATHS = ("inversion", "flow_edit")
 AUTO = "auto"
 
 
@@ -60,9 +61,13 @@ class InversionConfig:
     # Ours: exact for Euler and DDIM, once converged.
     method: str = "fixed_point"
     iterations: int = 4
+    # LIPE inverts. FlowEdit (arXiv 2412.08629) goes straight from the picture to noise, which `seed` draws, and adds
+    # to each step of the edit what the model's own estimate of the picture lacks.
+    path: str = INVERSION
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(self, method=METHODS)
+        check_choice(self, method=METHODS, path=PATHS)
         check_limits(self, "iterations", lowest=1, fix="1 or more")
 
 
@@ -72,6 +77,9 @@ class BlendConfig:
 
     start_percent: float = 0.0
     end_percent: float = 1.0
+    # Ours: the share of new noise where the subject is. The inverted noise holds its old pose.
+    fresh_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)
+        check_limits(self, "fresh_noise", lowest=0, highest=1, fix="0 (the inverted noise) to 1 (all new)")

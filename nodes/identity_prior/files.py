@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ..consent import gate, record
 from ..files import weights
 from ..files.fitting import MisfitError, check_lora
 from ..files.folders import LORAS
+from ..files.kinds import LearnedKind, Shapes, Summary, made_now
 from ..files.names import refused
 from ..files.pickles import read_any
 from ..fingerprint import fingerprint
@@ -37,6 +39,7 @@ def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: st
         metadata |= {
             "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[0]), "ss_network_alpha": str(alphas[0])
         }
+    metadata |= made_now() | record.to_metadata(subject.consent)
     return weights.save(lora, metadata, FOLDER.name, filename_prefix)
 
 
@@ -47,12 +50,38 @@ def load(name: str) -> tuple[dict[str, torch.Tensor], Subject]:
     if _ENTRY not in metadata:
         raise refused(path, "does not describe an identity", "Load it with Load LoRA, or choose a saved prior")
     try:
+        subject = _described(metadata)
+    except ValueError as error:
+        raise refused(path, f"has no valid description of its identity ({error})", "Save the prior again") from error
+    return tensors, dataclasses.replace(subject, consent=gate.read(metadata, path.name))
+
+
+def _described(metadata: Mapping[str, str]) -> Subject:
+    """The subject that a file names. Raises ValueError where it is not valid."""
+    try:
         content = json.loads(metadata[_ENTRY])
         captions = tuple(str(caption) for caption in content["captions"])
-        subject = Subject(str(content["token"]), str(content["class_noun"]), captions, str(content["base"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise refused(path, f"has no valid description of its identity ({error})", "Save the prior again") from error
-    return tensors, subject
+        return Subject(str(content["token"]), str(content["class_noun"]), captions, str(content["base"]))
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _summary(_shapes: Shapes, metadata: Mapping[str, str]) -> Summary | None:
+    if _ENTRY not in metadata:
+        return None
+    subject = _described(metadata)
+    return Summary(subject.base, subject.trigger)
+
+
+def _misfit(model: Any, shapes: Shapes, _metadata: Mapping[str, str]) -> str:
+    try:
+        check_lora(model, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    except MisfitError as error:
+        return str(error)
+    return ""
+
+
+KIND = LearnedKind("identity prior", FOLDER, _summary, _misfit)
 
 
 def apply(model: Any, tensors: Mapping[str, torch.Tensor], subject: Subject, strength: float, name: str) -> Any:

@@ -10,19 +10,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import latent_preview
 import torch
 
 from .. import subject_tokens
 from ..inputs import latents
+from ..inputs.families import check_one_latent, family
 from ..inputs.model_fit import check_latents, check_texts
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
 from ..training.objective import prediction_kind
 from . import attention, method
-from .config import InversionConfig, MaskConfig
+from .config import FLOW_EDIT, InversionConfig, MaskConfig
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,36 @@ class Inversion:
 
 
 def invert(
-    model: Any, positive: list, latent: dict, sigmas: torch.Tensor, config: InversionConfig, masks: MaskConfig
+    model: Any, positive: list, latent: dict, sigmas: torch.Tensor, config: InversionConfig, masks: MaskConfig,
+    mask_text: list | None = None,
 ) -> Inversion:
-    """Invert `latent` under `positive` alone, without CFG. Raises ValueError, naming the input and the fix."""
+    """Invert `latent` under `positive` alone, without CFG. Raises ValueError, naming the input and the fix.
+
+    The subject is looked for by `positive`, or by `mask_text` in one more call a step.
+    """
+    check_one_latent(model, "inversion")
     samples = _checked(latent["samples"], model)
     method.check_sigmas([float(sigma) for sigma in sigmas])
-    prediction_kind(model.get_model_object("model_sampling"), "inversion")
+    prediction_kind(model.get_model_object("model_sampling"), "inversion", family(model))
     check_texts([positive], "positive", model, "use the CLIP of this model in Encode Identity")
     # They skip calls by what changed since a higher sigma, and an inversion comes from lower ones.
     model, cache = models.without_step_caches(model)
     if cache:
         tell("Invert Image", [f"{cache} is left out of the inversion, which needs every call of the model"])
     layers = attention.layers_of(model)
-    if layers:
+    if layers and mask_text is not None:
+        subject_tokens.require_subject(mask_text, "mask_text")
+        check_texts([mask_text], "mask_text", model, "use the CLIP of this model in Encode Identity")
+    elif layers:
         subject_tokens.require_subject(positive, "positive")
     else:
-        name = type(model.get_model_object("diffusion_model")).__name__
-        warning = f"a {name} has no cross-attention that can be read, so the source mask is the whole picture"
+        warning = f"{family(model)} has no cross-attention that can be read, so the source mask is the whole picture"
         tell("Invert Image", [warning], logging.WARNING)
     sampler = InversionSampler(config, masks, layers)
     guider = comfy.samplers.CFGGuider(attention.with_recorder(model) if layers else model)
     guider.set_conds(positive, positive)
+    if layers and mask_text is not None:
+        guider.original_conds |= {attention.KEY: comfy.sampler_helpers.convert_cond(mask_text)}
     guider.set_cfg(1.0)
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     guider.sample(torch.zeros_like(samples), samples, sampler, sigmas, callback=callback, disable_pbar=True, seed=0)
@@ -92,11 +103,20 @@ class InversionSampler(comfy.samplers.Sampler):
         scales = {sigma: float(samplers.input_scale(model_sampling, sigmas.new_tensor(sigma))) for sigma in grid}
         clean = latent_image.to(_path_device((len(grid), *latent_image.shape)), torch.float32)
         steps = _Steps(model_wrap, extra_args, latent_image.device, self.layers, self.masks, grid, callback)
-        path = method.invert(
-            steps.denoise, clean, grid, scales.__getitem__, self.config.method, self.config.iterations,
-            steps.finish_step,
-        )
-        self.inversion = Inversion(method.Trajectory(grid, path), steps.source_mask(clean), self.config.method)
+        if self.config.path == FLOW_EDIT:
+            new = torch.randn(clean.shape, generator=torch.Generator().manual_seed(self.config.seed)).to(clean)
+
+            def noised(sigma: float) -> torch.Tensor:
+                return model_sampling.noise_scaling(clean.new_tensor(sigma), new.clone(), clean, False)
+
+            path = method.straight_path(steps.denoise, grid, noised, clean, steps.finish_step)
+        else:
+            path = method.invert(
+                steps.denoise, clean, grid, scales.__getitem__, self.config.method, self.config.iterations,
+                steps.finish_step,
+            ),
+        name = FLOW_EDIT if self.config.path == FLOW_EDIT else self.config.method
+        self.inversion = Inversion(method.Trajectory(grid, *path), steps.source_mask(clean), name)
         return latent_image
 
 
@@ -114,45 +134,59 @@ class _Steps:
     denoised: torch.Tensor | None = None
     heat: torch.Tensor | None = None
     heat_sum: torch.Tensor | float = 0.0
+    done: int = 0
 
     def __post_init__(self) -> None:
-        self.subject = subject_tokens.positions_by_entry(self.guider.conds)
+        looked_at = self.guider.conds.get(attention.KEY)
+        self.by_mask_text = looked_at is not None
+        conditions = {attention.KEY: looked_at} if self.by_mask_text else self.guider.conds
+        self.subject = subject_tokens.positions_by_entry(conditions)
 
     def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """The guider's estimate of x [B, C, ...] at sigma, where x is stored."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         options = self.extra_args["model_options"]
         recorder = None
-        if self.layers:
+        if self.layers and not self.by_mask_text:
             recorder = attention.AttentionRecorder(self.subject, self.layers, self.masks, x.shape)
             options = recorder.added_to(options)
         self.denoised = self.guider(
-            x.to(self.device), x.new_full((len(x),), sigma, device=self.device),
-            model_options=options, seed=self.extra_args["seed"],
+            *self._on_device(x, sigma), model_options=options, seed=self.extra_args["seed"]
         ).to(x)
         if recorder is not None:
             self.heat = recorder.heat(self.heat)
         return self.denoised
 
     def finish_step(self, i: int, x: torch.Tensor) -> None:
-        """After step i of the sampler arrived at x, from the last step to the first. Raises ValueError for NaN."""
+        """After x, with which step i of the sampler begins, is known. Raises ValueError for NaN."""
         if not torch.isfinite(x).all():
             raise ValueError(
                 f"the inversion became NaN or infinite at sigma {self.sigmas[i]:.4g}: set method to ddim, give the "
                 "scheduler more steps, or load the model in bf16 or fp32"
             )
+        if self.by_mask_text:
+            recorder = attention.AttentionRecorder(self.subject, self.layers, self.masks, x.shape)
+            options = self.extra_args["model_options"]
+            attention.look_by_mask_text(self.guider, *self._on_device(x, self.sigmas[i]), options, recorder)
+            self.heat = recorder.heat(self.heat)
         if self.heat is not None:
             self.heat_sum = self.heat_sum + self.heat
+        self.done += 1
         if self.callback is not None:
-            count = len(self.sigmas) - 1
-            self.callback(count - 1 - i, self.denoised, x, count)
+            self.callback(self.done - 1, self.denoised, x, len(self.sigmas) - 1)
+
+    def _on_device(self, x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.to(self.device), x.new_full((len(x),), sigma, device=self.device)
 
     def source_mask(self, clean: torch.Tensor) -> torch.Tensor:
         """[B, T, H, W] of the source latent `clean`, stored beside it; all of it where nothing shows the subject."""
         if not self.layers:
             return torch.ones(len(clean), clean.shape[2] if clean.ndim == 5 else 1, *clean.shape[-2:])
         mean = self.heat_sum / (len(self.sigmas) - 1)
-        return method.subject_mask(mean, clean.shape[-2:], self.masks).to(clean.device)
+        mask = method.subject_mask(mean, clean.shape[-2:], self.masks)
+        if doubt := method.doubt(mean, mask):
+            tell("Invert Image", [f"the source mask {doubt}: {attention.MASK_FIX}"], logging.WARNING)
+        return mask.to(clean.device)
 
 
 def _path_device(shape: Sequence[int]) -> torch.device:

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..inputs import frame_masks, latents
+from ..inputs.latent_masks import blend
 from ..inputs.ranges import SIGMA_TOLERANCE
 from ..training.objective import same_bucket
 from .config import MaskConfig
 
+# Ours: a map whose values differ by less of the highest one, and a mask of more than this much of the picture, do not
+# show where a subject is.
+FLAT, NEARLY_ALL = 0.15, 0.85
 # denoise(x, sigma) -> the denoised estimate of x [B, C, ...] at sigma
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 
@@ -53,9 +56,13 @@ class PriorObjective:
 class Trajectory:
     """A latent's path from noise to itself: x [S + 1, B, C, ...] in the sampler's own scale at falling sigmas."""
 
-    def __init__(self, sigmas: Sequence[float], latents: torch.Tensor):
+    # What the edit's estimates are corrected by at each sigma but the last, [S, B, C, ...]; for FlowEdit alone.
+    corrections: torch.Tensor | None = None
+
+    def __init__(self, sigmas: Sequence[float], latents: torch.Tensor, corrections: torch.Tensor | None = None):
         self.sigmas = tuple(sigmas)
         self.latents = latents
+        self.corrections = corrections
 
     @property
     def clean(self) -> torch.Tensor:
@@ -75,11 +82,39 @@ class Trajectory:
         i, high, low = self._segment(sigma)
         return self.latents[i + 1] - (self.latents[i] - self.latents[i + 1]) * (low / (high - low))
 
+    def corrected(self, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+        """An edit's estimate at sigma, with the correction there; between the grid's sigmas on a straight line."""
+        if self.corrections is None:
+            return denoised
+        i, high, low = self._segment(sigma)
+        last = len(self.corrections) - 1
+        share = min(max((sigma - low) / (high - low), 0.0), 1.0)
+        correction = torch.lerp(self.corrections[min(i + 1, last)], self.corrections[i], share)
+        return denoised + correction.to(denoised)
+
     def _segment(self, sigma: float) -> tuple[int, float, float]:
         """The step that starts at sigma or above it, the first one for higher sigmas: its number and its ends."""
         lower = self.sigmas[1:-1]
         i = sum(sigma <= low * (1 + SIGMA_TOLERANCE) for low in lower)
         return i, self.sigmas[i], self.sigmas[i + 1]
+
+
+def straight_path(
+    denoise: Denoise, sigmas: Sequence[float], noised: Callable[[float], torch.Tensor], clean: torch.Tensor,
+    on_step: Callable[[int, torch.Tensor], None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlowEdit's path of `clean` [B, C, ...]: x [S + 1, B, C, ...] at falling sigmas, corrections [S, B, C, ...].
+
+    noised(sigma) is the picture with one noise at sigma. The correction is what the model's estimate along the path
+    lacks of the picture. Added to the estimate of an edit, a step of Euler is FlowEdit's: with x = z + noised - clean
+    for its edited picture z, x - sigma v(x) + clean - (noised - sigma v(noised)).
+    """
+    path, corrections = [], []
+    for i, sigma in enumerate(sigmas[:-1]):
+        path.append(noised(sigma))
+        corrections.append(clean - denoise(path[-1], sigma))
+        on_step(i, path[-1])
+    return torch.stack([*path, clean]), torch.stack(corrections)
 
 
 def invert(
@@ -152,6 +187,23 @@ def subject_mask(heat: torch.Tensor, size: Sequence[int], config: MaskConfig) ->
     return (level >= config.threshold).float()
 
 
+def doubt(heat: torch.Tensor, mask: torch.Tensor) -> str:
+    """Why a map [B, T, h, w] and its mask [B, T, H, W] do not show a subject, or nothing."""
+    low, high = float(heat.min()), float(heat.max())
+    if high - low <= FLAT * high:
+        return "shows the subject nowhere more than elsewhere"
+    covered = float(mask.float().mean())
+    return f"covers {covered:.0%} of the picture" if covered >= NEARLY_ALL else ""
+
+
+def fresh(noise: torch.Tensor, mask: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """`noise` [B, C, ...] with a share, 0 to 1, of new noise of the same variance where the mask
+    [1 or B, 1 or T, H, W] is; elsewhere its bits stay.
+    """
+    new = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)).to(noise)
+    return blend(math.sqrt(1 - share**2) * noise + share * new, noise, mask)
+
+
 def grown(mask: torch.Tensor, cells: int) -> torch.Tensor:
     """The mask [B, T, H, W], wider by `cells` on every side."""
     return F.max_pool2d(mask, 2 * cells + 1, stride=1, padding=cells) if cells else mask
@@ -160,32 +212,6 @@ def grown(mask: torch.Tensor, cells: int) -> torch.Tensor:
 def union(source: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
     """M = M_s ∪ M_e; the higher value where they are soft."""
     return torch.maximum(source, edited)
-
-
-def latent_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A user's MASK [F, H, W] for latents of `shape` [B, C, (T,) H, W]: [1 or B, 1 or T, H, W], 0 and 1 stay exact.
-
-    For pictures F is 1 or B, and any number where B is 1; for videos 1, T, or the 4 (T - 1) + 1 frames of the video,
-    of which each latent frame takes the mean. Raises ValueError, naming the input, for another F.
-    """
-    mask = mask.float().reshape(-1, *mask.shape[-2:])
-    latents.check_finite(mask, "mask", "connect another MASK")
-    cells = F.adaptive_avg_pool2d(mask.unsqueeze(1), shape[-2:]).squeeze(1).clamp(0, 1)
-    if len(shape) == 5:
-        return frame_masks.by_latent_frame(cells, shape[2]).unsqueeze(0)
-    if shape[0] > 1:
-        latents.check_batch(len(cells), shape[0], "mask", "mask")
-    return cells.unsqueeze(1)
-
-
-def blend(x: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """M x + (1 - M) source, with neither's rounding where the mask [1 or B, 1 or T, H, W] is 1 or 0. LIPE's NIMA."""
-    # For pictures the mask's T is the channels' 1; videos have their channels before it.
-    weight = mask if x.ndim == 4 else mask.unsqueeze(1)
-    weight = weight.to(x.device)
-    source = source.to(x)
-    mixed = (x * weight + source * (1 - weight)).to(x.dtype)
-    return torch.where(weight >= 1, x, torch.where(weight <= 0, source, mixed))
 
 
 def _resized(heat: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

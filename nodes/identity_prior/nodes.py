@@ -3,12 +3,13 @@
 import torch
 from comfy_api.latest import io
 
-from .. import subject_tokens
+from .. import explanations, subject_tokens
+from ..consent import gate
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..messages import pictures, tell
 from . import files, inversion, sampling
-from .config import METHODS, BlendConfig, InversionConfig, MaskConfig
+from .config import METHODS, PATHS, BlendConfig, InversionConfig, MaskConfig
 
 CATEGORY = "Understudy/Identity prior"
 INVERSION = io.Custom("UNDERSTUDY_INVERSION")
@@ -16,6 +17,14 @@ _INVERSION = InversionConfig()
 _MASK = MaskConfig()
 _BLEND = BlendConfig()
 _GAP = 8  # pixels between the two masks that Show Edit Masks shows
+
+
+def _mask_text(what: str) -> io.Conditioning.Input:
+    return io.Conditioning.Input(
+        "mask_text", optional=True,
+        tooltip=f"What {what} is found by, in place of positive: a text from Encode Identity that names the subject "
+        "and what it does, without its clothes, which would draw the attention away. One more model call per step.",
+    )
 
 
 def _map_inputs() -> list:
@@ -61,6 +70,7 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
                     "Weight of the prior: 0 is off, 1 as it was trained. Lower values follow prompts more.",
                     lowest=-10.0, highest=10.0,
                 ),
+                cls.purpose(),
             ],
             outputs=[
                 io.Model.Output(tooltip="Connect it to a sampler, to Invert Image, or to Load Identity Prior."),
@@ -75,8 +85,9 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
         return True
 
     @classmethod
-    def execute(cls, model, lora_name, strength) -> io.NodeOutput:
+    def execute(cls, model, lora_name, strength, purpose=gate.UNSPECIFIED) -> io.NodeOutput:
         tensors, subject = files.load(lora_name)
+        gate.check_loaded("Load Identity Prior", subject.consent, purpose)
         patched = files.apply(model, tensors, subject, strength, lora_name)
         return io.NodeOutput(patched, subject, subject.trigger)
 
@@ -151,6 +162,17 @@ class UnderstudyInvertImage(CheckedNode):
                     "values include more around the subject.",
                 ),
                 *_map_inputs(),
+                _mask_text("the source mask"),
+                io.Combo.Input(
+                    "path", options=list(PATHS), default=_INVERSION.path, optional=True, advanced=True,
+                    tooltip="inversion runs the sampling backwards. flow_edit goes straight from the picture to "
+                    "noise and corrects each step of the edit: one model call per step, for models that invert "
+                    "badly.",
+                ),
+                io.Int.Input(
+                    "path_seed", default=_INVERSION.seed, min=0, max=0xFFFFFFFFFFFFFFFF, optional=True, advanced=True,
+                    tooltip="Draws the noise of flow_edit; inversion needs none.",
+                ),
             ],
             outputs=[
                 INVERSION.Output(display_name="inversion", tooltip="Connect it to Identity Mask Blend."),
@@ -160,11 +182,15 @@ class UnderstudyInvertImage(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, latent, sigmas, method, iterations, mask_threshold, **maps) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, latent, sigmas, method, iterations, mask_threshold, mask_text=None,
+        path=_INVERSION.path, path_seed=_INVERSION.seed, **maps,
+    ) -> io.NodeOutput:
         masks = MaskConfig(threshold=mask_threshold, grow=0, **maps)
-        inverted = inversion.invert(model, positive, latent, sigmas, InversionConfig(method, iterations), masks)
+        config = InversionConfig(method, iterations, path, path_seed)
+        inverted = inversion.invert(model, positive, latent, sigmas, config, masks, mask_text)
         size = f"{inverted.megabytes:.1f} MB on {inverted.trajectory.latents.device}"
-        summary = f"inverted over {len(sigmas) - 1} steps by {method}; the path takes {size}"
+        summary = f"inverted over {len(sigmas) - 1} steps by {inverted.method}; the path takes {size}"
         tell("Invert Image", [summary])
         noise, mask = inversion.InvertedNoise(model, inverted), _pixels(inverted.source_mask, model)
         return io.NodeOutput(inverted, noise, mask, ui={"text": (summary,)})
@@ -207,17 +233,28 @@ class UnderstudyIdentityMaskBlend(CheckedNode):
                     "for all, or one per picture or frame.",
                 ),
                 *_map_inputs(),
+                _mask_text("the edited mask"),
+                widgets.fraction(
+                    "fresh_noise", _BLEND.fresh_noise,
+                    "How much of the start noise is new where the subject is: 0 is the inverted noise, which holds "
+                    "its old pose, 1 all new, from the seed of the sampler's noise.", optional=True, advanced=True,
+                ),
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Show Edit Masks.")],
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_values) -> str:
+        return explanations.fingerprint()
+
+    @classmethod
     def execute(
-        cls, model, inversion, positive, threshold, grow, start_percent, end_percent, mask=None, **maps
+        cls, model, inversion, positive, threshold, grow, start_percent, end_percent, mask=None, mask_text=None,
+        fresh_noise=_BLEND.fresh_noise, **maps,
     ) -> io.NodeOutput:
         masks = MaskConfig(threshold=threshold, grow=grow, **maps)
-        config = BlendConfig(start_percent, end_percent)
-        return io.NodeOutput(sampling.apply(model, inversion, positive, masks, config, mask))
+        config = BlendConfig(start_percent, end_percent, fresh_noise)
+        return io.NodeOutput(sampling.apply(model, inversion, positive, masks, config, mask, mask_text))
 
 
 class UnderstudyEditMasks(CheckedNode):

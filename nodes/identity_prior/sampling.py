@@ -6,7 +6,6 @@ along the path, so that Euler and DDIM follow it exactly and other samplers as c
 the sampler is done, what is outside is the end of the path itself.
 """
 
-import hashlib
 import logging
 import math
 from collections import OrderedDict
@@ -18,13 +17,15 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .. import subject_tokens
-from ..inputs import latents, ranges
+from .. import explanations, subject_tokens
+from ..inputs import latent_masks, latents, ranges
+from ..inputs.families import check_one_latent, family
 from ..messages import tell
 from ..patching import models, samplers
 from ..patching.unet_layers import CrossAttention
-from . import attention, method
+from . import attention, explaining, method
 from .config import BlendConfig, MaskConfig
+from .explaining import EditStep
 from .inversion import Inversion, InversionSampler
 
 KEY = "understudy_identity_blend"
@@ -33,24 +34,30 @@ _REMEMBERED_RUNS = 4
 
 def apply(
     model: Any, inversion: Inversion, positive: list, masks: MaskConfig, config: BlendConfig,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | None, mask_text: list | None = None,
 ) -> Any:
     """A clone of `model` that blends, by `mask` [F, H, W] if there is one, else by masks from its own attention.
 
+    That is attention to the subject in `positive`, or in `mask_text`, for which each step calls the model once more.
+
     Raises ValueError, naming the input and the fix, where it cannot.
     """
+    check_one_latent(model, "the blend")
     clean = inversion.trajectory.clean
     latents.check_channels(clean, "inversion", model.model.latent_format.latent_channels, "invert with this model")
     layers = attention.layers_of(model)
     if mask is not None:
-        mask = method.latent_mask(mask, clean.shape)
+        mask = latent_masks.latent_mask(mask, clean.shape)
     else:
-        subject_tokens.require_subject(positive, "positive")
+        subject_tokens.require_subject(*((positive, "positive") if mask_text is None else (mask_text, "mask_text")))
         if not layers:
-            raise ValueError("this model has no cross-attention to find the subject by: connect your own `mask`")
+            raise ValueError(
+                f"model is {family(model)}, which has no cross-attention to find the subject by: connect your own "
+                "`mask`, for example from ComfyUI's SAM3 Detect"
+            )
         attention.chosen_layers(layers, masks, max(clean.shape[-2:]))
         model = attention.with_recorder(model)
-    blend = IdentityBlend(inversion, layers, masks, config, mask)
+    blend = IdentityBlend(inversion, layers, masks, config, mask, mask_text if mask is None else None)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: blend.outer_sample,
         WrappersMP.SAMPLER_SAMPLE: blend.sampler_sample,
@@ -63,23 +70,35 @@ def apply(
 class IdentityBlend:
     """The blend of one patched model. A run's state travels with it; only its masks stay, for Show Edit Masks."""
 
-    RUN_STATE = ("run_masks", "_last")
+    RUN_STATE = ("run_masks", "_last", "_last_steps", "explained")
 
     inversion: Inversion
     layers: Sequence[CrossAttention]
     masks: MaskConfig
     config: BlendConfig
     connected_mask: torch.Tensor | None
+    mask_text: list | None = None
     # Source and edited mask [B, T, H, W] of the last runs, by the digest of their samples.
     run_masks: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=OrderedDict)
     _last: tuple[torch.Tensor, torch.Tensor] | None = None
+    _last_steps: list[EditStep] | None = None
+    # The masks of every step, of runs that Explain Result asks for.
+    explained: explanations.Runs = field(default_factory=explanations.Runs)
+
+    def explain(self, samples: torch.Tensor) -> explanations.Explanation:
+        """Where each step of the run that made `samples` saw the subject. Raises ValueError, naming the fix."""
+        return explaining.of_edit(self.explained.of(samples), connected=self.connected_mask is not None)
 
     def outer_sample(self, executor, *args, **kwargs):
         """ComfyUI's OUTER_SAMPLE: remember the masks under the samples that they made."""
-        self._last = None
+        self._last = self._last_steps = None
+        if self.mask_text is not None:
+            attention.show_mask_text(executor.class_obj, self.mask_text)
         samples = executor(*args, **kwargs)
         if self._last is not None and not samples.is_nested:
-            self.run_masks[_digest(samples)] = self._last
+            if self._last_steps is not None:
+                self.explained.add(samples, self._last_steps)
+            self.run_masks[explanations.samples_digest(samples)] = self._last
             while len(self.run_masks) > _REMEMBERED_RUNS:
                 self.run_masks.popitem(last=False)
         return samples
@@ -96,17 +115,24 @@ class IdentityBlend:
                 "same SIGMAS to Invert Image and to the sampler, which is SamplerCustom or SamplerCustomAdvanced. "
                 "KSampler makes its own, and others for uni_pc and dpm_2"
             )
-        run = _BlendRun(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(guider.conds))
+        conditions = guider.conds if self.mask_text is None else {attention.KEY: guider.conds[attention.KEY]}
+        run = _BlendRun(self, guider.inner_model, noise, name, subject_tokens.positions_by_entry(conditions))
         if run.starts_off_path(guider, sigmas, noise, latent_image):
             warning = "noise is not Invert Image's, so the edit will not follow the picture: connect its `noise`"
             tell("Identity Mask Blend", [warning], logging.WARNING)
+        elif self.config.fresh_noise and noise.any():
+            mask = self.connected_mask
+            mask = method.grown(run.source, self.masks.grow) if mask is None else mask
+            noise = method.fresh(noise, mask.to(noise.device), self.config.fresh_noise, extra_args.get("seed") or 0)
         options = extra_args["model_options"]
         options = {**options, "transformer_options": {**options["transformer_options"], KEY: run}}
         samples = executor(
             guider, sigmas, {**extra_args, "model_options": options}, callback, noise, latent_image, denoise_mask,
             disable_pbar,
         )
-        self._last = run.masks()
+        self._last, self._last_steps = run.masks(), run.history
+        if run.heat is not None and (doubt := method.doubt(run.heat, run.edited)):
+            tell("Identity Mask Blend", [f"the edited mask {doubt}: {attention.MASK_FIX}"], logging.WARNING)
         last = grid[-1]
         if run.is_active(last) and samples.shape == noise.shape:
             model_sampling = guider.inner_model.model_sampling
@@ -123,14 +149,19 @@ class IdentityBlend:
         if run is None or not run.is_active(sigma):
             return executor(x, timestep, model_options, seed)
         run.check(x)
-        recorder = None
+        recorder, options = None, model_options
         if self.connected_mask is None:
             recorder = attention.AttentionRecorder(run.subject, self.layers, self.masks, x.shape)
-            model_options = recorder.added_to(model_options)
-        denoised = executor(method.blend(x, run.path.at(sigma), run.mask), timestep, model_options, seed)
+            if self.mask_text is None:
+                options = recorder.added_to(model_options)
+        blended = method.blend(x, run.path.at(sigma), run.mask)
+        denoised = executor(blended, timestep, options, seed)
+        if recorder is not None and self.mask_text is not None:
+            attention.look_by_mask_text(executor.class_obj, blended, timestep, model_options, recorder)
         if recorder is not None:
             run.update_mask(recorder)
-        return method.blend(denoised, run.path.denoised(sigma), run.mask)
+        run.remember(sigma)
+        return method.blend(run.path.corrected(denoised, sigma), run.path.denoised(sigma), run.mask)
 
 
 class _BlendRun:
@@ -161,6 +192,7 @@ class _BlendRun:
         # As published, nothing is blended before the first step has shown where the subject is.
         first = torch.ones_like(self.source) if self.connected_mask is None else self.connected_mask
         self.mask = first.to(noise.device)
+        self.history: list[EditStep] | None = [] if explanations.is_asked() else None
 
     def is_active(self, sigma: float) -> bool:
         """Whether the blend acts at sigma; at sigma 0 is the finished latent."""
@@ -198,6 +230,14 @@ class _BlendRun:
         self.edited = method.subject_mask(heat, self.source.shape[-2:], self.masks_config)
         self.mask = method.grown(method.union(self.source, self.edited), self.masks_config.grow)
 
+    def remember(self, sigma: float) -> None:
+        """Add the masks as they are now to what Explain Result shows, once for each noise level."""
+        if self.history is None:
+            return
+        if self.history and self.history[-1].sigma == sigma:
+            self.history.pop()
+        self.history.append(EditStep(sigma, *self.masks(), (self.mask > 0).float().cpu()))
+
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Source and edited mask [B, T, H, W], of one shape."""
         edited = self.edited if self.connected_mask is None else self.mask
@@ -219,7 +259,7 @@ def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     blend = models.attachment(model, KEY)
     if blend is None:
         raise ValueError("model has no blend: connect the output of Identity Mask Blend to `model`")
-    masks = blend.run_masks.get(_digest(samples))
+    masks = blend.run_masks.get(explanations.samples_digest(samples))
     if masks is not None:
         return masks
     if not blend.run_masks:
@@ -235,10 +275,6 @@ def masks_of(model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         tell("Show Edit Masks", [warning], logging.WARNING)
     # The samples were upscaled, composited or cut since.
     return next(reversed(blend.run_masks.values()))
-
-
-def _digest(samples: torch.Tensor) -> str:
-    return hashlib.sha256(samples.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _check_sampler(sampler: Any) -> str:

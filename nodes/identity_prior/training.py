@@ -17,6 +17,7 @@ from ..training.config import LoraConfig, TrainingConfig
 from ..training.objective import Batches
 from ..training.runs import LossMap
 from ..training.seeds import seed_for
+from ..training.stored import Stored, chained, digest, is_stored
 from . import method
 from .config import IdentityPriorConfig
 from .mirrored_captions import mirrored
@@ -38,16 +39,23 @@ class ClassPictures:
 def train(
     model: Any, clip: Any, vae: Any, latents: Sequence[torch.Tensor], texts: Sequence[str], classes: ClassPictures,
     prior: IdentityPriorConfig, config: TrainingConfig, *, checkpoints: Checkpoints, resume_from: str,
+    weights: Sequence[torch.Tensor] | None = None,
 ) -> tuple[dict[str, torch.Tensor], LossMap]:
     """Train a LORA_MODEL on the subject's latents [1, C, ...], one text each, and on its class; model and clip are
-    not modified. Raises what picture_training.train_on_pictures raises.
+    not modified. `weights` [1, 1, ...] are those of the cells of the subject's latents in the loss.
+
+    Raises what picture_training.train_on_pictures raises.
     """
+    picture_training.check_family(model, LoraConfig(rank=prior.rank))
     checkpoints.resume(resume_from)  # one that does not fit is refused before the model draws
     *conditionings, empty = picture_training.encode_texts(clip, [*texts, *classes.texts, ""])
-    check_encoded(conditionings, [*latents, *classes.latents], model)  # also before the model draws
+    check_encoded(conditionings, chained(latents, classes.latents), model)  # also before the model draws
     class_latents = classes.latents
     if classes.texts and not class_latents:
         class_latents = draw_class_pictures(model, conditionings[len(texts) :], empty, latents[0].shape, config.seed)
+
+    if weights is not None:  # the class counts everywhere, with weights, so that one pass takes both
+        weights = chained(weights, [torch.ones(1, 1, *latent.shape[2:]) for latent in class_latents])
 
     def objective(denoising, samples):
         if not class_latents:
@@ -58,34 +66,41 @@ def train(
         return method.PriorObjective(denoising.loss, subject, class_, prior.prior_weight)
 
     return picture_training.train_on_pictures(
-        model, [*latents, *class_latents], conditionings, config, LoraConfig(rank=prior.rank),
+        model, chained(latents, class_latents), conditionings, config, LoraConfig(rank=prior.rank),
         checkpoints=checkpoints, resume_from=resume_from, make_objective=objective,
         forward_batch=config.batch_size * (2 if class_latents else 1),
         preview=drawing.preview_of(vae, conditionings[0], empty, latents[0].shape, config.seed),
+        references=len(latents), weights=weights,
     )
 
 
 def variants(
     pictures: Sequence[torch.Tensor], texts: Sequence[str], augment: str, seed: int
-) -> tuple[list[torch.Tensor], list[str]]:
+) -> tuple[Sequence[torch.Tensor], list[str]]:
     """Pictures [1, H, W, 3] and texts with crops of each, and with mirror images of all, as `augment` asks.
 
     What is on the left in a picture is on the right in its mirror image's text.
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "augmentation"))
-    pairs = []
-    for picture, text in zip(pictures, texts, strict=True):
-        pairs.append((picture, text))
+    plan = []  # of each variant its picture, its text, where it is cut, whether it is mirrored
+    for i, text in enumerate(texts):
+        plan.append((i, text, None, False))
         if augment != "none":
-            pairs += [(_crop(picture, generator), text) for _ in range(_CROPS)]
+            plan += [(i, text, torch.rand(3, generator=generator).tolist(), False) for _ in range(_CROPS)]
     if augment == "crop_and_flip":
-        pairs += [(picture.flip(2), mirrored(text)) for picture, text in pairs]
-    return [picture for picture, _ in pairs], [text for _, text in pairs]
+        plan += [(i, mirrored(text), cut, True) for i, text, cut, _ in plan]
+
+    def variant(number: int) -> torch.Tensor:
+        i, _, cut, flipped = plan[number]
+        picture = pictures[i] if cut is None else _crop(pictures[i], *cut)
+        return picture.flip(2) if flipped else picture
+
+    made: Sequence[torch.Tensor] = Stored(len(plan), variant, digest(getattr(pictures, "key", ""), plan))
+    return made if is_stored(pictures) else list(made), [text for _, text, _, _ in plan]
 
 
-def _crop(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A part of the picture with its proportions, at its full size."""
-    share, left, top = torch.rand(3, generator=generator).tolist()
+def _crop(picture: torch.Tensor, share: float, left: float, top: float) -> torch.Tensor:
+    """A part of the picture with its proportions, at its full size; all in 0..1."""
     height, width = picture.shape[1:3]
     share = _SMALLEST_CROP + (1 - _SMALLEST_CROP) * share
     rows, columns = max(1, round(height * share)), max(1, round(width * share))

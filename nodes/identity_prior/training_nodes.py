@@ -6,12 +6,13 @@ import logging
 from comfy_api.latest import io
 
 from .. import subject_tokens
+from ..consent import gate
 from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
 from ..inputs.widgets import IDENTITY
 from ..messages import tell
 from ..subject_tokens import Subject
-from ..training import inputs, picture_training, widgets
+from ..training import doctor, inputs, loss_masks, picture_training, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
 from .config import AUGMENTS, IdentityPriorConfig
@@ -91,6 +92,9 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
                 widgets.dtype(),
                 widgets.min_snr_gamma(),
                 *widgets.on_the_way("Steps", "the first caption"),
+                *widgets.masks("one mask per picture, or one for all"),
+                widgets.offload(),
+                widgets.consent(),
             ],
             outputs=[
                 widgets.LORA_MODEL.Output(
@@ -104,28 +108,38 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, images, captions, class_images=None, class_captions=None, **lists) -> io.NodeOutput:
+    def execute(cls, images, captions, class_images=None, class_captions=None, masks=None, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
         prior = IdentityPriorConfig(
             rank=values["rank"], prior_weight=values["prior_weight"], augment=values["augment"],
             class_count=values.get("class_count", _DEFAULT.class_count),
         )
         pictures = inputs.pictures(images, "images")
-        subject, texts = _subject(values, inputs.texts_for(captions, len(pictures), "captions"))
+        captions = inputs.texts_for(captions, len(pictures), "captions")
+        subject, texts = _subject(values, captions)
         config = widgets.config(values)
-        tell("Train Identity Prior", _warnings(values["clip"], subject, len(pictures)), logging.WARNING)
+        warnings = _warnings(values["clip"], subject, len(pictures))
+        masks = loss_masks.pictures(masks, len(pictures))
+        findings = doctor.examine(
+            pictures, captions, learned=(subject.token, subject.noun), masks=masks, model=values["model"]
+        )
+        tell("Train Identity Prior", [*warnings, *doctor.lines(findings)], logging.WARNING)
+        if masks is not None:  # cut and mirrored as the pictures are
+            masks, _ = training.variants(masks, texts, prior.augment, config.seed)
         pictures, texts = training.variants(pictures, texts, prior.augment, config.seed)
         latents = picture_training.encode_pictures(values["vae"], pictures)
+        floor = values.get("mask_floor", 0.0)
         classes = training.class_pictures(values["vae"], subject, texts, prior, class_images, class_captions)
         settings = {
             "pictures": inputs.digest(latents), "captions": texts, "rank": prior.rank,
             "class_pictures": inputs.digest(classes.latents) if class_images else "made by the model",
             "class_captions": list(classes.texts), "prior_weight": prior.prior_weight,
+            **loss_masks.settings(masks, floor, inputs.digest),
         }
         lora, loss_map = training.train(
             values["model"], values["clip"], values["vae"], latents, texts, classes, prior, config,
             checkpoints=Checkpoints("identity_prior", widgets.settings(values, config, settings)),
-            resume_from=values["resume_from"],
+            resume_from=values["resume_from"], weights=loss_masks.weights(masks, latents, floor),
         )
         return io.NodeOutput(lora, subject, loss_map)
 
@@ -135,7 +149,9 @@ def _subject(values: dict, captions: list[str]) -> tuple[Subject, list[str]]:
     subject = Subject(values["identity_token"].strip(), values["class_noun"].strip())
     texts = [subject.expand(text, f"caption {i + 1} of captions") for i, text in enumerate(captions)]
     captions_once = tuple(dict.fromkeys(texts))
-    return dataclasses.replace(subject, captions=captions_once, base=fingerprint(values["model"])), texts
+    consent = gate.check_training("Train Identity Prior", values.get("consent"))
+    base = fingerprint(values["model"])
+    return dataclasses.replace(subject, captions=captions_once, base=base, consent=consent), texts
 
 
 def _warnings(clip, subject: Subject, count: int) -> list[str]:
@@ -162,8 +178,8 @@ class UnderstudySaveIdentityPrior(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, lora, identity, filename_prefix) -> io.NodeOutput:
-        path = files.save(lora, identity, filename_prefix)
+    def execute(cls, lora, identity, filename_prefix, consent=None) -> io.NodeOutput:
+        path = files.save(lora, gate.with_consent("Save Identity Prior", identity, consent), filename_prefix)
         logging.info("[Understudy] saved %s", path)
         return io.NodeOutput()
 

@@ -89,6 +89,12 @@ def _option(widget: io.Combo.Input, value: Any) -> Any:
     return value
 
 
+def _options(widget: io.MultiCombo.Input, value: Any) -> list:
+    if not isinstance(value, list | tuple):
+        raise _refused(widget, value, f"use a list of {_names(widget.options)}")
+    return [_option(widget, part) for part in value]
+
+
 def _text(widget: Any, value: Any) -> str:
     if not isinstance(value, str):
         raise _refused(widget, value, "connect a text")
@@ -109,8 +115,8 @@ def _boolean(widget: io.Boolean.Input, value: Any) -> bool:
 
 # The first that fits; other types are for the node.
 _CHECKS = {
-    File: _file, io.Int.Input: _integer, io.Float.Input: _number, io.Combo.Input: _option, io.String.Input: _text,
-    io.Boolean.Input: _boolean,
+    File: _file, io.Int.Input: _integer, io.Float.Input: _number, io.MultiCombo.Input: _options,
+    io.Combo.Input: _option, io.String.Input: _text, io.Boolean.Input: _boolean,
 }
 
 

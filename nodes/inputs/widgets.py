@@ -5,6 +5,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import HIGHEST_CUTOFF
+from ..consent import gate
+from ..consent import widgets as consent_widgets
+from ..consent.record import UNSPECIFIED
 from ..files.folders import WeightFolder
 from .checked import CheckedNode, File
 
@@ -13,19 +16,27 @@ IDENTITY = io.Custom("UNDERSTUDY_IDENTITY")
 
 
 class LoadNode(CheckedNode):
-    """A node that reads the file of `FOLDER` that its input `FILE` names, and reads it again when it has changed."""
+    """A node that reads the file of `FOLDER` that its input `FILE` names, and reads it again when it has changed, or
+    when its consent record no longer holds.
+    """
 
     FOLDER: WeightFolder
     FILE: str
 
     @classmethod
-    def fingerprint_inputs(cls, **values: Any) -> str:
-        return cls.FOLDER.fingerprint(values[cls.FILE])
+    def fingerprint_inputs(cls, purpose: str | None = UNSPECIFIED, **values: Any) -> str:
+        name = values[cls.FILE]
+        if name is None:  # a link, whose source has a fingerprint of its own
+            return gate.day_if_required()
+        doubts = gate.file_warnings(cls.FOLDER.find(name), purpose or UNSPECIFIED)
+        return "\n".join([cls.FOLDER.fingerprint(name), *doubts])
 
     @classmethod
     def file(cls, tooltip: str) -> File:
         """The files that are listed."""
         return File(cls.FILE, options=cls.FOLDER.choices(), tooltip=tooltip)
+
+    purpose = staticmethod(consent_widgets.purpose)
 
 
 def fraction(id: str, default: float, tooltip: str, step: float = 0.01, **options: Any) -> io.Float.Input:

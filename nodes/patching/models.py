@@ -39,6 +39,11 @@ def attachment(model: ModelPatcher, key: str) -> Any:
     return model.get_attachment(key)
 
 
+def attachments(model: ModelPatcher) -> list[Any]:
+    """Everything that `with_wrappers` attached, in that order."""
+    return [attached for attached in model.attachments.values() if attached is not None]
+
+
 def without_step_caches(model: ModelPatcher) -> tuple[ModelPatcher, str]:
     """A clone of `model` without ComfyUI's EasyCache and LazyCache, and that node's name; else `model` and ""."""
     cache = model.model_options["transformer_options"].get("easycache")

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 
 
@@ -25,7 +25,9 @@ class CrossAttention(NamedTuple):
 
 
 def cross_attentions(network: Any) -> tuple[CrossAttention, ...]:
-    """Those of a diffusion model in the order in which they run; none where it is not a UNet."""
+    """Those of a diffusion model in the order in which they run; none where it is not a UNet for pictures: those of
+    Stable Video Diffusion read no text.
+    """
     if not isinstance(network, UNetModel):
         return ()
     layers, factor = [], 1
@@ -33,6 +35,8 @@ def cross_attentions(network: Any) -> tuple[CrossAttention, ...]:
     for part, blocks in parts:
         for number, block in enumerate(blocks):
             for module in block if block is not None else ():
+                if isinstance(module, SpatialVideoTransformer):
+                    return ()
                 if isinstance(module, SpatialTransformer):
                     layers += [CrossAttention(part, number, i, factor) for i in range(len(module.transformer_blocks))]
                 elif isinstance(module, Downsample) or getattr(module, "updown", False) and part == "input":

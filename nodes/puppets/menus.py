@@ -1,10 +1,10 @@
 """What the theatre adds to ComfyUI's lists: whether its nodes are shown, and the models that come with the pack."""
 
-import json
-import os
 from pathlib import Path
 
 import folder_paths
+
+from .. import settings
 
 MODELS = Path(__file__).resolve().parents[2] / "workflows" / "models"
 # The shipped files, by the name of ComfyUI's list that shows them and of their folder in MODELS.
@@ -20,15 +20,7 @@ MODEL_FILES = {
 
 def is_shown() -> bool:
     """Whether the theatre is in the menus: `UNDERSTUDY_THEATRE`, else the setting `Understudy.Theatre`."""
-    variable = os.environ.get("UNDERSTUDY_THEATRE", "").strip().lower()
-    if variable:
-        return variable not in ("0", "false", "no", "off")
-    settings = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
-    try:
-        values = json.loads(settings.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no settings yet, or damaged ones, which ComfyUI reports itself
-        return True
-    return not isinstance(values, dict) or values.get("Understudy.Theatre") is not False
+    return settings.is_on("UNDERSTUDY_THEATRE", "Understudy.Theatre", default=True)
 
 
 def register_models() -> None:

@@ -28,7 +28,7 @@ from .config import (
     check_framing,
 )
 from .render import draw_pose, render, render_clip
-from .world import check_name, identity_from_words, pick, sample_identity, staged
+from .world import check_name, identity_from_words, names_a_puppet, pick, sample_identity, staged
 
 _IDENTITY_HELP = (
     "Who it is, in the theatre's words: 'red striped robot with blue trousers and a yellow cap'. 'test 0' to "
@@ -78,6 +78,18 @@ def _chosen(name: str) -> str | None:
 
 def _identity(words: str, seed: int) -> Identity:
     return sample_identity(seed) if words.strip().lower() == "random" else identity_from_words(words)
+
+
+def _identities(text: str) -> list[str]:
+    """The puppets of a list, one a line; a comma begins another one only before words that say who it is."""
+    puppets: list[str] = []
+    for line in text.splitlines():
+        for i, words in enumerate(entries(line)):
+            if i and not names_a_puppet(words):
+                puppets[-1] += f", {words}"
+            else:
+                puppets.append(words)
+    return puppets
 
 
 def _tensors(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -205,7 +217,7 @@ class UnderstudyPuppetSet(CheckedNode):
         check_action = (lambda name: check_framing(name, framing)) if framing else (
             lambda name: check_name("action", name, ALL_ACTIONS))
         return (_problem(lambda name: check_name("framing", name, FRAMINGS), *_given(framing))
-                or _problem(lambda words: _identity(words, 0), *entries(identities or ""))
+                or _problem(lambda words: _identity(words, 0), *_identities(identities or ""))
                 or _problem(check_action, *entries(actions or ""))
                 or _problem(lambda name: check_name("scene", name, SCENES), *entries(scenes or "")) or True)
 
@@ -213,7 +225,7 @@ class UnderstudyPuppetSet(CheckedNode):
     def execute(cls, identities, actions, scenes, count, seed, size=128, framing="full", light=_RANDOM,
                 view=_RANDOM) -> io.NodeOutput:
         _check_camera(framing, light, view)
-        takes = _takes(entries(identities), entries(actions), entries(scenes), count, seed, framing,
+        takes = _takes(_identities(identities), entries(actions), entries(scenes), count, seed, framing,
                        _chosen(light), _chosen(view))
         drawn = [_tensors([render(take, size)]) for take in takes]
         images, masks, poses = (list(column) for column in zip(*drawn, strict=True))

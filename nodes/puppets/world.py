@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..inputs.words import SEPARATORS
 from .captions import colour_name
 from .config import (
     COATS,
@@ -204,7 +205,7 @@ def identity_from_words(words: str) -> Identity:
     Colours are the named ones exactly; what is not said is a plain red shirt, blue trousers and no hat; the
     coat is the first of the species. Raises ValueError that lists the allowed words.
     """
-    text = " ".join(words.lower().replace(",", " ").split())
+    text = " ".join(SEPARATORS.sub(" ", words.lower()).split())
     if numbered := re.fullmatch(r"(test|random)(?: (\d{1,18}))?", text):
         number = int(numbered[2] or 0)
         if numbered[1] == "random":
@@ -239,6 +240,11 @@ def identity_from_words(words: str) -> Identity:
         COLOURS[worn.get("trousers", "blue")], worn.get("headwear", "none"),
         COLOURS[worn.get("hat", "yellow")],
     )
+
+
+def names_a_puppet(words: str) -> bool:
+    """Whether words say who it is, and not only what somebody wears."""
+    return bool({*SPECIES, "test", "random"} & set(words.lower().split()))
 
 
 def _around(tokens: list[str], word: str) -> tuple[list[str], list[str]]:

@@ -24,6 +24,8 @@ class TrainingConfig:
     # Min-SNR weighting (Hang et al., arXiv 2303.09556): 5 is the published value, 0 is off.
     min_snr_gamma: float = 0.0
     gradient_checkpointing: bool = False
+    # Whether the frozen weights stay in main memory and stream in, layer by layer.
+    offload: bool = False
     # Ours: what the model computes in; "model" is its own type, but never fp16, where small gradients vanish.
     dtype: str = "model"
     # Optimiser steps between previews and between checkpoints; 0 is never.
@@ -61,7 +63,11 @@ class LoraConfig:
     # Ours: None is a scale of 1 for every rank, so that a learning rate suits all of them.
     alpha: float | None = None
     # Which layers, by a regular expression on their names in the model; by default those of attention.
-    layers: str = r"att(?:entio)?n.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out)$"
+    layers: str = (
+        r"att(?:entio)?n.*\.(to_[qkv]|to_out\.0|[qkvo]|k_img|v_img|qkv|proj|out_proj|out"
+        # AuraFlow and Krea 2, Kandinsky, Mochi
+        r"|w[12]?[qkvo]|to_query|to_key|to_value|out_layer|(?:qkv|proj)_[xy])$"
+    )
 
     def __post_init__(self) -> None:
         check_limits(self, "rank", lowest=1, fix="1 or more")

@@ -89,6 +89,43 @@ def copied_norm_inputs(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def streamed_layers(model: torch.nn.Module) -> Iterator[None]:
+    """Layers compute again in the backward pass, with weights that stream in again: none is kept for it meanwhile.
+
+    Weights that stream in share buffers, so one that autograd kept would be overwritten.
+    """
+    # ComfyUI's own for a layer of one input; this module is large, and part of ComfyUI's nodes.
+    from comfy_extras.nodes_train import OffloadCheckpointFunction
+
+    def again(forward):
+        return lambda x, *args, **kwargs: OffloadCheckpointFunction.apply(x, lambda y: forward(y, *args, **kwargs))
+
+    originals = []
+    try:
+        for module in model.modules():
+            if next(module.children(), None) is None and next(module.parameters(), None) is not None:
+                originals.append((module, module.__dict__.get("forward")))
+                one_input = isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd)
+                module.forward = again(module.forward) if one_input else _recomputing(module.forward)
+        yield
+    finally:
+        for module, original in originals:
+            del module.forward
+            if original is not None:
+                module.forward = original
+
+
+@contextlib.contextmanager
+def copied_activations() -> Iterator[None]:
+    """What a backward pass needs of activations is copied: some networks add in place to all that they have read."""
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.grad_fn is not None else tensor  # weights stay
+
+    with torch.autograd.graph.saved_tensors_hooks(copied, lambda tensor: tensor):
+        yield
+
+
+@contextlib.contextmanager
 def checkpointed_blocks(network: torch.nn.Module, on_copies: bool = False) -> Iterator[None]:
     """Blocks save their inputs only and compute again in the backward pass; `on_copies` if they work in place."""
     originals = []
@@ -105,7 +142,15 @@ def checkpointed_blocks(network: torch.nn.Module, on_copies: bool = False) -> It
 
 
 def _on_a_copy(forward):
-    return lambda x, *args, **kwargs: forward(x.clone(), *args, **kwargs)
+    def on_copies(*args, **kwargs):
+        return forward(*(_copied_tokens(a) for a in args), **{key: _copied_tokens(a) for key, a in kwargs.items()})
+
+    return on_copies
+
+
+def _copied_tokens(value: Any) -> Any:
+    """A copy of what a block may add to: tokens [B, N, C] or [B, T, H, W, C]; others as they are."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.ndim in (3, 5) else value
 
 
 def _recomputing(forward):

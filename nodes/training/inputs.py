@@ -10,13 +10,16 @@ import torch
 
 from ..inputs.latents import check_latent
 from ..inputs.pictures import check_pictures, colour
+from .stored import Stored
 
 
-def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> list[torch.Tensor]:
+def pictures(images: Sequence[torch.Tensor] | torch.Tensor, name: str) -> Sequence[torch.Tensor]:
     """Each picture as [1, H, W, 3] in 0..1, without alpha and with grey repeated, in the same order.
 
     Raises ValueError, naming the input, if there is none or its values are not finite.
     """
+    if isinstance(images, Stored):
+        return images.map(lambda picture: pictures([picture], name)[0])
     batches = [images] if isinstance(images, torch.Tensor) else list(images)
     singles = []
     for batch in batches:
@@ -35,11 +38,13 @@ def one_picture(images: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     return singles[0]
 
 
-def single_latents(latents: Sequence[Mapping[str, torch.Tensor]], name: str) -> list[torch.Tensor]:
+def single_latents(latents: Sequence[Mapping[str, torch.Tensor]], name: str) -> Sequence[torch.Tensor]:
     """Each latent of some LATENTs, a picture as a video of one frame: [1, C, T, H, W].
 
     Raises ValueError, naming the input, if there is none, and what check_latent raises.
     """
+    if isinstance(latents, Stored):
+        return latents.map(lambda latent: single_latents([latent], name)[0])
     singles = []
     for latent in latents:
         samples = latent["samples"]
@@ -70,14 +75,14 @@ def texts_for(texts: Sequence[str] | str, count: int, name: str) -> list[str]:
     return one_each(items, count, name, kind="texts", each="picture")
 
 
-def one_each(items: Sequence[Any], count: int, name: str, *, kind: str, each: str) -> list[Any]:
+def one_each(items: Sequence[Any], count: int, name: str, *, kind: str, each: str) -> Sequence[Any]:
     """`count` items: all of them, or the only one for all. The error asks for one of this `kind` per `each`.
 
     Raises ValueError, naming the input, for any other number.
     """
     if len(items) not in (1, count):
         raise ValueError(f"{name} has {len(items)} {kind} for {count} {each}s: give one per {each}, or one for all")
-    return list(items) * (count // len(items))
+    return items if len(items) == count else [items[0]] * count
 
 
 def single_values(lists: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

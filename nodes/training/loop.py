@@ -14,6 +14,7 @@ import torch
 
 from ..errors import shown_by_name
 from .config import TrainingConfig
+from .parallel import engine
 from .seeds import seed_for
 
 # objective(step, generator) -> scalar loss with a graph to the parameters
@@ -55,11 +56,13 @@ class Monitor(Protocol):
 
 def train(
     objective: Objective, parameters: Parameters, config: TrainingConfig, monitor: Monitor,
-    resume: State | None = None, masks: Masks | None = None,
+    resume: State | None = None, masks: Masks | None = None, fixed_norm: bool = False,
 ) -> list[float]:
     """Train `parameters` in place for `config.steps` steps and return every step's loss.
 
-    Where `masks` are False a step changes neither the parameter nor AdamW's moments of it.
+    Where `masks` are False a step changes neither the parameter nor AdamW's moments of it, and an element's moments
+    are corrected for their bias by the number of steps that moved it. With `fixed_norm` a step turns what it moves of
+    each vector, along the last dimension, and leaves its length.
 
     Random numbers come only from the generator that the objective is called with. Raises TrainingDiverged; anything
     else that stops the run leaves a checkpoint of the last finished step.
@@ -68,16 +71,17 @@ def train(
     state = State() if resume is None else resume
     if state.step:
         _restore(state, parameters, optimiser, config)
+    objective, optimiser = engine().prepared(objective, parameters, optimiser)
     losses = list(state.losses)
     saved_steps = state.step
     try:
         while len(losses) < config.steps:
             monitor.check()
-            losses.append(_one_step(len(losses), objective, optimiser, parameters, config, masks))
+            losses.append(_one_step(len(losses), objective, optimiser, parameters, config, masks, fixed_norm))
             monitor.progress(len(losses), losses[-1])
             if config.checkpoint_every and len(losses) % config.checkpoint_every == 0:
                 saved_steps = len(losses)
-                monitor.checkpoint(_snapshot(losses, parameters, optimiser))
+                _checkpoint(monitor, losses, parameters, optimiser)
         saved_steps = len(losses)
         _warn_if_degraded(losses, config, monitor)
     except TrainingDiverged:
@@ -86,47 +90,66 @@ def train(
     finally:
         # Cancelled, out of memory, ...: a step that did not finish has not changed a parameter.
         if len(losses) > saved_steps:
-            monitor.checkpoint(_snapshot(losses, parameters, optimiser))
+            _checkpoint(monitor, losses, parameters, optimiser)
     return losses
 
 
-def _one_step(step, objective, optimiser, parameters, config, masks) -> float:
+def _one_step(step, objective, optimiser, parameters, config, masks, fixed_norm) -> float:
     optimiser.zero_grad(set_to_none=True)
-    loss = objective(step, torch.Generator().manual_seed(seed_for(config.seed, "step", step)))
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise TrainingDiverged(_divergence("loss", value, step, config))
     for group in optimiser.param_groups:
         group["lr"] = config.learning_rate_at(step)
-    loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm))
+    seed = seed_for(config.seed, "step", step)
+    value = engine().gradients(objective, step, lambda: torch.Generator().manual_seed(seed))
+    if not math.isfinite(value):
+        raise TrainingDiverged(_divergence("loss", value, step, config))
+    norm = engine().clipped(parameters, config.max_gradient_norm)
     if not math.isfinite(norm):
         raise TrainingDiverged(_divergence("gradient", norm, step, config))
+    found = {} if masks is None else masks()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()} if fixed_norm else {}
     if masks is None:
         optimiser.step()
     else:
-        _masked_step(optimiser, parameters, masks())
+        _masked_step(optimiser, parameters, found)
+    for name, old in before.items():
+        _turn(parameters[name], old, found.get(name))
     return value
 
 
-def _masked_step(optimiser, parameters: Parameters, masks: dict[str, torch.Tensor]) -> None:
-    """A step of the optimiser, undone where a mask is False."""
-    before = {}
-    for name in masks:
-        tensors = [parameters[name].detach(), *_moments(optimiser, parameters[name])]
-        before[name] = [tensor.clone() for tensor in tensors]
-    optimiser.step()
+@torch.no_grad()
+def _masked_step(optimiser: torch.optim.AdamW, parameters: Parameters, masks: dict[str, torch.Tensor]) -> None:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) where a mask is True, with a count of steps for each element.
+
+    PyTorch's own has one count for all: an element that is rarely free would move too far each time that it is.
+    """
+    (group,) = optimiser.param_groups
+    rate, (first, second) = group["lr"], group["betas"]
     for name, mask in masks.items():
-        after = [parameters[name].detach(), *_moments(optimiser, parameters[name])]
-        # Moments that did not exist before the first step were zero.
-        old = before[name] + [torch.zeros_like(tensor) for tensor in after[len(before[name]) :]]
-        for tensor, old_tensor in zip(after, old, strict=True):
-            tensor.copy_(torch.where(mask, tensor, old_tensor))
+        parameter, state = parameters[name], optimiser.state[parameters[name]]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            # A checkpoint of an earlier version holds one count for all.
+            state[key] = state.get(key, torch.zeros_like(parameter)).to(parameter).expand_as(parameter)
+        count = state["step"] + mask
+        mean = torch.lerp(state["exp_avg"], parameter.grad, 1 - first)
+        square = torch.lerp(state["exp_avg_sq"], parameter.grad.square(), 1 - second)
+        # 1 - beta ** count, without what fp32 would lose.
+        first_bias, second_bias = (-torch.expm1(count * math.log(beta)) for beta in (first, second))
+        length = (square / second_bias).sqrt() + group["eps"]
+        moved = parameter * (1 - rate * group["weight_decay"]) - rate * mean / first_bias / length
+        state["step"] = count
+        state["exp_avg"] = torch.where(mask, mean, state["exp_avg"])
+        state["exp_avg_sq"] = torch.where(mask, square, state["exp_avg_sq"])
+        parameter.copy_(torch.where(mask, moved, parameter))
 
 
-def _moments(optimiser, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-    state = optimiser.state[parameter]
-    return [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
+@torch.no_grad()
+def _turn(parameter: torch.Tensor, before: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Give what a step moved of each vector [..., D] the length that it had: the whole vector keeps its own."""
+    free = torch.ones_like(parameter, dtype=torch.bool) if mask is None else mask
+    length = (before * free).norm(dim=-1, keepdim=True)
+    now = (parameter * free).norm(dim=-1, keepdim=True)
+    scale = torch.where(now > 0, length / now, torch.ones_like(now))
+    parameter.copy_(torch.where(free, parameter * scale, parameter))
 
 
 def _divergence(what: str, value: float, step: int, config: TrainingConfig) -> str:
@@ -144,6 +167,19 @@ def _warn_if_degraded(losses: list[float], config: TrainingConfig, monitor: Moni
             f"the loss rose from {losses[0]:.4f} to {last:.4f}, so the result is probably useless: lower "
             f"learning_rate ({config.learning_rate:g})"
         )
+
+
+def _checkpoint(monitor: Monitor, losses, parameters, optimiser) -> None:
+    """Give the monitor a copy of the run's state, or a warning where there is no memory for one; the run goes on."""
+    if not engine().main:  # the others hold the same state
+        return
+    try:
+        state = _snapshot(losses, parameters, optimiser)
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own, on any device, are RuntimeErrors
+        reason = f"{error}".strip() or "out of memory"
+        monitor.warn(f"the state could not be copied for a checkpoint, and the training goes on: {reason}")
+    else:
+        monitor.checkpoint(state)
 
 
 def _snapshot(losses, parameters, optimiser) -> State:
@@ -172,7 +208,8 @@ def _restore(state: State, parameters: Parameters, optimiser: torch.optim.Optimi
             parameter.copy_(state.tensors[f"parameter.{name}"])
             moments = {key: state.tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             optimiser.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter, copy=True)
+                # PyTorch's AdamW keeps its one count on the CPU.
+                key: value.clone() if key == "step" and not value.ndim else value.to(parameter, copy=True)
                 for key, value in moments.items()
                 if value is not None
             }

@@ -37,6 +37,16 @@ class LoraLayer(torch.nn.Module):
         return torch.nn.functional.linear(hidden, self.up.to(x.dtype)) * self.scale
 
 
+def chosen_layers(network: torch.nn.Module, config: LoraConfig) -> dict[str, torch.nn.Module]:
+    """The linear layers of a network that a LoRA changes, by name."""
+    pattern = re.compile(config.layers)
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if pattern.search(name) and hasattr(module, "in_features") and hasattr(module, "out_features")
+    }
+
+
 class LoraLayers:
     """One LoraLayer for each chosen linear layer of `network`, by the layer's name.
 
@@ -46,16 +56,11 @@ class LoraLayers:
 
     def __init__(self, network: torch.nn.Module, config: LoraConfig, seed: int, device: torch.device):
         self.config = config
-        pattern = re.compile(config.layers)
-        self.layers = {
-            name: module
-            for name, module in network.named_modules()
-            if pattern.search(name) and hasattr(module, "in_features") and hasattr(module, "out_features")
-        }
+        self.layers = chosen_layers(network, config)
         if not self.layers:
             raise ValueError(
-                f"no linear layer of {type(network).__name__} matches {config.layers!r}: training of this kind of "
-                "model is not supported; use an SD, SDXL or Wan model"
+                f"no linear layer of {type(network).__name__} matches {config.layers!r}: training of this "
+                "kind of model is not supported; use SD, SDXL, Flux, Qwen-Image, Z-Image or Wan"
             )
         self.modules = {
             name: LoraLayer(

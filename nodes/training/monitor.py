@@ -17,7 +17,7 @@ from .config import TrainingConfig
 from .loop import State
 
 # What a preview or a checkpoint may end with: no memory, no disk, or a model that cannot be drawn.
-_FAILURES = (
+FAILURES = (
     RuntimeError, MemoryError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     SafetensorError,
 )
@@ -76,8 +76,8 @@ class NodeMonitor:
             tensors = {**state.tensors, **self.extra_tensors}
             try:
                 self.checkpoints.save(dataclasses.replace(state, tensors=tensors))
-            except _FAILURES as error:
-                _warn(f"a checkpoint could not be written, and the training goes on: {_told(error)}")
+            except FAILURES as error:
+                _warn(f"a checkpoint could not be written, and the training goes on: {told(error)}")
 
     def warn(self, line: str) -> None:
         tell("training", [line], logging.WARNING)
@@ -93,9 +93,9 @@ class NodeMonitor:
             if picture is None:
                 _warn("a preview was left out, since the device has no room for it beside the training")
             return picture
-        except _FAILURES as error:
+        except FAILURES as error:
             self.preview = None
-            _warn(f"a preview could not be drawn, and the training goes on without previews: {_told(error)}")
+            _warn(f"a preview could not be drawn, and the training goes on without previews: {told(error)}")
             comfy.model_management.soft_empty_cache()
             return None
 
@@ -121,7 +121,8 @@ class NodeMonitor:
         return card
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
+    """What an error says, or else its kind."""
     return f"{error}".strip() or type(error).__name__
 
 

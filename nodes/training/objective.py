@@ -3,19 +3,26 @@
 It imports no ComfyUI: a method's objective is in its method.py and calls `Denoising` for the loss.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from .config import TrainingConfig
+from .parallel import in_shares
+from .stored import is_stored
 
 # ComfyUI's kinds of prediction by class name, looked up in a class's resolution order; None is refused.
 _PREDICTIONS = {
-    "EPS": "noise", "V_PREDICTION": "v", "EDM": "v", "CONST": "flow", "LCM": None,
-    "V_PREDICTION_DDPM": None, "X0": None, "IMG_TO_IMG": None, "IMG_TO_IMG_FLOW": None, "COSMOS_RFLOW": None,
+    "EPS": "noise", "V_PREDICTION": "v", "EDM": "v", "CONST": "flow", "COSMOS_RFLOW": "scaled flow", "LCM": None,
+    "V_PREDICTION_DDPM": None, "X0": None, "IMG_TO_IMG": None, "IMG_TO_IMG_FLOW": None,
 }
+
+
+# Among a sample's conditions, the weight of each cell of its latent in the loss, [1, 1, ...]; 1 where there is none.
+WEIGHTS = "understudy_loss_weights"
 
 
 class Denoiser(Protocol):
@@ -37,6 +44,36 @@ class Sample:
     conditions: dict[str, Any]
 
 
+class LaterSample:
+    """A sample that is read each time that it is drawn, of a data set that is larger than memory."""
+
+    def __init__(self, latent: Callable[[], torch.Tensor], conditions: Callable[[], dict[str, Any]]):
+        self._latent, self._conditions = latent, conditions
+
+    @property
+    def latent(self) -> torch.Tensor:
+        return self._latent()
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return self._conditions()
+
+
+def samples_of(
+    data: Sequence[Sequence], latent: Callable[..., torch.Tensor], conditions: Callable[..., dict[str, Any]]
+) -> list[Sample | LaterSample]:
+    """A sample of each item of all `data`: latent(*items) and conditions(*items), made now where they are lists."""
+    if any(map(is_stored, data)):
+        def later(i: int, make: Callable) -> Any:
+            return make(*(items[i] for items in data))
+
+        return [
+            LaterSample(functools.partial(later, i, latent), functools.partial(later, i, conditions))
+            for i in range(len(data[0]))
+        ]
+    return [Sample(latent(*items), conditions(*items)) for items in zip(*data, strict=True)]
+
+
 class Batches:
     """Seeded batches of `samples`, each from one bucket: samples that fit into one call of the model.
 
@@ -46,11 +83,14 @@ class Batches:
     def __init__(self, samples: Sequence[Sample], size: int):
         self.size = size
         self.buckets: list[list[Sample]] = []
+        firsts: list[Sample] = []
         for sample in samples:
-            bucket = next((bucket for bucket in self.buckets if same_bucket(bucket[0], sample)), None)
-            if bucket is None:
-                self.buckets.append(bucket := [])
-            bucket.append(sample)
+            read = Sample(sample.latent, sample.conditions)
+            place = next((i for i, first in enumerate(firsts) if same_bucket(first, read)), len(firsts))
+            if place == len(firsts):
+                firsts.append(read)
+                self.buckets.append([])
+            self.buckets[place].append(sample)
 
     def draw(self, generator: torch.Generator) -> list[Sample]:
         return draw_batch(self.buckets, self.size, generator)
@@ -82,49 +122,82 @@ def _can_batch(first: Any, second: Any) -> bool:
 
 
 class Denoising:
-    """The weighted denoising loss of a model, at noise levels drawn uniformly from its own table of sigmas."""
+    """The weighted denoising loss of a model, at noise levels drawn uniformly from its own table of sigmas.
 
-    def __init__(self, denoiser: Denoiser, config: TrainingConfig):
-        self.denoiser = denoiser
+    A method's own `level_weight(sigma [B])` -> [B] multiplies it.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, config: TrainingConfig,
+        level_weight: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
+    ):
+        self.denoiser, self.level_weight = denoiser, level_weight
         self.prediction_loss = PredictionLoss(denoiser.model.model_sampling, config.min_snr_gamma)
 
-    def loss(self, clean: torch.Tensor, conditions: Any, generator: torch.Generator) -> torch.Tensor:
-        """The loss of each of B latents, [B], in one forward pass; noise and levels come from `generator`."""
-        noise = torch.randn(clean.shape, generator=generator)
-        level = torch.randint(len(self.denoiser.sigmas), (len(clean),), generator=generator)
-        return self.loss_at(clean, conditions, noise, level)
+    def loss(self, clean: torch.Tensor, conditions: Sequence, generator: torch.Generator) -> torch.Tensor:
+        """The loss of each of B latents, [B], in one forward pass; noise and levels come from `generator`.
 
-    def loss_at(self, clean: torch.Tensor, conditions: Any, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """`loss` with this noise, like `clean`, and these noise levels [B], indices into the sigmas."""
+        Those that other processes compute are 0.
+        """
+        noise, level = self.drawn(clean.shape, generator)
+        return in_shares(len(clean), lambda part: self.loss_at(
+            clean[part], conditions[part], noise[part], level[part]
+        ))
+
+    def drawn(self, shape: Sequence[int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise and noise levels of a batch of latents of this shape."""
+        noise = torch.randn(tuple(shape), generator=generator)
+        return noise, torch.randint(len(self.denoiser.sigmas), (shape[0],), generator=generator)
+
+    def loss_at(
+        self, clean: torch.Tensor, conditions: Any, noise: torch.Tensor, level: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`loss` with this noise, like `clean`, and these noise levels [B], indices into the sigmas.
+
+        `weights` [B, 1, ...] are those of the cells, where they are not among the conditions.
+        """
+        if isinstance(conditions, list) and WEIGHTS in conditions[0]:
+            weights = torch.cat([c[WEIGHTS] for c in conditions])
+            conditions = [{key: value for key, value in c.items() if key != WEIGHTS} for c in conditions]
         device = self.denoiser.device
         clean, noise = clean.to(device), noise.to(device)
         sigma = self.denoiser.sigmas[level.to(device)]
         sampling = self.denoiser.model.model_sampling
         noisy = sampling.noise_scaling(sigma.reshape(-1, *[1] * (clean.ndim - 1)), noise, clean)
         denoised = self.denoiser.denoise(noisy, sigma, conditions)
-        return self.prediction_loss(denoised, clean, sigma)
+        loss = self.prediction_loss(denoised, clean, sigma, None if weights is None else weights.to(device))
+        return loss * self.level_weight(sigma)
 
 
 class DenoisingObjective(Denoising):
     """The plain objective: the mean denoising loss of seeded batches of `samples`."""
 
-    def __init__(self, denoiser: Denoiser, samples: Sequence[Sample], config: TrainingConfig):
-        super().__init__(denoiser, config)
+    def __init__(self, denoiser: Denoiser, samples: Sequence[Sample], config: TrainingConfig, **options: Any):
+        super().__init__(denoiser, config, **options)
         self.batches = Batches(samples, config.batch_size)
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
         batch = self.batches.draw(generator)
-        clean = torch.cat([sample.latent for sample in batch])
-        return self.loss(clean, [sample.conditions for sample in batch], generator).mean()
+        noise, level = self.drawn((len(batch), *batch[0].latent.shape[1:]), generator)
+
+        def losses(part: slice) -> torch.Tensor:  # no process reads the samples of another
+            clean = torch.cat([sample.latent for sample in batch[part]])
+            return self.loss_at(clean, [sample.conditions for sample in batch[part]], noise[part], level[part])
+
+        return in_shares(len(batch), losses).mean()
 
 
-def prediction_kind(model_sampling: Any, purpose: str) -> str:
-    """noise, v or flow. Raises ValueError, naming `purpose` and the model's kind, for another prediction."""
+def prediction_kind(model_sampling: Any, purpose: str, family: str = "") -> str:
+    """noise, v, flow, or scaled flow, which is flow at the noisy latent's own scale, as Cosmos-Predict2's.
+
+    Raises ValueError, naming `purpose`, the model's kind and its `family`, for another prediction.
+    """
     kind = next((cls.__name__ for cls in type(model_sampling).__mro__ if cls.__name__ in _PREDICTIONS), "")
     if _PREDICTIONS.get(kind) is None:
         raise ValueError(
-            f"{purpose} is not known for a model of {kind or 'this'} prediction: use one that predicts noise, "
-            "v or flow"
+            f"{purpose} is not known for a model of {kind or 'this'} prediction{family and f', such as {family}'}: "
+            "use one that predicts noise, v or flow"
         )
     return _PREDICTIONS[kind]
 
@@ -133,21 +206,27 @@ class PredictionLoss:
     """The mean square error of the prediction target, computed from the error of the denoised estimate.
 
     For ε-prediction |ε̂ - ε|² = |x̂ - x|² / σ²; for v-prediction with unit data variance
-    |v̂ - v|² = |x̂ - x|² (σ² + 1) / σ²; for flow models |v̂ - v|² = |x̂ - x|² / σ². `min_snr_gamma` weights it by
+    |v̂ - v|² = |x̂ - x|² (σ² + 1) / σ²; for flow models |v̂ - v|² = |x̂ - x|² / σ², where a scaled flow's own level is
+    σ / (1 + σ). `min_snr_gamma` weights it by
     min(SNR, γ) / SNR for ε and / (SNR + 1) for v (Hang et al., arXiv 2303.09556), as diffusers does.
     """
 
     def __init__(self, model_sampling: Any, min_snr_gamma: float):
         kind = prediction_kind(model_sampling, "training")
-        self.flow, self.velocity = kind == "flow", kind == "v"
+        self.flow, self.velocity, self.scaled = "flow" in kind, kind == "v", kind == "scaled flow"
         if min_snr_gamma and self.flow:
             raise ValueError("min_snr_gamma is for noise and v prediction: set it to 0 for a flow model")
         self.gamma = min_snr_gamma
 
-    def __call__(self, denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """[B] for latents [B, C, ...] and sigma [B], in fp32."""
-        error = (denoised.float() - clean.float()).square().flatten(1).mean(1)
-        error = error / sigma.square()
+    def __call__(
+        self, denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B] for latents [B, C, ...] and sigma [B], in fp32; a mean by `weights` [B, 1, ...] where there are any."""
+        error = (denoised.float() - clean.float()).square()
+        if weights is not None:
+            error = error * (weights / weights.flatten(1).mean(1).reshape(-1, *[1] * (weights.ndim - 1)))
+        error = error.flatten(1).mean(1)
+        error = error / (sigma / (1 + sigma) if self.scaled else sigma).square()
         if self.velocity:
             error = error * (sigma.square() + 1)
         return error * self.weight(sigma)

@@ -11,22 +11,30 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.ldm.lightricks.model import LTXBaseModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ..inputs.families import family
+from ..messages import tell
 from ..patching import models
 from ..patching.wan_blocks import OVERRIDE
 from .config import TrainingConfig
 from .differentiable import (
     checkpointed_blocks,
+    copied_activations,
     copied_norm_inputs,
     frozen_parameters,
     host_in_training,
     outside_inference,
+    streamed_layers,
 )
 from .whole_network import BYTES_PER_PARAMETER
 
 # What a CONDITIONING may hold that only sampling applies.
 _UNTRAINED = {"hooks": "hooks, such as a scheduled LoRA", "control": "a ControlNet"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# More bytes than any device has: ComfyUI then loads no weight for good.
+_ALL_MEMORY = 1e20
 # Ours: a backward pass needs activations that ComfyUI's estimate for sampling does not count.
 _MEMORY_FACTOR = 3
 
@@ -131,14 +139,43 @@ def session(
     parameters = extra_parameters
     if whole:
         parameters += sum(weight.numel() for weight in patcher.model.diffusion_model.parameters())
-    required = patcher.memory_required(list(shape)) * _MEMORY_FACTOR + BYTES_PER_PARAMETER * parameters
-    with _loaded([patcher, *other_models], required), contextlib.ExitStack() as stack:
+        if config.offload:
+            raise ValueError("offload is for weights that are not trained, and whole_unet trains all: switch one off")
+    activations = patcher.memory_required(list(shape)) * _MEMORY_FACTOR
+    _tell_needs(patcher, activations, BYTES_PER_PARAMETER * parameters, config)
+    required = activations + BYTES_PER_PARAMETER * parameters
+    with _loaded([patcher, *other_models], required, config.offload), contextlib.ExitStack() as stack:
         stack.callback(patcher.cleanup)
         patcher.pre_run()
         stack.enter_context(_differentiable([patcher, *other_models], encoders=other_models))
+        if config.offload:
+            for streamed in (patcher, *other_models):
+                stack.enter_context(streamed_layers(streamed.model))
+        network = patcher.model.diffusion_model
+        if isinstance(network, LTXBaseModel):  # it adds in place to what was read, beyond norms
+            if config.gradient_checkpointing or config.offload:
+                raise ValueError(
+                    f"gradient_checkpointing or offload is on, and {family(patcher)} gives wrong gradients where "
+                    "parts of it are computed twice: switch both off"
+                )
+            stack.enter_context(copied_activations())
+        elif not isinstance(network, UNetModel):
+            # Flux and its relatives add in place to what a norm has read.
+            stack.enter_context(copied_norm_inputs(network))
         if config.gradient_checkpointing:
-            stack.enter_context(checkpointed_blocks(patcher.model.diffusion_model))
+            stack.enter_context(checkpointed_blocks(network, on_copies=not isinstance(network, UNetModel)))
         yield ModelDenoiser(patcher)
+
+
+def _tell_needs(patcher: Any, activations: float, trained: int, config: TrainingConfig) -> None:
+    """How much memory the run will need, by ComfyUI's estimate for sampling, and what would lower it."""
+    weights = 0 if config.offload else patcher.model_size()
+    cures = {"offload": config.offload, "gradient_checkpointing": config.gradient_checkpointing}
+    lower = [name for name, on in cures.items() if not on] + ["a smaller batch_size"] * (config.batch_size > 1)
+    parts = {"weights": weights, "activations": activations, "what is trained": trained}
+    told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+    line = f"needs about {sum(parts.values()) / 2**30:.1f} GB by estimate: {told}"
+    tell("training", [f"{line}; {', '.join(lower)} would lower it" if lower else line])
 
 
 @contextlib.contextmanager
@@ -160,11 +197,18 @@ def encoder_session(
 
 
 @contextlib.contextmanager
-def _loaded(patchers: Sequence[comfy.model_patcher.ModelPatcher], required: int) -> Iterator[None]:
-    """Autograd on, and the models loaded whole, with room for `required` bytes beside them."""
+def _loaded(
+    patchers: Sequence[comfy.model_patcher.ModelPatcher], required: float, offload: bool = False
+) -> Iterator[None]:
+    """Autograd on, and the models loaded whole, with room for `required` bytes beside them.
+
+    With `offload` their weights stay in main memory, as in ComfyUI's own Train LoRA: for use with `streamed_layers`.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         # Whole, since weights that stream in share buffers, which a backward pass would find overwritten.
-        comfy.model_management.load_models_gpu(list(patchers), memory_required=required, force_full_load=True)
+        comfy.model_management.load_models_gpu(
+            list(patchers), memory_required=_ALL_MEMORY if offload else required, force_full_load=not offload
+        )
         yield
 
 

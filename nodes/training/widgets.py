@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..consent import widgets as consent_widgets
 from ..files.folders import WeightFolder
 from ..fingerprint import clip_fingerprint, fingerprint
 from ..inputs.checked import File
@@ -115,6 +116,33 @@ def on_the_way(unit: str, picture: str = "") -> list[io.Input]:
     return [checkpointing, *([previews] if picture else []), checkpoints]
 
 
+def masks(each: str) -> list[io.Input]:
+    """Where the loss looks; `each` says how many masks there are."""
+    return [
+        io.Mask.Input(
+            "masks", optional=True,
+            tooltip=f"Where to learn from, {each}: white counts in full, black as mask_floor says. Without masks "
+            "everything counts.",
+        ),
+        io.Float.Input(
+            "mask_floor", default=0.0, min=0.0, max=1.0, step=0.01, round=False, optional=True, advanced=True,
+            tooltip="How much counts outside the masks: 0 nothing, 1 as much as inside. No effect without masks.",
+        ),
+    ]
+
+
+def offload() -> io.Boolean.Input:
+    """Frozen weights in main memory."""
+    return io.Boolean.Input(
+        "offload", default=False, optional=True, advanced=True,
+        tooltip="Leaves the model's weights in main memory and streams them in layer by layer: much slower, for "
+        "cards that the model does not fit on.",
+    )
+
+
+consent = consent_widgets.to_train  # of every Train node
+
+
 def whole_unet(default: bool, note: str, **options: Any) -> io.Boolean.Input:
     """All weights in place of a LoRA."""
     return io.Boolean.Input(
@@ -134,8 +162,8 @@ def save_schema(
         tooltip=f"Name in output/{folder.name}, with folders if you like. A number is added; nothing is replaced.",
     )
     return io.Schema(
-        node_id, display_name, category, inputs=[*inputs, filename_prefix, *options], outputs=[], is_output_node=True,
-        **texts,
+        node_id, display_name, category, inputs=[*inputs, filename_prefix, *options, consent_widgets.to_save()],
+        outputs=[], is_output_node=True, **texts,
     )
 
 

@@ -1,13 +1,19 @@
 """The patch of a Wan block whose self-attention sees references; apart, since it holds no tensor and knows no run."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from ...kernels import restricted_attention
 from ...kernels.restricted_attention import Reference
 from ..patching.wan_blocks import OVERRIDE, AttentionOverride, WanBlockPatch
 
+# record(q, k, v, references) of a block, all [B, T, H, D]
+Record = Callable[..., None]
+
 KEY = "understudy_video_identity"
 REACHED = "understudy_video_identity_reached"  # a call's `ReachedBlocks`
+RECORDER = "understudy_video_identity_recorder"  # a call's explaining.CallRecorder, where Explain Result asks
 
 
 class ReachedBlocks:
@@ -27,7 +33,9 @@ class ReferenceBlockPatch(WanBlockPatch):
         references = options.get(KEY, {}).get(self.index)
         if references is None:
             return self._inner(args, extra)
-        attention, acted = RestrictedAttention(references, options.get(OVERRIDE)), []
+        recorder = options.get(RECORDER)
+        record = recorder and functools.partial(recorder.record, self.index)
+        attention, acted = RestrictedAttention(references, options.get(OVERRIDE), record), []
 
         def original_block(block_args: dict) -> dict:
             """The block itself, which an earlier patch may run once, twice or not at all."""
@@ -40,6 +48,7 @@ class ReferenceBlockPatch(WanBlockPatch):
         options = {**options, OVERRIDE: attention}
         # A second patch from this pack, below one from another extension, must not add the references again.
         del options[KEY]
+        options.pop(RECORDER, None)
         if (reached := options.pop(REACHED, None)) is not None:
             reached.numbers.append(self.index)
         out = self._inner({**args, "transformer_options": options}, {**extra, "original_block": original_block})
@@ -58,9 +67,10 @@ class RestrictedAttention(AttentionOverride):
     A checkpointed block runs again in the backward pass, with as many uses again: `period` uses are one run.
     """
 
-    def __init__(self, references: tuple[Reference, ...], earlier: Any):
+    def __init__(self, references: tuple[Reference, ...], earlier: Any, record: Record | None = None):
         super().__init__(earlier)
         self.references = references
+        self.record = record
         self.period = 0
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
@@ -81,6 +91,8 @@ class RestrictedAttention(AttentionOverride):
             out = self._inner(function, *(row.flatten(2) for row in rows), heads, **kwargs)
             return out.unflatten(-1, (heads, -1))
 
+        if self.record is not None:
+            self.record(*by_heads(q, k, v), self.references)
         if all(reference.weight is None for reference in self.references):
             return restricted_attention.joint(*by_heads(q, k, v), self.references, attend).flatten(2)
         return restricted_attention.weighted(*by_heads(q, k, v), self.references).flatten(2)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
-from ..inputs.ranges import ALL, check_limits, check_range, parse_numbers
+from ..inputs.ranges import ALL, check_choice, check_limits, check_range, parse_numbers
+
+HIGHEST_STRENGTH = 2.0  # ours: twice as much of the attention, before the softmax divides
 
 
 @dataclass(frozen=True)
 class VideoIdentityConfig:
-    """How the video sees a reference: strength 0..1, steps as percents 0..1 of sampling, blocks counted from 0.
+    """How the video sees a reference: strength 0..2, steps as percents 0..1 of sampling, blocks counted from 0.
 
     Raises ValueError for a strength out of range, an empty range of steps, or other text than block ranges.
     """
@@ -21,7 +23,8 @@ class VideoIdentityConfig:
     blocks: str = ALL
 
     def __post_init__(self) -> None:
-        check_limits(self, "strength", lowest=0, highest=1, fix="0 (off) to 1 (as published)")
+        fix = f"0 (off) to {HIGHEST_STRENGTH:g}, 1 is as published"
+        check_limits(self, "strength", lowest=0, highest=HIGHEST_STRENGTH, fix=fix)
         check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)
         parse_numbers("blocks", self.blocks)
 
@@ -46,6 +49,9 @@ class ReferenceConfig:
         check_limits(self, "crop_factor", lowest=1, highest=10, fix="1 (the box itself) to 10")
 
 
+BELL, EVEN = LOSS_WEIGHTINGS = ("bell", "even")
+
+
 @dataclass(frozen=True)
 class AdapterTrainingConfig:
     """Training of the updates of the reference's q, k and v."""
@@ -57,3 +63,9 @@ class AdapterTrainingConfig:
     rank: int = 128
     # Ours: the publication states none.
     learning_rate: float = 1e-4
+    # That of the authors' repository, which inherits it: noise levels of shift 5 under a bell. "even" is ours: the
+    # model's own levels alike. With Wan's shift of 8 half of them are so high that looks are already decided.
+    loss_weighting: str = BELL
+
+    def __post_init__(self) -> None:
+        check_choice(self, loss_weighting=LOSS_WEIGHTINGS)

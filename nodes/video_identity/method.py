@@ -4,6 +4,7 @@ Source: Stand-In (arXiv 2508.07901); the attention itself is in kernels/restrict
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..consent.record import ConsentRecord
 from ..errors import shown_by_name
 from ..inputs import frame_masks, latents
 from ..inputs.ranges import select_numbers
@@ -59,9 +61,13 @@ class BlockUpdates:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VideoAdapter:
-    """The updates of every block, in order. Compared by identity: loading a file twice gives two adapters."""
+    """The updates of every block, in order; the fingerprint of the base model, if it is known; and the consent to
+    the pictures, if there is a record. Compared by identity: loading a file twice gives two adapters.
+    """
 
     blocks: tuple[BlockUpdates, ...]
+    base: str = ""
+    consent: ConsentRecord | None = None
 
     @property
     def width(self) -> int:
@@ -153,6 +159,15 @@ def adapter_from(tensors: Mapping[str, torch.Tensor]) -> VideoAdapter:
         BlockUpdates(**{name: _projection_update(matrices, i, name, width) for name in PROJECTIONS})
         for i in range(count)
     ))
+
+
+def size_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+    """Blocks and width of the adapter whose weights have these shapes, or None if one is no adapter's."""
+    matches = [_KEY.fullmatch(key) for key in shapes]
+    if not all(matches) or not all(len(shape) == 2 for shape in shapes.values()):
+        return None
+    down = next((shape for match, shape in zip(matches, shapes.values(), strict=True) if match[4] == "down"), None)
+    return down and (1 + max(int(match[2]) for match in matches), down[1])
 
 
 def _projection_update(matrices: Mapping, block: int, projection: str, width: int) -> ProjectionUpdate:
@@ -248,3 +263,21 @@ def token_weights(
     frames -= leading
     video = frame_masks.by_latent_frame(tokens, frames).expand(frames, -1, -1)
     return torch.cat([video.mean().expand(leading, *video.shape[1:]), video]) if leading else video
+
+
+# Training
+
+
+def training_sigmas(levels: int = 1000, shift: float = 5.0) -> torch.Tensor:
+    """The noise levels [levels] of the official repository's training, rising to 1: an even grid, shifted."""
+    even = torch.arange(1, levels + 1, dtype=torch.float64) / levels
+    return (shift * even / (1 + (shift - 1) * even)).float()
+
+
+def bell_weight(sigma: torch.Tensor) -> torch.Tensor:
+    """The official repository's weight of noise levels [B] in 0..1: a bell around 0.5, 0 at its ends, mean 1."""
+
+    def bell(x: torch.Tensor) -> torch.Tensor:
+        return (-2 * (x - 0.5).square()).exp() - math.exp(-0.5)
+
+    return bell(sigma) / bell(training_sigmas().to(sigma)).mean()

@@ -4,11 +4,13 @@ import logging
 
 from comfy_api.latest import io
 
+from .. import explanations
+from ..consent import gate
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..messages import pictures, tell
 from . import files, method, reference_picture, sampling
-from .config import ReferenceConfig, VideoIdentityConfig
+from .config import HIGHEST_STRENGTH, ReferenceConfig, VideoIdentityConfig
 
 CATEGORY = "Understudy/Video identity"
 ADAPTER = io.Custom("UNDERSTUDY_VIDEO_ADAPTER")
@@ -100,6 +102,7 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
             ],
             inputs=[
                 cls.file("A file in models/loras or output/loras. Only adapters are listed: else use Load LoRA."),
+                cls.purpose(),
             ],
             outputs=[ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply Video Identity.")],
         )
@@ -110,8 +113,10 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
         return True
 
     @classmethod
-    def execute(cls, adapter_name) -> io.NodeOutput:
-        return io.NodeOutput(files.load(adapter_name))
+    def execute(cls, adapter_name, purpose=gate.UNSPECIFIED) -> io.NodeOutput:
+        adapter = files.load(adapter_name)
+        gate.check_loaded("Load Video Identity Adapter", adapter.consent, purpose)
+        return io.NodeOutput(adapter)
 
 
 class UnderstudyApplyVideoIdentity(CheckedNode):
@@ -137,8 +142,8 @@ class UnderstudyApplyVideoIdentity(CheckedNode):
                     "reference", tooltip="One picture from Prepare Reference, encoded with this model's VAE.",
                 ),
                 widgets.strength(
-                    "Weight of the reference in the video's attention: 0 is off, 1 as published. Values in between "
-                    "are exact and somewhat slower.", _DEFAULT.strength,
+                    "Weight of the reference in the video's attention: 0 is off, 1 as published, above 1 stronger. "
+                    "Other values than 1 are exact and somewhat slower.", _DEFAULT.strength, highest=HIGHEST_STRENGTH,
                 ),
                 *widgets.percent_range(_DEFAULT, "the reference"),
                 widgets.numbers(
@@ -152,6 +157,10 @@ class UnderstudyApplyVideoIdentity(CheckedNode):
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a sampler, or to another Apply Video Identity.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_values) -> str:
+        return explanations.fingerprint()
 
     @classmethod
     def execute(

@@ -17,10 +17,12 @@ from comfy.ldm.wan.model import HumoWanModel, SCAILWanModel
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.restricted_attention import Reference
+from .. import explanations
 from ..inputs import latents, ranges
+from ..inputs.families import family, identity_instead
 from ..messages import tell
 from ..patching import models, wan_blocks
-from . import blocks, method, reference_pass
+from . import blocks, explaining, method, reference_pass
 from .blocks import KEY
 from .method import VideoReference
 from .reference_pass import ReferenceKV, token_grid
@@ -94,7 +96,10 @@ def apply(model: Any, reference: VideoReference) -> Any:
     run = SamplingReferences((*(earlier.references if earlier else ()), reference))
     patched = models.with_wrappers(
         model, key=KEY, attachment=run, callbacks={CallbacksMP.ON_CLEANUP: run.cleanup},
-        wrappers={WrappersMP.APPLY_MODEL: run.apply_model, WrappersMP.PREPARE_SAMPLING: run.prepare_sampling},
+        wrappers={
+            WrappersMP.OUTER_SAMPLE: run.outer_sample, WrappersMP.APPLY_MODEL: run.apply_model,
+            WrappersMP.PREPARE_SAMPLING: run.prepare_sampling,
+        },
     )
     return with_block_patches(patched)
 
@@ -109,14 +114,18 @@ def wan_network(model: Any) -> Any:
     """The Wan transformer of a MODEL. Raises ValueError for any model whose attention cannot be extended."""
     network = model.get_model_object("diffusion_model")
     name = type(network).__name__
+    kind = f"{family(model)}, a {name}"
     if not wan_blocks.is_wan(network):
-        raise ValueError(f"model is a {name}, and the video identity adapter needs a Wan video model: connect one")
+        raise ValueError(
+            f"model is {kind}, and the video identity adapter needs a Wan video model: connect one, or "
+            f"{identity_instead(model)}"
+        )
     advice = "connect a Wan T2V, I2V, VACE, camera, Animate, HuMo or SCAIL model"
     if not wan_blocks.runs_patches(network):
-        raise ValueError(f"model is a {name}, which does not let its attention be extended: {advice}")
+        raise ValueError(f"model is {kind}, which does not let its attention be extended: {advice}")
     if name not in VERIFIED:
         raise ValueError(
-            f"model is a {name}, a relative of Wan in which the video identity adapter is not verified: {advice}"
+            f"model is {kind}, a relative of Wan in which the video identity adapter is not verified: {advice}"
         )
     return network
 
@@ -124,11 +133,13 @@ def wan_network(model: Any) -> Any:
 class SamplingReferences:
     """The references of one patched model, in the order of its nodes, and what is computed for them in a run."""
 
-    RUN_STATE = ("cache", "_size", "_retained", "_expected", "_reached")
+    RUN_STATE = ("cache", "_size", "_retained", "_expected", "_reached", "_shares", "explained")
 
     def __init__(self, references: tuple[VideoReference, ...]):
         self.references = references
         self.cache = ReferenceCache()
+        self.explained = explanations.Runs()  # the shares of runs that Explain Result asks for
+        self._shares: explaining.Shares | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -137,6 +148,21 @@ class SamplingReferences:
         self._retained: list[int] = []  # frames of the video that context windows leave at their places
         self._expected: set[int] = set()  # blocks that were handed references in this run
         self._reached: set[int] = set()  # those that met them
+
+    def explain(self, samples: torch.Tensor) -> explanations.Explanation:
+        """Where the run that made `samples` attended to the references. Raises ValueError, naming the fix."""
+        return explaining.of_video(self.explained.of(samples))
+
+    def outer_sample(self, executor, *args, **kwargs):
+        """ComfyUI's OUTER_SAMPLE: remember what was recorded under the samples that the run made."""
+        self._shares = shares = explaining.Shares() if explanations.is_asked() else None
+        try:
+            samples = executor(*args, **kwargs)
+        finally:
+            self._shares = None
+        if shares is not None and not samples.is_nested:
+            self.explained.add(samples, shares)
+        return samples
 
     def cleanup(self, _patcher: Any) -> None:
         """ComfyUI's ON_CLEANUP: nothing outlives a run."""
@@ -178,28 +204,42 @@ class SamplingReferences:
     ):
         """ComfyUI's APPLY_MODEL: hand each block its references; a call in which none is active is unchanged."""
         base = executor.class_obj
-        active = [reference for reference in self.references if _is_active(reference, base, t)]
-        by_block = self._by_block(base, active, x, transformer_options, kwargs) if active else {}
+        active = {i: reference for i, reference in enumerate(self.references) if _is_active(reference, base, t)}
+        numbered = self._by_block(base, active, x, transformer_options, kwargs) if active else {}
+        by_block = {i: tuple(of_block.values()) for i, of_block in numbered.items()}
         reached = blocks.ReachedBlocks()
         if by_block:
             transformer_options = {**transformer_options, KEY: by_block, blocks.REACHED: reached}
+            if self._shares is not None:
+                recorder = self._recorder(base, x, t, transformer_options, kwargs, numbered)
+                transformer_options[blocks.RECORDER] = recorder
         result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         self._expected.update(by_block)
         self._reached.update(reached.numbers)
         return result
 
-    def _by_block(self, base, references, x, options, conditions) -> dict[int, tuple[Reference, ...]]:
-        """Each block's references for this call, without those that weigh 0 everywhere in it."""
-        by_block: dict[int, list[Reference]] = {}
-        for reference in references:
+    def _recorder(self, base, x, t, options, conditions, numbered) -> explaining.CallRecorder | None:
+        """What records this call for Explain Result."""
+        grid = x.shape[2], *token_grid(base.diffusion_model, x)
+        leading, _ = _other_tokens(base.diffusion_model, x, conditions)
+        total = self._size[0] if self._size else x.shape[2]
+        numbers = {i: list(of_block) for i, of_block in numbered.items()}
+        return explaining.call_recorder(
+            self._shares, float(t.max()), options, grid, leading, len(x), total, numbers
+        )
+
+    def _by_block(self, base, references, x, options, conditions) -> dict[int, dict[int, Reference]]:
+        """Each block's references for this call by number, without those that weigh 0 everywhere in it."""
+        by_block: dict[int, dict[int, Reference]] = {}
+        for number, reference in references.items():
             weight = self._weight(base, reference, x, options, conditions)
             if weight is not None:
                 if not weight.any():
                     continue
                 weight = weight.to(x.device)
             for i, (k, v) in self._kv(base, reference, x, options).items():
-                by_block.setdefault(i, []).append(Reference(k, v, weight))
-        return {i: tuple(of_block) for i, of_block in by_block.items()}
+                by_block.setdefault(i, {})[number] = Reference(k, v, weight)
+        return by_block
 
     def _kv(self, base, reference, x, options) -> ReferenceKV:
         """Keys and values of a reference beside a video of this size, from the cache or computed now."""

@@ -16,11 +16,13 @@ from ..messages import tell
 from ..patching import models
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
-from ..training.objective import DenoisingObjective, Sample
+from ..training.objective import WEIGHTS, DenoisingObjective, Sample, samples_of
+from ..training.reference_loss import ReferenceLoss
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, session
 from . import method, reference_pass, sampling
+from .config import BELL, EVEN
 
 _REFERENCE = "understudy_reference"
 
@@ -28,24 +30,34 @@ _REFERENCE = "understudy_reference"
 def train(
     model: Any, latents: Sequence[torch.Tensor], references: Sequence[torch.Tensor], conditionings: Sequence[list],
     config: TrainingConfig, rank: int, *, checkpoints: Checkpoints, resume_from: str,
+    weights: Sequence[torch.Tensor] | None = None, loss_weighting: str = EVEN,
 ) -> tuple[method.VideoAdapter, LossMap]:
     """Train the updates of the reference's q, k and v; the loss is on the video's tokens alone.
 
     latents: [1, C, T, H, W] each, references: [1, C, 1, h, w] each, as VAE Encode returns them; one latent, reference
-    and CONDITIONING per video. Returns the adapter, fp32 on the CPU, and ComfyUI's LOSS_MAP. The model is not
-    modified. Raises TrainingDiverged, ValueError as `session` does, and ComfyUI's interruption.
+    and CONDITIONING per video, and where there are masks `weights` [1, 1, T, H, W] of the latent's cells. Noise
+    levels are drawn and weighted by `loss_weighting`, one of config.LOSS_WEIGHTINGS. Returns the adapter, fp32 on the
+    CPU, and ComfyUI's LOSS_MAP. The model is not modified. Raises TrainingDiverged, ValueError as `session` does, and
+    ComfyUI's interruption.
     """
     resume = checkpoints.resume(resume_from)
-    with prepared(model, latents, references, conditionings, config, rank) as (adapter, samples, denoiser):
-        objective = DenoisingObjective(denoiser, samples, config)
-        loss_map = run(objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume)
+    with prepared(model, latents, references, conditionings, config, rank, weights) as (adapter, samples, denoiser):
+        options = {}
+        if loss_weighting == BELL:
+            denoiser.sigmas = method.training_sigmas().to(denoiser.sigmas)
+            options["level_weight"] = method.bell_weight
+        objective = DenoisingObjective(denoiser, samples, config, **options)
+        loss_map = run(
+            objective, adapter.tensors(), config, denoiser.device, checkpoints=checkpoints, resume=resume,
+            reference_loss=ReferenceLoss.of_samples(objective, samples),
+        )
         return _mapped(adapter, lambda tensor: tensor.detach().cpu().clone()), loss_map
 
 
 @contextlib.contextmanager
 def prepared(
     model: Any, latents: Sequence[torch.Tensor], references: Sequence[torch.Tensor], conditionings: Sequence[list],
-    config: TrainingConfig, rank: int,
+    config: TrainingConfig, rank: int, weights: Sequence[torch.Tensor] | None = None,
 ) -> Iterator[tuple[method.VideoAdapter, list[Sample], WithReferences]]:
     """An untrained adapter, its samples, and the model with it, ready for the objective; arguments as `train`."""
     network = sampling.wan_network(model)
@@ -55,22 +67,25 @@ def prepared(
     for name, inputs in (("latents", latents), ("references", references)):
         check_latents(inputs, name, model)
     check_texts(conditionings, "positive", model)
-    weights = len(network.blocks) * len(method.PROJECTIONS) * 2 * rank * network.dim
+    count = len(network.blocks) * len(method.PROJECTIONS) * 2 * rank * network.dim
     # To the model's memory a reference is further frames of the video.
     video, picture = (max(inputs, key=torch.Tensor.numel) for inputs in (latents, references))
     frames = video.shape[2] + math.ceil(picture[0, 0].numel() / video[0, 0, 0].numel())
     shape = [config.batch_size, video.shape[1], frames, *video.shape[3:]]
-    with session(sampling.with_block_patches(model), shape, config, extra_parameters=weights) as denoiser:
+    with session(sampling.with_block_patches(model), shape, config, extra_parameters=count) as denoiser:
         untrained = method.new_adapter(
             network.dim, len(network.blocks), rank, lambda i: seed_for(config.seed, "adapter", i)
         )
         adapter = _mapped(untrained, lambda tensor: torch.nn.Parameter(tensor.detach().to(denoiser.device)))
-        samples = []
-        for latent, reference, conditioning in zip(latents, references, conditionings, strict=True):
-            in_model_space = denoiser.model.process_latent_in
-            conditions = denoiser.prepare(conditioning, latent)
-            conditions[_REFERENCE] = in_model_space(reference.clone()).float()
-            samples.append(Sample(in_model_space(latent.clone()).float(), conditions))
+        in_model_space = denoiser.model.process_latent_in
+        samples = samples_of(
+            (latents, references, conditionings, *([] if weights is None else [weights])),
+            latent=lambda latent, *_: in_model_space(latent.clone()).float(),
+            conditions=lambda latent, reference, conditioning, *weight: {
+                **denoiser.prepare(conditioning, latent), _REFERENCE: in_model_space(reference.clone()).float(),
+                **{WEIGHTS: cells for cells in weight},
+            },
+        )
         yield adapter, samples, WithReferences(denoiser, adapter, config.gradient_checkpointing)
 
 

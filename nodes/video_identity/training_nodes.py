@@ -1,18 +1,22 @@
 """Nodes that train and save a video identity adapter (Stand-In)."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
 import torch
 from comfy_api.latest import io
 
+from ..consent import gate
+from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
 from ..inputs.latents import check_not_zero
 from ..messages import tell
-from ..training import inputs, widgets
+from ..training import doctor, inputs, loss_masks, widgets
 from ..training.checkpoints import Checkpoints
+from ..training.stored import is_stored
 from . import files, training
-from .config import AdapterTrainingConfig
+from .config import LOSS_WEIGHTINGS, AdapterTrainingConfig
 from .nodes import ADAPTER, CATEGORY
 
 _DEFAULT = AdapterTrainingConfig()
@@ -58,6 +62,15 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
                 widgets.resume_from(),
                 widgets.dtype(),
                 *widgets.on_the_way("Steps"),
+                *widgets.masks("a list item per video, of one mask or one per frame, or one for all"),
+                widgets.offload(),
+                widgets.consent(),
+                io.Combo.Input(
+                    "loss_weighting", options=list(LOSS_WEIGHTINGS), default=_DEFAULT.loss_weighting, optional=True,
+                    advanced=True,
+                    tooltip="Which noise levels count. bell is the official repository's: shift 5, and most weight "
+                    "on middle levels, where looks are decided. even takes the model's own levels alike.",
+                ),
             ],
             outputs=[
                 ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply or Save Video Identity Adapter."),
@@ -66,28 +79,49 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, latents, references, positive, **lists) -> io.NodeOutput:
+    def execute(cls, latents, references, positive, masks=None, **lists) -> io.NodeOutput:
         values = inputs.single_values(lists)
         videos = inputs.single_latents(latents, "latents")
         pictures = inputs.single_latents(references, "references")
-        pictures = inputs.one_each(pictures, len(videos), "references", kind="items", each="video")
         _check_references(pictures)
-        if len(pictures) > len({id(picture) for picture in pictures}):
+        if len(pictures) == 1 < len(videos):
             tell("Train Video Identity Adapter", [f"one reference is trained with all {len(videos)} videos"])
+        pictures = inputs.one_each(pictures, len(videos), "references", kind="items", each="video")
         if not all(positive):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
-        texts = inputs.one_each(list(positive), len(videos), "positive", kind="items", each="video")
-        config = widgets.config(values)
+        texts = inputs.one_each(positive, len(videos), "positive", kind="items", each="video")
+        consent = gate.check_training("Train Video Identity Adapter", values.get("consent"))
+        tell("Train Video Identity Adapter", doctor.lines(_findings(videos, pictures, texts)), logging.WARNING)
+        config, weighting = widgets.config(values), values.get("loss_weighting", _DEFAULT.loss_weighting)
+        masks, floor = loss_masks.videos(masks, len(videos)), values.get("mask_floor", 0.0)
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
-            "texts": inputs.conditioning_digest(texts), "rank": values["rank"],
+            "texts": inputs.conditioning_digest(texts), "rank": values["rank"], "loss_weighting": weighting,
+            **loss_masks.settings(masks, floor, inputs.digest),
         }
         checkpoints = Checkpoints("video_identity_adapter", widgets.settings(values, config, settings))
         adapter, loss_map = training.train(
             values["model"], videos, pictures, texts, config, values["rank"],
             checkpoints=checkpoints, resume_from=values["resume_from"],
+            weights=loss_masks.weights(masks, videos, floor), loss_weighting=weighting,
         )
+        adapter = dataclasses.replace(adapter, base=fingerprint(values["model"]), consent=consent)
         return io.NodeOutput(adapter, loss_map)
+
+
+def _findings(videos: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], texts: Sequence[list]) -> list:
+    """What these latents and CONDITIONINGs will teach badly."""
+    if is_stored(videos):  # a job's, which is examined in the graph
+        return []
+    findings = [*doctor.of_copies([doctor.features(video) for video in videos], "latents")]
+    if len({id(picture) for picture in pictures}) > 1:
+        findings += doctor.of_copies([doctor.features(picture) for picture in pictures], "references")
+    if len(videos) > 1 and len({inputs.conditioning_digest([text]) for text in texts}) == 1:
+        findings.append(doctor.Finding(
+            f"positive: all {len(videos)} videos have the same text, so what differs between them is learned as "
+            "well: describe each video"
+        ))
+    return findings
 
 
 def _check_references(pictures: Sequence[torch.Tensor]) -> None:
@@ -115,8 +149,8 @@ class UnderstudySaveVideoIdentityAdapter(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, adapter, filename_prefix) -> io.NodeOutput:
-        path = files.save(adapter, filename_prefix)
+    def execute(cls, adapter, filename_prefix, consent=None) -> io.NodeOutput:
+        path = files.save(gate.with_consent("Save Video Identity Adapter", adapter, consent), filename_prefix)
         logging.info("[Understudy] saved %s", path)
         return io.NodeOutput()
 

@@ -1,8 +1,9 @@
 """What a gallery shows first."""
 
 import pytest
-from launcher import gallery
+from launcher import gallery, scripts, workflow_files
 from PIL import Image
+from support import frontend
 
 
 def file(node, name, kind="output"):
@@ -38,3 +39,28 @@ def test_a_template_s_picture_is_a_square_that_shows_every_panel(panels):
     assert set(colours) <= set(shown)
     covered = sum(count for count, colour in square.getcolors(2**20) if colour in colours)
     assert covered >= 128 * 128 // 3
+
+
+SHOWN_HEIGHTS = """() => [...document.querySelectorAll('figure')].map(figure => {
+    const image = figure.querySelector('img')
+    const scale = Math.min(image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight)
+    return [figure.className, image.naturalHeight * scale]
+})"""
+
+
+@pytest.mark.parametrize("result", [(768, 768), (1184, 384), (300, 900)])
+def test_the_page_shows_the_result_larger_than_its_inputs(result, tmp_path):
+    """A strip of panels as well, each of which is an input or a result."""
+    files = []
+    for i, size in enumerate([(128, 128), (128, 96), result]):
+        files.append((tmp_path / f"{i}.png", "caption"))
+        Image.new("RGB", size, (40, 120, 80 * i)).save(files[-1][0])
+    workflow = workflow_files.find(scripts.ROOT / "workflows", ["puppets-1a"])[0]
+    entry = gallery.Entry(workflow, "done", files=files, main=files[-1][0])
+    gallery.write_page([entry], tmp_path / "index.html", "a machine")
+    with frontend.browser() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto((tmp_path / "index.html").as_uri())
+        (name, main), *others = page.evaluate(SHOWN_HEIGHTS)
+    assert name == "main" and len(others) == 2
+    assert all(main > 1.2 * height for _, height in others)

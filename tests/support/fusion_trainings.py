@@ -34,14 +34,15 @@ def combined(
 
 
 def generated(
-    pair_set=None, model=MODEL, fusion=None, resume_from="none", checkpoints=None, generator=None, **settings
+    pair_set=None, model=MODEL, fusion=None, resume_from="none", checkpoints=None, generator=None, masks=None,
+    **settings,
 ):
     fusion = Fusion(fusions.combiner()) if fusion is None else fusion
     config = GeneratorConfig(**{"hidden": 8, "rank": 2, "pose_channels": (4, 6, 8, 10), **(generator or {})})
     with torch.inference_mode():
         return training.train_generator(
             model, VAE, VISION, pair_set or data(), fusion, VISION, run_config(**settings), config,
-            checkpoints=checkpoints or Checkpoints("test", {}), resume_from=resume_from,
+            checkpoints=checkpoints or Checkpoints("test", {}), resume_from=resume_from, masks=masks,
         )
 
 

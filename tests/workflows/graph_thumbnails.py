@@ -20,9 +20,8 @@ if __name__ == "__main__":
 
 from launcher.server import PACK_NAME, Server  # noqa: E402
 from PIL import Image  # noqa: E402
-from playwright.sync_api import sync_playwright  # noqa: E402
+from support import frontend  # noqa: E402
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZE = {"width": 3400, "height": 1700}  # of the window: in a smaller one nodes lose their text
 MARGIN = 20  # pixels
 # Left, top, width and height of the whole graph in the window.
@@ -54,9 +53,6 @@ def photograph(page, server: Server, workflow: workflow_files.Workflow) -> None:
 
 
 def main() -> None:
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not executable:
-        raise SystemExit("no Chromium here; Debian's package is `chromium`")
     workflows = [workflow for workflow in workflow_files.find(ROOT / "workflows", sys.argv[1:]) if workflow.models()]
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
@@ -69,17 +65,13 @@ def main() -> None:
             else:
                 file.touch()
         base = Path(folder) / "base"
-        with Server(source.obtain(ROOT), base, models=models, cpu=True) as server, sync_playwright() as playwright:
+        with Server(source.obtain(ROOT), base, models=models, cpu=True) as server, frontend.browser() as browser:
             server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False})
-            browser = playwright.chromium.launch(
-                executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-            )
             page = browser.new_page(viewport=SIZE)
             page.set_default_timeout(120_000)
             for workflow in workflows:
                 photograph(page, server, workflow)
                 print(workflow.path.with_suffix(".jpg").name, flush=True)
-            browser.close()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The real frontend in a real browser: every workflow opens as a template, the quickest one runs."""
+"""The real frontend in a real browser: every workflow opens as a template, the quickest one runs; labelled files."""
 
+import base64
 import io
 import json
-import os
-import shutil
 import urllib.request
 
 import numpy as np
@@ -11,20 +10,10 @@ import pytest
 from launcher import scripts, workflow_files
 from launcher.server import PACK_NAME
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from support import frontend, labels
 
 FILES = sorted((scripts.ROOT / "workflows").glob("*.json"))
 QUICKEST = "Puppets-2a-Action-from-a-picture"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SCREENSHOTS = scripts.ROOT / ".cache" / "browser"
 
 MISSING_NODES = """() => app.graph.nodes
@@ -39,15 +28,8 @@ SHOWN_PICTURES = """() => app.graph.nodes
 
 @pytest.fixture(scope="module")
 def browser():
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not executable and os.environ.get("CI"):
-        pytest.fail("No browser: install Debian's package `chromium`.")
-    if not executable:
-        pytest.skip("no Chromium here; Debian's package is `chromium`")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=executable, headless=True, args=FLAGS)
+    with frontend.browser() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture
@@ -120,6 +102,24 @@ def test_a_prompt_switch_saved_with_driving_first_keeps_its_links(modern, page, 
     assert (inputs["target"], inputs["driving"]) == (TARGET_TEXT, DRIVING_TEXT)
 
 
+def test_several_scopes_of_consent_are_chosen_and_sent_as_a_list(page, server):
+    page.goto(server.url)
+    page.wait_for_function("() => window.app?.graph?.nodes")
+    prompt = page.evaluate(
+        """async () => {
+            const node = LiteGraph.createNode("UnderstudyConsentRecord")
+            app.graph.add(node)
+            const before = (await app.graphToPrompt()).output[node.id].inputs
+            node.widgets.find(widget => widget.name === "scopes").value = ["editorial"]
+            return [before, (await app.graphToPrompt()).output[node.id].inputs, node.widgets.map(w => w.name)]
+        }"""
+    )
+    assert [inputs["scopes"] for inputs in prompt[:2]] == [
+        {"__value__": []}, {"__value__": ["editorial"]}
+    ]
+    assert prompt[2] == ["subject", "scopes", "granted_by", "granted_on", "expires", "note"]
+
+
 def test_a_bypassed_prompt_switch_keeps_the_target(page, server):
     open_template(page, server, SAVED_AS_TEMPLATE)
     prompt = page.evaluate(
@@ -142,3 +142,55 @@ def test_the_run_button_makes_a_picture(page, server):
         assert picture.shape[1] == shown["width"] and picture.std() > 5, (
             f"{shown['type']} shows a blank picture"
         )
+
+
+DROPPED_WORKFLOW = {
+    "last_node_id": 77, "last_link_id": 0, "links": [], "version": 0.4, "nodes": [{
+        "id": 77, "type": "EmptyImage", "pos": [0, 0], "size": [200, 100], "flags": {}, "order": 0, "mode": 0,
+        "inputs": [], "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": []}], "properties": {},
+        "widgets_values": [64, 48, 1, 0xFF8800],
+    }],
+}
+DROP = """({content, name, type}) => {
+    const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], name, {type}));
+    document.querySelector('canvas').dispatchEvent(
+        new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
+}"""
+NODES = "() => app.graph.serialize().nodes.map(node => [String(node.id), node.type, node.widgets_values])"
+
+
+def labelled(server, media):
+    """The file that Label Media, or Save Image, made on the server."""
+    labels.certify(server.base)
+    prompt = {
+        "77": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 2, "color": 255}},
+        "video": {"class_type": "CreateVideo", "inputs": {"images": ["77", 0], "fps": 8}},
+        "label": {"class_type": "UnderstudyLabelMedia", "inputs": {
+            "filename_prefix": "x", "label": labels.TRAINED, "sign": True,
+            **({"video": ["video", 0]} if media == "mp4" else {"images": ["77", 0], "format": media}),
+        }},
+    }
+    body = {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": DROPPED_WORKFLOW}}}
+    entry = server.wait(server.post("/prompt", body)["prompt_id"])
+    saved = entry["outputs"]["label"]["images"][0]
+    return server.base / "output" / saved["subfolder"] / saved["filename"]
+
+
+def test_a_labelled_file_that_is_dropped_opens_its_workflow(page, server):
+    """All but a JPEG, which the window loads as a picture; help says so."""
+    paths = {media: labelled(server, media) for media in ("png", "webp", "mp4", "jpeg")}
+    page.goto(server.url)
+    page.wait_for_function("() => window.app?.vueAppReady")
+    for media, path in paths.items():
+        assert labels.manifests(path)[1]["validation_state"] == "Valid"
+        page.evaluate("() => app.graph.clear()")
+        content = base64.b64encode(path.read_bytes()).decode()
+        page.evaluate(DROP, {"content": content, "name": path.name, "type": labels.TYPES[path.suffix[1:]]})
+        page.wait_for_function("() => app.graph.nodes.length === 1")
+        ((number, kind, values),) = page.evaluate(NODES)
+        if media == "jpeg":
+            assert kind == "LoadImage"
+        else:
+            assert (number, kind, values) == ("77", "EmptyImage", DROPPED_WORKFLOW["nodes"][0]["widgets_values"])

@@ -136,6 +136,25 @@ def test_contact_sheet_and_thumbnail_show_the_picture(finished):
     assert not (gallery.parent / "failing.jpg").exists()
 
 
+def test_control_c_leaves_a_gallery_of_what_was_done(pack_root, tmp_path):
+    names = [tmp_path / f"{stem}.json" for stem in ("first", "second")]
+    for name in names:
+        name.write_text(json.dumps(two_nodes(name.stem)))
+    process = subprocess.Popen(
+        command(pack_root, *names, "--output", tmp_path / "gallery"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("done"):
+            process.send_signal(signal.SIGINT)  # while the second one starts
+            break
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Stopped" in errors and "index.html" in output
+    page = (tmp_path / "gallery" / "index.html").read_text(encoding="utf-8")
+    assert "1 of 1 workflows run" in page and "first.json" in page and "second.json" not in page
+    assert (tmp_path / "gallery" / "contact_sheet.jpg").exists()
+
+
 def test_serve_answers_and_control_c_stops_it(pack_root):
     port = free_port()
     process = subprocess.Popen(

@@ -1,6 +1,7 @@
 """The action identifier's nodes: schema as agreed, inputs as graphs give them, and one graph with other methods."""
 
 import logging
+import types
 
 import comfy.samplers
 import pytest
@@ -16,6 +17,7 @@ from pack.nodes.action_identifier.training_nodes import (
     UnderstudySaveActionIdentifier,
     UnderstudyTrainActionIdentifier,
 )
+from pack.nodes.consent.record import ConsentRecord
 from pack.nodes.frequency_guidance.nodes import UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt
 from pack.nodes.subject_tokens import Subject
 from support import action_identifiers, tiny_clip, tiny_model
@@ -66,7 +68,9 @@ def test_inputs_and_outputs_are_those_agreed_on(node, required, outputs):
     schema = node.GET_SCHEMA()
     ids = [widget.id for widget in schema.inputs]
     assert ids[: len(required)] == required
-    assert all(widget.optional and widget.advanced for widget in schema.inputs[len(required) :])
+    further = schema.inputs[len(required) :]
+    plain = "consent", "purpose", "masks"
+    assert all(widget.optional and (widget.advanced or widget.id in plain) for widget in further)
     assert [output.io_type for output in schema.outputs] == outputs
 
 
@@ -76,6 +80,11 @@ def test_it_trains_on_lists_batches_and_lines_alike():
     assert torch.equal(batch.tokens["l"], listed.tokens["l"])
     grey, loss_map = train(images=[images()[..., :1]], contrast_images=[torch.cat([images(), images()[..., :1]], -1)])
     assert torch.isfinite(grey.tokens["l"]).all() and len(loss_map["loss"]) == 2
+
+
+def test_consent_goes_with_the_action():
+    consent = ConsentRecord("Anna", ("training",))
+    assert train(consent=[consent])[0].consent == consent and train()[0].consent is None
 
 
 def test_the_noise_levels_weight_reaches_the_training():
@@ -113,6 +122,8 @@ def test_what_weakens_the_action_is_said(values, warning, caplog):
     with caplog.at_level(logging.WARNING):
         train(**values)
     said = [record.message for record in caplog.records if "Train Action Identifier" in record.message]
+    # The doctor's lines on the pictures are tested where it is.
+    said = [line for line in said if "does not know" in line or "learned with the action" in line]
     assert len(said) == (warning is not None) and (not said or warning in said[0])
 
 
@@ -171,8 +182,10 @@ def test_several_actions_in_a_prompt_each_count():
 
 def test_a_model_without_cross_attention_is_refused():
     class Other:
+        model = types.SimpleNamespace(model_config=object())
+
         def get_model_object(self, _name):
             return torch.nn.Linear(1, 1)
 
-    with pytest.raises(ValueError, match="action identifiers need a UNet"):
+    with pytest.raises(ValueError, match="action identifiers need layers that read nothing but the text"):
         UnderstudyApplyActionIdentifier.execute(Other(), 1.0)

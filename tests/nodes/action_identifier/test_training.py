@@ -91,7 +91,8 @@ def test_without_triples_a_step_is_one_pass_of_a_batch(asked, taken, monkeypatch
 
     def loss_at(self, clean, conditions, noise, level):
         assert len(set(level.tolist())) == len(level), "each picture has its own noise level"
-        sizes.append(len(clean))
+        if torch.is_grad_enabled():  # a step
+            sizes.append(len(clean))
         return original(self, clean, conditions, noise, level)
 
     monkeypatch.setattr(training.Denoising, "loss_at", loss_at)
@@ -140,7 +141,9 @@ def test_the_log_says_which_phase_it_is(caplog):
     phases = [line.removeprefix("[Understudy] ").split(" step ")[0] for line in ours]
     drawn = [f"drawing contrast {i} of 3" for i in (1, 2, 3)]
     # Two steps a context, three of the action.
-    assert phases[:-1] == 6 * ["contexts:"] + drawn + 3 * ["action:"]
+    assert phases[0].startswith("training: needs about")
+    assert phases[1:-2] == 6 * ["contexts:"] + drawn + 3 * ["action:"]
+    assert phases[-2].startswith("training: loss on the references")
     assert phases[-1].startswith("training: peak memory")
 
 

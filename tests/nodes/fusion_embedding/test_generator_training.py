@@ -108,7 +108,8 @@ def test_what_does_not_fit_into_memory_is_read_when_its_turn_comes(monkeypatch):
     monkeypatch.setattr(training, "_CACHE_BYTES", 1000)
     large = counted(6)
     streamed, _ = generated(large, seed=4)
-    assert len(large.read) == 1 + 1 + 3 * 2, "a look at the first, and two in each step"
+    compared = 2 * 6  # each for the loss before and after
+    assert len(large.read) == 1 + 1 + 3 * 2 + compared, "a look at the first, and two in each step"
     assert same(streamed.generator, cached.generator)
 
 
@@ -195,3 +196,13 @@ def test_an_encoder_whose_tokens_follow_the_sides_names_the_batch(monkeypatch):
     with pytest.raises(FusionError, match="gives 15 and 16 tokens .* batch_size to 1"):
         generated(unequal, fusion=Fusion())
     assert generated(unequal, fusion=Fusion(), batch_size=1, steps=1)
+
+
+def test_a_generator_learns_inside_the_masks_of_its_targets():
+    ones, half = torch.ones(1, 64, 64, 1), torch.zeros(1, 64, 64, 1)
+    half[:, :32] = 1
+    plain, losses = generated(seed=4)
+    same_weights, equal = generated(seed=4, masks=[ones] * 4)
+    masked, other = generated(seed=4, masks=[half] * 4)
+    assert same(plain.generator, same_weights.generator) and losses == equal and losses != other
+    assert not same(plain.generator, masked.generator)

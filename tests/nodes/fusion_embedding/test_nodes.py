@@ -8,6 +8,8 @@ import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_rebatch import ImageRebatch
+from pack.nodes.consent.record import ConsentRecord
+from pack.nodes.fingerprint import fingerprint
 from pack.nodes.fusion_embedding import files, method, nodes, training_nodes
 from pack.nodes.fusion_embedding.method import FusionError
 from pack.nodes.puppets import menus
@@ -59,22 +61,26 @@ def sampled(model, positive, negative, count=1, seed=5, batch_index=None):
 def test_a_run_through_all_nodes(folder, caplog):
     pictures, vision = fusions.pair_lists(4), fusions.vision()
     lists = {name: [tensor[:1], tensor[1:]] for name, tensor in pictures.items()}
+    first, second = ConsentRecord("Anna", ("training",)), ConsentRecord("Ben", ("training", "private"))
     with torch.inference_mode():
         combined, losses = training_nodes.UnderstudyTrainFusionCombiner.execute(
             **as_lists(clip_vision=vision, steps=2, learning_rate=1e-3, temperature=0.07, batch_size=4,
-                       train_encoder=True, seed=1, resume_from="none"), **lists,
+                       train_encoder=True, seed=1, resume_from="none", consent=first), **lists,
         ).result
         assert len(losses["loss"]) == 2 and combined.parts == ["combiner", "encoder"]
+        assert combined.consent == first
         trained, losses = training_nodes.UnderstudyTrainFusionGenerator.execute(
             **as_lists(model=MODEL, vae=fusions.autoencoder(), fusion=combined, appearance_encoder=vision, steps=2,
                        learning_rate=1e-3, batch_size=2, whole_unet=False, seed=1, resume_from="none", rank=2),
             **lists,
         ).result
-        assert len(losses["loss"]) == 2
-        training_nodes.UnderstudySaveFusion.execute(trained, "both")
+        assert len(losses["loss"]) == 2 and trained.consent == first and trained.base == fingerprint(MODEL)
+        training_nodes.UnderstudySaveFusion.execute(trained, "both", consent=second)
+        assert "replaced: consent of Anna for training" in caplog.text
         (name,) = set(files.FOLDER.choices()) - set(menus.MODEL_FILES[files.FOLDER.name])
         with caplog.at_level("INFO"):
             loaded = nodes.UnderstudyLoadFusion.execute(name)
+        assert loaded.result[0].consent == second and loaded.result[0].base == fingerprint(MODEL)
         assert loaded.ui["text"] == ("holds: combiner, encoder, generator, LoRA",)
         assert "[Understudy] Load Fusion: holds: combiner, encoder, generator, LoRA" in caplog.messages
         results = []

@@ -93,6 +93,26 @@ def test_a_folder_is_its_pictures(tmp_path):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0.5 / 255 + 1e-6)
 
 
+def test_a_folder_of_masks_greys_targets_and_is_read_as_it_goes(tmp_path):
+    found = FolderPairs(folder(tmp_path / "set"))
+    assert found.masks() is None
+    (tmp_path / "set" / "mask").mkdir()
+    half = np.zeros((64, 64), np.uint8)
+    half[:32] = 255
+    for name in "ab":
+        Image.fromarray(half).save(tmp_path / "set" / "mask" / f"{name}.png")
+    with pytest.raises(FusionError, match="has no 'c': give each pair a mask"):
+        found.masks()
+    Image.fromarray(half).save(tmp_path / "set" / "mask" / "c.png")
+    masks = found.masks()
+    masked = pairs.MaskedPairs(found, masks, 0.0)
+    assert masks[0].shape == (1, 64, 64, 1) and len(masked) == 3
+    assert torch.equal(masked[1].target[:, :32], found[1].target[:, :32]) and masked[1].target[:, 32:].unique() == 0.5
+    assert torch.equal(masked[1].source, found[1].source) and masked.size(0) == found.size(0)
+    digests = {masked.digest(), found.digest(), pairs.MaskedPairs(found, masks, 0.5).digest()}
+    assert len(digests) == 3
+
+
 def test_a_folder_is_read_as_it_goes(tmp_path, monkeypatch):
     """Three of three hundred pairs are wanted: three are read."""
     names = [f"{i:05}" for i in range(300)]

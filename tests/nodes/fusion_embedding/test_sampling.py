@@ -303,7 +303,7 @@ def test_missing_parts_name_the_node_that_makes_them():
         applied(fusion=method.Fusion(fusions.combiner()))
     with pytest.raises(FusionError, match="Combine Fusion"), torch.inference_mode():
         sampling.apply(MODEL, fusions.fusion(MODEL), fusions.states(), None, fusions.poses(), ApplyConfig())
-    with pytest.raises(FusionError, match="is a WanModel"):
+    with pytest.raises(FusionError, match="a WanModel, and a fusion needs a UNet"):
         sampling.with_fusion_patches(tiny_model.video())
 
 

@@ -120,20 +120,6 @@ def test_union_and_blend():
     torch.testing.assert_close(result[..., 1], 0.25 * x[..., 1] + 0.75 * source[..., 1].expand(2, -1, -1))
 
 
-def test_video_masks_follow_the_frames():
-    shape = torch.Size((1, 16, 3, 4, 4))
-    frames = torch.arange(9.0)[:, None, None].expand(9, 8, 8) / 8
-    cells = method.latent_mask(frames, shape)
-    assert cells.shape == (1, 3, 4, 4)
-    assert cells[0, :, 0, 0].tolist() == pytest.approx([0, 2.5 / 8, 6.5 / 8])
-    assert method.latent_mask(frames[:1], shape).shape == (1, 1, 4, 4)
-    assert method.latent_mask(frames[:3], shape)[0, :, 0, 0].tolist() == pytest.approx([0, 1 / 8, 2 / 8])
-    with pytest.raises(ValueError, match="mask has 5 frames"):
-        method.latent_mask(frames[:5], shape)
-    with pytest.raises(ValueError, match="NaN"):
-        method.latent_mask(torch.full((1, 4, 4), torch.nan), shape)
-
-
 def test_grids_that_belong_together():
     whole = [8.0, 4.0, 2.0, 0.0]
     for part in (whole, whole[1:], whole[:2], [8.00001, 4.0]):

@@ -73,8 +73,13 @@ def test_models_of_v_prediction_and_of_two_encoders_learn_and_edit(puppets, kind
 
 def test_batches_cost_one_pass_of_twice_their_size(loaded, puppets):
     model = loaded[0]
-    calls = []
-    handle = model.model.diffusion_model.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
+    calls = []  # of steps, which have gradients
+
+    def count(_module, inputs, _output):
+        if torch.is_grad_enabled():
+            calls.append(len(inputs[0]))
+
+    handle = model.model.diffusion_model.register_forward_hook(count)
     images, captions = puppets
     options = {"class_images": images[:2], "batch_size": 2, "steps": 2}
     train(loaded, images, captions, **options)
@@ -205,7 +210,8 @@ def test_another_models_clip_is_refused_before_the_model_draws(loaded, puppets, 
 def test_words_and_pictures_that_teach_little_are_told_of(loaded, puppets, monkeypatch, caplog):
     monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
     images = puppets[0]
-    train(loaded, images, ["a {subject}"], prior_weight=0.0)
+    different = ["a {subject} waving", "{subject} in a forest", "{subject} sitting at night"]
+    train(loaded, images, different, prior_weight=0.0)
     assert not caplog.records
     train(loaded, images[:1], ["a {subject}"], prior_weight=0.0, identity_token="zxv", class_noun="red dragon")
     assert "know the word 'zxv'" in caplog.text and "know the word 'dragon'" in caplog.text

@@ -112,6 +112,19 @@ def test_set_takes_its_lists_in_turn():
     assert all(text.endswith("on a beach") for text in said)
 
 
+@pytest.mark.parametrize("comma", [", ", "，", "、", ",\u3000"])
+def test_commas_of_any_script_within_a_puppet_s_words_are_spaces(comma):
+    """A comma in a set begins another puppet only before words that say who it is."""
+    words = f"red striped robot{comma}blue trousers{comma}a yellow cap"
+    drawn = run(UnderstudyPuppet, identity=words, action="waving", scene="beach", frames=1, seed=0)
+    assert drawn[3] == f"a {WORDS} waving on a beach"
+    text = f"{words}{comma}test 5\nblue cat{comma}green frog"
+    assert UnderstudyPuppetSet.validate_inputs(identities=text) is True
+    subjects = run(UnderstudyPuppetSet, identities=text, actions="", scenes="", count=4, seed=2, size=64)[4]
+    assert subjects[:2] == [f"a {WORDS}", captions.subject_phrase(world.test_identities()[5])]
+    assert ["cat" in subjects[2], "frog" in subjects[3]] == [True, True]
+
+
 def test_empty_lists_are_drawn_at_random():
     result = run(UnderstudyPuppetSet, identities="", actions="", scenes="", count=12, seed=0, size=64)
     said, subjects = result[3:]

@@ -340,9 +340,9 @@ def test_the_adapter_learns_from_clips_and_first_frames_by_turns(trained, encode
     seen, objective = [], wan_adapter.DenoisingObjective
 
     class Noted(objective):
-        def loss(self, clean, conditions, generator):
+        def loss_at(self, clean, *arguments):
             seen.append(tuple(clean.shape[:3]))
-            return super().loss(clean, conditions, generator)
+            return super().loss_at(clean, *arguments)
 
     monkeypatch.setattr(wan_adapter, "DenoisingObjective", Noted)
     name = f"adapter{rank}"

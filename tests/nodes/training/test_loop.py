@@ -113,6 +113,34 @@ def test_checkpoints_come_at_their_steps():
     assert monitor.states[0].tensors["parameter.a"].data_ptr() != monitor.states[1].tensors["parameter.a"].data_ptr()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_no_memory_for_a_checkpoint_s_copy_is_told_and_ends_no_run(error, monkeypatch):
+    expected, losses, _ = run()
+    copied, calls = loop._snapshot, []
+
+    def scarce(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error
+        return copied(*arguments)
+
+    monkeypatch.setattr(loop, "_snapshot", scarce)
+    weights, again, monitor = run(checkpoint_every=4)
+    assert again == losses and same(weights, expected)
+    assert [state.step for state in monitor.states] == [4, 12]
+    (warning,) = monitor.warnings
+    assert "could not be copied for a checkpoint" in warning and "out of memory" in warning
+
+
+def test_no_memory_for_the_last_copy_of_a_stopped_run_leaves_what_stopped_it(monkeypatch):
+    def none(*_arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "_snapshot", none)
+    _, losses, monitor = run(stop_at=3)
+    assert losses is None and monitor.states == [] and len(monitor.warnings) == 1
+
+
 def test_the_seed_decides_and_the_global_stream_is_left_as_it_was():
     torch.manual_seed(99)
     expected = torch.rand(3)

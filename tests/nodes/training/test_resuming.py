@@ -179,3 +179,26 @@ def test_a_picture_without_a_text_is_warned_of(folder, caplog):
     pair(1, "none", driving_text=" ")
     (said,) = [record.getMessage() for record in caplog.records if "is empty" in record.getMessage()]
     assert "driving_text is empty, so no prompt will mean the driving picture" in said
+
+
+def half_mask(size):
+    mask = torch.zeros(1, size, size)
+    mask[:, : size // 2] = 1
+    return mask
+
+
+@pytest.mark.parametrize(("train", "size"), [(pair, 64), (action, 64), (video, 32)])
+def test_a_node_learns_inside_its_masks(train, size, folder):
+    """Masks of ones change nothing, half a mask changes the loss, and a floor of 1 takes the mask away."""
+    plain = train(1, "none")
+    assert train(1, "none", masks=[torch.ones(1, size, size)]) == plain
+    assert train(1, "none", masks=[half_mask(size)]) != plain
+    assert train(1, "none", masks=[half_mask(size)], mask_floor=1.0) == plain
+
+
+def test_a_resumed_run_has_the_same_masks(folder):
+    pair(1, "none", masks=[half_mask(64)])
+    (checkpoint,) = checkpoints.FOLDER.choices()
+    assert len(pair(2, checkpoint, masks=[half_mask(64)])) == 4
+    with pytest.raises(ValueError, match="mask_floor 0.0 and this run has 0.5"):
+        pair(2, checkpoint, masks=[half_mask(64)], mask_floor=0.5)

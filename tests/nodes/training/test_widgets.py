@@ -6,7 +6,7 @@ import pytest
 from pack.nodes import extension
 from pack.nodes.training import widgets
 
-TRAINERS = [node for node in extension.METHOD_NODES if "Train" in node.__name__]
+TRAINERS = [node for node in extension.METHOD_NODES if "resume_from" in {i.id for i in node.define_schema().inputs}]
 
 
 def typed(widget, value):

@@ -1,6 +1,7 @@
 """Positions, masks, settings and the cache; no ComfyUI in the code under test."""
 
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,7 +80,7 @@ def test_blocks(text, expected):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: VideoIdentityConfig(strength=1.5), "strength is 1.5: use 0"),
+    (lambda: VideoIdentityConfig(strength=2.5), "strength is 2.5: use 0"),
     (lambda: VideoIdentityConfig(strength=float("nan")), "strength"),
     (lambda: VideoIdentityConfig(start_percent=0.5, end_percent=0.5), "range of steps is empty"),
     *(
@@ -123,3 +124,17 @@ def test_an_identity_is_named_by_its_content_and_shares_nothing():
     assert again.digest != result.digest == same.digest
     assert not result.off and method.video_reference(ADAPTER, reference, VideoIdentityConfig(strength=0.0)).off
     assert method.video_reference(ADAPTER, reference, VideoIdentityConfig(), torch.zeros(3, 4, 4)).off
+
+
+def test_the_bell_puts_the_weight_where_the_official_training_has_it():
+    """The shares that the audit of that training states, from its formulas as numpy has them."""
+    even = np.arange(1, 1001) / 1000
+    sigmas = 5 * even / (1 + 4 * even)
+    np.testing.assert_allclose(method.training_sigmas().numpy(), sigmas, rtol=1e-6)
+    bell = np.exp(-2 * (sigmas * 1000 - 500) ** 2 / 1000**2)
+    bell = bell - bell.min()
+    weight = method.bell_weight(method.training_sigmas()).double().numpy()
+    np.testing.assert_allclose(weight, bell * (1000 / bell.sum()), rtol=1e-3, atol=2e-4)
+    assert weight.mean() == pytest.approx(1, abs=1e-4) and weight.min() >= -1e-6
+    assert weight[sigmas >= 0.9].sum() / 1000 == pytest.approx(0.10, abs=0.01)
+    assert weight[sigmas < 0.8].sum() / 1000 == pytest.approx(0.72, abs=0.01)

@@ -25,11 +25,11 @@ from support import real_configurations, tiny_model
 
 CONTRACT = {
     UnderstudyPrepareReference: (["image", "size", "crop_factor", "mask", "bboxes"], ["IMAGE"]),
-    UnderstudyLoadVideoIdentityAdapter: (["adapter_name"], ["UNDERSTUDY_VIDEO_ADAPTER"]),
+    UnderstudyLoadVideoIdentityAdapter: (["adapter_name", "purpose"], ["UNDERSTUDY_VIDEO_ADAPTER"]),
     UnderstudyApplyVideoIdentity: (
         ["model", "adapter", "reference", "strength", "start_percent", "end_percent", "blocks", "mask"], ["MODEL"]
     ),
-    UnderstudySaveVideoIdentityAdapter: (["adapter", "filename_prefix"], []),
+    UnderstudySaveVideoIdentityAdapter: (["adapter", "filename_prefix", "consent"], []),
 }
 
 
@@ -43,7 +43,7 @@ def test_schemas_keep_the_contract(node):
     assert [output.io_type for output in schema.outputs] == outputs
     assert all(widget.tooltip for widget in schema.inputs) and len(schema.search_aliases) >= 3
     assert [widget.id for widget in schema.inputs if widget.optional] == [
-        name for name in inputs if name in ("mask", "bboxes")
+        name for name in inputs if name in ("mask", "bboxes", "purpose", "consent")
     ]
 
 
@@ -266,7 +266,7 @@ def test_from_file_to_video_and_back(folder):
 
 
 @pytest.mark.parametrize(("model", "settings", "message"), [
-    (lambda: tiny_model.picture(), {}, "model is a UNetModel.*needs a Wan"),
+    (lambda: tiny_model.picture(), {}, "model is SD 1.5, a UNetModel.*needs a Wan"),
     (lambda: tiny_model.wan("causal"), {}, "CausalWanModel, which does not let"),
     (lambda: tiny_model.wan(dim=96), {}, r"q_loras\.down\.weight should be \(rank, 96\) and is \(4, 48\)"),
     (lambda: tiny_model.wan(num_layers=4), {}, r"blocks\.3\.self_attn\.q_loras\.down\.weight .* is nothing"),

@@ -37,7 +37,7 @@ def test_applying_changes_no_input_and_twice_is_two_references():
     assert [len(models.attachment(model, sampling.KEY).references) for model in (first, second)] == [1, 2]
     groups = [group for kind in (second.wrappers, second.callbacks) for group in kind.values()]
     counts = [len(group[sampling.KEY]) for group in groups if sampling.KEY in group]
-    assert counts == [1, 1, 1]
+    assert counts == [1, 1, 1, 1]
 
 
 def test_zero_is_bit_identical_to_the_plain_model():
@@ -72,10 +72,10 @@ def test_an_all_one_mask_is_the_unmasked_model():
 
 def test_strength_is_an_exact_weight():
     x = draw(2, *SHAPE)
-    one = person(strength=0.3)
-    weights = [torch.full((36,), 0.3)]
-    assert relative(call(shown(MODEL, one), x), weighed(x, weights, [person()])) < 1e-5
-    distances = [relative(call(shown(strength=s), x), call(MODEL, x)) for s in (1e-9, 0.1, 0.5, 1.0)]
+    for strength in (0.3, 2.0):
+        weights = [torch.full((36,), strength)]
+        assert relative(call(shown(strength=strength), x), weighed(x, weights, [person()])) < 1e-5
+    distances = [relative(call(shown(strength=s), x), call(MODEL, x)) for s in (1e-9, 0.1, 0.5, 1.0, 1.5, 2.0)]
     assert distances[0] < 1e-5 and distances == sorted(distances)
     near = call(shown(strength=1 - 1e-6), x)
     assert relative(near, call(shown(), x)) < 1e-5

@@ -7,6 +7,8 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from pack.nodes.consent.record import ConsentRecord
+from pack.nodes.fingerprint import fingerprint
 from pack.nodes.training import loop
 from pack.nodes.training.checkpoints import FOLDER, Checkpoints
 from pack.nodes.training.config import TrainingConfig
@@ -141,6 +143,15 @@ def node(model, latents, references, positive, **settings):
         ).result
 
 
+def test_consent_and_the_base_model_go_with_the_adapter():
+    model, positive = wan(), tiny_model.conditioning(0)
+    latents, references = [{"samples": draw(1, *SHAPE)}], [{"samples": draw(2, 1, 16, 1, 4, 4)}]
+    consent = ConsentRecord("Anna", ("training",))
+    adapter, _ = node(model, latents, references, [positive], consent=consent)
+    assert adapter.consent == consent and adapter.base == fingerprint(model)
+    assert node(model, latents, references, [positive])[0].consent is None
+
+
 def test_a_backward_pass_keeps_little_of_the_reference_with_checkpointing():
     def retained_bytes(side, checkpointing):
         sizes, values = {}, ([draw(1, 1, 16, 3, 8, 8)], [draw(2, 1, 16, 1, side, side)], [tiny_model.conditioning(0)])
@@ -233,3 +244,33 @@ def test_the_node_takes_batches_and_lists_and_one_for_all():
             node(model, latents, references, positive)
     with pytest.raises(ValueError, match="needs a Wan"):
         node(tiny_model.picture(), listed, [one], [text])
+
+
+def test_the_bell_weights_the_loss_at_levels_of_shift_5(monkeypatch):
+    """Against the loss written out at the levels that the objective drew."""
+    seen = []
+    original = training.DenoisingObjective.loss_at
+
+    def noted(self, clean, conditions, noise, level, weights=None):
+        loss = original(self, clean, conditions, noise, level, weights)
+        sigma = self.denoiser.sigmas[level]
+        plain = self.level_weight
+        self.level_weight = torch.ones_like
+        seen.append((sigma, loss.detach(), original(self, clean, conditions, noise, level, weights).detach()))
+        self.level_weight = plain
+        return loss
+
+    monkeypatch.setattr(training.DenoisingObjective, "loss_at", noted)
+    model = wan()
+    for weighting in ("even", "bell"):
+        seen.clear()
+        with torch.inference_mode():
+            training.train(
+                model, [draw(1, *SHAPE)], [draw(2, 1, 16, 1, 4, 4)], [tiny_model.conditioning(1)], config(steps=3), 4,
+                checkpoints=Checkpoints("test", {}), resume_from="none", loss_weighting=weighting,
+            )
+        for sigma, loss, plain in seen:
+            expected = plain * method.bell_weight(sigma) if weighting == "bell" else plain
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+        table = method.training_sigmas() if weighting == "bell" else model.get_model_object("model_sampling").sigmas
+        assert all(torch.isclose(table.float(), sigma.float().cpu(), rtol=1e-6, atol=0).any() for sigma, *_ in seen)

@@ -103,7 +103,7 @@ def test_relatives_sample(kind):
 def test_a_relative_that_is_not_verified_is_refused_by_name(kind, name):
     model = tiny_model.wan(kind, num_layers=1)
     adapter = method.adapter_from(tiny_model.video_adapter(model))
-    with pytest.raises(ValueError, match=f"model is a {name}, a relative of Wan .* not verified: connect a Wan T2V"):
+    with pytest.raises(ValueError, match=f"a {name}, a relative of Wan .* not verified: connect a Wan T2V"):
         shown(model, person(adapter=adapter))
 
 
@@ -117,7 +117,7 @@ def test_blocks_that_attend_to_the_video_in_parts_are_refused():
     network = model.model.diffusion_model
     network.blocks[0].__class__ = WanAnimate2Block
     network.__class__ = type("WanAnimate2Model", (type(network),), {})
-    with pytest.raises(ValueError, match="model is a WanAnimate2Model, which does not let its attention be extended"):
+    with pytest.raises(ValueError, match="a WanAnimate2Model, which does not let its attention be extended"):
         shown(model, person(adapter=adapter))
     assert wan_blocks.cross_attentions(network) == ()
 

@@ -1,0 +1,116 @@
+"""Jobs whose data lie in files, trained in this process on small models, and their results in the Load nodes."""
+
+import copy
+
+import folder_paths
+import pytest
+import torch
+from pack.nodes import extension
+from pack.nodes.fusion_embedding import files as fusion_files
+from pack.nodes.training import parallel
+from pack.nodes.training_jobs import conditionings, folder
+from pack.nodes.video_identity import files as adapter_files
+from support import fusions, tiny_model
+from trainer import job
+from trainer.encodings import Encodings
+
+import nodes
+
+FILE = ".safetensors"
+
+
+class Tiny:
+    """A loader as V1 nodes are, of what `things` holds."""
+
+    FUNCTION = "load"
+    things: dict = {}
+
+    def load(self, name):
+        return (self.things[name],)
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    """A job's folder that is ComfyUI's own, as the command makes it, and a loader of small models."""
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "output" / "loras")], {FILE}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Tiny", Tiny)
+    extension.register_folders()
+    made = folder.JobFolder("clip")
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(made.input))
+    return made
+
+
+def loader(name):
+    return {"node": "Tiny", "output": 0, "inputs": {"name": name}}
+
+
+class Sharing(parallel.Engine):
+    """Encodings in files, as the command's engine has them, without its processes."""
+
+    def __init__(self, cache):
+        self.cache, self.made = cache, 0
+
+    def encoded(self, what, key, count, encode):
+        stored = Encodings(self.cache / f"{what}-{key()}", count)
+        for i in stored.missing():
+            stored.write(i, encode(i))
+            self.made += 1
+        return stored
+
+
+def test_an_adapter_s_job_trains_from_files_and_loads(target, tmp_path):
+    latents = [torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    target.write_tensors("latents", [({"samples": latent}, {}) for latent in latents])
+    target.write_tensors("references", [({"samples": latents[0][:, :, :1]}, {})])
+    texts = [conditionings.packed(tiny_model.conditioning(i), "positive") for i in range(3)]
+    target.write_tensors("positive", texts)
+    target.write_pictures("masks", [torch.ones(1, 32, 32)])
+    Tiny.things = {"wan": tiny_model.wan(num_layers=2)}
+    described = {
+        "node": "UnderstudyTrainVideoIdentityAdapter", "name": "clip", "models": {"model": loader("wan")},
+        "settings": {"steps": 2, "rank": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 1, "mask_floor": 0.5},
+        "data": {name: name for name in ("latents", "references", "positive", "masks")},
+    }
+    save, name = job.train(described, target.path, "none")
+    save()
+    (path,) = (tmp_path / "output" / "loras").glob("clip*.safetensors")
+    assert name.startswith("Train Video Identity Adapter") and len(adapter_files.load(path.name).tensors()) == 12
+
+
+def test_a_generator_s_pairs_are_encoded_once_and_shared(target, tmp_path):
+    lists = fusions.pair_lists(3)
+    for role, pictures in lists.items():
+        target.write_pictures(f"pairs/{role}", list(pictures.split(1)))
+    target.write_pictures("pairs/mask", [torch.ones(1, 64, 64)] * 3)
+    Tiny.things = {"model": fusions.model(), "vae": fusions.autoencoder(), "vision": fusions.vision()}
+    described = {
+        "node": "UnderstudyTrainFusionGenerator", "name": "fusion", "data": {},
+        "models": {"model": loader("model"), "vae": loader("vae"), "appearance_encoder": loader("vision")},
+        "settings": {"steps": 2, "rank": 2, "batch_size": 2, "dataset_folder": "pairs", "checkpoint_every": 0},
+    }
+    engine = Sharing(tmp_path / "cache")
+    with parallel.driven_by(engine):
+        job.train(described, target.path, "none")[0]()
+        assert engine.made == 3
+        job.train(described, target.path, "none")
+        assert engine.made == 3, "nothing is encoded again"
+        target.write_pictures("pairs/source", [1 - picture for picture in lists["source"].split(1)])
+        job.train(described, target.path, "none")
+        assert engine.made == 6, "other pictures are"
+    (path,) = (tmp_path / "output" / "fusion_embeddings").glob("fusion*.safetensors")
+    assert fusion_files.load(path.name)[0].generator
+
+
+def test_an_action_refuses_shares_in_words(target):
+    class Two(parallel.Engine):
+        processes = 2
+
+    with parallel.driven_by(Two()):
+        with pytest.raises(ValueError, match="an action is trained by one process.*here are 2"):
+            parallel.only_whole_batches("an action", "since a step compares three pictures of one draw")
+        with pytest.raises(ValueError, match="batch_size is 3 for 2 processes"):
+            parallel.check_contrast(3)
