@@ -31,7 +31,7 @@ SETTINGS = {
     "Comfy.VueNodes.Enabled": False,
 }
 SHOWS_SOMETHING = ("PreviewImage", "SaveImage")  # shown alike; only one of them may have been run
-PATIENCE = 600  # seconds, for a run on a busy machine
+PATIENCE = 240  # seconds, for a run on a busy machine
 # The frontend draws as often as it can, which on a CPU takes its time from the run.
 DRAW_SELDOM = "window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 200)"
 
@@ -140,7 +140,10 @@ class Frontend:
 
     def pretend(self) -> None:
         """Show on every node of the open workflow what its type showed in an earlier run."""
-        self._wait_for_media(self.page.evaluate(REPLAY, list(SHOWS_SOMETHING)))
+        self.page.evaluate(REPLAY, list(SHOWS_SOMETHING))
+        # A preview that is replayed without its run may stay out, and then nothing says that it is done.
+        self.page.wait_for_timeout(3000)
+        self._wait_for_media([])
 
     def rectangles(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """The nodes' rectangles, title bars included, in the classic renderer and in Nodes 2.0."""
