@@ -83,10 +83,6 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out)
         return out
 
-    @staticmethod
-    def backward(ctx, _gradient):
-        raise NotImplementedError
-
 
 class Kept:
     """Bytes that autograd keeps, each storage once, without the model's own weights."""
