@@ -54,8 +54,8 @@ def check_loaded(node: str, consent: ConsentRecord | None, purpose: str) -> None
 def warnings(consent: ConsentRecord | None, purpose: str) -> list[str]:
     """What a file's record does not cover today. A file without one is no news where nobody said a purpose."""
     if is_required():
-        unspecified = [_PURPOSE] if purpose == UNSPECIFIED else []
-        return record.problems(consent, purpose, _now()) + unspecified
+        unspecified = purpose == UNSPECIFIED and not (consent and consent.is_no_person)
+        return record.problems(consent, purpose, _now()) + [_PURPOSE] * unspecified
     return record.problems(consent, purpose, _now()) if consent or purpose != UNSPECIFIED else []
 
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..inputs.checked import CheckedNode
 from ..inputs.pictures import check_pictures, colour
-from .record import SCOPES, ConsentRecord
+from .record import NO_PERSON, SCOPES, ConsentRecord
 from .widgets import CONSENT
 
 CATEGORY = "Understudy/Consent"
@@ -33,9 +33,10 @@ class UnderstudyConsentRecord(CheckedNode):
                     "removes another one on saving.",
                 ),
                 io.MultiCombo.Input(
-                    "scopes", options=list(SCOPES),
+                    "scopes", options=[*SCOPES, NO_PERSON],
                     tooltip="What the person agreed to: private, editorial and commercial say where results may be "
-                    "shown, training that a model may learn the person.",
+                    f"shown, training that a model may learn the person. {NO_PERSON}, alone: it is a drawn figure, an "
+                    "animal or a thing, so that nobody has to agree and every purpose holds.",
                 ),
                 io.String.Input(
                     "granted_by", default="",
@@ -73,7 +74,7 @@ class UnderstudyConsentRecord(CheckedNode):
         if not any(texts) and not pictures:
             return io.NodeOutput(ConsentRecord())
         subject, granted_by, granted_on, expires, note = texts
-        in_order = tuple(scope for scope in SCOPES if scope in scopes)
+        in_order = tuple(scope for scope in (*SCOPES, NO_PERSON) if scope in scopes)
         return io.NodeOutput(ConsentRecord(subject, in_order, granted_by, granted_on, expires, note, pictures))
 
 

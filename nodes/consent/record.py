@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import shown_by_name
 
 SCOPES = ("private", "editorial", "commercial", "training")
+NO_PERSON = "no person"  # in place of scopes: what is learned is nobody, so that nobody has to agree
 # What a result is for, where nobody has said it: then no scope is asked for.
 UNSPECIFIED = "unspecified"
 PURPOSES = (UNSPECIFIED, *SCOPES)
@@ -46,7 +47,7 @@ class ConsentError(ValueError):
 class ConsentRecord:
     """What was typed, and nothing else: who may be learned and shown, for which of SCOPES, who allowed it and when.
 
-    granted_on is a day; expires is the last day, or a moment with an offset; either is empty where there is none.
+    With NO_PERSON as its one scope, subject is a drawn figure or a thing, and every purpose holds. granted_on is a day; expires is the last day, or a moment with an offset; either is empty where there is none.
     references are the SHA-256 of reference pictures, 64 hex digits each. The record without any content stands for
     none: where it takes another's place, that one is removed. Raises ConsentError, naming the field.
     """
@@ -62,7 +63,10 @@ class ConsentRecord:
     def __post_init__(self) -> None:
         for name in ("subject", "granted_by", "granted_on", "expires", "note"):
             _check_text(name, getattr(self, name))
-        _check_list("scopes", self.scopes, len(SCOPES), SCOPES.__contains__, f"use {', '.join(SCOPES)}")
+        scopes = *SCOPES, NO_PERSON
+        _check_list("scopes", self.scopes, len(SCOPES), scopes.__contains__, f"use {', '.join(scopes)}")
+        if self.is_no_person and len(self.scopes) > 1:
+            raise ConsentError(f"scopes has {NO_PERSON} beside others: choose it alone, since it covers every purpose")
         _check_list("references", self.references, _MOST_REFERENCES, _SHA256.fullmatch, "use SHA-256, in hex digits")
         if not self:
             return
@@ -79,6 +83,11 @@ class ConsentRecord:
     def __bool__(self) -> bool:
         """Whether anything is in it."""
         return any(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def is_no_person(self) -> bool:
+        """Whether the record says that its subject is no real person."""
+        return NO_PERSON in self.scopes
 
     def has_begun(self, now: datetime) -> bool:
         """Whether `now`, which knows its time zone, is not before the day on which consent was granted."""
@@ -137,7 +146,7 @@ def problems(record: ConsentRecord | None, purpose: str, now: datetime) -> list[
         lines.append(f"consent of {shown(record.subject)} begins only on {record.granted_on}")
     if record.has_expired(now):
         lines.append(f"consent of {shown(record.subject)} ended with {record.expires}")
-    if purpose != UNSPECIFIED and purpose not in record.scopes:
+    if purpose not in (UNSPECIFIED, *record.scopes) and not record.is_no_person:
         lines.append(f"consent of {shown(record.subject)} is for {', '.join(record.scopes)}, and not for {purpose}")
     return lines
 
@@ -150,12 +159,16 @@ def state(record: ConsentRecord | None, now: datetime) -> str:
         return f"consent ended with {record.expires}"
     if not record.has_begun(now):
         return f"consent begins only on {record.granted_on}"
-    return f"consent for {', '.join(record.scopes)}" + (f" until {record.expires}" if record.expires else "")
+    held = "no real person" if record.is_no_person else f"consent for {', '.join(record.scopes)}"
+    return held + (f" until {record.expires}" if record.expires else "")
 
 
 def describe(record: ConsentRecord) -> str:
     """The record in one line, without its note and pictures."""
-    line = f"consent of {shown(record.subject)} for {', '.join(record.scopes)}"
+    subject = shown(record.subject)
+    line = f"no real person: {subject}" if record.is_no_person else (
+        f"consent of {subject} for {', '.join(record.scopes)}"
+    )
     line += f", from {shown(record.granted_by)}" if record.granted_by else ""
     line += f", since {record.granted_on}" if record.granted_on else ""
     return line + (f", until {record.expires}" if record.expires else "")

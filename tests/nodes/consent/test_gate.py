@@ -13,7 +13,7 @@ from pack.nodes.action_identifier.method import ANY_ENCODER, ActionIdentifier
 from pack.nodes.action_identifier.nodes import UnderstudyLoadActionIdentifier
 from pack.nodes.action_identifier.training_nodes import UnderstudySaveActionIdentifier
 from pack.nodes.consent import gate
-from pack.nodes.consent.record import ENTRY, PURPOSES, ConsentError, ConsentRecord
+from pack.nodes.consent.record import ENTRY, NO_PERSON, PURPOSES, ConsentError, ConsentRecord
 from pack.nodes.extension import METHOD_NODES
 from pack.nodes.files import weights
 from pack.nodes.fusion_embedding import files as fusion_files
@@ -135,9 +135,11 @@ def test_the_loader_shows_it_and_what_it_does_not_cover(kind, caplog):
 
 
 def test_where_it_is_required_a_loader_stops(kind, monkeypatch):
-    covered, missing = kind.save(consent=ANNA), kind.save()
+    puppet = ConsentRecord("a puppet", (NO_PERSON,))
+    covered, missing, nobody = kind.save(consent=ANNA), kind.save(), kind.save(consent=puppet)
     monkeypatch.setenv("UNDERSTUDY_REQUIRE_CONSENT", "1")
     assert kind.load(covered, purpose="training").consent == ANNA
+    assert all(kind.load(nobody, purpose=purpose).consent == puppet for purpose in PURPOSES)
     for name, purpose, message in (
         (covered, "editorial", "is for private, training, and not for editorial"),
         (covered, "unspecified", "purpose is unspecified"), (missing, "private", "there is no consent record"),
@@ -202,6 +204,7 @@ def test_training_warns_or_stops_and_hands_it_on(monkeypatch, caplog):
     assert gate.check_training("Train", ConsentRecord(), ANNA) is None
     monkeypatch.setenv("UNDERSTUDY_REQUIRE_CONSENT", "yes")
     assert gate.check_training("Train", ANNA) == ANNA
+    assert gate.check_training("Train", ConsentRecord("a puppet", (NO_PERSON,)))
     for consent in (None, private, ConsentRecord(), dataclasses.replace(ANNA, expires="2026-11-27")):
         with pytest.raises(ConsentError, match="connect a Consent Record for training to consent"):
             gate.check_training("Train", consent)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pack.nodes.consent.nodes import UnderstudyConsentRecord, picture_digests
-from pack.nodes.consent.record import ConsentError, ConsentRecord
+from pack.nodes.consent.record import NO_PERSON, ConsentError, ConsentRecord
 from PIL import Image
 
 EMPTY = dict.fromkeys(("subject", "granted_by", "granted_on", "expires", "note"), "")
@@ -24,6 +24,10 @@ def test_what_is_typed_is_recorded_and_nothing_else():
     assert recorded(["training", "private"], **typed) == ConsentRecord(
         "Анна", ("private", "training"), "母", "2026-11-28", "2027-12-31", "n"
     )
+
+
+def test_a_drawn_figure_is_no_person():
+    assert recorded(["no person"], subject="a mascot") == ConsentRecord("a mascot", (NO_PERSON,))
 
 
 def test_without_any_text_it_is_the_empty_record_whatever_the_scopes():

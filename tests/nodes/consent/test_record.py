@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.nodes.consent import record
-from pack.nodes.consent.record import SCOPES, UNSPECIFIED, ConsentError, ConsentRecord
+from pack.nodes.consent.record import NO_PERSON, PURPOSES, SCOPES, UNSPECIFIED, ConsentError, ConsentRecord
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=timezone.utc)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -51,6 +51,7 @@ def test_the_empty_record_is_none():
     ({"subject": ""}, "subject is empty: name who agreed"),
     ({"scopes": ()}, "scopes is empty: choose at least one"),
     ({"scopes": ("private", "sale")}, "scopes has the entry 'sale': use private, editorial, commercial, training"),
+    ({"scopes": ("private", NO_PERSON)}, "scopes has no person beside others: choose it alone"),
     ({"granted_on": "28.11.2026"}, "granted_on is '28.11.2026': write a day such as"),
     ({"granted_on": "2026-06-31"}, "granted_on is '2026-06-31'"),
     ({"granted_on": "2026-11-28T10:00Z"}, "granted_on"),
@@ -128,3 +129,12 @@ def test_what_is_shown_is_one_short_line():
     assert line.endswith("… for private, training, from B C, since 2026-11-28, until 2027-12-31")
     assert len(line) < 200 and line.isprintable()
     assert record.shown("نمی\u200cخواهم") == "نمی\u200cخواهم"
+
+
+def test_what_is_no_person_has_every_purpose():
+    puppet = record.from_json(agreed(subject="paper puppets", scopes=(NO_PERSON,)).to_json())
+    assert all(record.problems(puppet, purpose, NOON) == [] for purpose in PURPOSES)
+    assert record.describe(puppet) == "no real person: paper puppets"
+    assert record.state(puppet, NOON) == "no real person"
+    lent = agreed(scopes=(NO_PERSON,), expires="2026-11-01")
+    assert record.problems(lent, "private", NOON) == ["consent of Anna ended with 2026-11-01"]
