@@ -11,7 +11,7 @@ from ...kernels.channel_mask import MERGES
 from ..consent import gate
 from ..inputs.checked import CheckedNode
 from ..messages import tell
-from ..training import doctor, drawing, inputs, loss_masks, picture_training, widgets
+from ..training import doctor, drawing, inputs, loss_masks, picture_training, previews, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from . import encoding, files, sampling, training
@@ -232,9 +232,9 @@ class UnderstudySaveActionIdentifier(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, action, filename_prefix, textual_inversion=False, consent=None) -> io.NodeOutput:
+    def execute(cls, action, filename_prefix, textual_inversion=False, consent=None, preview=None) -> io.NodeOutput:
         action = gate.with_consent("Save Action Identifier", action, consent)
-        logging.info("[Understudy] saved %s", files.save(action, filename_prefix))
+        previews.save_with("Save Action Identifier", lambda: files.save(action, filename_prefix), preview)
         if textual_inversion:
             logging.info("[Understudy] saved %s", files.export(action, filename_prefix))
         return io.NodeOutput()

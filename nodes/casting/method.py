@@ -108,8 +108,8 @@ def upcoming(
 ) -> tuple[list[Item], list[Item]]:
     """What to send on now, and what is not there although it was sent on.
 
-    present: stems of which there is a file; sent: how often each stem was sent on since ComfyUI started. What was sent
-    on least comes first. Without `skip_existing` each item is due once, whether it is there or not.
+    present: stems of which there is a file; sent: how often each stem was sent on since ComfyUI started. What was
+    sent on least comes first. Without `skip_existing` each item is due once, whether it is there or not.
     """
     there = set(present) if skip_existing else set()
     due = [item for item in every if item.stem not in there]

@@ -35,8 +35,8 @@ class UnderstudyConsentRecord(CheckedNode):
                 io.MultiCombo.Input(
                     "scopes", options=[*SCOPES, NO_PERSON],
                     tooltip="What the person agreed to: private, editorial and commercial say where results may be "
-                    f"shown, training that a model may learn the person. {NO_PERSON}, alone: it is a drawn figure, an "
-                    "animal or a thing, so that nobody has to agree and every purpose holds.",
+                    f"shown, training that a model may learn the person. {NO_PERSON}, alone: it is a drawn figure, "
+                    "an animal or a thing, so that nobody has to agree and every purpose holds.",
                 ),
                 io.String.Input(
                     "granted_by", default="",

@@ -47,9 +47,10 @@ class ConsentError(ValueError):
 class ConsentRecord:
     """What was typed, and nothing else: who may be learned and shown, for which of SCOPES, who allowed it and when.
 
-    With NO_PERSON as its one scope, subject is a drawn figure or a thing, and every purpose holds. granted_on is a day; expires is the last day, or a moment with an offset; either is empty where there is none.
-    references are the SHA-256 of reference pictures, 64 hex digits each. The record without any content stands for
-    none: where it takes another's place, that one is removed. Raises ConsentError, naming the field.
+    With NO_PERSON as its one scope, subject is a drawn figure or a thing, and every purpose holds. granted_on
+    is a day; expires is the last day, or a moment with an offset; either is empty where there is none. references are
+    the SHA-256 of reference pictures, 64 hex digits each. The record without any content stands for none: where it
+    takes another's place, that one is removed. Raises ConsentError, naming the field.
     """
 
     subject: str = ""
@@ -66,7 +67,7 @@ class ConsentRecord:
         scopes = *SCOPES, NO_PERSON
         _check_list("scopes", self.scopes, len(SCOPES), scopes.__contains__, f"use {', '.join(scopes)}")
         if self.is_no_person and len(self.scopes) > 1:
-            raise ConsentError(f"scopes has {NO_PERSON} beside others: choose it alone, since it covers every purpose")
+            raise ConsentError(f"scopes has {NO_PERSON} beside others: choose it alone, for every purpose")
         _check_list("references", self.references, _MOST_REFERENCES, _SHA256.fullmatch, "use SHA-256, in hex digits")
         if not self:
             return

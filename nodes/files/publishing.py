@@ -51,6 +51,15 @@ def publish(
 
     `check` is called with the temporary file, which is published unless it raises.
     """
+    return _publish(content, folder, check, lambda written: _link_next(written, folder, name, counter, extension))
+
+
+def publish_as(content: bytes, path: Path) -> Path:
+    """Write `path`, a file beside another one. Raises FileExistsError where there is one, and OSError."""
+    return _publish(content, path.parent, lambda _: None, lambda written: _rename_exclusively(written, path))
+
+
+def _publish(content: bytes, folder: Path, check: Callable[[Path], None], link: Callable[[Path], Path]) -> Path:
     temporary, descriptor = _open_temporary(folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -59,8 +68,8 @@ def publish(
             os.fsync(file.fileno())
             check(temporary)
             if os.name != "nt":  # linked while open, so that the lock still keeps the sweep away
-                return _link_next(temporary, folder, name, counter, extension)
-        return _link_next(temporary, folder, name, counter, extension)
+                return link(temporary)
+        return link(temporary)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -105,10 +114,11 @@ def _link_next(temporary: Path, folder: Path, name: str, counter: int, extension
         return path
 
 
-def _rename_exclusively(source: Path, target: Path) -> None:
+def _rename_exclusively(source: Path, target: Path) -> Path:
+    """Returns the target. Raises FileExistsError where there is one."""
     if os.name == "nt":
         os.rename(source, target)  # refuses an existing target there
-        return
+        return target
     try:
         os.link(source, target)
     except FileExistsError:
@@ -121,6 +131,7 @@ def _rename_exclusively(source: Path, target: Path) -> None:
         except OSError:
             target.unlink()
             raise
+    return target
 
 
 def _sync_folder(folder: Path) -> None:

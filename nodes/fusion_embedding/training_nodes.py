@@ -9,7 +9,7 @@ from ..consent import gate
 from ..fingerprint import weights_fingerprint
 from ..inputs.checked import CheckedNode, File
 from ..messages import tell
-from ..training import doctor, inputs, loss_masks, widgets
+from ..training import doctor, inputs, loss_masks, previews, widgets
 from ..training.checkpoints import Checkpoints
 from . import encoding, files, pairs, training
 from .config import MOST_EMBEDDING_TOKENS, CombinerConfig, GeneratorConfig
@@ -287,9 +287,10 @@ class UnderstudySaveFusion(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, fusion, filename_prefix, consent=None) -> io.NodeOutput:
-        path = files.save(gate.with_consent("Save Fusion", fusion, consent), filename_prefix)
-        logging.info("[Understudy] saved %s, %s", path, ", ".join(fusion.parts))
+    def execute(cls, fusion, filename_prefix, consent=None, preview=None) -> io.NodeOutput:
+        fusion = gate.with_consent("Save Fusion", fusion, consent)
+        previews.save_with("Save Fusion", lambda: files.save(fusion, filename_prefix), preview)
+        logging.info("[Understudy] it holds %s", ", ".join(fusion.parts))
         return io.NodeOutput()
 
 

@@ -12,7 +12,7 @@ from ..inputs.checked import CheckedNode
 from ..inputs.widgets import IDENTITY
 from ..messages import tell
 from ..subject_tokens import Subject
-from ..training import doctor, inputs, loss_masks, picture_training, widgets
+from ..training import doctor, inputs, loss_masks, picture_training, previews, widgets
 from ..training.checkpoints import Checkpoints
 from . import files, training
 from .config import AUGMENTS, IdentityPriorConfig
@@ -178,9 +178,9 @@ class UnderstudySaveIdentityPrior(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, lora, identity, filename_prefix, consent=None) -> io.NodeOutput:
-        path = files.save(lora, gate.with_consent("Save Identity Prior", identity, consent), filename_prefix)
-        logging.info("[Understudy] saved %s", path)
+    def execute(cls, lora, identity, filename_prefix, consent=None, preview=None) -> io.NodeOutput:
+        identity = gate.with_consent("Save Identity Prior", identity, consent)
+        previews.save_with("Save Identity Prior", lambda: files.save(lora, identity, filename_prefix), preview)
         return io.NodeOutput()
 
 

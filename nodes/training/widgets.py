@@ -157,13 +157,18 @@ def save_schema(
     options: Sequence[io.Input] = (), **texts: Any,
 ) -> io.Schema:
     """A Save node's: `inputs` are written to `folder`, under a name that begins with `prefix` where none is typed."""
+    preview = io.Image.Input(
+        "preview", optional=True,
+        tooltip="A picture to save beside the file, for Identity Library, ComfyUI's model browser and model "
+        "managers: the first of a batch, at most 512 pixels a side.",
+    )
     filename_prefix = io.String.Input(
         "filename_prefix", default=prefix,
         tooltip=f"Name in output/{folder.name}, with folders if you like. A number is added; nothing is replaced.",
     )
     return io.Schema(
-        node_id, display_name, category, inputs=[*inputs, filename_prefix, *options, consent_widgets.to_save()],
-        outputs=[], is_output_node=True, **texts,
+        node_id, display_name, category, outputs=[],
+        inputs=[*inputs, filename_prefix, *options, consent_widgets.to_save(), preview], is_output_node=True, **texts,
     )
 
 

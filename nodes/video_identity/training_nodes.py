@@ -12,7 +12,7 @@ from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
 from ..inputs.latents import check_not_zero
 from ..messages import tell
-from ..training import doctor, inputs, loss_masks, widgets
+from ..training import doctor, inputs, loss_masks, previews, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.stored import is_stored
 from . import files, training
@@ -149,9 +149,9 @@ class UnderstudySaveVideoIdentityAdapter(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, adapter, filename_prefix, consent=None) -> io.NodeOutput:
-        path = files.save(gate.with_consent("Save Video Identity Adapter", adapter, consent), filename_prefix)
-        logging.info("[Understudy] saved %s", path)
+    def execute(cls, adapter, filename_prefix, consent=None, preview=None) -> io.NodeOutput:
+        adapter = gate.with_consent("Save Video Identity Adapter", adapter, consent)
+        previews.save_with("Save Video Identity Adapter", lambda: files.save(adapter, filename_prefix), preview)
         return io.NodeOutput()
 
 

@@ -23,6 +23,7 @@ from pack.nodes.fusion_embedding.training_nodes import UnderstudySaveFusion
 from pack.nodes.identity_prior import files as priors
 from pack.nodes.identity_prior.nodes import UnderstudyLoadIdentityPrior
 from pack.nodes.identity_prior.training_nodes import UnderstudySaveIdentityPrior
+from pack.nodes.library import sidecars
 from pack.nodes.subject_tokens import Subject
 from pack.nodes.video_identity import files as adapters
 from pack.nodes.video_identity import method
@@ -186,6 +187,16 @@ def test_a_connected_record_takes_another_s_place_and_an_empty_one_removes_it(ki
 def test_a_note_of_100_000_characters_is_in_the_file(kind):
     long = dataclasses.replace(ANNA, note="{:\n\x00説" * 20_000)
     assert kind.load(kind.save(consent=long)).consent == long
+
+
+def test_a_preview_is_saved_beside_it_and_ends_nothing_before(kind):
+    name = kind.save(preview=torch.rand(2, 6, 4, 3))
+    picture, problem = sidecars.preview(kind.path(name))
+    assert not problem and picture.shape == (1, 6, 4, 3)
+    before = list(kind.path(name).parent.iterdir())
+    with pytest.raises(ValueError, match="preview has shape"):
+        kind.save(preview=torch.rand(6, 4))
+    assert list(kind.path(name).parent.iterdir()) == before
 
 
 def test_an_exported_embedding_keeps_it():
