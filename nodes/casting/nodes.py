@@ -16,6 +16,8 @@ CATEGORY = "Understudy/Casting"
 _LISTS = ("identities", "actions", "scenes", "seeds")
 _SETTINGS = ("filename_prefix", "skip_existing", "at_once")
 _REMEMBERED_SHEETS = 32
+# For a list of a node as well as for its texts: ComfyUI lets neither type into the other.
+_WORDS = io.Custom("COMBO,STRING")
 # How often each stem of a sheet was sent on since ComfyUI started.
 _sent: OrderedDict[tuple, Counter] = OrderedDict()
 _lock = threading.Lock()
@@ -109,16 +111,22 @@ class UnderstudyCastingSheet(CheckedNode):
                 ),
             ],
             outputs=[
-                io.Combo.Output(
+                _WORDS.Output(
                     display_name="identity", is_output_list=True,
-                    tooltip="The identity's file, for a Load node; its words where there is no file.",
+                    tooltip="The identity's file, for a Load node; its words where there is no file. Fits lists and "
+                    "texts.",
                 ),
                 io.String.Output(
                     display_name="prompt", is_output_list=True,
                     tooltip="The whole prompt. Connect it to CLIP Text Encode or Encode Identity.",
                 ),
-                io.String.Output(display_name="action", is_output_list=True, tooltip="The action's words."),
-                io.String.Output(display_name="scene", is_output_list=True, tooltip="The scene's words."),
+                _WORDS.Output(
+                    display_name="action", is_output_list=True,
+                    tooltip="The action's words. Fits lists, such as a puppet's actions, and texts.",
+                ),
+                _WORDS.Output(
+                    display_name="scene", is_output_list=True, tooltip="The scene's words. Fits lists and texts.",
+                ),
                 io.Int.Output(display_name="seed", is_output_list=True, tooltip="Connect it to the sampler's seed."),
                 io.String.Output(
                     display_name="file_stem", is_output_list=True,

@@ -1,5 +1,7 @@
-"""Similarity to references, and the thresholds that a user's pictures give; without ComfyUI. All of it is ours."""
+"""Similarity to references, thresholds from a user's pictures, and groups; without ComfyUI. All of it is ours."""
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,15 +36,50 @@ class Calibration(NamedTuple):
     doubts: list[str]
 
 
-def scores(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """The mean cosine of each embedding [N, D] with the references [R, D]: [N], -1..1."""
-    return (F.normalize(embeddings.double(), dim=-1) @ F.normalize(references.double(), dim=-1).T).mean(1)
+class Group(NamedTuple):
+    """Pictures of one kind: their mean score and its standard error, how many they are, and how many passed."""
+
+    name: str
+    mean: float
+    error: float
+    count: int
+    passed: int
+
+    def __str__(self) -> str:
+        error = f" ± {self.error:.3f}" if self.count > 1 else ""
+        return f"{self.name}: {self.mean:.3f}{error}, {self.passed} of {self.count} passed"
 
 
-def has_copies(embeddings: torch.Tensor, references: torch.Tensor) -> bool:
-    """Whether one of the embeddings is that of a reference, which makes its score too good."""
-    cosines = F.normalize(embeddings.double(), dim=-1) @ F.normalize(references.double(), dim=-1).T
-    return bool((cosines > _COPY).any())
+def scores(embeddings: torch.Tensor, references: torch.Tensor, paired: bool = False) -> torch.Tensor:
+    """The mean cosine of each embedding [N, D] with the references [R, D], or with that of its number: [N], -1..1."""
+    return _cosines(embeddings, references, paired).mean(1)
+
+
+def has_copies(embeddings: torch.Tensor, references: torch.Tensor, paired: bool = False) -> bool:
+    """Whether one of the embeddings is that of its reference, which makes its score too good."""
+    return bool((_cosines(embeddings, references, paired) > _COPY).any())
+
+
+def _cosines(embeddings: torch.Tensor, references: torch.Tensor, paired: bool) -> torch.Tensor:
+    """[N, R] of each with each, or [N, 1] of each with the reference of its number."""
+    embeddings, references = (F.normalize(part.double(), dim=-1) for part in (embeddings, references))
+    return (embeddings * references).sum(1, keepdim=True) if paired else embeddings @ references.T
+
+
+def groups(texts: Sequence[str], scores: Sequence[float], verdicts: Sequence[str]) -> list[Group]:
+    """The groups that the pictures' texts name, the lowest mean first; commas and lines divide a text."""
+    members: dict[str, list[int]] = {}
+    for i, text in enumerate(texts):
+        for name in dict.fromkeys(" ".join(part.split()) for part in re.split("[,;，、；\n]", text)):
+            if name:
+                members.setdefault(name, []).append(i)
+    found = []
+    for name, which in members.items():
+        values = torch.tensor([scores[i] for i in which], dtype=torch.float64)
+        error = float(values.std()) / len(which) ** 0.5 if len(which) > 1 else 0.0
+        passed = sum(verdicts[i] == PASSED for i in which)
+        found.append(Group(name, float(values.mean()), error, len(which), passed))
+    return sorted(found, key=lambda group: group.mean)
 
 
 def calibrate(same: torch.Tensor | None, other: torch.Tensor | None) -> Calibration:

@@ -1,7 +1,7 @@
 """The node that lets only those pictures pass that look like the references."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,16 @@ class UnderstudyIdentityCheck(CheckedNode):
                     tooltip="A name for each picture, such as file_stem of Casting Sheet: it goes where its picture "
                     "goes.",
                 ),
+                io.String.Input(
+                    "groups", optional=True, force_input=True,
+                    tooltip="For each picture the groups that it belongs to, with commas between them, such as "
+                    "light, view and species: the report begins with the groups, the worst one first.",
+                ),
+                io.Boolean.Input(
+                    "paired", default=False, optional=True, advanced=True,
+                    tooltip="Compares each picture, and each one of same and other, with the reference of its own "
+                    "number alone, for several people at once. All of them are then equally many.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -80,7 +90,7 @@ class UnderstudyIdentityCheck(CheckedNode):
                 io.Float.Output(
                     display_name="scores", is_output_list=True, tooltip="The similarity of each picture, in order.",
                 ),
-                io.String.Output(display_name="report", tooltip="Thresholds, and each picture with its score."),
+                io.String.Output(display_name="report", tooltip="Groups, thresholds, each picture's score."),
                 io.String.Output(
                     display_name="passed_names", is_output_list=True,
                     tooltip="The names of the pictures that passed, for filename_prefix of the node that saves.",
@@ -92,15 +102,18 @@ class UnderstudyIdentityCheck(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, references, images, same=None, other=None, names=None, **lists) -> io.NodeOutput:
+    def execute(
+        cls, references, images, same=None, other=None, names=None, groups=None, **lists
+    ) -> io.NodeOutput:
         values = inputs.single_values(lists)
         pictures = inputs.pictures(images, "images")
-        labels = _labels(names, len(pictures))
-        encoder = values["clip_vision"]
-        known = _embeddings(encoder, references, "references")
+        labels = _texts(names, len(pictures), "names") or [f"picture {i + 1}" for i in range(len(pictures))]
+        kinds = _texts(groups, len(pictures), "groups")
+        known = _embeddings(values["clip_vision"], references, "references")
+        given = {"images": images, "same": same, "other": other}
+        embedded = {name: _embeddings(values["clip_vision"], part, name) for name, part in given.items() if part}
         typed = Thresholds(values["pass_above"], values["reject_below"])
-        thresholds, said, doubts = _thresholds(encoder, known, same, other, typed)
-        scores = method.scores(_embeddings(encoder, images, "images"), known).tolist()
+        scores, thresholds, said, doubts = _compared(embedded, known, values.get("paired", False), typed)
         verdicts = [thresholds.verdict(score) for score in scores]
         passed = [i for i, verdict in enumerate(verdicts) if verdict == PASSED]
         rest = [i for i, verdict in enumerate(verdicts) if verdict != PASSED]
@@ -108,13 +121,16 @@ class UnderstudyIdentityCheck(CheckedNode):
             f"none of the {len(pictures)} pictures is in {name}: what follows it does not run"
             for name, route in (("passed", passed), ("rest", rest)) if not route
         ]
-        tell("Identity Check", [said, *routes])
+        ranked = method.groups(kinds, scores, verdicts)
+        worst = [f"the worst group is {group}" for group in ranked[:1]]
+        tell("Identity Check", [*worst, said, *routes])
         tell("Identity Check", doubts, logging.WARNING)
         listed = [
             f"{label}: {score:.3f} {verdict}" for label, score, verdict in zip(labels, scores, verdicts, strict=True)
         ]
         counted = f"{len(passed)} of {len(pictures)} passed, {verdicts.count(method.UNCERTAIN)} are uncertain"
-        report = "\n".join([counted, said, *doubts, *routes, *listed])
+        ranking = ["groups, the worst first:", *map(str, ranked), ""] if ranked else []
+        report = "\n".join([*ranking, counted, said, *doubts, *routes, *listed])
         return io.NodeOutput(
             _route(pictures, passed), _route(pictures, rest), scores, report, _route(labels, passed),
             _route(labels, rest), ui={"text": (report,)},
@@ -126,13 +142,28 @@ def _route(items: Sequence[Any], indices: Sequence[int]) -> list[Any]:
     return [items[i] for i in indices] or [ExecutionBlocker(None)]
 
 
-def _labels(names: Sequence[str] | None, count: int) -> list[str]:
-    """A name for each picture. Raises ValueError where there are fewer or more."""
-    if not names:
-        return [f"picture {i + 1}" for i in range(count)]
-    if len(names) != count:
-        raise ValueError(f"names has {len(names)} texts for {count} pictures in images: give one for each")
-    return list(names)
+def _texts(texts: Sequence[str] | None, count: int, name: str) -> list[str]:
+    """A text for each picture, or none at all. Raises ValueError where there are fewer or more."""
+    if texts and len(texts) != count:
+        raise ValueError(f"{name} has {len(texts)} texts for {count} pictures in images: give one for each")
+    return list(texts or ())
+
+
+def _compared(
+    embedded: dict[str, torch.Tensor], known: torch.Tensor, paired: bool, typed: Thresholds
+) -> tuple[list[float], Thresholds, str, list[str]]:
+    """The score of each of images, the thresholds, a line that says what they are, and doubts.
+
+    `embedded` are images and, where they are connected, same and other. Raises ValueError where pairs do not fit.
+    """
+    for name, part in embedded.items():
+        if paired and len(part) != len(known):
+            fix = "give one for each, or switch paired off"
+            raise ValueError(f"{name} has {len(part)} pictures for {len(known)} in references: {fix}")
+    scores = {name: method.scores(part, known, paired) for name, part in embedded.items()}
+    made = scores.pop("images").tolist()
+    copies = [name for name in scores if method.has_copies(embedded[name], known, paired)]
+    return made, *_thresholds(scores, copies, typed)
 
 
 def _embeddings(clip_vision: Any, images: Sequence[torch.Tensor], name: str) -> torch.Tensor:
@@ -148,11 +179,12 @@ def _embeddings(clip_vision: Any, images: Sequence[torch.Tensor], name: str) -> 
 
 
 def _thresholds(
-    encoder: Any, known: torch.Tensor, same: Sequence[torch.Tensor] | None, other: Sequence[torch.Tensor] | None,
-    typed: Thresholds,
+    given: Mapping[str, torch.Tensor], copies: Sequence[str], typed: Thresholds
 ) -> tuple[Thresholds, str, list[str]]:
-    """The thresholds, a line that says what they are, and doubts. Raises ValueError for typed ones that cross."""
-    given = {name: _embeddings(encoder, part, name) for name, part in (("same", same), ("other", other)) if part}
+    """The thresholds, a line that says what they are, and doubts. `given` are the scores of same and of other.
+
+    Raises ValueError for typed ones that cross.
+    """
     if not given:
         if typed.reject_below > typed.pass_above:
             raise ValueError(
@@ -160,13 +192,8 @@ def _thresholds(
             )
         doubt = "they are not calibrated, and each encoder has its own scale: connect same and other"
         return typed, _said(*typed, "typed"), [doubt]
-    calibration = method.calibrate(*(
-        method.scores(given[name], known) if name in given else None for name in ("same", "other")
-    ))
-    doubts = [
-        f"{name} holds a picture of references, whose score is too good: use other pictures"
-        for name, embedded in given.items() if method.has_copies(embedded, known)
-    ]
+    calibration = method.calibrate(given.get("same"), given.get("other"))
+    doubts = [f"{name} holds a picture of references, whose score is too good: use other pictures" for name in copies]
     thresholds = calibration.thresholds
     said = _said(*thresholds, f"from {' and '.join(given)}: {calibration.result}")
     return thresholds, said, [*doubts, *calibration.doubts]

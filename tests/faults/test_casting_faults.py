@@ -31,11 +31,11 @@ def saved(server: Server) -> list:
 
 
 def run(server: Server, prompt: dict) -> tuple[int, str]:
-    """How many pictures a run saved, and what the sheet said of it, "" where it had nothing to do."""
+    """How many pictures a run saved, and what sheet and check said of it, "" where they had nothing to do."""
     entry = server.queue(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
     outputs = entry["outputs"]
-    told = outputs.get("sheet", {}).get("text", [""])[0]
+    told = "\n".join(outputs.get(name, {}).get("text", [""])[0] for name in ("sheet", "check"))
     return len(outputs.get(prompts.RESULT, {}).get("images", ())), told
 
 
@@ -79,19 +79,24 @@ def test_a_file_of_the_sheet_goes_into_its_loader(fault_server):
 def test_an_identity_check_keeps_what_passes_and_the_rest_is_tried_twice(fault_server, pass_above, kept):
     """The picture that passes has the name that the sheet looks for; one that does not is not tried for ever."""
     values = prompts.defaults(fault_server, "UnderstudyCastingSheet")
-    values |= {"identities": "test 1\ntest 2", "seeds": "5", "filename_prefix": f"casting/check{kept}"}
+    lines = {"identities": "test 1 = one\ntest 2 = two", "actions": "waving", "scenes": "beach", "seeds": "5"}
+    values |= {**lines, "filename_prefix": f"casting/check{kept}"}
     prompt = {
-        "sheet": prompts.node("UnderstudyCastingSheet", **values, prompt="{identity}"),
+        "sheet": prompts.node("UnderstudyCastingSheet", **values, prompt="{identity}, {action}"),
         "vision": prompts.node("UnderstudyLoadPuppetVision"),
         "known": prompts.node("EmptyImage", width=64, height=64, batch_size=1, color=0),
     }
     puppet = prompts.defaults(fault_server, "UnderstudyPuppet")
-    prompt["puppet"] = prompts.node("UnderstudyPuppet", **puppet | {"identity": ["sheet", 1], "seed": ["sheet", 4]})
+    # The words of an identity, an action and a scene go into a text, and into lists.
+    puppet |= {"identity": ["sheet", 0], "action": ["sheet", 2], "scene": ["sheet", 3], "seed": ["sheet", 4]}
+    prompt["puppet"] = prompts.node("UnderstudyPuppet", **puppet)
     links = {"clip_vision": ["vision", 0], "references": ["known", 0], "images": ["puppet", 0], "names": ["sheet", 5]}
+    links["groups"] = ["sheet", 1]
     prompt["check"] = prompts.node("UnderstudyIdentityCheck", pass_above=pass_above, reject_below=-1.0, **links)
     prompt[prompts.RESULT] = prompts.node("SaveImage", images=["check", 0], filename_prefix=["check", 4])
     runs = [run(fault_server, prompt) for _ in range(4)]
     assert [count for count, _ in runs] == [kept, 0, 0, 0]
+    assert "groups, the worst first:" in runs[0][1] and f"{kept} of 2 passed" in runs[0][1]
     if kept:
         assert "all 2 are there" in runs[1][1]
     else:

@@ -120,6 +120,25 @@ def test_several_scopes_of_consent_are_chosen_and_sent_as_a_list(page, server):
     assert prompt[2] == ["subject", "scopes", "granted_by", "granted_on", "expires", "note"]
 
 
+def test_words_of_a_sheet_connect_to_lists_and_texts(page, server):
+    page.goto(server.url)
+    page.wait_for_function("() => window.app?.graph?.nodes")
+    linked = page.evaluate(
+        """async () => {
+            const [sheet, puppet] = ["UnderstudyCastingSheet", "UnderstudyPuppet"].map(type => {
+                const node = LiteGraph.createNode(type)
+                app.graph.add(node)
+                return node
+            })
+            for (const [output, input] of [["identity", "identity"], ["action", "action"], ["scene", "scene"]])
+                sheet.connect(sheet.findOutputSlot(output), puppet, puppet.findInputSlot(input))
+            const inputs = (await app.graphToPrompt()).output[puppet.id].inputs
+            return ["identity", "action", "scene"].map(name => inputs[name][1])
+        }"""
+    )
+    assert linked == [0, 2, 3]
+
+
 def test_a_bypassed_prompt_switch_keeps_the_target(page, server):
     open_template(page, server, SAVED_AS_TEMPLATE)
     prompt = page.evaluate(

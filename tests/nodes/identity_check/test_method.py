@@ -62,3 +62,23 @@ def test_a_reference_among_the_calibration_is_found():
     references = torch.tensor([[1.0, 2, 3], [0, 1.0, 0]])
     assert method.has_copies(torch.tensor([[3.0, 2, 1], [2.0, 4, 6]]), references)
     assert not method.has_copies(torch.tensor([[3.0, 2, 1]]), references)
+
+
+def test_pairs_are_compared_with_their_own_reference():
+    references = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
+    embeddings = torch.tensor([[1.0, 1.0], [0.0, 5.0], [4.0, 3.0]])
+    torch.testing.assert_close(
+        method.scores(embeddings, references, paired=True), torch.tensor([0.5**0.5, 1.0, 0.96], dtype=torch.float64)
+    )
+    assert method.has_copies(embeddings, references, paired=True)
+    turned = embeddings[[1, 0, 2]]
+    assert method.has_copies(turned, references) and not method.has_copies(turned, references, paired=True)
+
+
+def test_the_worst_group_is_first():
+    texts = ["robot, day", "robot、dim", " cat,  dim ,dim\n", "cat, day,"]
+    worst, *others = method.groups(texts, [0.9, 0.5, 0.1, 0.7], ["passed", "passed", "rejected", "passed"])
+    assert worst[:2] == ("dim", pytest.approx(0.3)) and worst[3:] == (2, 1)
+    assert worst.error == pytest.approx(0.2) and str(worst) == "dim: 0.300 ± 0.200, 1 of 2 passed"
+    assert [group.name for group in others] == ["cat", "robot", "day"]
+    assert method.groups([], [], []) == [] and str(method.groups(["a"], [0.5], ["x"])[0]) == "a: 0.500, 0 of 1 passed"

@@ -64,7 +64,27 @@ def test_typed_thresholds_are_doubted_and_calibrated_ones_are_not():
     assert "same holds a picture of references" in check(same=[PICTURES[:1]])[3]
 
 
+def test_several_people_are_compared_each_with_their_own_reference_and_grouped(caplog):
+    caplog.set_level("INFO")
+    moved = PICTURES.roll(1, 0)
+    scores, report = check(
+        images=[PICTURES], references=[moved[:2], moved[2:]], paired=[True], groups=["a, x", "b, x", "a, y", "b, y"]
+    )[2:4]
+    expected = [cosines(PICTURES[i : i + 1], moved[i : i + 1])[0] for i in range(4)]
+    assert scores == pytest.approx(expected, abs=1e-5)
+    means = {name: sum(expected[i] for i in which) / 2
+             for name, which in {"a": (0, 2), "b": (1, 3), "x": (0, 1), "y": (2, 3)}.items()}
+    first, *lines = report.splitlines()[:5]
+    assert first == "groups, the worst first:"
+    assert [line.split(":")[0] for line in lines] == sorted(means, key=means.get)
+    assert f"the worst group is {lines[0]}" in caplog.text
+
+
 def test_what_does_not_fit_is_refused_by_name():
+    with pytest.raises(ValueError, match="groups has 2 texts for 4 pictures"):
+        check(groups=["a", "b"])
+    with pytest.raises(ValueError, match="other has 1 pictures for 4 in references: give one for each, or switch"):
+        check(references=[PICTURES], other=[PICTURES[:1]], paired=[True])
     with pytest.raises(ValueError, match="names has 3 texts for 4 pictures"):
         check(names=list("abc"))
     with pytest.raises(ValueError, match="reject_below is 0.9 and pass_above 0.8"):
@@ -98,8 +118,6 @@ def test_comfyui_skips_what_follows_an_empty_route(server, pass_above, passed):
     saved = {name: len(outputs.get(name, {}).get("images", ())) for name in ("passed", "rest")}
     assert saved == {"passed": passed, "rest": 4 - passed}
     assert "what follows it does not run" in outputs["check"]["text"][0]
-
-
 
 
 def test_the_theatre_s_encoder_is_one():
