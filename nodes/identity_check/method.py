@@ -51,7 +51,7 @@ class Group(NamedTuple):
 
 
 def scores(embeddings: torch.Tensor, references: torch.Tensor, paired: bool = False) -> torch.Tensor:
-    """The mean cosine of each embedding [N, D] with the references [R, D], or with that of its number: [N], -1..1."""
+    """The mean cosine of each embedding [N, D] with the references [R, D], or with its own, in turn: [N], -1..1."""
     return _cosines(embeddings, references, paired).mean(1)
 
 
@@ -61,9 +61,12 @@ def has_copies(embeddings: torch.Tensor, references: torch.Tensor, paired: bool 
 
 
 def _cosines(embeddings: torch.Tensor, references: torch.Tensor, paired: bool) -> torch.Tensor:
-    """[N, R] of each with each, or [N, 1] of each with the reference of its number."""
+    """[N, R] of each with each, or [N, 1] of each with one reference, which are taken in turn."""
     embeddings, references = (F.normalize(part.double(), dim=-1) for part in (embeddings, references))
-    return (embeddings * references).sum(1, keepdim=True) if paired else embeddings @ references.T
+    if not paired:
+        return embeddings @ references.T
+    in_turn = references[torch.arange(len(embeddings)) % len(references)]
+    return (embeddings * in_turn).sum(1, keepdim=True)
 
 
 def groups(texts: Sequence[str], scores: Sequence[float], verdicts: Sequence[str]) -> list[Group]:

@@ -74,8 +74,9 @@ class UnderstudyIdentityCheck(CheckedNode):
                 ),
                 io.Boolean.Input(
                     "paired", default=False, optional=True, advanced=True,
-                    tooltip="Compares each picture, and each one of same and other, with the reference of its own "
-                    "number alone, for several people at once. All of them are then equally many.",
+                    tooltip="Compares each picture, and each one of same, with the reference of its own number "
+                    "alone, for several people at once: give equally many. Those of other take the references in "
+                    "turn.",
                 ),
             ],
             outputs=[
@@ -156,8 +157,8 @@ def _compared(
 
     `embedded` are images and, where they are connected, same and other. Raises ValueError where pairs do not fit.
     """
-    for name, part in embedded.items():
-        if paired and len(part) != len(known):
+    for name in ("images", "same") if paired else ():
+        if len(part := embedded.get(name, known)) != len(known):
             fix = "give one for each, or switch paired off"
             raise ValueError(f"{name} has {len(part)} pictures for {len(known)} in references: {fix}")
     scores = {name: method.scores(part, known, paired) for name, part in embedded.items()}

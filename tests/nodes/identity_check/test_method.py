@@ -71,6 +71,7 @@ def test_pairs_are_compared_with_their_own_reference():
         method.scores(embeddings, references, paired=True), torch.tensor([0.5**0.5, 1.0, 0.96], dtype=torch.float64)
     )
     assert method.has_copies(embeddings, references, paired=True)
+    assert method.scores(embeddings, references[:2], paired=True).tolist() == pytest.approx([0.5**0.5, 1.0, 0.8])
     turned = embeddings[[1, 0, 2]]
     assert method.has_copies(turned, references) and not method.has_copies(turned, references, paired=True)
 

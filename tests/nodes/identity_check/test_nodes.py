@@ -83,8 +83,8 @@ def test_several_people_are_compared_each_with_their_own_reference_and_grouped(c
 def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(ValueError, match="groups has 2 texts for 4 pictures"):
         check(groups=["a", "b"])
-    with pytest.raises(ValueError, match="other has 1 pictures for 4 in references: give one for each, or switch"):
-        check(references=[PICTURES], other=[PICTURES[:1]], paired=[True])
+    with pytest.raises(ValueError, match="same has 1 pictures for 4 in references: give one for each, or switch"):
+        check(references=[PICTURES], same=[PICTURES[:1]], paired=[True])
     with pytest.raises(ValueError, match="names has 3 texts for 4 pictures"):
         check(names=list("abc"))
     with pytest.raises(ValueError, match="reject_below is 0.9 and pass_above 0.8"):
