@@ -44,6 +44,19 @@ def attachments(model: ModelPatcher) -> list[Any]:
     return [attached for attached in model.attachments.values() if attached is not None]
 
 
+def with_post_cfg(model: ModelPatcher, *, function: Callable) -> ModelPatcher:
+    """A clone of `model` that calls `function` after CFG, in place of that with the same `key`, else after all."""
+    patcher = model.clone()
+    functions = list(patcher.model_options.get("sampler_post_cfg_function", []))
+    place = next((i for i, other in enumerate(functions) if getattr(other, "key", None) == function.key), None)
+    if place is None:
+        functions.append(function)
+    else:
+        functions[place] = function
+    patcher.model_options["sampler_post_cfg_function"] = functions
+    return patcher
+
+
 def without_step_caches(model: ModelPatcher) -> tuple[ModelPatcher, str]:
     """A clone of `model` without ComfyUI's EasyCache and LazyCache, and that node's name; else `model` and ""."""
     cache = model.model_options["transformer_options"].get("easycache")

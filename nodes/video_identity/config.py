@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from ..inputs.ranges import ALL, check_choice, check_limits, check_range, parse_numbers
 
 HIGHEST_STRENGTH = 2.0  # ours: twice as much of the attention, before the softmax divides
+HIGHEST_GUIDANCE = 10.0  # ours: as far as CFG is turned up
 
 
 @dataclass(frozen=True)
 class VideoIdentityConfig:
-    """How the video sees a reference: strength 0..2, steps as percents 0..1 of sampling, blocks counted from 0.
+    """How the video sees a reference: strength 0..2, steps as percents 0..1 of sampling, blocks counted from 0,
+    and how far a third branch of guidance goes, 0 (off) to 10.
 
-    Raises ValueError for a strength out of range, an empty range of steps, or other text than block ranges.
+    Raises ValueError for a strength or guidance out of range, an empty range of steps, or other text than blocks.
     """
 
     # Published: the reference's tokens are keys like any other.
@@ -21,10 +23,14 @@ class VideoIdentityConfig:
     end_percent: float = 1.0
     # Published: every block.
     blocks: str = ALL
+    # Published: no branch of its own. After ST-DRC (arXiv 2606.02441); see guidance.py.
+    reference_guidance: float = 0.0
 
     def __post_init__(self) -> None:
         fix = f"0 (off) to {HIGHEST_STRENGTH:g}, 1 is as published"
         check_limits(self, "strength", lowest=0, highest=HIGHEST_STRENGTH, fix=fix)
+        fix = f"0 (off) to {HIGHEST_GUIDANCE:g}"
+        check_limits(self, "reference_guidance", lowest=0, highest=HIGHEST_GUIDANCE, fix=fix)
         check_range("the range of steps", start_percent=self.start_percent, end_percent=self.end_percent)
         parse_numbers("blocks", self.blocks)
 

@@ -15,7 +15,7 @@ import torch
 from ..consent.record import ConsentRecord
 from ..errors import shown_by_name
 from ..inputs import frame_masks, latents
-from ..inputs.ranges import select_numbers
+from ..inputs.ranges import select_numbers, sigma_range
 from .config import VideoIdentityConfig
 
 PROJECTIONS = ("q", "k", "v")
@@ -237,6 +237,13 @@ def reference_positions(height: int, width: int, video_height: float, video_widt
     columns = video_width + torch.arange(width, dtype=torch.float32)
     h, w = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([torch.full_like(h, -1.0), h, w], dim=-1).reshape(1, -1, 3)
+
+
+def is_active(reference: VideoReference, model_sampling: Any, sigma: torch.Tensor) -> bool:
+    """True where the reference acts at this noise level, the highest of those in `sigma`."""
+    config = reference.config
+    steps = sigma_range(model_sampling, config.start_percent, config.end_percent)
+    return config.every_step or float(sigma.max()) in steps
 
 
 def selected_blocks(config: VideoIdentityConfig, count: int) -> frozenset[int]:

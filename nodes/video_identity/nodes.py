@@ -10,7 +10,7 @@ from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..messages import pictures, tell
 from . import files, method, reference_picture, sampling
-from .config import HIGHEST_STRENGTH, ReferenceConfig, VideoIdentityConfig
+from .config import HIGHEST_GUIDANCE, HIGHEST_STRENGTH, ReferenceConfig, VideoIdentityConfig
 
 CATEGORY = "Understudy/Video identity"
 ADAPTER = io.Custom("UNDERSTUDY_VIDEO_ADAPTER")
@@ -154,6 +154,13 @@ class UnderstudyApplyVideoIdentity(CheckedNode):
                     tooltip="Where in the video this person is, 0 to 1: one mask for all frames, or one per frame. "
                     "Without it: everywhere.",
                 ),
+                io.Float.Input(
+                    "reference_guidance", default=_DEFAULT.reference_guidance, min=0.0, max=HIGHEST_GUIDANCE,
+                    step=0.1, round=False, optional=True, advanced=True,
+                    tooltip="How far the video goes on in the direction in which this reference changed it, as cfg "
+                    "for the text. 0 is off; above 0 each step takes one more pass of the model: half as long again "
+                    "with CFG, twice as long without.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a sampler, or to another Apply Video Identity.")],
         )
@@ -164,9 +171,10 @@ class UnderstudyApplyVideoIdentity(CheckedNode):
 
     @classmethod
     def execute(
-        cls, model, adapter, reference, strength, start_percent, end_percent, blocks, mask=None
+        cls, model, adapter, reference, strength, start_percent, end_percent, blocks, mask=None,
+        reference_guidance=_DEFAULT.reference_guidance,
     ) -> io.NodeOutput:
-        config = VideoIdentityConfig(strength, start_percent, end_percent, blocks)
+        config = VideoIdentityConfig(strength, start_percent, end_percent, blocks, reference_guidance)
         video_reference = method.video_reference(adapter, reference["samples"], config, mask)
         return io.NodeOutput(sampling.apply(model, video_reference))
 

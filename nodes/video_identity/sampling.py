@@ -18,12 +18,13 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.restricted_attention import Reference
 from .. import explanations
-from ..inputs import latents, ranges
+from ..inputs import latents
 from ..inputs.families import family, identity_instead
 from ..messages import tell
 from ..patching import models, wan_blocks
 from . import blocks, explaining, method, reference_pass
 from .blocks import KEY
+from .guidance import LEFT_OUT, ReferenceGuidance
 from .method import VideoReference
 from .reference_pass import ReferenceKV, token_grid
 
@@ -101,6 +102,8 @@ def apply(model: Any, reference: VideoReference) -> Any:
             WrappersMP.PREPARE_SAMPLING: run.prepare_sampling,
         },
     )
+    if not run.guidance.off:
+        patched = models.with_post_cfg(patched, function=run.guidance)
     return with_block_patches(patched)
 
 
@@ -138,6 +141,7 @@ class SamplingReferences:
     def __init__(self, references: tuple[VideoReference, ...]):
         self.references = references
         self.cache = ReferenceCache()
+        self.guidance = ReferenceGuidance(references)
         self.explained = explanations.Runs()  # the shares of runs that Explain Result asks for
         self._shares: explaining.Shares | None = None
         self._begin()
@@ -174,6 +178,7 @@ class SamplingReferences:
             )
             tell("Apply Video Identity", [warning], logging.WARNING)
         self.cache.clear()
+        self.guidance.begin()
         self._begin()
 
     def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
@@ -204,13 +209,17 @@ class SamplingReferences:
     ):
         """ComfyUI's APPLY_MODEL: hand each block its references; a call in which none is active is unchanged."""
         base = executor.class_obj
-        active = {i: reference for i, reference in enumerate(self.references) if _is_active(reference, base, t)}
+        left_out = transformer_options.get(LEFT_OUT)
+        active = {
+            i: reference for i, reference in enumerate(self.references)
+            if i != left_out and method.is_active(reference, base.model_sampling, t)
+        }
         numbered = self._by_block(base, active, x, transformer_options, kwargs) if active else {}
         by_block = {i: tuple(of_block.values()) for i, of_block in numbered.items()}
         reached = blocks.ReachedBlocks()
         if by_block:
             transformer_options = {**transformer_options, KEY: by_block, blocks.REACHED: reached}
-            if self._shares is not None:
+            if self._shares is not None and left_out is None:
                 recorder = self._recorder(base, x, t, transformer_options, kwargs, numbered)
                 transformer_options[blocks.RECORDER] = recorder
         result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
@@ -348,12 +357,6 @@ def _area_size(area: Sequence | None, size: tuple[int, int]) -> tuple[int, ...]:
         parts = area[1 : 1 + len(area) // 2][-2:]
         return tuple(max(1, round(part * side)) for part, side in zip(parts, size, strict=True))
     return tuple(min(part, side) for part, side in zip(area[: len(area) // 2][-2:], size, strict=True))
-
-
-def _is_active(reference: VideoReference, base: Any, t: torch.Tensor) -> bool:
-    config = reference.config
-    steps = ranges.sigma_range(base.model_sampling, config.start_percent, config.end_percent)
-    return config.every_step or float(t.max()) in steps
 
 
 def _weights_version(base: Any) -> tuple:

@@ -27,7 +27,8 @@ CONTRACT = {
     UnderstudyPrepareReference: (["image", "size", "crop_factor", "mask", "bboxes"], ["IMAGE"]),
     UnderstudyLoadVideoIdentityAdapter: (["adapter_name", "purpose"], ["UNDERSTUDY_VIDEO_ADAPTER"]),
     UnderstudyApplyVideoIdentity: (
-        ["model", "adapter", "reference", "strength", "start_percent", "end_percent", "blocks", "mask"], ["MODEL"]
+        ["model", "adapter", "reference", "strength", "start_percent", "end_percent", "blocks", "mask",
+         "reference_guidance"], ["MODEL"],
     ),
     UnderstudySaveVideoIdentityAdapter: (["adapter", "filename_prefix", "consent"], []),
 }
@@ -43,7 +44,7 @@ def test_schemas_keep_the_contract(node):
     assert [output.io_type for output in schema.outputs] == outputs
     assert all(widget.tooltip for widget in schema.inputs) and len(schema.search_aliases) >= 3
     assert [widget.id for widget in schema.inputs if widget.optional] == [
-        name for name in inputs if name in ("mask", "bboxes", "purpose", "consent")
+        name for name in inputs if name in ("mask", "bboxes", "purpose", "consent", "reference_guidance")
     ]
 
 
