@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 # ComfyUI's classes in comfy.supported_models whose names people would not know.
@@ -26,6 +28,11 @@ _NAMES = {
 # Those in which pictures can enter as tokens beside the sampled one; Reference Weight knows the rows of the first.
 _WEIGHABLE = ("Flux", "FluxSchnell", "Flux2", "LongCatImage", "QwenImage", "Krea2", "MageFlow")
 _SHOWN = ("Omnigen2", "Boogu", "JoyImage")
+# What names of files that need few steps hold; Flux.2 klein is one where it is not called base.
+_FEW_STEPS = re.compile(
+    r"turbo|lightning|schnell|distil|lightx2v|(?<![a-z])(?:lcm|dmd2?|hyper|fast|klein(?!.*base))(?![a-z])"
+    r"|(?<![a-z0-9])\d\d?[-_ ]?steps?(?![a-z])", re.IGNORECASE,
+)
 
 
 def family(model: Any) -> str:
@@ -55,6 +62,20 @@ def check_one_latent(model: Any, what: str) -> None:
             f"model is {family(model)}, whose latents are video and sound in one, and {what} is for pictures or "
             f"videos alone: {identity_instead(model)}"
         )
+
+
+def sign_of_few_steps(model: Any) -> str:
+    """What says that a MODEL is distilled to sample in a few steps, as words after "since"; empty where nothing does.
+
+    The weights themselves do not tell: what counts is the family, and the name of the file as ComfyUI loaded it.
+    """
+    if _class_name(model) == "FluxSchnell":
+        return f"{family(model)} needs few steps"
+    if model.model.model_config.unet_config.get("meanflow"):
+        return "it has a layer that tells it how far a step goes"
+    _load, arguments, *_index = model.cached_patcher_init or (None, ())
+    name = Path(arguments[0]).name if arguments and isinstance(arguments[0], str) else ""
+    return f"its file is called {name}" if _FEW_STEPS.search(name) else ""
 
 
 def _class_name(model: Any) -> str:

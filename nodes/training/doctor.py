@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..inputs.families import sign_of_few_steps
 from ..inputs.words import entries, words_pattern
 from .stored import is_stored
 
@@ -58,7 +59,8 @@ def examine(
     """Findings on pictures [1, H, W, 3] in 0..1 with a caption each, serious ones first.
 
     `images` and `texts` name the inputs; `learned` are the words for what is learned, which captions need not
-    explain; masks [H, W] or [1, H, W, 1], 0..1, one for each picture or none; a MODEL tells the size to train at.
+    explain; masks [H, W] or [1, H, W, 1], 0..1, one for each picture or none; a MODEL tells the size to train at, and
+    whether it is made for few steps.
     """
     if is_stored(pictures):  # a job's, which is examined in the graph
         return []
@@ -66,6 +68,7 @@ def examine(
     findings = [
         *of_copies([features(picture) for picture in pictures], images), *of_light(pictures, images),
         *of_sizes(pictures, images, native_size(model)), *of_masks(masks), *of_captions(captions, texts, learned),
+        *of_model(model),
     ]
     return sorted(findings, key=lambda finding: not finding.serious)
 
@@ -73,6 +76,15 @@ def examine(
 def native_size(model: Any) -> int | None:
     """Side in pixels that a MODEL was trained at, where its kind is known."""
     return None if model is None else _NATIVE.get(type(model.model.model_config).__name__)
+
+
+def of_model(model: Any) -> Iterator[Finding]:
+    """A MODEL that is distilled to sample in few steps, which training at every noise level undoes."""
+    if model is not None and (sign := sign_of_few_steps(model)):
+        yield Finding(
+            f"model is distilled, since {sign}: training takes away that it needs few steps, so train on the base "
+            "model that it was made from, and load the result on the distilled one"
+        )
 
 
 # Pictures
