@@ -14,10 +14,3 @@ def fault_server(comfy_path, tmp_path_factory):
             f"workflows/models/checkpoints/{prompts.CHECKPOINT} is missing or not listed: run its training script"
         )
         yield server
-
-
-@pytest.fixture
-def fresh_server(comfy_path, tmp_path):
-    """A server without freed memory of earlier prompts, which would add to what a limit allows."""
-    with Server(comfy_path, tmp_path, cpu=True, options=("--cache-classic",)) as server:
-        yield server

@@ -141,11 +141,11 @@ def run_out_of_memory(server: Server, count: int) -> None:
 
 
 @pytest.mark.skipif(not server_memory.COUNTED, reason="limits a process's memory as Linux does")
-def test_out_of_memory_is_an_error_and_a_smaller_video_works(fresh_server):
-    run_out_of_memory(fresh_server, 1)
+def test_out_of_memory_is_an_error_and_a_smaller_video_works(fault_server):
+    run_out_of_memory(fault_server, 1)
 
 
 @pytest.mark.soak
 @pytest.mark.skipif(not server_memory.COUNTED, reason="limits a process's memory as Linux does")
-def test_videos_out_of_memory_ten_times(fresh_server):
-    run_out_of_memory(fresh_server, 10)
+def test_videos_out_of_memory_ten_times(fault_server):
+    run_out_of_memory(fault_server, 10)

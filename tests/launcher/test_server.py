@@ -1,12 +1,18 @@
 """The real server: the pack loads from folders of any name, and ComfyUI's own files stay unchanged."""
 
 import hashlib
+import json
 import shutil
 import socket
+import socketserver
+import struct
+import subprocess
 import sys
+import threading
 
 import pytest
 from launcher import execution, scripts, source
+from launcher import server as server_module
 from launcher.server import Server, ServerError, free_port
 
 PROMPT = {
@@ -99,6 +105,62 @@ def test_a_talkative_client_does_not_block(server, tmp_path, monkeypatch):
     flood = [sys.executable, "-c", "import sys; sys.stderr.write('x' * 500_000 + 'the end'); sys.exit(1)"]
     monkeypatch.setattr(execution, "_command", lambda *_: flood)
     assert execution.run(server, tmp_path / "any.json").error.endswith("the end")
+
+
+class Connections(socketserver.BaseRequestHandler):
+    """Resets as many connections as its server says, then gives a history in which a prompt has ended."""
+
+    def handle(self):
+        self.server.seen += 1
+        if self.server.seen <= self.server.resets:
+            # Closing with unread bytes and no linger sends a reset.
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return
+        self.request.recv(4096)
+        body = json.dumps({"prompt": {"status": {"status_str": "success"}}}).encode()
+        self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+
+@pytest.fixture
+def dropping(tmp_path, monkeypatch):
+    """A server whose process sleeps, and whose port resets connections; set how many by `listener.resets`."""
+    monkeypatch.setattr(server_module, "LOST_POLLS", 5)
+    with socketserver.TCPServer(("127.0.0.1", 0), Connections) as listener:
+        listener.seen = 0
+        threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True).start()
+        waiting = Server(tmp_path, tmp_path, port=listener.server_address[1])
+        waiting.log.write_text("the last line")
+        waiting.process = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+        )
+        yield waiting, listener
+        waiting.stop()
+        listener.shutdown()
+
+
+def test_dropped_polls_are_asked_again_while_the_server_runs(dropping):
+    waiting, listener = dropping
+    listener.resets = 5
+    assert waiting.wait("prompt")["status"]["status_str"] == "success"
+    assert listener.seen == 6
+
+
+def test_a_server_that_drops_every_poll_is_an_error_with_its_log(dropping):
+    waiting, listener = dropping
+    listener.resets = 1000
+    with pytest.raises(ServerError, match="(?s)gives no answer.*the last line"):
+        waiting.wait("prompt")
+    assert listener.seen == 6
+
+
+def test_a_server_that_ended_is_not_asked_again(dropping):
+    waiting, listener = dropping
+    listener.resets = 1000
+    waiting.process.kill()
+    waiting.process.wait()
+    with pytest.raises(ServerError, match="ended while it was running"):
+        waiting.wait("prompt")
+    assert listener.seen == 0
 
 
 def test_free_ports_are_ports():

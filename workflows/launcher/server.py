@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from .scripts import ROOT
 PACK_NAME = "ComfyUI-Understudy"
 READY_SECONDS = 300
 LOG_LINES = 40
+# Polls in a row that may fail, each a tenth of a second apart: a server short of memory drops connections for a while.
+LOST_POLLS = 300
 # A server on this machine is never reached through a proxy.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -271,12 +274,20 @@ class Server:
             raise ServerError(f"ComfyUI refused the prompt: {error.read().decode()}") from error
 
     def wait(self, prompt_id: str, timeout: float = 600) -> dict:
-        """Wait until a prompt has ended and return its history entry; `entry["status"]["status_str"]` says how."""
-        deadline = time.monotonic() + timeout
+        """Wait until a prompt has ended and return its history entry; `entry["status"]["status_str"]` says how.
+
+        Raises ServerError if ComfyUI ends, gives no answer to LOST_POLLS polls in a row, or needs longer.
+        """
+        deadline, lost = time.monotonic() + timeout, 0
         while time.monotonic() < deadline:
             if not self.alive():
                 raise ServerError(f"ComfyUI ended while it was running a prompt:\n{self.tail()}")
-            entry = self.get("/history/" + prompt_id).get(prompt_id)
+            try:
+                entry, lost = self.get("/history/" + prompt_id).get(prompt_id), 0
+            except (OSError, http.client.HTTPException) as error:
+                entry, lost = None, lost + 1
+                if lost > LOST_POLLS:
+                    raise ServerError(f"ComfyUI runs and gives no answer ({error}):\n{self.tail()}") from error
             if entry:
                 return entry
             time.sleep(0.1)
