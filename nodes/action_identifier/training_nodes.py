@@ -118,6 +118,7 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
             *doctor.examine(
                 inputs.pictures(images, "images"), exemplars.subjects if any(exemplars.subjects) else (),
                 texts="subjects", learned=(action.placeholder,), masks=masks, model=values["model"],
+                vae=values["vae"],
             ),
         ]
         warnings = _warnings(values["clip"], action, exemplars)

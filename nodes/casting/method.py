@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from ..inputs.words import DASH, entries
+
 # Ours: more in one sheet can neither be looked at nor drawn.
 MOST_ITEMS = 10_000
 _HIGHEST_SEED = 2**63 - 1
@@ -19,7 +21,9 @@ LONGEST_PREFIX = 30
 _DIGEST = 6
 # How a stem ends: with its seed and digest; after it may come the number that savers add.
 FILE_NAME = re.compile(rf"_\d+-[0-9a-f]{{{_DIGEST}}}(?=(?:_\d+_?)?\.\w+$)")
-_SEED = re.compile(r"(\d{1,19})(?:\s*[-\u2013]\s*(\d{1,19}))?")
+_SEED = re.compile(rf"(\d{{1,19}})(?:\s*{DASH}\s*(\d{{1,19}}))?")
+# What an empty placeholder leaves: a comma at the beginning or the end, one of two, a space before one.
+_GAP = re.compile(r"^(?:[,，、]\s*)+|(?:\s*[,，、])+(?=\s*(?:[,，、]|$))|\s+(?=[,，、])")
 _PLACEHOLDERS = ("identity", "action", "scene")
 # An item that was sent on so often and is not there is left alone: it would come to nothing again.
 TRIES = 2
@@ -78,7 +82,7 @@ def lines(texts: Iterable[str]) -> list[str]:
 def parse_seeds(texts: Iterable[str]) -> list[int]:
     """The numbers in texts such as `0-3, 7`. Raises ValueError, naming the input, for anything else."""
     numbers: list[int] = []
-    for part in (part.strip() for text in texts for part in re.split("[,;，、；\n]", text) if part.strip()):
+    for part in (part for text in texts for part in entries(text)):
         match = _SEED.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last <= _HIGHEST_SEED or last - first >= MOST_ITEMS:
@@ -93,7 +97,7 @@ def fill(template: str, **words: str) -> str:
         listed = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
         raise ValueError(f"prompt is {template[:40]!r} and says nothing of an item: use {listed} in it")
     filled = re.sub("{(identity|action|scene)}", lambda match: words[match[1]], template)
-    return re.sub(r"(\s*,)+\s*$|\s+(?=,)", "", " ".join(filled.split()))
+    return _GAP.sub("", " ".join(filled.split()))
 
 
 def _slug(text: str) -> str:

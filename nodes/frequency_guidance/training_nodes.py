@@ -80,7 +80,7 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
         masks = loss_masks.pictures(lists.pop("masks", None), len(pictures))
         values = inputs.single_values(lists)
         consent = gate.check_training("Train Source and Driving Pair", values.get("consent"))
-        warnings = _warnings(pictures, texts, masks, values["model"]) + [_NOT_SAVED] * bool(consent)
+        warnings = _warnings(pictures, texts, masks, values["model"], values["vae"]) + [_NOT_SAVED] * bool(consent)
         tell("Train Source and Driving Pair", warnings, logging.WARNING)
         config, lora = _configs(values)
         latents = picture_training.encode_pictures(values["vae"], pictures)
@@ -95,7 +95,7 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
         return io.NodeOutput(lora_weights, loss_map)
 
 
-def _warnings(pictures: list, texts: list[str], masks: list | None, model) -> list[str]:
+def _warnings(pictures: list, texts: list[str], masks: list | None, model, vae) -> list[str]:
     empty = [
         f"{name}_text is empty, so no prompt will mean the {name} picture"
         for name, text in zip(_PICTURES, texts, strict=True) if not text
@@ -103,7 +103,7 @@ def _warnings(pictures: list, texts: list[str], masks: list | None, model) -> li
     described = [] if empty else texts
     findings = doctor.examine(
         pictures, described, images="source and driving", texts="source_text and driving_text", masks=masks,
-        model=model,
+        model=model, vae=vae,
     )
     return [*empty, *doctor.lines(findings)]
 

@@ -121,7 +121,8 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
         warnings = _warnings(values["clip"], subject, len(pictures))
         masks = loss_masks.pictures(masks, len(pictures))
         findings = doctor.examine(
-            pictures, captions, learned=(subject.token, subject.noun), masks=masks, model=values["model"]
+            pictures, captions, learned=(subject.token, subject.noun), masks=masks, model=values["model"],
+            vae=values["vae"],
         )
         tell("Train Identity Prior", [*warnings, *doctor.lines(findings)], logging.WARNING)
         if masks is not None:  # cut and mirrored as the pictures are

@@ -13,6 +13,8 @@ from typing import Any
 BODY = "pose_keypoints_2d"
 _ENDING = "_keypoints_2d"
 _BODY_POINTS = 18
+# OpenPose's own default also has the middle of the hips, which nothing draws, as point 8, and the feet at the end.
+_BODY_25, _MIDDLE_OF_HIPS, _FEET = 25, 8, 19
 _LARGEST_FRACTION = 2.0  # a coordinate up to this is a fraction of the picture; limbs may end outside it
 _FRAME = (
     "connect frames of keypoints from SDPose Keypoint Extractor or a pose editor, "
@@ -102,6 +104,10 @@ def _frame(frame: Any, name: str) -> dict:
         {key: _points(part, f"{name}: {key}") if key.endswith(_ENDING) else part for key, part in person.items()}
         for person in people
     ]
+    for person in people:
+        if len(body := person.get(BODY, [])) == 3 * _BODY_25:
+            person.setdefault(f"foot{_ENDING}", body[3 * _FEET :])
+            person[BODY] = body[: 3 * _MIDDLE_OF_HIPS] + body[3 * _MIDDLE_OF_HIPS + 3 : 3 * _FEET]
     parts = [part for person in people for key, part in person.items() if key.endswith(_ENDING)]
     places = [part[i + axis] for part in parts for i in range(0, len(part), 3) if part[i + 2] for axis in (0, 1)]
     if any(places) and max(map(abs, places)) <= _LARGEST_FRACTION:

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .words import SEPARATORS
+from .words import DASH, SEPARATORS
 
 # Schedulers, percents and samplers round one sigma differently in fp32, measured below 1e-6 of it; a sigma so near a
 # limit counts as on it. Schedules also have steps of their own within 1e-4 of a limit, so it is not wider than this.
 SIGMA_TOLERANCE = 1e-5
 
 ALL = "all"
-# A range's dash: hyphens, dashes and minus signs of any width, and the tildes that Japanese and Chinese write.
-_NUMBERS = re.compile("(\\d{1,4})(?:\\s*[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d~\u301c\uff5e]\\s*(\\d{1,4}))?")
+_NUMBERS = re.compile(rf"(\d{{1,4}})(?:\s*{DASH}\s*(\d{{1,4}}))?")
 
 
 def check_choice(config: Any, **options: Sequence[str]) -> None:

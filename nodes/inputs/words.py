@@ -13,6 +13,8 @@ _UNSPACED = (
 _SPACED = rf"(?:(?![{_UNSPACED}])[\w\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065f\u0900-\u0963])"
 # Commas and semicolons of any script, and the ends of lines.
 SEPARATORS = re.compile("[,\uff0c\u3001\uff64\u060c;\uff1b\n]")
+# A range's dash: hyphens, dashes and minus signs of any width, and the tildes that Japanese and Chinese write.
+DASH = "[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d~\u301c\uff5e]"
 
 
 def words_pattern(words: Iterable[str], flags: int = 0) -> re.Pattern[str]:

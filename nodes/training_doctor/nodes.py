@@ -80,7 +80,8 @@ class UnderstudyTrainingDoctor(CheckedNode):
         findings = [
             *doctor.of_named(texts, "captions", (learned,)),
             *doctor.examine(
-                pictures, texts, learned=(learned,), masks=_masks(masks, pictures), model=values.get("model")
+                pictures, texts, learned=(learned,), masks=_masks(masks, pictures), model=values.get("model"),
+                vae=values.get("vae"),
             ),
             *_losses(values, pictures, texts),
         ]

@@ -66,7 +66,7 @@ def test_any_text_gives_a_name_that_every_platform_takes(identity, action, scene
 
 @pytest.mark.parametrize(("seeds", "expected"), [
     (["0"], [0]), (["7, 3-5", "5"], [7, 3, 4, 5]), ([""], [0]), ([f"{2**63 - 1}"], [2**63 - 1]),
-    (["1、2；3"], [1, 2, 3]),
+    (["1、2；3"], [1, 2, 3]), (["３～４，7—8"], [3, 4, 7, 8]),
 ])
 def test_seeds(seeds, expected):
     assert method.parse_seeds(seeds) == expected
@@ -89,7 +89,8 @@ def test_what_asks_for_nothing_or_too_much_is_refused_by_name():
 
 @pytest.mark.parametrize(("template", "prompt"), [
     ("{identity}, {action}, {scene}", "anna"), ("{scene} {identity}", "anna"),
-    ("{identity} ({subject})", "anna ({subject})"),
+    ("{identity} ({subject})", "anna ({subject})"), ("{action}, {identity}, {scene}, 8k", "anna, 8k"),
+    ("{identity}，{action}，{scene}", "anna"), ("{action}、{identity}，{scene}，海滩", "anna，海滩"),
 ])
 def test_empty_words_leave_no_gap(template, prompt):
     assert method.fill(template, identity="anna", action="", scene="") == prompt

@@ -54,6 +54,14 @@ def test_the_first_editors_form_has_keypoints_in_place_of_people():
     assert keypoints.frames(json.dumps(value), "keypoints") == [{**SIZE, "people": [{BODY: FLAT}]}]
 
 
+def test_openpose_s_25_points_are_its_18_and_the_feet():
+    """Its default lists nose, neck, arms, the middle of the hips, legs, eyes, ears, and three points of each foot."""
+    middle, feet = [200.0, 300.0, 0.5], [float(i) for i in range(100, 118)]
+    body = FLAT[: 8 * 3] + middle + FLAT[8 * 3 :] + feet
+    person = {BODY: FLAT, "face_keypoints_2d": [], "foot_keypoints_2d": feet}
+    assert keypoints.frames(frame(body), "keypoints") == [{**SIZE, "people": [person]}]
+
+
 def test_fractions_are_told_by_all_people_and_parts_of_a_frame():
     """A hand in the corner of a picture is not in fractions, and a limb may leave the picture."""
     hand = [0.5, 0.5, 1.0]

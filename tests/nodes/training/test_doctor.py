@@ -8,6 +8,7 @@ import torch
 from pack.nodes.puppets.nodes import UnderstudyPuppet
 from pack.nodes.training import doctor
 from PIL import Image
+from support import tiny_model
 
 WHO = "red striped robot with blue trousers and a yellow cap"
 
@@ -39,6 +40,26 @@ CAPTIONS = ["a {subject} waving on a beach", "a {subject} jumping in a forest", 
 
 def test_a_varied_set_has_no_finding(pictures):
     assert texts(doctor.examine(pictures[:3], CAPTIONS)) == []
+
+
+def like_a_photograph(side=128):
+    """Noise whose detail falls with its size as that of natural pictures does (Field, 1987), [1, H, W, 3]."""
+    generator = torch.Generator().manual_seed(0)
+    frequencies = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.fftfreq(side)).clamp(min=1 / side)
+    spectra = torch.fft.fft2(torch.randn(3, side, side, generator=generator)) / frequencies
+    noise = torch.fft.ifft2(spectra).real
+    return (0.5 + 0.15 * noise / noise.std()).clamp(0, 1).movedim(0, -1)[None]
+
+
+def test_a_photograph_for_the_puppets_models_is_noticed(loaded, pictures):
+    model, _, vae = loaded
+    mixed = [*pictures, like_a_photograph(), jpeg(pictures[0], 90), enlarged(pictures[1])]
+    (finding,) = doctor.of_strangers(mixed, "images", model, vae)
+    assert "images: 5 of 7 is no puppet" in finding.text and "for people open" in finding.text and finding.serious
+    assert finding.text in texts(doctor.examine(mixed, ["a puppet"] * 7, model=model, vae=vae))
+    assert not list(doctor.of_strangers(pictures, "images", model, vae))
+    assert not list(doctor.of_strangers(mixed, "images", tiny_model.picture(), vae))
+    assert not list(doctor.of_strangers(mixed, "images", model, None))
 
 
 def enlarged(picture):
