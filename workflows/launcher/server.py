@@ -23,7 +23,7 @@ from .scripts import ROOT
 PACK_NAME = "ComfyUI-Understudy"
 READY_SECONDS = 300
 LOG_LINES = 40
-# Polls in a row that may fail, each a tenth of a second apart: a server short of memory drops connections for a while.
+# Polls in a row that may fail, a tenth of a second apart: a server short of memory drops connections for a while.
 LOST_POLLS = 300
 # A server on this machine is never reached through a proxy.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
