@@ -1,6 +1,8 @@
 """Settings of the fusion embedding. Defaults name their source: FPDM (arXiv 2412.07333), or "ours"."""
 
+import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from ..inputs.ranges import check_limits
 
@@ -9,6 +11,10 @@ PERSON_THRESHOLD = 0.05
 # Published: the CFG of the samples.
 GUIDANCE = 2.0
 MOST_EMBEDDING_TOKENS = 16
+CUSTOM, CONSUMER, PUBLISHED = BUDGETS = ("custom", "consumer", "published")
+
+# By name what a training may cost: settings of its node, and `epochs` in place of steps.
+Budgets = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,11 @@ class CombinerConfig:
     hidden: int = 768
     # Published: one trainable CLIP ViT-L/14 for all three pictures.
     train_encoder: bool = True
+    # Epochs are times through the data. Ours: what a consumer's card and an evening allow.
+    budgets: ClassVar[Budgets] = {
+        CONSUMER: {"steps": 2000, "batch_size": 48, "learning_rate": 1e-5, "train_encoder": False},
+        PUBLISHED: {"epochs": 5, "batch_size": 48, "learning_rate": 1e-5, "train_encoder": True},
+    }
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature <= 1:
@@ -61,13 +72,41 @@ class GeneratorConfig:
     pose_channels: tuple[int, ...] = (16, 32, 96, 256)
     # Published: e_f as a class embedding alone. Ours: tokens of e_f beside it; 0 is off.
     embedding_tokens: int = 0
+    # Ours: a factor on the learning rate of what reads e_f, and each path's gradient clipped apart; 1 and False are
+    # as published.
+    embedding_rate: float = 1.0
+    clip_by_path: bool = False
+    # Ours: at least so high a source_drop in the first so many steps, in which e_f is then all that shows the source.
+    early_source_drop: float = 0.8
+    early_steps: int = 0
+    # Published: 100 epochs, 42 pairs on each of 3 GPUs.
+    budgets: ClassVar[Budgets] = {
+        CONSUMER: {"steps": 10_000, "batch_size": 1, "learning_rate": 1e-4, "whole_unet": False, "rank": 16},
+        PUBLISHED: {"epochs": 100, "batch_size": 126, "learning_rate": 1e-4, "whole_unet": True},
+    }
 
     def __post_init__(self) -> None:
-        for name in ("source_drop", "fusion_drop", "pose_drop"):
+        for name in ("source_drop", "fusion_drop", "pose_drop", "early_source_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 0 (never) to below 1, 0.2 as published")
         check_limits(self, "embedding_tokens", lowest=0, highest=MOST_EMBEDDING_TOKENS, fix="0 (off) to 16, say 4")
+        check_limits(self, "embedding_rate", lowest=0, highest=100, fix="0 (not trained) to 100, 1 as published")
+        check_limits(self, "early_steps", lowest=0, fix="0 (off) or more")
         check_limits(self, "noise_offset", lowest=0, highest=1, fix="0 (off) to 1, 0.1 as published")
+
+
+    def drop(self, condition: str, step: int) -> float:
+        """The share of pictures that a step, counted from 0, trains without source, fusion or pose."""
+        share = getattr(self, f"{condition}_drop")
+        return max(share, self.early_source_drop) if condition == "source" and step < self.early_steps else share
+
+
+def within_budget(budget: str, budgets: Budgets, pairs: int) -> dict[str, Any]:
+    """The settings that a budget, one of BUDGETS, decides for so many pairs; none where it is CUSTOM."""
+    chosen = dict(budgets.get(budget, {}))
+    if epochs := chosen.pop("epochs", 0):
+        chosen["steps"] = math.ceil(epochs * pairs / chosen["batch_size"])
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ class PoseTransferObjective:
             buckets.setdefault(size, []).append(i)
         self.buckets = list(buckets.values())
 
-    def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
+    def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
         drawn = draw_batch(self.buckets, self.batch_size, generator)
         count = len(drawn)
         pairs = [self.encoded[i] for i in drawn[share().of(count)] or drawn[:1]]
@@ -262,7 +262,7 @@ class PoseTransferObjective:
         noise += self.config.noise_offset * torch.randn((count, shape[0], 1, 1), generator=generator)
         level = torch.randint(len(self.denoising.denoiser.sigmas), (count,), generator=generator)
         keep = {
-            name: (torch.rand(count, generator=generator) >= getattr(self.config, f"{name}_drop")).float()
+            name: (torch.rand(count, generator=generator) >= self.config.drop(name, step)).float()
             for name in CONDITIONS
         }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import comfy.conds
 import torch
 
 from ..fingerprint import fingerprint, weights_fingerprint
-from ..training import drawing, inputs, loss_masks
+from ..messages import tell
+from ..training import drawing, inputs, loop, loss_masks
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from ..training.differentiable import no_training
@@ -30,6 +32,14 @@ from .pairs import Pairs
 
 _CACHED_EMBEDDINGS = 100_000  # pairs of a frozen encoder, 9 kB each for CLIP ViT-L
 _CACHE_BYTES = 2 << 30  # of encoded pairs; the others are encoded again whenever they are drawn
+# A generator's paths as users know them, by how their parameters' names begin; those that read e_f; and ours: the
+# share of the largest gradient below which one of them is named.
+_PATHS = {
+    "appearance": "generator.appearance.", "class embedding": "generator.embedding.",
+    "embedding tokens": "generator.embedding_tokens.", "pose": "generator.pose.", "UNet": "unet.",
+}
+_OF_EMBEDDING = ("class embedding", "embedding tokens")
+_STARVED = 0.01
 _ACTIVATIONS = 4 << 30  # ours: bytes for an image encoder's backward pass
 
 
@@ -82,9 +92,9 @@ def _loaded_encoder(
             yield clip_vision.model, None
         return
     copies = BYTES_PER_PARAMETER * sum(weight.numel() for weight in clip_vision.model.parameters())
-    required = copies + _ACTIVATIONS
-    with encoder_session(clip_vision.patcher, required, config.gradient_checkpointing) as module:
-        trained = WholeNetwork(module, "switch train_encoder off")
+    required = _ACTIVATIONS + (0 if config.offload else copies)
+    with encoder_session(clip_vision.patcher, required, config.gradient_checkpointing, config.offload) as module:
+        trained = WholeNetwork(module, "switch train_encoder off", in_main_memory=config.offload)
         with trained.attached():
             yield module, trained
 
@@ -259,13 +269,16 @@ def train_generator(
         objective = method.PoseTransferObjective(denoising, encoded, config.batch_size, generator)
         parameters = {f"generator.{key}": value for key, value in weights.items()}
         parameters |= {f"unet.{key}": value for key, value in trained.parameters().items()}
+        paths = _paths(parameters, generator)
 
         with trained.attached():
             loss_map = run(
                 objective, parameters, config, denoiser.device, checkpoints=checkpoints, resume=resume,
                 preview=lambda: _preview(denoiser, vae, weights, encoded[0], config.seed),
-                reference_loss=ReferenceLoss(len(pairs), objective.reference_loss),
+                reference_loss=ReferenceLoss(len(pairs), objective.reference_loss), paths=paths,
+                note=lambda: f"gradients {_listed(paths.medians())}",
             )
+        _tell_gradients(paths)
         if generator.whole_unet:
             unet = {f"diffusion_model.{key}": value for key, value in _on_cpu(trained.parameters()).items()}
         else:
@@ -276,6 +289,32 @@ def train_generator(
         prediction=sampling.prediction(model.get_model_object("model_sampling")), base=fingerprint(model),
     )
     return trained_fusion, loss_map
+
+
+def _paths(parameters: loop.Parameters, generator: GeneratorConfig) -> loop.Paths:
+    """What is trained by the path that it is in, with the rates and the clipping that are asked for."""
+    parts = {part: [name for name in parameters if name.startswith(start)] for part, start in _PATHS.items()}
+    factors = {part: generator.embedding_rate for part in _OF_EMBEDDING}
+    return loop.Paths({part: names for part, names in parts.items() if names}, factors, generator.clip_by_path)
+
+
+def _tell_gradients(paths: loop.Paths) -> None:
+    """How large each path's gradient was at the end, and what to try where that of e_f is far below the others'."""
+    if not paths.norms:  # a resumed run that had no step left
+        return
+    medians = paths.medians()
+    lines = [f"gradient norms of the last {len(paths.norms)} steps, medians: {_listed(medians)}"]
+    small = [part for part in _OF_EMBEDDING if _STARVED * max(medians.values()) > medians.get(part, math.inf)]
+    if small:
+        lines.append(
+            f"the gradient of the {' and the '.join(small)} is below a hundredth of the largest: if what the source "
+            "wears does not arrive, set early_steps, embedding_tokens, or embedding_rate above 1"
+        )
+    tell("Train Fusion Generator", lines)
+
+
+def _listed(norms: dict[str, float]) -> str:
+    return ", ".join(f"{part} {norm:.2g}" for part, norm in norms.items())
 
 
 def _preview(denoiser: ModelDenoiser, vae: Any, weights: Weights, pair: EncodedPair, seed: int):

@@ -12,7 +12,15 @@ from ..messages import tell
 from ..training import doctor, inputs, loss_masks, previews, widgets
 from ..training.checkpoints import Checkpoints
 from . import encoding, files, pairs, training
-from .config import MOST_EMBEDDING_TOKENS, CombinerConfig, GeneratorConfig
+from .config import (
+    BUDGETS,
+    CUSTOM,
+    MOST_EMBEDDING_TOKENS,
+    Budgets,
+    CombinerConfig,
+    GeneratorConfig,
+    within_budget,
+)
 from .layout import FusionError
 from .method import Fusion, pose_warnings
 from .nodes import CATEGORY, FUSION
@@ -48,6 +56,14 @@ def _share(id: str, tooltip: str) -> io.Float.Input:
     return io.Float.Input(
         id, default=getattr(_GENERATOR, id), min=0.0, max=0.99, step=0.01, round=False, optional=True, advanced=True,
         tooltip=tooltip,
+    )
+
+
+def _budget(consumer: str, published: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "budget", options=list(BUDGETS), default=CUSTOM, optional=True, advanced=True,
+        tooltip=f"custom takes the settings above. consumer is {consumer}. published is {published}. Both replace "
+        "those settings, and the node says what they are.",
     )
 
 
@@ -109,6 +125,11 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
                 *widgets.on_the_way("Steps"),
                 *widgets.masks("of the targets, one per pair or for all; a dataset_folder may hold a folder mask"),
                 widgets.consent(),
+                widgets.offload("the encoder's trained copies", "train_encoder on a small card"),
+                _budget(
+                    "2,000 steps of 48 pairs with a frozen encoder",
+                    "5 times through the data in steps of 48 pairs, with the encoder",
+                ),
             ],
             outputs=_outputs("Connect it to Train Fusion Generator, or to Save Fusion."),
         )
@@ -116,7 +137,7 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
         masks = lists.pop("masks", None)
-        values, data = _values_and_pairs(lists, "Train Fusion Combiner")
+        values, data = _values_and_pairs(lists, "Train Fusion Combiner", CombinerConfig.budgets)
         if (masks := _masks(masks, data)) is not None:
             data = pairs.MaskedPairs(data, masks, values.get("mask_floor", 0.0))
         consent = gate.check_training("Train Fusion Combiner", values.get("consent"))
@@ -199,6 +220,31 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                     tooltip="Tokens by which the UNet also reads the fusion embedding, beside the class embedding. "
                     "0 is as published, where what the source wears may not arrive; 4 is a good start.",
                 ),
+                io.Float.Input(
+                    "embedding_rate", default=_GENERATOR.embedding_rate, min=0.0, max=100.0, step=0.1, round=False,
+                    optional=True, advanced=True,
+                    tooltip="Factor on the learning rate of what reads the fusion embedding: class embedding and "
+                    "embedding_tokens. Above 1 where the node says that their gradient is small.",
+                ),
+                io.Boolean.Input(
+                    "clip_by_path", default=_GENERATOR.clip_by_path, optional=True, advanced=True,
+                    tooltip="Clips the gradient of each path (appearance, embedding, pose, UNet) apart, so that a "
+                    "large one does not shrink the steps of the others.",
+                ),
+                _share(
+                    "early_source_drop", "Share of pictures trained without appearance in the first early_steps, "
+                    "in which the fusion embedding alone shows the source.",
+                ),
+                io.Int.Input(
+                    "early_steps", default=_GENERATOR.early_steps, min=0, max=10_000_000, optional=True,
+                    advanced=True,
+                    tooltip="Optimiser steps at the beginning in which early_source_drop holds, if it is higher than "
+                    "source_drop. 0 is off, as published; a third of steps is a start.",
+                ),
+                _budget(
+                    "10,000 steps of 1 pair with a LoRA of rank 16",
+                    "100 times through the data in steps of 126 pairs, the whole UNet",
+                ),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
         )
@@ -206,13 +252,11 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
         masks = lists.pop("masks", None)
-        values, data = _values_and_pairs(lists, "Train Fusion Generator")
+        values, data = _values_and_pairs(lists, "Train Fusion Generator", GeneratorConfig.budgets)
         masks, floor = _masks(masks, data), values.get("mask_floor", 0.0)
-        options = ("rank", "source_drop", "fusion_drop", "pose_drop", "noise_offset", "embedding_tokens")
-        generator = GeneratorConfig(
-            batch_size=values["batch_size"], whole_unet=values["whole_unet"],
-            **{name: values[name] for name in options if name in values},
-        )
+        generator = GeneratorConfig(**{
+            field.name: values[field.name] for field in dataclasses.fields(GeneratorConfig) if field.name in values
+        })
         config = widgets.config(values)
         fusion = values.get("fusion") or Fusion()
         if generator.embedding_tokens and fusion.combiner is None:
@@ -243,6 +287,9 @@ def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorCon
         "appearance_encoder": weights_fingerprint(values["appearance_encoder"].get_sd()),
         "combiner": weights_fingerprint(fusion.combiner or {}),
     }
+    # Where they are off, a checkpoint from before them can be resumed.
+    names = ("embedding_rate", "clip_by_path", "early_source_drop", "early_steps")
+    settings |= {n: value for n in names if (value := getattr(generator, n)) != getattr(_GENERATOR, n)}
     if fusion.combiner is not None:
         encoder = encoding.encoder_for(fusion, values.get("clip_vision"))
         settings["clip_vision"] = weights_fingerprint(encoder.get_sd())
@@ -256,11 +303,14 @@ def _masks(masks: list | None, data: pairs.Pairs):
     return loss_masks.pictures(masks, len(data))
 
 
-def _values_and_pairs(lists: dict, node: str) -> tuple[dict, pairs.Pairs]:
+def _values_and_pairs(lists: dict, node: str, budgets: Budgets) -> tuple[dict, pairs.Pairs]:
     """The settings of a node whose every input is a list, and the pairs, of which a few poses are looked at."""
     pictures = {name: lists.pop(name, None) for name in pairs.ROLES}
     values = inputs.single_values(lists)
     data = pairs.open_pairs(pictures, values.get("dataset_folder", pairs.NONE))
+    if chosen := within_budget(budget := values.get("budget", CUSTOM), budgets, len(data)):
+        values |= chosen
+        tell(node, [f"budget {budget}: {', '.join(f'{name} {value}' for name, value in chosen.items())}"])
     checked = sorted({i * len(data) // _POSES_CHECKED for i in range(_POSES_CHECKED)})
     some = {i: data[i] for i in checked}
     warnings = [line for i, pair in some.items() for line in pose_warnings(pair.pose, f"pose {i + 1}")]

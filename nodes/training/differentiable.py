@@ -89,10 +89,11 @@ def copied_norm_inputs(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def streamed_layers(model: torch.nn.Module) -> Iterator[None]:
+def streamed_layers(model: torch.nn.Module, trained: bool = False) -> Iterator[None]:
     """Layers compute again in the backward pass, with weights that stream in again: none is kept for it meanwhile.
 
-    Weights that stream in share buffers, so one that autograd kept would be overwritten.
+    Weights that stream in share buffers, so one that autograd kept would be overwritten. `trained` if the weights
+    themselves get gradients.
     """
     # ComfyUI's own for a layer of one input; this module is large, and part of ComfyUI's nodes.
     from comfy_extras.nodes_train import OffloadCheckpointFunction
@@ -105,7 +106,8 @@ def streamed_layers(model: torch.nn.Module) -> Iterator[None]:
         for module in model.modules():
             if next(module.children(), None) is None and next(module.parameters(), None) is not None:
                 originals.append((module, module.__dict__.get("forward")))
-                one_input = isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd)
+                # ComfyUI's is blind to weights where a layer's input has no gradient, as the first one's.
+                one_input = not trained and isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd)
                 module.forward = again(module.forward) if one_input else _recomputing(module.forward)
         yield
     finally:

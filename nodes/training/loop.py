@@ -4,6 +4,7 @@ It knows neither ComfyUI nor a model: a method gives it the trainable parameters
 that has made the model differentiable.
 """
 
+import collections
 import math
 import statistics
 from collections.abc import Callable
@@ -22,6 +23,7 @@ Objective = Callable[[int, torch.Generator], torch.Tensor]
 Parameters = dict[str, torch.nn.Parameter]
 # masks() -> by parameter name, True where the step whose gradient was just computed may change the parameter
 Masks = Callable[[], dict[str, torch.Tensor]]
+_NORMS = 100  # ours: steps whose gradient norms are remembered
 
 
 @shown_by_name
@@ -36,6 +38,31 @@ class State:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Paths:
+    """Parts of what is trained: of each the parameters' names, and factors on the learning rate where it is not 1.
+
+    `clip_each` clips each part's gradient to the norm, and not that of all together. `norms` are each part's in the
+    latest steps, before clipping.
+    """
+
+    parts: dict[str, list[str]]
+    factors: dict[str, float] = field(default_factory=dict)
+    clip_each: bool = False
+    norms: collections.deque[list[float]] = field(default_factory=lambda: collections.deque(maxlen=_NORMS))
+
+    def groups(self, parameters: Parameters) -> dict[str, Parameters]:
+        """The parameters of each part. Raises KeyError for one that is in none, or in no training."""
+        groups = {part: {name: parameters[name] for name in names} for part, names in self.parts.items()}
+        if left := parameters.keys() - {name for group in groups.values() for name in group}:
+            raise KeyError(f"parameters of no path: {sorted(left)}")
+        return groups
+
+    def medians(self) -> dict[str, float]:
+        """Of each part the median norm of its gradient in the latest steps."""
+        return dict(zip(self.parts, map(statistics.median, zip(*self.norms, strict=True)), strict=True))
 
 
 class Monitor(Protocol):
@@ -56,18 +83,24 @@ class Monitor(Protocol):
 
 def train(
     objective: Objective, parameters: Parameters, config: TrainingConfig, monitor: Monitor,
-    resume: State | None = None, masks: Masks | None = None, fixed_norm: bool = False,
+    resume: State | None = None, masks: Masks | None = None, fixed_norm: bool = False, paths: Paths | None = None,
 ) -> list[float]:
     """Train `parameters` in place for `config.steps` steps and return every step's loss.
 
     Where `masks` are False a step changes neither the parameter nor AdamW's moments of it, and an element's moments
     are corrected for their bias by the number of steps that moved it. With `fixed_norm` a step turns what it moves of
-    each vector, along the last dimension, and leaves its length.
+    each vector, along the last dimension, and leaves its length. `paths` have learning rates of their own, without
+    `masks`.
 
     Random numbers come only from the generator that the objective is called with. Raises TrainingDiverged; anything
     else that stops the run leaves a checkpoint of the last finished step.
     """
-    optimiser = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    paths = paths or Paths({"": list(parameters)})
+    groups = [
+        {"params": list(group.values()), "factor": paths.factors.get(part, 1.0)}
+        for part, group in paths.groups(parameters).items()
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     state = State() if resume is None else resume
     if state.step:
         _restore(state, parameters, optimiser, config)
@@ -77,7 +110,7 @@ def train(
     try:
         while len(losses) < config.steps:
             monitor.check()
-            losses.append(_one_step(len(losses), objective, optimiser, parameters, config, masks, fixed_norm))
+            losses.append(_one_step(len(losses), objective, optimiser, parameters, config, masks, fixed_norm, paths))
             monitor.progress(len(losses), losses[-1])
             if config.checkpoint_every and len(losses) % config.checkpoint_every == 0:
                 saved_steps = len(losses)
@@ -94,15 +127,15 @@ def train(
     return losses
 
 
-def _one_step(step, objective, optimiser, parameters, config, masks, fixed_norm) -> float:
+def _one_step(step, objective, optimiser, parameters, config, masks, fixed_norm, paths) -> float:
     optimiser.zero_grad(set_to_none=True)
     for group in optimiser.param_groups:
-        group["lr"] = config.learning_rate_at(step)
+        group["lr"] = config.learning_rate_at(step) * group["factor"]
     seed = seed_for(config.seed, "step", step)
     value = engine().gradients(objective, step, lambda: torch.Generator().manual_seed(seed))
     if not math.isfinite(value):
         raise TrainingDiverged(_divergence("loss", value, step, config))
-    norm = engine().clipped(parameters, config.max_gradient_norm)
+    norm = _clipped(parameters, config.max_gradient_norm, paths)
     if not math.isfinite(norm):
         raise TrainingDiverged(_divergence("gradient", norm, step, config))
     found = {} if masks is None else masks()
@@ -114,6 +147,23 @@ def _one_step(step, objective, optimiser, parameters, config, masks, fixed_norm)
     for name, old in before.items():
         _turn(parameters[name], old, found.get(name))
     return value
+
+
+def _clipped(parameters: Parameters, most: float, paths: Paths) -> float:
+    """Clip the gradients to the norm `most`, and return what theirs was, of all parts together."""
+    if len(paths.parts) == 1:
+        return engine().clipped(parameters, most)
+    groups = paths.groups(parameters).values()
+    if paths.clip_each:
+        norms = [engine().clipped(group, most) for group in groups]
+    else:
+        norms = [
+            float(torch.nn.utils.get_total_norm([p.grad for p in group.values() if p.grad is not None]))
+            for group in groups
+        ]
+        engine().clipped(parameters, most)
+    paths.norms.append(norms)
+    return math.hypot(*norms)
 
 
 @torch.no_grad()

@@ -26,19 +26,19 @@ def run(
     checkpoints: Checkpoints | None = None, resume: loop.State | None = None, masks: loop.Masks | None = None,
     preview: Preview | None = None, note: Callable[[], str] | None = None, phase: str = "",
     extra_tensors: Mapping[str, torch.Tensor] = {}, fixed_norm: bool = False,
-    reference_loss: Callable[[], float] | None = None,
+    reference_loss: Callable[[], float] | None = None, paths: loop.Paths | None = None,
 ) -> LossMap:
     """Train `parameters` in place, inside an open session, and report the peak memory on the node.
 
     `resume` is the state that checkpoints.resume read before the session loaded a model. A preparatory run has no
     `checkpoints`: it leaves none behind and reports no memory. `preview`, `note` and `phase` are shown as
-    NodeMonitor shows them; `extra_tensors` are stored in each checkpoint; `masks` and `fixed_norm` are loop.train's.
-    `reference_loss` is called before the first step and after the last one, and the node compares both. Raises
-    loop.TrainingDiverged and ComfyUI's interruption.
+    NodeMonitor shows them; `extra_tensors` are stored in each checkpoint; `masks`, `fixed_norm` and `paths` are
+    loop.train's. `reference_loss` is called before the first step and after the last one, and the node compares both.
+    Raises loop.TrainingDiverged and ComfyUI's interruption.
     """
     monitor = NodeMonitor(config, device, checkpoints, preview, note, phase, extra_tensors)
     before = _measured(reference_loss) if engine().main else None
-    losses = loop.train(objective, parameters, config, engine().watched(monitor), resume, masks, fixed_norm)
+    losses = loop.train(objective, parameters, config, engine().watched(monitor), resume, masks, fixed_norm, paths)
     after = None if before is None else _measured(reference_loss)
     if after is not None:
         finding = doctor.compared(before, after)

@@ -180,15 +180,19 @@ def _tell_needs(patcher: Any, activations: float, trained: int, config: Training
 
 @contextlib.contextmanager
 def encoder_session(
-    patcher: comfy.model_patcher.ModelPatcher, required: int, gradient_checkpointing: bool
+    patcher: comfy.model_patcher.ModelPatcher, required: int, gradient_checkpointing: bool, offload: bool = False
 ) -> Iterator[torch.nn.Module]:
     """Load an image encoder and make it differentiable, as `session` does with a diffusion model.
 
-    `required` is how many bytes its activations and trained copies take.
+    `required` is how many bytes its activations and trained copies take on the device. With `offload` its
+    layers fetch their weights in each call, trained ones as well.
     """
     patcher = clone_without_streaming(patcher)
     encoder = patcher.model
-    with _loaded([patcher], required), _differentiable([patcher], [patcher]), contextlib.ExitStack() as stack:
+    loaded, differentiable = _loaded([patcher], required, offload), _differentiable([patcher], [patcher])
+    with loaded, differentiable, contextlib.ExitStack() as stack:
+        if offload:
+            stack.enter_context(streamed_layers(encoder, trained=True))
         if gradient_checkpointing:
             for part in list(encoder.modules()):
                 if any(isinstance(child, torch.nn.ModuleList) for child in part.children()):

@@ -15,11 +15,15 @@ _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 class WholeNetwork:
     """A trainable copy of every parameter of `network`, by the parameter's name.
 
+    The copies are where the weights are, or `in_main_memory`, from where ComfyUI's layers fetch them in each call.
     Raises ValueError where a weight is quantised and so has no gradient; it names the weight, and `otherwise` says
     what else to do.
     """
 
-    def __init__(self, network: torch.nn.Module, otherwise: str = "switch whole_unet off to train a LoRA"):
+    def __init__(
+        self, network: torch.nn.Module, otherwise: str = "switch whole_unet off to train a LoRA",
+        in_main_memory: bool = False,
+    ):
         self.network = network
         self.originals: dict[str, torch.Tensor] = {}
         for name, weight in network.named_parameters():
@@ -30,7 +34,9 @@ class WholeNetwork:
                 )
             self.originals[name] = weight
         self.trained = {
-            name: torch.nn.Parameter(weight.detach().to(torch.float32, copy=True))
+            name: torch.nn.Parameter(
+                weight.detach().to("cpu" if in_main_memory else weight.device, torch.float32, copy=True)
+            )
             for name, weight in self.originals.items()
         }
 

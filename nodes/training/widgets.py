@@ -131,12 +131,13 @@ def masks(each: str) -> list[io.Input]:
     ]
 
 
-def offload() -> io.Boolean.Input:
-    """Frozen weights in main memory."""
+def offload(
+    what: str = "the model's weights", whom: str = "cards that the model does not fit on"
+) -> io.Boolean.Input:
+    """Weights in main memory."""
     return io.Boolean.Input(
         "offload", default=False, optional=True, advanced=True,
-        tooltip="Leaves the model's weights in main memory and streams them in layer by layer: much slower, for "
-        "cards that the model does not fit on.",
+        tooltip=f"Leaves {what} in main memory and streams them in layer by layer: much slower, for {whom}.",
     )
 
 
