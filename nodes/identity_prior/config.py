@@ -10,6 +10,7 @@ AUGMENTS = ("none", "crop", "crop_and_flip")
 METHODS = ("ddim", "fixed_point", "renoise")
 INVERSION, FLOW_EDIT = PATHS = ("inversion", "flow_edit")
 AUTO = "auto"
+FRACTION, OTSU, MEAN_STD, QUANTILE = THRESHOLDS = ("fraction", "otsu", "mean_std", "quantile")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class IdentityPriorConfig:
     augment: str = "none"
     # Ours: how many pictures of the class the base model draws where none are connected.
     class_count: int = 8
+    # Ours: what members of the class do in those pictures, so that they are not those of the subject once more; the
+    # paper's set is diverse, but not known to us. Words of the theatre, too. Empty: the subject's captions.
+    class_actions: str = "standing, waving, jumping, sitting, running, dancing, bowing, pointing"
 
     def __post_init__(self) -> None:
         check_choice(self, augment=AUGMENTS)
@@ -47,8 +51,12 @@ class MaskConfig:
     resolution: int = 0
     # Ours, in cells of that resolution: the standard deviation of a Gaussian. Chosen as the threshold was.
     smoothing: float = 1.0
+    # How `threshold` is read: as a fraction of the map's range, not at all (Otsu, 1979), as t / (1 - t) standard
+    # deviations above the mean, or as the share of the cells that is left out. All but the first are further choices.
+    threshold_method: str = FRACTION
 
     def __post_init__(self) -> None:
+        check_choice(self, threshold_method=THRESHOLDS)
         check_limits(self, "threshold", lowest=0, highest=1, fix="0 (everything) to 1 (only the strongest cell)")
         check_limits(self, "grow", "resolution", "smoothing", lowest=0, fix="0 or more")
         parse_numbers("layers", self.layers, (AUTO, ALL))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..inputs.latent_masks import blend
 from ..inputs.ranges import SIGMA_TOLERANCE
 from ..training.objective import same_bucket
-from .config import MaskConfig
+from .config import FRACTION, MEAN_STD, OTSU, QUANTILE, MaskConfig
 
 # Ours: a map whose values differ by less of the highest one, and a mask of more than this much of the picture, do not
 # show where a subject is.
@@ -178,13 +178,39 @@ def mean_map(maps: Sequence[torch.Tensor], resolution: int) -> torch.Tensor:
 
 def subject_mask(heat: torch.Tensor, size: Sequence[int], config: MaskConfig) -> torch.Tensor:
     """0 or 1 for each latent cell, [B, T, H, W], from a heat map [B, T, h, w]: blurred, enlarged, its range from
-    least to greatest set to 0..1 for each sample, and cut at the threshold. `grow` is not applied.
+    least to greatest set to 0..1 for each sample, and cut as `threshold_method` says. `grow` is not applied.
     """
     heat = _resized(_blurred(heat.float(), config.smoothing), size)
     low, high = (edge(heat.flatten(1), 1)[..., None, None, None] for edge in (torch.amin, torch.amax))
     # A constant map does not show the subject, which may be anywhere.
     level = torch.where(high > low, (heat - low) / (high - low).clamp(min=1e-12), torch.ones_like(heat))
-    return (level >= config.threshold).float()
+    cut = _CUTS[config.threshold_method](level.flatten(1), config.threshold)
+    return (level >= cut.reshape(-1, 1, 1, 1)).float()
+
+
+def _otsu(levels: torch.Tensor, _threshold: float) -> torch.Tensor:
+    """Of each row [B, N] the least level of its upper class, where two classes differ most (Otsu, 1979)."""
+    ordered = levels.double().sort(1).values
+    count = levels.shape[1]
+    sums, below = ordered.cumsum(1)[:, :-1], torch.arange(1, count, device=levels.device)
+    difference = (ordered.sum(1, keepdim=True) - sums) / (count - below) - sums / below
+    best = (below * (count - below) * difference.square()).argmax(1, keepdim=True)
+    return ordered.gather(1, best + 1).to(levels)
+
+
+def _mean_std(levels: torch.Tensor, threshold: float) -> torch.Tensor:
+    deviations = threshold / (1 - threshold) if threshold < 1 else math.inf
+    cut = levels.mean(1) + deviations * levels.std(1, correction=0).clamp(min=1e-12)
+    return torch.minimum(cut, levels.amax(1))  # at least the strongest cell
+
+
+# cut(levels [B, N] in 0..1, threshold) -> the level of each row from which on a cell is the subject's
+_CUTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    FRACTION: lambda levels, threshold: levels.new_full((len(levels),), threshold),
+    OTSU: _otsu,
+    MEAN_STD: _mean_std,
+    QUANTILE: lambda levels, threshold: torch.quantile(levels, threshold, dim=1),
+}
 
 
 def doubt(heat: torch.Tensor, mask: torch.Tensor) -> str:

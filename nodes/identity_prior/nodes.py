@@ -9,7 +9,7 @@ from ..inputs import widgets
 from ..inputs.checked import CheckedNode
 from ..messages import pictures, tell
 from . import files, inversion, sampling
-from .config import METHODS, PATHS, BlendConfig, InversionConfig, MaskConfig
+from .config import METHODS, PATHS, THRESHOLDS, BlendConfig, InversionConfig, MaskConfig
 
 CATEGORY = "Understudy/Identity prior"
 INVERSION = io.Custom("UNDERSTUDY_INVERSION")
@@ -45,6 +45,15 @@ def _map_inputs() -> list:
             "values are rounder.",
         ),
     ]
+
+
+def _threshold_method(threshold: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "threshold_method", options=list(THRESHOLDS), default=_MASK.threshold_method, optional=True, advanced=True,
+        tooltip=f"How {threshold} is read. fraction: of the map's range. otsu: not at all, the level that parts the "
+        "map best is found. mean_std: 0.5 is 1 standard deviation above the mean, 0.75 is 3. quantile: the share of "
+        "the picture that is not the subject, say 0.75.",
+    )
 
 
 class UnderstudyLoadIdentityPrior(widgets.LoadNode):
@@ -158,7 +167,7 @@ class UnderstudyInvertImage(CheckedNode):
                 ),
                 widgets.fraction(
                     "mask_threshold", _MASK.threshold,
-                    "Where the source mask cuts the subject's attention map, as a fraction of its range: lower "
+                    "Where the source mask cuts the subject's attention map, as threshold_method reads it: lower "
                     "values include more around the subject.",
                 ),
                 *_map_inputs(),
@@ -173,6 +182,7 @@ class UnderstudyInvertImage(CheckedNode):
                     "path_seed", default=_INVERSION.seed, min=0, max=0xFFFFFFFFFFFFFFFF, optional=True, advanced=True,
                     tooltip="Draws the noise of flow_edit; inversion needs none.",
                 ),
+                _threshold_method("mask_threshold"),
             ],
             outputs=[
                 INVERSION.Output(display_name="inversion", tooltip="Connect it to Identity Mask Blend."),
@@ -219,7 +229,7 @@ class UnderstudyIdentityMaskBlend(CheckedNode):
                 ),
                 widgets.fraction(
                     "threshold", _MASK.threshold,
-                    "Where the edited mask cuts the subject's attention map, as a fraction of its range: lower "
+                    "Where the edited mask cuts the subject's attention map, as threshold_method reads it: lower "
                     "values change more around the subject, 0 everything.",
                 ),
                 io.Int.Input(
@@ -239,6 +249,7 @@ class UnderstudyIdentityMaskBlend(CheckedNode):
                     "How much of the start noise is new where the subject is: 0 is the inverted noise, which holds "
                     "its old pose, 1 all new, from the seed of the sampler's noise.", optional=True, advanced=True,
                 ),
+                _threshold_method("threshold"),
             ],
             outputs=[io.Model.Output(tooltip="Connect it to a guider or sampler, and to Show Edit Masks.")],
         )

@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 
 from ..inputs.model_fit import check_encoded
+from ..inputs.words import entries
 from ..subject_tokens import Subject
 from ..training import drawing, inputs, picture_training
 from ..training.checkpoints import Checkpoints
@@ -114,8 +115,10 @@ def class_pictures(
     vae: Any, subject: Subject, texts: Sequence[str], prior: IdentityPriorConfig,
     images: Sequence[torch.Tensor] | None, captions: Sequence[str] | None,
 ) -> ClassPictures:
-    """Those of `images` and `captions`, or the texts for the model to draw, from the subject's where there are no
-    captions; none where prior_weight is 0. Raises ValueError, naming the input, where their numbers differ.
+    """Those of `images` and `captions`, or the texts for the model to draw; none where prior_weight is 0.
+
+    Without captions these are the class's actions, or where none are listed the subject's texts. Raises ValueError,
+    naming the input, where their numbers differ.
     """
     if not prior.prior_weight:
         return ClassPictures()
@@ -125,7 +128,8 @@ def class_pictures(
         latents = picture_training.encode_pictures(vae, pictures)
         return ClassPictures([subject.as_class_prompt(text) for text in class_texts], latents)
     lines = [line for text in captions or () for line in text.splitlines() if line.strip()]
-    distinct = list(dict.fromkeys(subject.as_class_prompt(text) for text in lines or texts))
+    actions = [f"a {subject.noun} {action}" for action in entries(prior.class_actions)]
+    distinct = list(dict.fromkeys(subject.as_class_prompt(text) for text in lines or actions or texts))
     # No caption of the class is left out.
     count = max(prior.class_count, len(distinct)) if lines else prior.class_count
     return ClassPictures([distinct[i % len(distinct)] for i in range(count)])

@@ -70,8 +70,8 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
                 ),
                 io.String.Input(
                     "class_captions", optional=True, force_input=True,
-                    tooltip="What each class picture shows, one per picture or one for all. If not connected, the "
-                    "captions with the class noun alone, or just the noun where class_images are connected.",
+                    tooltip="What each class picture shows, one per picture or one for all. If not connected, what "
+                    "class_actions say, or just the noun where class_images are connected.",
                 ),
                 io.Float.Input(
                     "prior_weight", default=_DEFAULT.prior_weight, min=0.0, max=10.0, step=0.05, round=False,
@@ -95,6 +95,12 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
                 *widgets.masks("one mask per picture, or one for all"),
                 widgets.offload(),
                 widgets.consent(),
+                io.String.Input(
+                    "class_actions", default=_DEFAULT.class_actions, optional=True, advanced=True,
+                    tooltip="What members of the class do in the pictures that the model draws, in turn, separated "
+                    "by commas: others than in the captions, as well. Empty takes your captions. No effect with "
+                    "class_captions or class_images.",
+                ),
             ],
             outputs=[
                 widgets.LORA_MODEL.Output(
@@ -112,7 +118,7 @@ class UnderstudyTrainIdentityPrior(CheckedNode):
         values = inputs.single_values(lists)
         prior = IdentityPriorConfig(
             rank=values["rank"], prior_weight=values["prior_weight"], augment=values["augment"],
-            class_count=values.get("class_count", _DEFAULT.class_count),
+            **{name: values.get(name, getattr(_DEFAULT, name)) for name in ("class_count", "class_actions")},
         )
         pictures = inputs.pictures(images, "images")
         captions = inputs.texts_for(captions, len(pictures), "captions")

@@ -1,5 +1,6 @@
 """The formulas alone: the prior's loss, masks."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +70,47 @@ def test_the_threshold_cuts_the_range_of_each_map():
         assert mask.sum((1, 2, 3)).tolist() == [count, count]
     flat = method.subject_mask(torch.ones(1, 1, 4, 4), (4, 4), MaskConfig(threshold=1.0))
     assert flat.all(), "a map that says nothing leaves nothing out"
+
+
+def cuts(values, threshold):
+    """By method the cells of a map [N] that are the subject, by definitions in numpy."""
+    # Otsu: of all ways to part the values in two, the one with the least variance within the parts.
+    within = {
+        cut: sum(len(part) * part.var() for part in (values[values < cut], values[values >= cut]))
+        for cut in np.unique(values)[1:]
+    }
+    return {
+        "otsu": values >= min(within, key=within.get),
+        "mean_std": (values - values.mean()) / values.std() >= threshold / (1 - threshold),
+        "quantile": np.argsort(np.argsort(values)) / (len(values) - 1) >= threshold,
+    }
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("kind", ["otsu", "mean_std", "quantile"])
+def test_other_thresholds_follow_their_definitions(kind, threshold):
+    random = torch.Generator().manual_seed(3)
+    background, spot = torch.rand(8, 8, generator=random), torch.rand(3, 3, generator=random)
+    heat = torch.stack([background, background.square()])[:, None]
+    heat[0, 0, 2:5, 3:6] = 1.5 + spot
+    config = MaskConfig(threshold=threshold, smoothing=0.0, threshold_method=kind)
+    masks = method.subject_mask(heat, (8, 8), config)
+    for sample, mask in zip(heat, masks, strict=True):
+        expected = cuts(sample.flatten().double().numpy(), threshold)[kind]
+        np.testing.assert_array_equal(mask.flatten().numpy(), expected)
+    if kind == "otsu":
+        assert masks[0].sum() == 9 and masks[0, 0, 2:5, 3:6].all()
+    flat = method.subject_mask(torch.ones(1, 1, 4, 4), (4, 4), config)
+    assert flat.all(), "a map that says nothing leaves nothing out"
+
+
+def test_an_unreachable_threshold_keeps_the_strongest_cell():
+    heat = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+    for kind in ("mean_std", "quantile"):
+        mask = method.subject_mask(heat, (6, 6), MaskConfig(threshold=1.0, smoothing=0.0, threshold_method=kind))
+        assert mask.flatten().argmax() == heat.flatten().argmax() and mask.sum() == 1
+    with pytest.raises(ValueError, match="threshold_method"):
+        MaskConfig(threshold_method="median")
 
 
 def test_a_spot_is_found_where_it_is_and_enlarged_with_the_latent():

@@ -9,8 +9,11 @@ import torch
 from pack.nodes import subject_tokens
 from pack.nodes.fingerprint import fingerprint
 from pack.nodes.identity_prior import files, sampling, training
+from pack.nodes.identity_prior.config import IdentityPriorConfig
 from pack.nodes.identity_prior.mirrored_captions import mirrored
 from pack.nodes.identity_prior.nodes import UnderstudyEncodeIdentity, UnderstudyLoadIdentityPrior
+from pack.nodes.inputs.words import entries
+from pack.nodes.puppets.config import NAMED_ACTIONS
 from pack.nodes.subject_tokens import Subject
 from pack.nodes.training import checkpoints, picture_training
 from support import tiny_clip, tiny_model
@@ -198,6 +201,30 @@ def test_class_captions_lose_the_subject_and_none_is_left_out(loaded, puppets, m
     assert drawn == [(encoded[0][1:-1], "")]
     train(loaded, puppets[0][:1], ["a {subject}"], class_images=puppets[0][:1], class_captions=["a {subject} here"])
     assert encoded[-1] == ["a sks robot", "a robot here", ""]
+
+
+def test_class_pictures_show_listed_actions_and_not_the_learned_captions(loaded, puppets, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(training, "draw_class_pictures", lambda _model, texts, *_: [torch.zeros(SHAPE)] * len(texts))
+    monkeypatch.setattr(picture_training, "encode_texts", lambda _clip, texts: encoded.append(texts) or texts)
+    monkeypatch.setattr(picture_training, "train_on_pictures", lambda *_args, **_options: ({}, {"loss": []}))
+    learned = "a {subject} bowing on a stage"
+
+    def class_texts(**settings):
+        train(loaded, puppets[0][:1], [learned], **settings)
+        assert encoded[-1][0] == "a sks robot bowing on a stage" and encoded[-1][-1] == ""
+        return encoded[-1][1:-1]
+
+    assert class_texts(class_count=3) == ["a robot standing", "a robot waving", "a robot jumping"]
+    assert class_texts(class_actions="asleep、 seen from behind,", class_count=3) == [
+        "a robot asleep", "a robot seen from behind", "a robot asleep"
+    ]
+    assert class_texts(class_actions=" ") == ["a robot bowing on a stage"] * 2
+    assert class_texts(class_captions=["one robot"]) == ["one robot"] * 2
+
+
+def test_every_default_action_is_one_that_the_theatre_names():
+    assert set(entries(IdentityPriorConfig().class_actions)) <= set(NAMED_ACTIONS)
 
 
 def test_another_models_clip_is_refused_before_the_model_draws(loaded, puppets, monkeypatch):

@@ -69,6 +69,32 @@ def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpoi
     model = wan()
     model.model_options["transformer_options"]["optimized_attention_override"] = user_attention
     start = tiny_model.video_adapter(model, seed=4)
+    seen = one_step(monkeypatch, start)
+    trained(model, count=1, gradient_checkpointing=checkpointing)
+    leaves, errors = published(model, start)
+    check_gradients(seen, leaves, errors.mean())
+
+
+def test_masks_of_a_face_weigh_the_published_loss_in_the_node(monkeypatch):
+    """A face in the left half of all frames but the first; the rest counts a tenth."""
+    model = wan()
+    start = tiny_model.video_adapter(model, seed=4)
+    seen = one_step(monkeypatch, start)
+    masks = torch.zeros(5, 32, 32)
+    masks[1:, :, :16] = 1
+    video, reference = draw(0, *SHAPE), draw(50, 1, 16, 1, 4, 4)
+    node(
+        model, [{"samples": video}], [{"samples": reference}], [tiny_model.conditioning(0)], masks=masks,
+        mask_floor=0.1, loss_weighting="even", batch_size=1,
+    )
+    leaves, errors = published(model, start)
+    weights = torch.full((2, 4, 4), 0.1, dtype=torch.float64)
+    weights[1, :, :2] = 1
+    check_gradients(seen, leaves, (weights * errors).sum() / (weights.sum() * 16))
+
+
+def one_step(monkeypatch, start):
+    """Trainings begin at `start` and end with one step, whose loss and gradients go into the dictionary."""
     monkeypatch.setattr(method, "new_adapter", lambda *_a: method.adapter_from(start))
     seen = {}
 
@@ -79,8 +105,11 @@ def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpoi
         return [float(loss.detach())]
 
     monkeypatch.setattr(loop, "train", step)
-    trained(model, count=1, gradient_checkpointing=checkpointing)
+    return seen
 
+
+def published(model, start):
+    """The adapter's matrices, and the published model's squared errors [1, C, T, H, W] with them, in fp64."""
     sampling = model.model.model_sampling
     generator = torch.Generator().manual_seed(3)
     torch.multinomial(torch.ones(1), 1, generator=generator)
@@ -97,7 +126,11 @@ def test_the_gradient_is_that_of_the_published_joint_model(monkeypatch, checkpoi
         model.model.process_latent_in(draw(50, 1, 16, 1, 4, 4)),
     )
     # Flow matching on the video's tokens alone: the velocity is noise minus picture.
-    loss = (velocity - (noise.double() - clean)).square().mean()
+    return leaves, (velocity - (noise.double() - clean)).square()
+
+
+def check_gradients(seen, leaves, loss):
+    """The last block's q is left out: nothing reads its reference's own result."""
     loss.backward()
     assert relative(seen["loss"].reshape(1), loss.detach().reshape(1)) < 1e-4
     for key, leaf in leaves.items():
