@@ -81,7 +81,7 @@ def cuts(values, threshold):
     }
     return {
         "otsu": values >= min(within, key=within.get),
-        "mean_std": (values - values.mean()) / values.std() >= threshold / (1 - threshold),
+        "mean_std": ((values - values.mean()) / values.std() >= threshold / (1 - threshold)) | (values == values.max()),
         "quantile": np.argsort(np.argsort(values)) / (len(values) - 1) >= threshold,
     }
 
