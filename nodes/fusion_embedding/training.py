@@ -300,7 +300,7 @@ def _paths(parameters: loop.Parameters, generator: GeneratorConfig) -> loop.Path
 
 def _tell_gradients(paths: loop.Paths) -> None:
     """How large each path's gradient was at the end, and what to try where that of e_f is far below the others'."""
-    if not paths.norms:  # a resumed run that had no step left
+    if not (paths.norms and engine().main):  # none where a resumed run had no step left
         return
     medians = paths.medians()
     lines = [f"gradient norms of the last {len(paths.norms)} steps, medians: {_listed(medians)}"]
