@@ -79,9 +79,10 @@ def cuts(values, threshold):
         cut: sum(len(part) * part.var() for part in (values[values < cut], values[values >= cut]))
         for cut in np.unique(values)[1:]
     }
+    above = (values - values.mean()) / values.std()
     return {
         "otsu": values >= min(within, key=within.get),
-        "mean_std": ((values - values.mean()) / values.std() >= threshold / (1 - threshold)) | (values == values.max()),
+        "mean_std": (above >= threshold / (1 - threshold)) | (above == above.max()),
         "quantile": np.argsort(np.argsort(values)) / (len(values) - 1) >= threshold,
     }
 
