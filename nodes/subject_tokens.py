@@ -3,6 +3,7 @@
 Every room that encodes prompts or looks for the subject reads it here; this module imports no ComfyUI.
 """
 
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,9 +84,13 @@ def encode(clip: Any, subject: Subject, text: str) -> list:
 def tag_subject_tokens(conditioning: list, clip: Any, subject: Subject, text: str) -> list:
     """The CONDITIONING with the positions of the subject's tokens, those of `text`, in each of its entries.
 
+    As it is where the encoder joins several texts or puts the text into a template, as that of Flux or Z-Image does:
+    positions are not known there, and no model behind such an encoder has a map that is read by them.
     Raises ValueError as `encode` does.
     """
     tokens = clip.tokenize(text, return_word_ids=True)
+    if _joined(tokens) or _template(clip):
+        return conditioning
     positions = subject_positions(tokens, clip.tokenize(subject.trigger, return_word_ids=True))
     if not positions:
         raise ValueError(
@@ -103,7 +108,7 @@ def subject_positions(tokens: Mapping[str, list], trigger: Mapping[str, list]) -
 
     Raises ValueError for encoders that put the texts of several tokenizers one after the other.
     """
-    if len(tokens) > 1 and not tokens.keys() <= _SIDE_BY_SIDE:
+    if _joined(tokens):
         raise ValueError(
             f"this text encoder joins {', '.join(tokens)}, whose token positions are not known: use an SD, SDXL or "
             "Wan model"
@@ -162,9 +167,9 @@ def warnings(clip: Any, subject: Subject) -> list[str]:
     lines = [
         f"the text encoder does not know the word {word!r}: choose one that it knows"
         for word in subject.trigger.split()
-        if unknown.intersection(_ids(clip.tokenize(word, return_word_ids=True)))
+        if unknown.intersection(_own_ids(clip, word))
     ]
-    count = len(_ids(clip.tokenize(subject.token, return_word_ids=True)))
+    count = len(_own_ids(clip, subject.token))
     if count > 1:
         lines.append(
             f"identity_token {subject.token!r} is {count} tokens, which keep their own meanings: a rare word of one "
@@ -176,3 +181,20 @@ def warnings(clip: Any, subject: Subject) -> list[str]:
 def _ids(tokens: Mapping[str, list]) -> list:
     """The ids of a tokenized text, by the first tokenizer, without start, end and padding."""
     return [entry[0] for chunk in next(iter(tokens.values())) for entry in chunk if entry[2] != 0]
+
+
+def _own_ids(clip: Any, text: str) -> list:
+    """The ids of a text without those of the template that the encoder puts it into."""
+    ids, template = _ids(clip.tokenize(text, return_word_ids=True)), _template(clip)
+    start = len(os.path.commonprefix([ids, template]))
+    end = len(os.path.commonprefix([ids[start:][::-1], template[start:][::-1]]))
+    return ids[start : len(ids) - end]
+
+
+def _template(clip: Any) -> list:
+    """The ids of what the encoder puts around every text: none for CLIP and T5."""
+    return _ids(clip.tokenize("", return_word_ids=True))
+
+
+def _joined(tokens: Mapping[str, list]) -> bool:
+    return len(tokens) > 1 and not tokens.keys() <= _SIDE_BY_SIDE

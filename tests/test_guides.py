@@ -59,9 +59,10 @@ def test_readme_names_every_node_workflow_and_licence():
     links = readme_links()
     for node_id, schema in NODES.items():
         assert links.get(f"web/docs/{node_id}.md") == schema.display_name.partition(" (")[0]
-    workflows = [path.stem for path in (ROOT / "workflows").glob("*.json")]
-    table = "\n".join(line for line in README.splitlines() if line.startswith("| "))
-    assert [stem for stem in workflows if f"[`{stem}`](workflows/{stem}.json)" not in table] == []
+    for stem in (path.stem for path in (ROOT / "workflows").glob("*.json")):
+        row = rf"^\| .*\[`?{stem}`?\]\((?:workflows/)?{stem}\.json\)"
+        guides = ("README.md",) if stem.startswith("Puppets") else ("README.md", "workflows/README.md")
+        assert any(re.search(row, GUIDES[guide], re.MULTILINE) for guide in guides), stem
     for family, licence in (
         ("Theatre", "GPL-3.0-or-later"), ("Stable Diffusion 1.5", "CreativeML Open RAIL-M"),
         ("Stable Diffusion 2.1, SDXL", "CreativeML Open RAIL++-M"), ("Wan 2.1, Wan 2.2", "Apache-2.0"),

@@ -10,11 +10,11 @@ from support.shipped import all_files, shipped_files
 
 TOP_LEVEL = {
     ".comfyignore", "CONTRIBUTING.md", "LICENSE", "README.md", "__init__.py", "kernels", "locales", "nodes",
-    "pyproject.toml", "requirements.txt", "web", "workflows",
+    "pyproject.toml", "requirements.txt", "subgraphs", "web", "workflows",
 }
 # The rooms in `nodes` and the folders of translated help come and go with the nodes; the rest stays.
 FOLDERS = {
-    ".", "kernels", "locales/en", "locales/ja", "locales/zh", "web", "workflows", "workflows/models",
+    ".", "kernels", "locales/en", "locales/ja", "locales/zh", "subgraphs", "web", "workflows", "workflows/models",
     "workflows/models/action_identifiers", "workflows/models/checkpoints", "workflows/models/clip_vision",
     "workflows/models/diffusion_models", "workflows/models/fusion_embeddings", "workflows/models/loras",
     "workflows/models/vae",

@@ -15,7 +15,8 @@ UNETS = ["SD 1.5", "SD 2.1", "SDXL"]
 WANS = ["Wan 2.1 1.3B", "Wan 2.1 14B"]
 PARAMETERS = {
     "SD 1.5": 859_520_964, "SD 2.1": 865_910_724, "SDXL": 2_567_463_684,
-    "Wan 2.1 1.3B": 1_418_996_800, "Wan 2.1 14B": 14_288_491_584,
+    "Wan 2.1 1.3B": 1_418_996_800, "Wan 2.1 14B": 14_288_491_584, "Wan 2.2 I2V 14B": 14_288_901_184,
+    "Qwen-Image-Edit 2511": 20_430_401_088, "Z-Image": 6_154_908_736,
 }
 # Cross-attention layers by (input, middle or output block), counting from 0, with their query widths.
 FOUR_LEVELS = {

@@ -1,9 +1,15 @@
 """The subject in a prompt: its words, and the positions of its tokens as ComfyUI's tokenizers count them."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from comfy.sd1_clip import SD1Tokenizer
 from comfy.sdxl_clip import SDXLTokenizer
+from comfy.text_encoders.flux import FluxTokenizer
+from comfy.text_encoders.qwen_image import QwenImageTokenizer
+from comfy.text_encoders.z_image import ZImageTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.nodes import subject_tokens
@@ -55,6 +61,35 @@ def test_positions_are_those_of_the_subject_s_tokens(make, text, expected):
 def test_joined_encoders_are_refused():
     with pytest.raises(ValueError, match="joins l, t5xxl"):
         subject_tokens.subject_positions({"l": [], "t5xxl": []}, {})
+
+
+@functools.cache
+def clip_of(make):
+    """A CLIP as far as its texts go: one zero per token."""
+    tokenizer = make()
+    return SimpleNamespace(
+        tokenize=tokenizer.tokenize_with_weights, tokenizer=tokenizer,
+        encode_from_tokens_scheduled=lambda tokens: [[torch.zeros(1, len(next(iter(tokens.values()))[0]), 4), {}]],
+    )
+
+
+@pytest.mark.parametrize("make", [ZImageTokenizer, QwenImageTokenizer, FluxTokenizer])
+def test_an_encoder_with_a_template_or_of_two_texts_names_the_subject_without_positions(make):
+    """In Z-Image and Qwen-Image the text is a message of a chat; a word there has other tokens after a space."""
+    clip = clip_of(make)
+    ((_, options),) = subject_tokens.encode(clip, CAT, "a photo of {subject} jumping")
+    assert SUBJECT_TOKENS not in options
+    with pytest.raises(ValueError, match="text does not name the subject"):
+        subject_tokens.encode(clip, CAT, "a photo of a cat")
+    ((_, options),) = subject_tokens.encode(clip_of(SD1Tokenizer), CAT, "a photo of {subject} jumping")
+    assert options[SUBJECT_TOKENS]
+
+
+@pytest.mark.parametrize("make", [ZImageTokenizer, QwenImageTokenizer])
+def test_a_template_is_not_counted_among_the_tokens_of_a_word(make):
+    (line,) = subject_tokens.warnings(clip_of(make), CAT)
+    assert "'sks' is 2 tokens" in line
+    assert subject_tokens.warnings(clip_of(make), Subject("dog", "cat")) == []
 
 
 def test_phrases_across_chunks_and_embeddings():

@@ -1,7 +1,8 @@
 """The real models' shapes, built from ComfyUI's own classes on the meta device: in seconds, without memory.
 
 Configurations as published: Stable Diffusion 1.5 and 2.1 and SDXL (their `unet/config.json`, in the names of
-the original code), Wan 2.1 T2V 1.3B and 14B (their `config.json`).
+the original code), Wan 2.1 T2V 1.3B and 14B, whose sizes Wan 2.2's models share, Wan 2.2 I2V, Qwen-Image and
+Z-Image (their `config.json`).
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _WAN = {
     "freq_dim": 256, "text_dim": 4096, "window_size": (-1, -1), "qk_norm": True,
     "cross_attn_norm": True, "eps": 1e-6,
 }
+_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,30 @@ REAL_CONFIGURATIONS = {
     ),
     "Wan 2.1 14B": RealConfiguration(
         comfy.supported_models.WAN21_T2V,
-        {**_WAN, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}, 14.3,
+        {**_WAN, **_14B}, 14.3,
+    ),
+    "Wan 2.2 I2V 14B": RealConfiguration(
+        # It reads no CLIP Vision, by which ComfyUI tells Wan 2.1's.
+        comfy.supported_models.WAN21_T2V, {**_WAN, **_14B, "in_dim": 36}, 14.3,
+    ),
+    "Qwen-Image-Edit 2511": RealConfiguration(
+        comfy.supported_models.QwenImage,
+        {
+            "image_model": "qwen_image", "in_channels": 64, "num_layers": 60, "num_attention_heads": 24,
+            "attention_head_dim": 128, "joint_attention_dim": 3584, "axes_dims_rope": (16, 56, 56),
+            "default_ref_method": "index_timestep_zero",
+        },
+        20.4,
+    ),
+    "Z-Image": RealConfiguration(
+        comfy.supported_models.ZImage,
+        {
+            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 3840, "cap_feat_dim": 2560,
+            "n_layers": 30, "n_refiner_layers": 2, "qk_norm": True, "n_heads": 30, "n_kv_heads": 30,
+            "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+        },
+        6.15,
     ),
 }
 

@@ -82,8 +82,14 @@ def test_widget_values_suit_their_inputs(all_on, path, object_info):
             options = (
                 kind if isinstance(kind, list) else settings.get("options", []) if kind == "COMBO" else []
             )
-            models = {model["name"] for model in workflow_files.Workflow(path).models()}
+            models = {model["name"] for model in workflow_files.Workflow(path).models()} | saved_names(workflow)
             assert not options or value in options or value in models, (where, name, value)
+
+
+def saved_names(workflow):
+    """The files that the Save nodes of this workflow write first, which a later run may load."""
+    saves = (node for node in workflow["nodes"] if node["type"].startswith("UnderstudySave"))
+    return {f"{node['widgets_values'][0]}_00001_.safetensors" for node in saves}
 
 
 def test_it_describes_itself(path):
