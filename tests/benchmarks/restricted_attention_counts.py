@@ -45,7 +45,7 @@ LARGE = [
     Shape("14B, 480p", (21, 60, 104), (64, 64), 40, 13824, 40, 128, 2),
     Shape("14B, 720p", (21, 90, 160), (64, 64), 40, 13824, 40, 128, 2),
 ]
-SMALL = Shape("small", (1, 60, 104), (32, 32), 4, 1408, 2, 16, 4, text=64, text_width=16)
+SMALL = Shape("small", (1, 30, 52), (16, 16), 4, 1408, 2, 16, 4, text=64, text_width=16)
 
 
 def attention_flops(shape: Shape, rate: float = 1.0) -> float:
@@ -115,21 +115,24 @@ def extra_peak_bytes(shape: Shape) -> float:
     return cache_bytes(shape) + adapter_bytes(shape) + above
 
 
-def print_arithmetic(shape: Shape) -> None:
+def arithmetic(shape: Shape) -> list[str]:
+    """R1 to R5 of this shape in words."""
     n, r = shape.n, shape.r
-    print(f"{shape.title}: {n} + {r} tokens, {shape.heads} x 128, {shape.layers} blocks, by arithmetic")
     plain, with_reference = step_flops(shape), step_flops(shape, reference=True)
     kernel = [step_flops(shape, ATTENTION_RATE, reference) for reference in (True, False)]
     copying = BALANCE * copied_bytes(shape)
-    print(f"  R1  {with_reference / plain:.4f} in FLOPs ({plain:.4g} plain), {kernel[0] / kernel[1]:.4f} with "
-          f"attention at {ATTENTION_RATE} of the rate; copying K and V ({copied_bytes(shape) / 2**20:.0f} MiB) adds "
-          f"{copying / plain:.4f} at {BALANCE} FLOPs a byte")
     joint = attention_flops(shape) + reference_flops(shape)
-    print(f"  R2  1 for the same copies; without any {joint / (joint + copying):.4f} at {BALANCE} FLOPs a byte")
-    print(f"  R3  {n / (n + r):.4f} in FLOPs of a mask, {n * (n + r) / (n * (n + r) + r * r):.4f} of flex")
     branch = with_reference + prefill_flops(shape)
-    print(f"  R4  {(with_reference + prefill_flops(shape) / CALLS) / branch:.4f} in FLOPs ({CALLS} calls; prefill "
-          f"{prefill_flops(shape):.4g})")
     base = cache_bytes(shape) + adapter_bytes(shape)
-    print(f"  R5  {extra_peak_bytes(shape) / base:.3f}: cache {cache_bytes(shape) / 2**20:.0f} MiB, adapter "
-          f"{adapter_bytes(shape) / 1e6:.0f} MB, buffers of a block {buffer_bytes(shape) / 2**20:.0f} MiB")
+    return [
+        f"{shape.title}: {n} + {r} tokens, {shape.heads} x 128, {shape.layers} blocks, by arithmetic",
+        f"  R1  {with_reference / plain:.4f} in FLOPs ({plain:.4g} plain), {kernel[0] / kernel[1]:.4f} with "
+        f"attention at {ATTENTION_RATE} of the rate; copying K and V ({copied_bytes(shape) / 2**20:.0f} MiB) adds "
+        f"{copying / plain:.4f} at {BALANCE} FLOPs a byte",
+        f"  R2  1 for the same copies; without any {joint / (joint + copying):.4f} at {BALANCE} FLOPs a byte",
+        f"  R3  {n / (n + r):.4f} in FLOPs of a mask, {n * (n + r) / (n * (n + r) + r * r):.4f} of flex",
+        f"  R4  {(with_reference + prefill_flops(shape) / CALLS) / branch:.4f} in FLOPs ({CALLS} calls; prefill "
+        f"{prefill_flops(shape):.4g})",
+        f"  R5  {extra_peak_bytes(shape) / base:.3f}: cache {cache_bytes(shape) / 2**20:.0f} MiB, adapter "
+        f"{adapter_bytes(shape) / 1e6:.0f} MB, buffers of a block {buffer_bytes(shape) / 2**20:.0f} MiB",
+    ]

@@ -1,8 +1,11 @@
 """Small API-format prompts on the puppet theatre, and the exact numbers that they saved."""
 
+from pathlib import Path
+
 import safetensors.torch
 import torch
 from launcher.server import Server
+from PIL import Image
 
 CHECKPOINT = "puppets_sd.safetensors"
 TRANSFORMER, AUTOENCODER = "puppets_wan.safetensors", "puppets_wan_vae.safetensors"
@@ -117,6 +120,31 @@ def identified(server: Server, identity: str = "test 3", adapter: str = ADAPTER,
     prompt["apply"] = node("UnderstudyApplyVideoIdentity", **widgets | links)
     prompt[SAMPLER]["inputs"]["model"] = ["apply", 0]
     return prompt
+
+
+def sheet(server: Server, identities: list[str], actions: list[str], scenes: list[str], at_once: int) -> dict:
+    """Casting Sheet → sampling on the theatre → Save Image: output/casting/theatre_….png."""
+    texts = {"identities": identities, "actions": actions, "scenes": scenes}
+    values = {name: "\n".join(lines) for name, lines in texts.items()} | {"at_once": at_once}
+    values = defaults(server, "UnderstudyCastingSheet") | values | {"filename_prefix": "casting/theatre"}
+    prompt = plain(steps=1)
+    prompt["sheet"] = node("UnderstudyCastingSheet", **values, prompt="a {identity} {action} {scene}")
+    prompt["positive"]["inputs"]["text"] = ["sheet", 1]
+    prompt["empty"]["inputs"] |= {"width": 64, "height": 64}
+    prompt[SAMPLER]["inputs"]["noise_seed"] = ["sheet", 4]
+    prompt["pixels"] = node("VAEDecode", samples=[SAMPLER, 0], vae=[LOADER, 2])
+    prompt[RESULT] = node("SaveImage", images=["pixels", 0], filename_prefix=["sheet", 5])
+    return prompt
+
+
+def is_whole(picture: Path) -> bool:
+    """Whether all of this file can be read."""
+    try:
+        with Image.open(picture) as opened:
+            opened.load()
+    except OSError:
+        return False
+    return True
 
 
 def latent(server: Server, entry: dict) -> torch.Tensor:

@@ -5,25 +5,9 @@ import time
 
 import pytest
 from faults import prompts
+from faults.prompts import sheet
 from launcher.server import Server
 from PIL import Image
-
-PREFIX = "casting/theatre"
-
-
-def sheet(server: Server, identities: list[str], actions: list[str], scenes: list[str], at_once: int) -> dict:
-    """Casting Sheet → sampling on the theatre → Save Image."""
-    texts = {"identities": identities, "actions": actions, "scenes": scenes}
-    values = {name: "\n".join(lines) for name, lines in texts.items()} | {"at_once": at_once}
-    values = prompts.defaults(server, "UnderstudyCastingSheet") | values | {"filename_prefix": PREFIX}
-    prompt = prompts.plain(steps=1)
-    prompt["sheet"] = prompts.node("UnderstudyCastingSheet", **values, prompt="a {identity} {action} {scene}")
-    prompt["positive"]["inputs"]["text"] = ["sheet", 1]
-    prompt["empty"]["inputs"] |= {"width": 64, "height": 64}
-    prompt[prompts.SAMPLER]["inputs"]["noise_seed"] = ["sheet", 4]
-    prompt["pixels"] = prompts.node("VAEDecode", samples=[prompts.SAMPLER, 0], vae=[prompts.LOADER, 2])
-    prompt[prompts.RESULT] = prompts.node("SaveImage", images=["pixels", 0], filename_prefix=["sheet", 5])
-    return prompt
 
 
 def saved(server: Server) -> list:
@@ -104,15 +88,6 @@ def test_an_identity_check_keeps_what_passes_and_the_rest_is_tried_twice(fault_s
         assert "nothing is sent on" in runs[2][1] and "change at_once or an entry" in runs[2][1]
 
 
-def is_whole(path) -> bool:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except OSError:
-        return False
-    return True
-
-
 IDENTITIES = [f"{colour} {who}" for who in ("robot", "cat", "bear", "fox") for colour in ("red", "blue", "green")]
 ACTIONS = [f"{action} {manner}" for action in ("waving", "sitting", "jumping", "walking", "bowing")
            for manner in ("left", "right", "fast", "slowly")]
@@ -143,5 +118,5 @@ def test_a_sheet_is_finished_though_the_server_is_killed(comfy_path, tmp_path, c
                     killed = True
                 elif not run(server, prompt)[0]:
                     break
-    whole = {path.name.rsplit("_", 2)[0] for path in saved(server) if is_whole(path)}
+    whole = {path.name.rsplit("_", 2)[0] for path in saved(server) if prompts.is_whole(path)}
     assert len(whole) == total and runs > max(deaths), "a killed writer's file was made again"

@@ -1,0 +1,99 @@
+"""tests/benchmarks/run.py: a cheap part from end to end, what is there is not measured again, and its own faults."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from benchmarks import kit, run
+from launcher.scripts import ROOT
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+
+
+def test_a_part_is_measured_once(tmp_path):
+    results = tmp_path / "results.json"
+    arguments = ("--results", str(results), "--patience", "20", "--parts", "kernels", "video, compiled")
+    first = started(*arguments)
+    assert first.returncode == 0, first.stdout + first.stderr
+    written = json.loads(results.read_text(encoding="utf-8"))
+    assert {name: part["state"] for name, part in written["parts"].items()} == {
+        "kernels": "done", "video, compiled": "waits"
+    }
+    checks = [found for found in written["parts"]["kernels"]["found"] if "check" in found]
+    assert len(checks) > 12 and all(found["difference"] <= found["limit"] for found in checks)
+    assert {"device", "torch", "commit", "rounds"} <= set(written["machine"])
+    assert "video, compiled: waits for a GPU" in first.stdout
+    second = started(*arguments)
+    assert second.returncode == 0 and "kernels:" not in second.stdout
+    assert json.loads(results.read_text(encoding="utf-8")) == written
+
+
+SAYS = """
+import json, sys, time
+def say(**what): print("\\x1e" + json.dumps(what), flush=True)
+say(machine={"device": "cpu"})
+for name in sys.argv[1:]:
+    say(begin=name)
+    say(name="R", values=[1.5, 1.0], shape="s", unit="", goal="≤ 1.2", counted=None, least=False, decides=True)
+    if name == "video": print("the last words"); sys.exit(3)
+    if name == "guidance": time.sleep(600)
+    say(end="done")
+"""
+
+
+def test_parts_that_die_or_take_too_long_leave_what_they_found(tmp_path, capsys):
+    chosen, path, results = ["kernels", "video", "guidance", "capture"], tmp_path / "results.json", {}
+
+    def measuring(parts: list[str]) -> run.Measuring:
+        return run.Measuring([sys.executable, "-c", SAYS], dict(os.environ), 20 / run.SECONDS_ON_CPU, parts)
+
+    run.supervise(chosen, path, results, measuring)
+    parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    assert {name: part["state"] for name, part in parts.items()} == {
+        "kernels": "done", "video": "failed", "guidance": "failed", "capture": "done"
+    }
+    assert parts["video"]["error"] == "ended\nthe last words" and "took longer" in parts["guidance"]["error"]
+    assert all(len(part["found"]) == 1 for part in parts.values())
+    lines = run.table(results).splitlines()
+    assert sum("1.2500" in line and line.endswith("missed") for line in lines) == 4
+    assert any(line.startswith("video: ended") for line in lines)
+
+
+def test_results_of_another_machine_are_not_mixed(tmp_path):
+    path, results = tmp_path / "results.json", {"machine": {"device": "cuda"}}
+    with pytest.raises(SystemExit, match="device was cuda and is cpu"):
+        run.supervise(["kernels"], path, results, lambda parts: run.Measuring(
+            [sys.executable, "-c", SAYS], dict(os.environ), 1, parts
+        ))
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, "missed"), ({"goal": "≥ 1.2"}, "met"), ({"decides": False}, "waits for a GPU"),
+    ({"least": True, "counted": 1.3}, "measured wrongly, since it is less than the FLOPs allow"),
+])
+def test_what_a_figure_says(changes, expected):
+    figure = {"values": [1.25], "goal": "≤ 1.2", "decides": True, "least": False, "counted": None}
+    assert run.verdict(figure | changes) == expected
+
+
+def test_the_kit_can_be_carried(tmp_path, monkeypatch):
+    monkeypatch.setattr(kit, "ARCHIVE", tmp_path / "kit.zip")
+    made = kit.make(ROOT)
+    names = zipfile.ZipFile(made).namelist()
+    assert made.stat().st_size <= kit.LARGEST
+    assert {"commit", "comfyui/main.py", "comfyui/comfy/sd.py", "site/comfy_kitchen/__init__.py"} <= set(names)
+    with kit.unpack(ROOT) as folder:
+        assert (tmp_path / folder / "comfyui" / "execution.py").is_file()
+
+
+def test_a_stand_in_is_good_for_a_place_and_not_for_a_call():
+    module = kit._Module("PIL")
+    assert isinstance(module.Image.Image, type)
+    with pytest.raises(RuntimeError, match="not installed here"):
+        module.Image.open("x")
