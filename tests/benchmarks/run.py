@@ -270,10 +270,10 @@ def shown(found: dict) -> str:
 def verdict(figure: dict) -> str:
     """What a figure says about its goal."""
     median = statistics.median(figure["values"])
-    if figure["least"] and median < figure["counted"]:
-        return "measured wrongly, since it is less than the FLOPs allow"
     if not figure["decides"]:
         return "waits for a GPU"
+    if figure["least"] and median < figure["counted"]:
+        return "measured wrongly, since it is less than the FLOPs allow"
     sign, limit = figure["goal"].split()
     return "met" if (median <= float(limit) if sign == "≤" else median >= float(limit)) else "missed"
 
