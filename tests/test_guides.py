@@ -22,8 +22,9 @@ from support.shipped import all_files, shipped_files
 NODES = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in METHOD_NODES + THEATRE_NODES}
 GUIDES = {
     name: (ROOT / name).read_text(encoding="utf-8") for name in (
-        "README.md", "CONTRIBUTING.md", "workflows/README.md", "workflows/TRAINING.md", "workflows/models/SOURCES.md",
-        "tests/README.md", "tests/experiments/README.md", "tests/experiments/PROTOCOL.md",
+        "README.md", "CONTRIBUTING.md", "workflows/README.md", "workflows/SERVERS.md", "workflows/TRAINING.md",
+        "workflows/models/SOURCES.md", "tests/README.md", "tests/experiments/README.md",
+        "tests/experiments/PROTOCOL.md",
     )
 }
 README = GUIDES["README.md"]
