@@ -29,7 +29,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0:1] = [str(ROOT / "tests"), str(ROOT / "workflows")]
+if __name__ == "__main__":  # a test that imports this has the two folders on its path
+    # Without this folder, whose names, such as `kernels`, are others', too.
+    sys.path[0:1] = [str(ROOT / "tests"), str(ROOT / "workflows")]
 
 from benchmarks import kit  # noqa: E402
 from launcher import environment, source  # noqa: E402
