@@ -65,3 +65,15 @@ def test_a_file_that_is_gone_is_named_with_its_places(output):
         extension.ACTION_IDENTIFIERS.find("anna.safetensors")
     with pytest.raises(names.WeightFileError):
         extension.ACTION_IDENTIFIERS.find("../../../../etc/passwd")
+
+
+def test_a_load_node_runs_again_where_the_content_changed_and_nothing_else_tells_it(output):
+    extension.register_folders()
+    path = weights.save(WEIGHTS, {}, extension.ACTION_IDENTIFIERS.name, "anna")
+    before, times = extension.ACTION_IDENTIFIERS.fingerprint(path.name), path.stat()
+    os.utime(path, (1, 1))
+    assert extension.ACTION_IDENTIFIERS.fingerprint(path.name) == before
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert extension.ACTION_IDENTIFIERS.fingerprint(path.name) != before
