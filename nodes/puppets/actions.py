@@ -1,48 +1,14 @@
-"""The actions as joint angles over a cycle, and the 18 joints that follow from them by forward kinematics.
+"""The actions as joint angles over a cycle, of the full figure and of close-ups.
 
-Puppet space: the ground is y = 0, y points down, a standing puppet is about 1 high, x = 0 is its middle.
 Angles are degrees in the picture: 0 points down, 90 to the viewer's right, 180 up, -90 to the viewer's left.
 An action is written as seen unmirrored; side "r" is the puppet's right, at the viewer's left.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from .config import MIRROR
-
 TAU = 2 * math.pi
-
-
-@dataclass(frozen=True)
-class Body:
-    """Lengths of a species in puppet space."""
-
-    torso: float = 0.30
-    shoulder: float = 0.138  # half the distance between the shoulders
-    hip: float = 0.068
-    upper_arm: float = 0.165
-    forearm: float = 0.155
-    thigh: float = 0.130
-    shin: float = 0.120
-    head: float = 0.195  # half the head's height
-    head_width: float = 1.05  # half the head's width over `head`
-    hat_tip: float = 1.72  # of the tallest hat above the head's middle, over `head`
-
-
-BODIES: dict[str, Body] = {
-    "person": Body(),
-    "cat": Body(head_width=1.12),
-    "robot": Body(shoulder=0.146, head=0.185, head_width=1.06),
-    "bear": Body(shoulder=0.146, hip=0.075, head_width=1.10),
-    "rabbit": Body(head=0.185, head_width=1.04, hat_tip=1.9),
-    "frog": Body(shoulder=0.140, head=0.175, head_width=1.28, hat_tip=2.15, thigh=0.138, shin=0.128),
-    "fox": Body(head_width=1.16),
-    "penguin": Body(shoulder=0.144, hip=0.078, thigh=0.115, shin=0.110, torso=0.325),
-}
 
 
 @dataclass
@@ -52,6 +18,7 @@ class Stance:
     lean: float = 0.0  # of the torso, 0 upright, positive to the viewer's right
     tilt: float = 0.0  # of the head relative to the torso
     turn: float = 0.0  # of the face: -1 to the viewer's left, 1 to the right
+    nod: float = 0.0  # of the face downwards, in half heads
     r_arm: tuple[float, float] = (-18, -12)  # upper arm, forearm
     l_arm: tuple[float, float] = (18, 12)
     r_leg: tuple[float, float] = (-5, -3)  # thigh, shin
@@ -61,6 +28,8 @@ class Stance:
     arms: float = 1.0  # length of the arms over the species' own
     legs: float = 1.0
     neck: float = 1.0  # distance of the head from the neck
+    r_reach: tuple[float, float] | None = None  # where the right wrist is, in half heads; then r_arm is not used
+    hat: tuple[float, float, float] = (0.0, 0.0, 0.0)  # lifted to the right, downwards, turned, likewise
 
 
 def _standing(t: float) -> Stance:
@@ -70,20 +39,20 @@ def _standing(t: float) -> Stance:
 
 def _waving(t: float) -> Stance:
     s = math.sin(TAU * 2 * t)
-    return Stance(lean=-3, tilt=6, l_arm=(116, 160 + 24 * s), r_arm=(-24, -14), arms=1.08)
+    return Stance(lean=-3, tilt=6, l_arm=(108, 150 + 26 * s), r_arm=(-24, -14), arms=1.25)
 
 
 def _cheering(t: float) -> Stance:
     s = math.sin(TAU * 2 * t)
-    return Stance(tilt=3 * s, lean=0, r_arm=(-142 + 8 * s, -166 + 10 * s), l_arm=(142 + 8 * s, 166 + 10 * s),
-                  r_leg=(-12, -9), l_leg=(12, 9), arms=1.12)
+    return Stance(tilt=3 * s, lean=0, r_arm=(-124 + 8 * s, -160 + 10 * s), l_arm=(124 + 8 * s, 160 + 10 * s),
+                  r_leg=(-12, -9), l_leg=(12, 9), arms=1.4)
 
 
 def _jumping(t: float) -> Stance:
     s = math.sin(TAU * t)
     fold = 52 + 12 * s
-    return Stance(lift=0.155 + 0.055 * s, r_arm=(-112 - 8 * s, -138), l_arm=(112 + 8 * s, 138),
-                  r_leg=(-fold, 34), l_leg=(fold, -34))
+    return Stance(lift=0.155 + 0.055 * s, r_arm=(-104 - 8 * s, -134), l_arm=(104 + 8 * s, 134),
+                  r_leg=(-fold, 34), l_leg=(fold, -34), arms=1.15)
 
 
 def _sitting(t: float) -> Stance:
@@ -115,8 +84,8 @@ def _dancing(t: float) -> Stance:
 
 def _handstand(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(lean=180 + 3 * s, tilt=4 * s, r_arm=(40, 6), l_arm=(-40, -6), arms=1.34, neck=0.86,
-                  r_leg=(153 + 7 * s, 165 + 7 * s), l_leg=(207 + 7 * s, 195 + 7 * s))
+    return Stance(lean=180 + 3 * s, tilt=4 * s, r_arm=(40, 4), l_arm=(-40, -4), arms=1.95, neck=0.70,
+                  r_leg=(153 + 7 * s, 165 + 7 * s), l_leg=(207 + 7 * s, 195 + 7 * s), legs=1.1)
 
 
 def _pointing(t: float) -> Stance:
@@ -127,21 +96,21 @@ def _pointing(t: float) -> Stance:
 
 def _bowing(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(lean=58 + 9 * s, tilt=16, turn=0.7, narrow=0.7, r_arm=(16, -70), l_arm=(-132, -142),
-                  r_leg=(-7, -5), l_leg=(5, 3), legs=1.05)
+    return Stance(lean=52 + 9 * s, tilt=-6, turn=0.7, narrow=0.7, r_arm=(-30, -60), l_arm=(-122, -136),
+                  r_leg=(-7, -5), l_leg=(5, 3), legs=1.2)
 
 
 def _crawling(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(lean=80, tilt=-58, turn=0.7, narrow=0.6, r_arm=(4 + 16 * s, 2 + 10 * s),
+    return Stance(lean=82, tilt=-52, neck=1.08, turn=0.7, narrow=0.6, r_arm=(4 + 16 * s, 2 + 10 * s),
                   l_arm=(10 - 16 * s, 6 - 10 * s), r_leg=(-2 - 14 * s, -84), l_leg=(8 + 14 * s, -84),
                   arms=0.74, legs=1.2)
 
 
 def _saluting(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(tilt=-3, r_arm=(-124 + 3 * s, -216 + 4 * s), l_arm=(9, 4), r_leg=(-3, -2), l_leg=(3, 2),
-                  arms=1.14)
+    return Stance(tilt=-3, r_reach=(-0.70 - 0.06 * s, -0.40 + 0.06 * s), l_arm=(9, 4), r_leg=(-3, -2),
+                  l_leg=(3, 2), arms=1.6)
 
 
 def _lunging(t: float) -> Stance:
@@ -158,8 +127,8 @@ def _starfish(t: float) -> Stance:
 
 def _hugging(t: float) -> Stance:
     s = math.sin(TAU * t)
-    return Stance(tilt=10 + 3 * s, lean=3 * s, r_arm=(-24, 98 + 5 * s), l_arm=(24, -98 + 5 * s),
-                  r_leg=(-3, 5), l_leg=(3, -5))
+    return Stance(tilt=10 + 3 * s, lean=3 * s, r_arm=(-10, 112 + 6 * s), l_arm=(10, -112 + 6 * s),
+                  r_leg=(-3, 5), l_leg=(3, -5), arms=1.3)
 
 
 def _flexing(t: float) -> Stance:
@@ -194,82 +163,76 @@ STANCES: dict[str, Callable[[float], Stance]] = {
     "lunging": _lunging, "starfish": _starfish, "hugging": _hugging, "flexing": _flexing,
     "balancing": _balancing, "akimbo": _akimbo, "splits": _splits,
 }
-# Actions whose arms pass behind the head rather than before it.
-ARMS_BEHIND = frozenset(("cheering", "jumping", "handstand", "balancing"))
-
-_JITTER = 3.0  # degrees, standard deviation of every angle between takes
-FOOT, HAND, KNEE, SEAT = 0.045, 0.045, 0.045, 0.075  # what lies below each joint where it touches the ground
 
 
-def _ray(origin: tuple[float, float], angle: float, length: float) -> tuple[float, float]:
-    a = math.radians(angle)
-    return origin[0] + length * math.sin(a), origin[1] + length * math.cos(a)
+def _close_waving(t: float) -> Stance:
+    s = math.sin(TAU * 2 * t)
+    return Stance(lean=-3 + 2 * s, tilt=6 + 3 * s, l_arm=(108 + 5 * s, 148 + 30 * s), r_arm=(-20, -12), arms=1.3)
 
 
-@functools.lru_cache(maxsize=4096)
-def _jitter(seed: int) -> tuple[float, ...]:
-    return tuple(np.clip(np.random.default_rng([0x907E, seed]).normal(0, _JITTER, 10), -7, 7).tolist())
+def _close_cheering(t: float) -> Stance:
+    s = math.sin(TAU * 2 * t)
+    return Stance(tilt=4 * math.sin(TAU * t), r_arm=(-112 - 14 * s, -158 - 10 * s),
+                  l_arm=(112 + 14 * s, 158 + 10 * s), arms=1.4, nod=-0.06 - 0.06 * s)
 
 
-def pose(action: str, phase: float, species: str, seed: int = 0, mirrored: bool = False) -> np.ndarray:
-    """The 18 joints of a puppet in puppet space.
-
-    `phase` has period 1; `seed` turns each joint by a few degrees, the same at every phase; seed -1 does not.
-    Returns float64 [18, 2]. Raises KeyError for an unknown action or species.
-    """
-    stance, body = STANCES[action](phase % 1.0), BODIES[species]
-    j = _jitter(seed) if seed >= 0 else (0.0,) * 10
-    lean = stance.lean + 0.7 * j[0]
-    head_angle = lean + stance.tilt + 1.3 * j[1]
-
-    hip = (0.0, 0.0)
-    neck = _ray(hip, 180 - lean, body.torso)
-    right = (math.cos(math.radians(lean)), math.sin(math.radians(lean)))  # across the torso, to its left hand
-    joints: list[tuple[float, float]] = [(0.0, 0.0)] * 18
-    joints[1] = neck
-    for first, side, upper, fore in ((2, -1, j[2] + stance.r_arm[0], j[3] + stance.r_arm[1]),
-                                     (5, 1, j[4] + stance.l_arm[0], j[5] + stance.l_arm[1])):
-        half = side * body.shoulder * stance.narrow
-        down = 0.035
-        shoulder = (neck[0] + half * right[0] - down * right[1], neck[1] + half * right[1] + down * right[0])
-        elbow = _ray(shoulder, upper, body.upper_arm * stance.arms)
-        joints[first:first + 3] = shoulder, elbow, _ray(elbow, fore, body.forearm * stance.arms)
-    for first, side, thigh, shin in ((8, -1, j[6] + stance.r_leg[0], j[7] + stance.r_leg[1]),
-                                     (11, 1, j[8] + stance.l_leg[0], j[9] + stance.l_leg[1])):
-        half = side * body.hip * stance.narrow
-        socket = (hip[0] + half * right[0], hip[1] + half * right[1])
-        knee = _ray(socket, thigh, body.thigh * stance.legs)
-        joints[first:first + 3] = socket, knee, _ray(knee, shin, body.shin * stance.legs)
-
-    a = math.radians(head_angle)
-    across, down = (math.cos(a), math.sin(a)), (-math.sin(a), math.cos(a))
-    centre = _ray(neck, 180 - head_angle, body.head * stance.neck)
-    shift = 0.30 * stance.turn
-
-    def on_head(x: float, y: float) -> tuple[float, float]:
-        return (centre[0] + body.head * (x * across[0] + y * down[0]),
-                centre[1] + body.head * (x * across[1] + y * down[1]))
-
-    joints[0] = on_head(1.25 * shift, 0.22)
-    joints[14], joints[15] = on_head(shift - 0.36, -0.06), on_head(shift + 0.36, -0.06)
-    joints[16], joints[17] = on_head(-body.head_width, 0.0), on_head(body.head_width, 0.0)
-
-    points = np.array(joints)
-    touching = [points[10, 1] + FOOT, points[13, 1] + FOOT, points[4, 1] + HAND, points[7, 1] + HAND,
-                points[9, 1] + KNEE, points[12, 1] + KNEE, hip[1] + SEAT]
-    points[:, 1] -= max(touching) + stance.lift
-    if mirrored:
-        points = points[list(MIRROR)] * (-1, 1)
-    return points
+def _close_pointing(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(lean=4 + 3 * s, tilt=4 * s, turn=0.8 + 0.15 * s, narrow=0.92, l_arm=(104 + 16 * s, 98 + 16 * s),
+                  r_arm=(-20, -10), arms=1.1)
 
 
-@functools.lru_cache(maxsize=1024)
-def extent(action: str, species: str, mirrored: bool) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of joints and tallest hat over a cycle without jitter, in puppet space."""
-    cycle = np.stack([pose(action, i / 12, species, -1, mirrored) for i in range(12)])
-    centre, across = cycle[:, 16:18].mean(1), cycle[:, 15] - cycle[:, 14]
-    across /= np.linalg.norm(across, axis=-1, keepdims=True)
-    up = np.stack([across[:, 1], -across[:, 0]], -1) * BODIES[species].head
-    tips = centre + BODIES[species].hat_tip * up
-    cycle = np.concatenate([cycle, tips[:, None]], 1)
-    return (*cycle.min((0, 1)).tolist(), *cycle.max((0, 1)).tolist())
+def _nodding(t: float) -> Stance:
+    s = math.sin(TAU * 2 * t)
+    return Stance(nod=0.14 + 0.24 * s, neck=0.97 - 0.05 * s, r_arm=(-14, -8), l_arm=(14, 8))
+
+
+def _shaking_head(t: float) -> Stance:
+    s = math.sin(TAU * 2 * t)
+    return Stance(turn=1.25 * s, tilt=-2 * s, r_arm=(-14, -8), l_arm=(14, 8))
+
+
+def _raising_hat(t: float) -> Stance:
+    s = 0.5 - 0.5 * math.cos(TAU * t)
+    x, y, angle = -0.22 * s, -0.46 * s, 10 * s
+    turned = math.radians(angle)
+    brim = (-1.05 * math.cos(turned) + 0.48 * math.sin(turned), -1.05 * math.sin(turned) - 0.48 * math.cos(turned))
+    return Stance(lean=-2 * s, tilt=4 * s, nod=0.14 * s, hat=(x, y, angle), r_reach=(brim[0] + x, brim[1] + y),
+                  l_arm=(14, 8), arms=2.0)
+
+
+def _turning(t: float) -> Stance:
+    s = 0.5 - 0.5 * math.cos(TAU * t)
+    return Stance(turn=1.6 * s, narrow=1 - 0.35 * s, lean=5 * s, tilt=-3 * s, r_arm=(-14 + 4 * s, -8),
+                  l_arm=(14 + 4 * s, 8))
+
+
+def _close_saluting(t: float) -> Stance:
+    s = 0.5 - 0.5 * math.cos(TAU * t)
+    return Stance(lean=2 - 4 * s, tilt=-6 + 8 * s, r_reach=(-0.62 - 0.62 * s, -0.34 - 0.30 * s), l_arm=(9, 4),
+                  arms=1.8)
+
+
+def _close_hugging(t: float) -> Stance:
+    s = math.sin(TAU * t)
+    return Stance(tilt=12 * s, lean=5 * s, nod=0.08, r_arm=(-26, 118 + 10 * s), l_arm=(26, -118 + 10 * s),
+                  arms=1.25)
+
+
+def _close_flexing(t: float) -> Stance:
+    s = math.sin(TAU * 2 * t)
+    return Stance(tilt=5 * math.sin(TAU * t), r_arm=(-80 - 12 * s, 176 + 20 * s), l_arm=(80 + 12 * s, 184 - 20 * s),
+                  arms=1.2)
+
+
+# How an action is acted where head and shoulders fill the frame.
+CLOSE_UPS: dict[str, Callable[[float], Stance]] = {
+    "waving": _close_waving, "cheering": _close_cheering, "pointing": _close_pointing, "nodding": _nodding,
+    "shaking head": _shaking_head, "raising hat": _raising_hat, "turning": _turning,
+    "saluting": _close_saluting, "hugging": _close_hugging, "flexing": _close_flexing,
+}
+
+
+def stance(action: str, phase: float, framing: str = "full") -> Stance:
+    """The angles of a moment. Raises KeyError for an action that the framing does not have."""
+    return (CLOSE_UPS if framing == "close_up" else STANCES)[action](phase % 1.0)

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .config import COLOURS, HEADWEAR, NAMED_ACTIONS, PATTERNS, RGB, SIDED_ACTIONS, SPECIES, Identity, Take
+from .config import ACTION_TABLE, COLOURS, HEADWEAR, PATTERNS, RGB, SIDED_ACTIONS, SPECIES, Identity, Take
 
-ACTION_PHRASES = {action: action for action in NAMED_ACTIONS} | {"handstand": "doing a handstand"}
+ACTION_PHRASES = {action: action for action, facts in ACTION_TABLE.items() if facts.named} | {
+    "handstand": "doing a handstand", "shaking head": "shaking the head", "raising hat": "raising the hat",
+}
+FRAMING_PHRASES = {"full": "", "close_up": "close-up of"}
 SCENE_PHRASES = {
     "beach": "on a beach", "forest": "in a forest", "city": "in a city",
     "snow": "in the snow", "stage": "on a stage", "night": "at night",
@@ -16,7 +19,7 @@ _GLUE = ("a", "an", "and", "with", "no", "hat", "top", "trousers", "puppet", "le
 
 def _vocabulary() -> tuple[str, ...]:
     names = [*SPECIES, *COLOURS, *PATTERNS, *(h for h in HEADWEAR if h != "none"),
-             *ACTION_PHRASES.values(), *SCENE_PHRASES.values(), *_GLUE]
+             *ACTION_PHRASES.values(), *SCENE_PHRASES.values(), *FRAMING_PHRASES.values(), *_GLUE]
     return tuple(dict.fromkeys(word for name in names for word in name.split()))
 
 
@@ -67,8 +70,14 @@ def subject_phrase(identity: Identity) -> str:
     return _subject(identity, True, True, True)
 
 
+def _worn(take: Take, shirt: bool = True, trousers: bool = True, hat: bool = True, species: bool = True) -> str:
+    """The subject as the take shows it: a close-up has no trousers."""
+    return _subject(take.identity, shirt, trousers and take.framing == "full", hat, species)
+
+
 def _action(take: Take, sided: bool) -> str:
-    if take.action not in ACTION_PHRASES:
+    """Nobody can raise a hat that is not there: then nothing is said."""
+    if take.action not in ACTION_PHRASES or (take.action == "raising hat" and take.identity.headwear == "none"):
         return ""
     phrase = ACTION_PHRASES[take.action]
     if sided and take.action in SIDED_ACTIONS:
@@ -76,9 +85,13 @@ def _action(take: Take, sided: bool) -> str:
     return phrase
 
 
-def caption(take: Take) -> str:
-    """All that has words: subject, action with its side, scene."""
-    return " ".join(filter(None, (subject_phrase(take.identity), _action(take, True),
+def caption(take: Take, clothes: bool = True) -> str:
+    """All that has words: framing, subject, action with its side, scene. Without clothes, the species alone.
+
+    For example "close-up of a red striped robot with a yellow cap waving on a beach".
+    """
+    subject = _worn(take, clothes, clothes, clothes)
+    return " ".join(filter(None, (FRAMING_PHRASES[take.framing], subject, _action(take, True),
                                   SCENE_PHRASES[take.scene])))
 
 
@@ -89,18 +102,21 @@ def group_caption(takes: Sequence[Take], shirts: bool = False, action: bool = Tr
     """
     subjects = " and ".join(_subject(take.identity, shirts, False, False) for take in takes)
     said = _action(takes[0], True) if action else ""
-    return " ".join(filter(None, (subjects, said, SCENE_PHRASES[takes[0].scene] if scene else "")))
+    return " ".join(filter(None, (FRAMING_PHRASES[takes[0].framing], subjects, said,
+                                  SCENE_PHRASES[takes[0].scene] if scene else "")))
 
 
-def training_caption(take: Take, rng: np.random.Generator, drop: float = 0.12) -> str:
+def training_caption(take: Take, rng: np.random.Generator, drop: float = 0.12, bare: float = 0.0) -> str:
     """`caption` with each clause left out with probability `drop`, and sometimes the scene first.
 
-    The species is left out a third as often; the subject is then called a puppet.
+    The species is left out a third as often; the subject is then called a puppet. With probability `bare`, all
+    clothes are left out together.
     """
-    shirt, trousers, hat, action, sided, scene = (rng.random(6) >= drop).tolist()
-    species, first = rng.random() >= drop / 3, rng.random() < 0.12
-    subject = _subject(take.identity, shirt, trousers, hat, species)
+    shirt, trousers, hat, action, sided, scene, framed = (rng.random(7) >= drop).tolist()
+    species, first, dressed = rng.random() >= drop / 3, rng.random() < 0.12, rng.random() >= bare
+    subject = _worn(take, shirt and dressed, trousers and dressed, hat and dressed, species)
     said = _action(take, bool(sided)) if action else ""
     where = SCENE_PHRASES[take.scene] if scene else ""
+    subject = f"{FRAMING_PHRASES[take.framing]} {subject}".strip() if framed else subject
     parts = (where, subject, said) if first else (subject, said, where)
     return " ".join(filter(None, parts))

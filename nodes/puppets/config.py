@@ -1,5 +1,6 @@
 """Names, colours and frozen dataclasses of the puppet world. Every tuple's order is part of the format."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +10,76 @@ RGB = tuple[float, float, float]  # components in 0..1
 SPECIES = ("person", "cat", "robot", "bear", "rabbit", "frog", "fox", "penguin")
 PATTERNS = ("plain", "striped", "dotted", "checked")
 HEADWEAR = ("none", "cap", "beanie", "top hat", "crown")
-NAMED_ACTIONS = (
-    "standing", "waving", "cheering", "jumping", "sitting", "kicking",
-    "running", "dancing", "handstand", "pointing", "bowing", "crawling",
-)
-# Drawn in training pictures, never written in a caption: what a method has to learn from a reference.
-UNNAMED_ACTIONS = (
-    "saluting", "lunging", "starfish", "hugging", "flexing", "balancing", "akimbo", "splits",
-)
-ACTIONS = NAMED_ACTIONS + UNNAMED_ACTIONS
-# Actions that go to one side of the picture, so that "left" and "right" are visible.
-SIDED_ACTIONS = frozenset(("sitting", "kicking", "running", "pointing", "bowing", "crawling"))
+# What a picture shows of the puppet: all of it, or head and shoulders, which fill the frame.
+FRAMINGS = ("full", "close_up")
+
+
+@dataclass(frozen=True)
+class Action:
+    """What there is to know of an action but its movement."""
+
+    named: bool = True  # False: drawn in training pictures, never written in a caption
+    framings: tuple[str, ...] = ("full",)
+    sided: bool = False  # goes to one side of the picture, so that "left" and "right" are visible
+    arms_behind: bool = False  # its arms pass behind the head rather than before it
+
+
+# Every action, once. The order within each kind is part of the format. An unnamed one is what a method has to
+# learn from a reference.
+ACTION_TABLE: dict[str, Action] = {
+    "standing": Action(),
+    "waving": Action(framings=FRAMINGS),
+    "cheering": Action(framings=FRAMINGS, arms_behind=True),
+    "jumping": Action(arms_behind=True),
+    "sitting": Action(sided=True),
+    "kicking": Action(sided=True),
+    "running": Action(sided=True),
+    "dancing": Action(),
+    "handstand": Action(arms_behind=True),
+    "pointing": Action(framings=FRAMINGS, sided=True),
+    "bowing": Action(sided=True),
+    "crawling": Action(sided=True),
+    "nodding": Action(framings=("close_up",)),
+    "shaking head": Action(framings=("close_up",)),
+    "raising hat": Action(framings=("close_up",)),  # without a hat, the gesture alone
+    "turning": Action(framings=("close_up",), sided=True),
+    "saluting": Action(named=False, framings=FRAMINGS),
+    "lunging": Action(named=False),
+    "starfish": Action(named=False),
+    "hugging": Action(named=False, framings=FRAMINGS),
+    "flexing": Action(named=False, framings=FRAMINGS),
+    "balancing": Action(named=False, arms_behind=True),
+    "akimbo": Action(named=False),
+    "splits": Action(named=False),
+}
+ALL_ACTIONS = tuple(ACTION_TABLE)
+
+
+@functools.cache
+def actions_of(framing: str = "full", named: bool | None = None) -> tuple[str, ...]:
+    """The actions that a framing has, those with a word first; `named` keeps one kind.
+
+    Raises ValueError for an unknown framing.
+    """
+    if framing not in FRAMINGS:
+        raise ValueError(f"unknown framing {framing!r}: choose one of {', '.join(FRAMINGS)}")
+    kinds = (True, False) if named is None else (named,)
+    return tuple(action for kind in kinds for action, facts in ACTION_TABLE.items()
+                 if facts.named == kind and framing in facts.framings)
+
+
+def check_framing(action: str, framing: str) -> None:
+    """Raises ValueError for an action that the framing does not have, or for an unknown one of either."""
+    allowed = actions_of(framing)
+    if action not in ACTION_TABLE:
+        raise ValueError(f"unknown action {action!r}: choose one of {', '.join(ALL_ACTIONS)}")
+    if action not in allowed:
+        raise ValueError(f"{action!r} has no framing {framing!r}: choose one of {', '.join(allowed)}")
+
+
+# Those of the full figure.
+ACTIONS, NAMED_ACTIONS, UNNAMED_ACTIONS = actions_of(), actions_of(named=True), actions_of(named=False)
+SIDED_ACTIONS = frozenset(action for action, facts in ACTION_TABLE.items() if facts.sided)
 # Drawn, never written: "ear" folds an ear, bends an antenna, adds a ponytail or a tuft, by species.
 DETAILS = ("none", "heart", "star", "bolt", "two_tone", "odd_trousers", "ear", "eye_patch", "scarf")
 SCENES = ("beach", "forest", "city", "snow", "stage", "night")
@@ -31,6 +91,17 @@ PART_NAMES = (
     "background", "head", "face", "ears", "headwear", "torso", "right_arm", "left_arm",
     "right_hand", "left_hand", "right_leg", "left_leg", "feet", "extras",
 )
+
+# The colour that a light multiplies onto the whole picture, over that of the scene. Captions never name it.
+LIGHTS: dict[str, RGB] = {
+    "day": (1.0, 1.0, 1.0), "dusk": (1.0, 0.87, 0.76), "moon": (0.78, 0.86, 1.0), "dim": (0.80, 0.79, 0.78),
+}
+# (shift to the right, as a fraction of the frame; scale) of a view, by framing. Captions never name it.
+VIEWS: dict[str, dict[str, tuple[float, float]]] = {
+    "full": {"centre": (0.0, 1.0), "left": (-0.15, 1.0), "right": (0.15, 1.0), "far": (0.0, 0.80)},
+    "close_up": {"centre": (0.0, 1.0), "left": (-0.08, 1.0), "right": (0.08, 1.0), "far": (0.0, 0.86)},
+}
+VIEW_NAMES = tuple(VIEWS["full"])
 
 # COCO-18 in OpenPose order; left and right are the puppet's own.
 JOINTS = (
@@ -130,11 +201,16 @@ class Take:
     phase: float = 0.0  # 0..1, the moment in the action's cycle
     mirrored: bool = False  # flips the action, not the identity
     scene: str = "stage"
-    light: float = 1.0  # brightness, about 0.85..1.1
-    dx: float = 0.0  # shift, as a fraction of the frame
+    light: str = "day"
+    view: str = "centre"
+    dx: float = 0.0  # shift from where the view puts it, as a fraction of the frame
     dy: float = 0.0
-    scale: float = 1.0
+    scale: float = 1.0  # times the view's
     seed: int = 0  # small angles of the joints, decoration of the scene
+    framing: str = "full"
+
+    def __post_init__(self):
+        check_framing(self.action, self.framing)
 
 
 @dataclass

@@ -11,7 +11,22 @@ from ..inputs.checked import CheckedNode
 from ..inputs.words import entries
 from . import vision
 from .captions import caption, subject_phrase
-from .config import ACTIONS, COLOURS, HEADWEAR, NAMED_ACTIONS, PATTERNS, SCENES, SPECIES, Identity, Picture, Take
+from .config import (
+    ALL_ACTIONS,
+    COLOURS,
+    FRAMINGS,
+    HEADWEAR,
+    LIGHTS,
+    PATTERNS,
+    SCENES,
+    SPECIES,
+    VIEW_NAMES,
+    Identity,
+    Picture,
+    Take,
+    actions_of,
+    check_framing,
+)
 from .render import draw_pose, render, render_clip
 from .world import check_name, identity_from_words, names_a_puppet, pick, sample_identity, staged
 
@@ -23,6 +38,7 @@ _IDENTITY_HELP = (
 )
 _SEED_HELP = "Decides the moment of the action, light, camera, decoration and small angles of the joints."
 _MAX_SEED = 2**63 - 1
+_RANDOM = "random"  # as the seed decides
 
 
 def _size_input() -> io.Int.Input:
@@ -30,6 +46,34 @@ def _size_input() -> io.Int.Input:
         "size", default=128, min=64, max=512, step=8, optional=True, advanced=True,
         tooltip="Width and height in pixels. The theatre's own models were trained at 128, its video model at 96.",
     )
+
+
+def _camera_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "framing", options=list(FRAMINGS), default="full", optional=True,
+            tooltip="All of the puppet, or a close-up: head and shoulders fill the frame. Actions of a close-up: "
+            + ", ".join(actions_of("close_up")) + ".",
+        ),
+        io.Combo.Input(
+            "light", options=[_RANDOM, *LIGHTS], default=_RANDOM, optional=True, advanced=True,
+            tooltip="Colour and brightness of the picture; 'random' follows the seed. Captions have no word for it.",
+        ),
+        io.Combo.Input(
+            "view", options=[_RANDOM, *VIEW_NAMES], default=_RANDOM, optional=True, advanced=True,
+            tooltip="Where the puppet is in the frame; 'random' follows the seed. Captions have no word for it.",
+        ),
+    ]
+
+
+def _check_camera(framing: str, light: str, view: str) -> None:
+    check_name("framing", framing, FRAMINGS)
+    check_name("light", light, (_RANDOM, *LIGHTS))
+    check_name("view", view, (_RANDOM, *VIEW_NAMES))
+
+
+def _chosen(name: str) -> str | None:
+    return None if name == _RANDOM else name
 
 
 def _identity(words: str, seed: int) -> Identity:
@@ -57,6 +101,10 @@ def _tensors(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor, torch
     return image / 255, mask, pose / 255
 
 
+def _given(value: str | None) -> list[str]:
+    return [] if value is None else [value]
+
+
 def _problem(check, *values) -> str | None:
     try:
         for value in values:
@@ -81,10 +129,10 @@ class UnderstudyPuppet(CheckedNode):
             inputs=[
                 io.String.Input("identity", default="red striped robot with blue trousers and a yellow cap",
                                 tooltip=_IDENTITY_HELP),
-                io.Combo.Input("action", options=list(ACTIONS), default="waving",
-                               tooltip="What it does. From 'saluting' on, captions have no word for it."),
-                io.Combo.Input("scene", options=list(SCENES), default="beach",
-                               tooltip="Where it is, with its light."),
+                io.Combo.Input("action", options=list(ALL_ACTIONS), default="waving",
+                               tooltip="What it does; 'raising hat' needs a hat. From 'saluting' on, captions have "
+                                       "no word for it."),
+                io.Combo.Input("scene", options=list(SCENES), default="beach", tooltip="Where it is."),
                 io.Int.Input("frames", default=1, min=1, max=257, step=4,
                              tooltip="1 for a picture; 4n+1 (17, 33, …) for one cycle of the action."),
                 io.Int.Input("seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True,
@@ -92,6 +140,7 @@ class UnderstudyPuppet(CheckedNode):
                 io.Boolean.Input("mirrored", default=False, optional=True,
                                  tooltip="Flips the action to the other side, not what the puppet wears."),
                 _size_input(),
+                *_camera_inputs(),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The picture, or the frames as a batch."),
@@ -103,15 +152,21 @@ class UnderstudyPuppet(CheckedNode):
         )
 
     @classmethod
-    def validate_inputs(cls, identity=None) -> bool | str:
-        """`identity` is None while it comes from another node."""
-        return True if identity is None else _problem(lambda words: _identity(words, 0), identity) or True
+    def validate_inputs(cls, identity=None, action=None, framing="full") -> bool | str:
+        """Each is None while it comes from another node."""
+        return (_problem(lambda name: check_name("action", name, ALL_ACTIONS), *_given(action))
+                or _problem(lambda name: check_name("framing", name, FRAMINGS), *_given(framing))
+                or (_problem(lambda name: check_framing(action, name), *_given(framing)) if action else None)
+                or _problem(lambda words: _identity(words, 0), *_given(identity)) or True)
 
     @classmethod
-    def execute(cls, identity, action, scene, frames, seed, mirrored=False, size=128) -> io.NodeOutput:
-        check_name("action", action, ACTIONS)
+    def execute(cls, identity, action, scene, frames, seed, mirrored=False, size=128, framing="full", light=_RANDOM,
+                view=_RANDOM) -> io.NodeOutput:
         check_name("scene", scene, SCENES)
-        take = staged(_identity(identity, seed), action, scene, np.random.default_rng([0x90DE, seed]))
+        _check_camera(framing, light, view)
+        check_framing(action, framing)
+        take = staged(_identity(identity, seed), action, scene, np.random.default_rng([0x90DE, seed]), framing,
+                      _chosen(light), _chosen(view))
         take = dataclasses.replace(take, mirrored=mirrored)
         pictures = [render(take, size)] if frames == 1 else render_clip(take, frames, size)
         image, mask, pose = _tensors(pictures)
@@ -135,13 +190,15 @@ class UnderstudyPuppetSet(CheckedNode):
                                 tooltip="Puppets, one a line, taken in turn; empty for random ones. "
                                         + _IDENTITY_HELP),
                 io.String.Input("actions", default="", multiline=True,
-                                tooltip="In turn; empty for random named ones. Any of " + ", ".join(ACTIONS)),
+                                tooltip="In turn; empty for random named ones of the framing. Any of "
+                                + ", ".join(ALL_ACTIONS)),
                 io.String.Input("scenes", default="", multiline=True,
                                 tooltip="Taken in turn; empty for random ones. Any of " + ", ".join(SCENES)),
                 io.Int.Input("count", default=8, min=1, max=1024, tooltip="Number of pictures."),
                 io.Int.Input("seed", default=0, min=0, max=_MAX_SEED, control_after_generate=True,
                              tooltip="Decides all that the lists leave open. " + _SEED_HELP),
                 _size_input(),
+                *_camera_inputs(),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True, tooltip="One picture an item."),
@@ -155,15 +212,21 @@ class UnderstudyPuppetSet(CheckedNode):
         )
 
     @classmethod
-    def validate_inputs(cls, identities=None, actions=None, scenes=None) -> bool | str:
+    def validate_inputs(cls, identities=None, actions=None, scenes=None, framing="full") -> bool | str:
         """Each is None while it comes from another node."""
-        return (_problem(lambda words: _identity(words, 0), *_identities(identities or ""))
-                or _problem(lambda name: check_name("action", name, ACTIONS), *entries(actions or ""))
+        check_action = (lambda name: check_framing(name, framing)) if framing else (
+            lambda name: check_name("action", name, ALL_ACTIONS))
+        return (_problem(lambda name: check_name("framing", name, FRAMINGS), *_given(framing))
+                or _problem(lambda words: _identity(words, 0), *_identities(identities or ""))
+                or _problem(check_action, *entries(actions or ""))
                 or _problem(lambda name: check_name("scene", name, SCENES), *entries(scenes or "")) or True)
 
     @classmethod
-    def execute(cls, identities, actions, scenes, count, seed, size=128) -> io.NodeOutput:
-        takes = _takes(_identities(identities), entries(actions), entries(scenes), count, seed)
+    def execute(cls, identities, actions, scenes, count, seed, size=128, framing="full", light=_RANDOM,
+                view=_RANDOM) -> io.NodeOutput:
+        _check_camera(framing, light, view)
+        takes = _takes(_identities(identities), entries(actions), entries(scenes), count, seed, framing,
+                       _chosen(light), _chosen(view))
         drawn = [_tensors([render(take, size)]) for take in takes]
         images, masks, poses = (list(column) for column in zip(*drawn, strict=True))
         subjects = [subject_phrase(take.identity) for take in takes]
@@ -196,17 +259,18 @@ class UnderstudyLoadPuppetVision(CheckedNode):
         return io.NodeOutput(vision.shipped())
 
 
-def _takes(identities: list[str], actions: list[str], scenes: list[str], count: int, seed: int) -> list[Take]:
+def _takes(identities: list[str], actions: list[str], scenes: list[str], count: int, seed: int, framing: str,
+           light: str | None, view: str | None) -> list[Take]:
     takes = []
     for i in range(count):
         rng = np.random.default_rng([0x5E7, seed, i])
         own = int(rng.integers(2**31))
         who = _identity(identities[i % len(identities)] if identities else "random", own)
-        action = actions[i % len(actions)] if actions else pick(rng, NAMED_ACTIONS)
+        action = actions[i % len(actions)] if actions else pick(rng, actions_of(framing, True))
         scene = scenes[i % len(scenes)] if scenes else pick(rng, SCENES)
-        check_name("action", action, ACTIONS)
+        check_framing(action, framing)
         check_name("scene", scene, SCENES)
-        takes.append(staged(who, action, scene, rng))
+        takes.append(staged(who, action, scene, rng, framing, light, view))
     return takes
 
 

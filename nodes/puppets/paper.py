@@ -29,11 +29,13 @@ def shade(colour: RGB, factor: float) -> RGB:
 class Frame:
     """A local coordinate frame on the canvas: `unit` pixels a unit, turned by `angle` radians."""
 
-    def __init__(self, origin: Point, unit: float, angle: float):
-        self.origin, self.unit = origin, unit
+    def __init__(self, origin: Point, unit: float, angle: float, wide: float = 1.0):
+        """`wide` stretches the x axis."""
+        self.origin, self.unit, self.angle, self.wide = origin, unit, angle, wide
         self.cos, self.sin = math.cos(angle) * unit, math.sin(angle) * unit
 
     def at(self, x: float, y: float) -> Point:
+        x *= self.wide
         return (self.origin[0] + x * self.cos - y * self.sin, self.origin[1] + x * self.sin + y * self.cos)
 
     def points(self, points: Sequence[Point]) -> list[Point]:
@@ -55,14 +57,14 @@ def capsule(p: Point, q: Point, start: float, end: float) -> list[Point]:
 
 
 class Paper:
-    """A canvas of `size` pixels, drawn `factor` times larger."""
+    """A canvas of `size` pixels, drawn `factor` times larger; lines are `pen` times as thick as in a full figure."""
 
-    def __init__(self, size: int, factor: int):
+    def __init__(self, size: int, factor: int, pen: float = 1.0):
         self.size, self.factor = size, factor
         self.sheet = Image.new("RGBA", (size * factor, size * factor), (0, 0, 0, 0))
         self.draw = ImageDraw.Draw(self.sheet)
-        self.pixel = size * factor / 128  # a hundred-and-twenty-eighth of the frame
-        self.ink = max(1, round(1.7 * self.pixel))
+        self.pixel = size * factor / 128 * pen  # a hundred-and-twenty-eighth of the frame, at pen 1
+        self.ink = max(1, round(2.0 * self.pixel))
 
     def cut(self, points: list[Point], fill: RGB, part: str, edge: RGB | None = None,
             inked: bool = True) -> None:
@@ -77,7 +79,7 @@ class Paper:
         """A drawn line; `width` in units of 1/128 of the frame."""
         self.draw.line(points, _paint(fill, PART[part]), max(1, round(width * self.pixel)), joint="curve")
 
-    def brad(self, point: Point, part: str, radius: float = 1.15) -> None:
+    def brad(self, point: Point, part: str, radius: float = 1.5) -> None:
         """A brass pin through a joint."""
         r = radius * self.pixel
         self.draw.ellipse((point[0] - r, point[1] - r, point[0] + r, point[1] + r), _paint(BRASS, PART[part]))

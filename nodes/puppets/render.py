@@ -8,14 +8,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from . import costumes
-from .actions import ARMS_BEHIND, BODIES, extent, pose
 from .captions import caption, group_caption
-from .config import POSE_COLOURS, POSE_LIMBS, RGB, Identity, Picture, Take
+from .config import ACTION_TABLE, LIGHTS, POSE_COLOURS, POSE_LIMBS, RGB, VIEWS, Identity, Picture, Take
 from .paper import Frame, Paper, capsule, mix, shade
 from .scenes import TINTS, backdrop
+from .skeleton import BODIES, EYES, extent, hat_lift, pose
 
-_HEIGHT = 0.72  # of a standing puppet, as a fraction of the frame
-_GROUND = 0.925  # where the ground lies in the frame
+_UNIT = {"full": 0.705, "close_up": 1.0}  # of puppet space, as a fraction of the frame: full figures stand 0.8 high
+_PEN = {"full": 1.0, "close_up": 1.4}
+_GROUND = 0.93  # where the ground lies in the frame
 _MARGIN = 0.02  # kept free at the edges of the frame
 _SHOE: RGB = (0.30, 0.22, 0.22)
 _SHADOW = 0.30
@@ -23,23 +24,30 @@ _SHADOW = 0.30
 
 def placement(take: Take) -> tuple[float, float, float]:
     """(unit, x, y of puppet space's origin) in a frame of size 1, constant over the action's cycle."""
-    left, top, right, bottom = extent(take.action, take.identity.species, take.mirrored)
-    left, right, top, bottom = left - 0.06, right + 0.06, top - 0.02, max(bottom, 0.0) + 0.02
-    unit = min(_HEIGHT * take.scale, (1 - 2 * _MARGIN) / (right - left), (1 - 2 * _MARGIN) / (bottom - top))
-    x = 0.5 + take.dx - unit * (left + right) / 2
-    y = _GROUND + take.dy
+    left, top, right, bottom = extent(take.action, take.identity.species, take.mirrored, take.framing)
+    shift, scale = VIEWS[take.framing][take.view]
+    close = take.framing == "close_up"
+    left, right, top = left - 0.06, right + 0.06, top - 0.02
+    bottom = bottom if close else max(bottom, 0.0) + 0.02
+    unit = min(_UNIT[take.framing] * scale * take.scale, (1 - 2 * _MARGIN) / (right - left))
+    if close:
+        x, y = 0.5 + shift + take.dx, 1 + take.dy - unit * bottom
+    else:
+        unit = min(unit, (1 - 2 * _MARGIN) / (bottom - top))
+        x, y = 0.5 + shift + take.dx - unit * (left + right) / 2, _GROUND + take.dy
+        y -= max(0.0, (y + unit * bottom) - (1 - _MARGIN))
     x += max(0.0, _MARGIN - (x + unit * left)) - max(0.0, (x + unit * right) - (1 - _MARGIN))
-    y += max(0.0, _MARGIN - (y + unit * top)) - max(0.0, (y + unit * bottom) - (1 - _MARGIN))
+    y += max(0.0, _MARGIN - (y + unit * top))
     return unit, x, y
 
 
 def _joints(take: Take, phase: float) -> np.ndarray:
     unit, x, y = placement(take)
     who = take.identity
-    return pose(take.action, phase, who.species, take.seed, take.mirrored) * unit + (x, y)
+    return pose(take.action, phase, who.species, take.seed, take.mirrored, take.framing) * unit + (x, y)
 
 
-def _draw_puppet(paper: Paper, joints: np.ndarray, unit: float, take: Take) -> None:
+def _draw_puppet(paper: Paper, joints: np.ndarray, unit: float, take: Take, phase: float) -> None:
     """Draw from the joints (in canvas pixels); `unit` is the pixels of one unit of puppet space."""
     who = take.identity
     body = BODIES[who.species]
@@ -47,7 +55,7 @@ def _draw_puppet(paper: Paper, joints: np.ndarray, unit: float, take: Take) -> N
     neck = j[1]
     hip = ((j[8][0] + j[11][0]) / 2, (j[8][1] + j[11][1]) / 2)
     spine = math.atan2(hip[1] - neck[1], hip[0] - neck[0]) - math.pi / 2
-    half = max(math.dist(j[2], j[5]) / 2 / unit, 0.085) + 0.004
+    half = max(math.dist(j[2], j[5]) / 2 / unit, 0.095) + 0.004
     length = math.dist(neck, hip) / unit + 0.055
     torso = Frame(neck, unit, spine)
     centre = ((j[16][0] + j[17][0]) / 2, (j[16][1] + j[17][1]) / 2)
@@ -55,10 +63,14 @@ def _draw_puppet(paper: Paper, joints: np.ndarray, unit: float, take: Take) -> N
     head = Frame(centre, unit * body.head, angle)
     eyes = ((j[14][0] + j[15][0]) / 2 - centre[0], (j[14][1] + j[15][1]) / 2 - centre[1])
     turn = round((eyes[0] * math.cos(angle) + eyes[1] * math.sin(angle)) / head.unit, 3)
+    nod = round((eyes[1] * math.cos(angle) - eyes[0] * math.sin(angle)) / head.unit - EYES[1], 3)
+    lift_x, lift_y, tip = hat_lift(take.action, phase, take.mirrored, take.framing)
+    hat = Frame(head.at(0.25 * turn + lift_x, 0.3 * nod + lift_y), head.unit, angle + math.radians(tip))
+    ears = Frame(head.at(-0.35 * turn, -0.3 * nod), head.unit, angle)
 
     far, near = ("l", "r") if turn >= 0 else ("r", "l")
     costumes.draw_tail(paper, Frame(hip, unit, spine), -1 if turn > 0 else 1, who)
-    behind = take.action in ARMS_BEHIND
+    behind = ACTION_TABLE[take.action].arms_behind
     if behind:
         for side in (far, near):
             _draw_arm(paper, j, side, unit, who)
@@ -68,12 +80,12 @@ def _draw_puppet(paper: Paper, joints: np.ndarray, unit: float, take: Take) -> N
         _draw_leg(paper, j, side, unit, who, 0.88 if side == far and abs(turn) > 0.12 else 1.0)
     _draw_seat(paper, j, unit, who)
     costumes.draw_shirt(paper, torso, half, length, who)
-    costumes.draw_ears(paper, head, turn, who)
+    costumes.draw_ears(paper, ears, who)
     if who.species == "frog":  # its eyes sit on top of the head, before the hat
-        costumes.draw_headwear(paper, head, turn, who)
-    costumes.draw_head(paper, head, turn, who)
+        costumes.draw_headwear(paper, hat, turn, who)
+    costumes.draw_head(paper, head, turn, nod, who)
     if who.species != "frog":
-        costumes.draw_headwear(paper, head, turn, who)
+        costumes.draw_headwear(paper, hat, turn, who)
     if who.detail == "scarf":
         costumes.draw_scarf(paper, torso, half, length, who)
     if not behind:
@@ -91,12 +103,12 @@ def _draw_arm(paper: Paper, j: list, side: str, unit: float, who: Identity, ligh
     cloth = shade(_cloth(who, side), 0.94 * light)
     skin = shade(who.skin, light)
     reach = Frame(wrist, unit, math.atan2(wrist[1] - elbow[1], wrist[0] - elbow[0]))
-    paper.cut(reach.ellipse(0.028, 0, 0.056, 0.050), skin, hand)
+    paper.cut(reach.ellipse(0.030, 0, 0.062, 0.056), skin, hand)
     paper.cut(capsule(elbow, wrist, 0.047 * unit, 0.042 * unit), cloth, arm)
     paper.cut(capsule(shoulder, elbow, 0.056 * unit, 0.047 * unit), cloth, arm)
     paper.cut(capsule(elbow, elbow, 0.040 * unit, 0.040 * unit), cloth, arm, inked=False)
     cuff = who.pattern_colour if who.pattern != "plain" else mix(cloth, (0, 0, 0), 0.25)
-    paper.cut(reach.points(((-0.030, -0.044), (0.004, -0.044), (0.004, 0.044), (-0.030, 0.044))),
+    paper.cut(reach.points(((-0.046, -0.045), (0.004, -0.045), (0.004, 0.045), (-0.046, 0.045))),
               shade(cuff, light), arm, inked=False)
     paper.brad(shoulder, arm)
 
@@ -115,7 +127,6 @@ def _draw_leg(paper: Paper, j: list, side: str, unit: float, who: Identity, ligh
     paper.cut(capsule(knee, ankle, 0.055 * unit, 0.048 * unit), cloth, leg)
     paper.cut(capsule(hip, knee, 0.066 * unit, 0.055 * unit), cloth, leg)
     paper.cut(capsule(knee, knee, 0.047 * unit, 0.047 * unit), cloth, leg, inked=False)
-    paper.brad(knee, leg, 0.9)
 
 
 def _draw_seat(paper: Paper, j: list, unit: float, who: Identity) -> None:
@@ -154,23 +165,25 @@ def _compose(take: Take, phase: float, size: int, scene: np.ndarray) -> Picture:
     """`scene` is the backdrop as float32 [size, size, 3] in 0..255, before light and shadow."""
     unit, _, origin = placement(take)
     points = _joints(take, phase) * size
-    paper = Paper(size, _factor(size))
-    _draw_puppet(paper, points * paper.factor, unit * size * paper.factor, take)
+    paper = Paper(size, _factor(size), _PEN[take.framing])
+    _draw_puppet(paper, points * paper.factor, unit * size * paper.factor, take, phase)
     colour, coverage, parts = paper.reduced()
     alpha = coverage.astype(np.float32) / 255
     dark = _cast(coverage, size) * np.float32(_SHADOW)
-    rows, columns, contact = _contact(size, points, origin * size, unit * size)
-    dark[rows, columns] = np.maximum(dark[rows, columns], contact)
+    if take.framing == "full":
+        rows, columns, contact = _contact(size, points, origin * size, unit * size)
+        dark[rows, columns] = np.maximum(dark[rows, columns], contact)
     ground = scene * (1 - dark)[..., None]
     image = ground * (1 - alpha)[..., None] + colour
-    image *= np.array(TINTS[take.scene], dtype=np.float32) * np.float32(take.light)
+    image *= np.array(TINTS[take.scene], dtype=np.float32) * np.array(LIGHTS[take.light], dtype=np.float32)
     inside = ((points >= 0) & (points < size)).all(1)
     joints = np.concatenate([points, inside[:, None]], 1).astype(np.float32)
     return Picture((np.clip(image, 0, 255) + 0.5).astype(np.uint8), parts, joints, caption(take))
 
 
 def _scene(take: Take, size: int) -> np.ndarray:
-    return backdrop(take.scene, take.seed, size, 0.5 * take.dx).astype(np.float32)
+    shift = VIEWS[take.framing][take.view][0] + take.dx
+    return backdrop(take.scene, take.seed, size, 0.5 * shift).astype(np.float32)
 
 
 def render(take: Take, size: int = 128) -> Picture:
@@ -185,7 +198,7 @@ def render_clip(take: Take, frames: int = 17, size: int = 128) -> list[Picture]:
 
 
 def render_group(takes: Sequence[Take], size: int = 128) -> Picture:
-    """Several puppets side by side in the first take's scene; parts and joints are the first one's.
+    """Several puppets side by side in the first take's scene and light; parts and joints are the first one's.
 
     Where two overlap, the first stands in front. Raises ValueError without takes.
     """
@@ -194,14 +207,15 @@ def render_group(takes: Sequence[Take], size: int = 128) -> Picture:
     count = len(takes)
     spread = [(i - (count - 1) / 2) / count for i in range(count)]
     scene = _scene(takes[0], size)
-    lit = {"scene": takes[0].scene, "light": 1.0}
     picture = None
     for take, dx in reversed(list(zip(takes, spread, strict=True))):
-        placed = dataclasses.replace(take, dx=dx, scale=take.scale * min(1.0, 1.7 / count), **lit)
+        room = (1.4 if take.framing == "full" else 1.1) / count
+        placed = dataclasses.replace(take, view="centre", dx=dx, scale=take.scale * min(1.0, room),
+                                     scene=takes[0].scene, light="day")
         picture = _compose(placed, take.phase, size, scene)
         scene = picture.image.astype(np.float32) / np.array(TINTS[takes[0].scene], dtype=np.float32)
-    image = np.clip(picture.image.astype(np.float32) * takes[0].light, 0, 255)
-    return Picture(image.astype(np.uint8), picture.parts, picture.joints, group_caption(takes))
+    image = picture.image * np.array(LIGHTS[takes[0].light], dtype=np.float32)
+    return Picture((image + 0.5).astype(np.uint8), picture.parts, picture.joints, group_caption(takes))
 
 
 def render_group_clip(takes: Sequence[Take], frames: int = 17, size: int = 128) -> list[Picture]:

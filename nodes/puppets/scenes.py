@@ -37,7 +37,7 @@ class _Board:
 
     def card(self, points, colour: RGB, depth: float = 1.0, edge: float = 0.86) -> None:
         place = self._scaled(points, depth)
-        lift = 0.012 * self.side
+        lift = 0.016 * self.side
         self.draw.polygon([(x, y - lift) for x, y in place], _byte(colour, edge))
         self.draw.polygon(place, _byte(colour))
 
@@ -121,8 +121,8 @@ def _snow(size: int, rng: np.random.Generator, shift: float) -> Image.Image:
 def _stage(size: int, rng: np.random.Generator, shift: float) -> Image.Image:
     board = _Board(size, (0.97, 0.90, 0.76), (0.93, 0.80, 0.62), shift)
     board.card([(-0.3, 0.78), (1.3, 0.78), (1.3, 1.2), (-0.3, 1.2)], (0.78, 0.57, 0.38))
-    for y in (0.855, 0.93):
-        board.card([(-0.3, y), (1.3, y), (1.3, y + 0.008), (-0.3, y + 0.008)], (0.66, 0.46, 0.30), edge=1.0)
+    for y in (0.86, 0.93):
+        board.card([(-0.3, y), (1.3, y), (1.3, y + 0.018), (-0.3, y + 0.018)], (0.66, 0.46, 0.30), edge=1.0)
     drape = 0.17 + rng.uniform(-0.02, 0.03)
     for side in (0, 1):
         for fold in (2, 1, 0):

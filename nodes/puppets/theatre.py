@@ -1,9 +1,9 @@
-"""The tiny models of the puppet theatre, taught to ComfyUI's own loaders.
+"""The tiny models of the puppet theatre, registered with ComfyUI's own loaders.
 
-`PuppetsSD`, for Load Checkpoint: a subclass of ComfyUI's SD15 with 64 channels, a two-layer text encoder of width
-128 and a TAESD-shaped VAE (8 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: ComfyUI's Wan 2.1
-with six blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is ComfyUI's, of width 16. ComfyUI
-recognises each by its marker, a tensor that no other model carries.
+`PuppetsSD`, for Load Checkpoint: a subclass of ComfyUI's SD15 with 64 channels, a two-layer text encoder of width 128
+and a TAESD-shaped VAE (16 latent channels, factor 8). `PuppetsWan`, for Load Diffusion Model: ComfyUI's Wan 2.1 with
+eight blocks of width 256, which reads the text encoder of `PuppetsSD`; its VAE is ComfyUI's, of width 16. ComfyUI
+recognises each by its marker, a tensor that no other model has.
 """
 
 import comfy.clip_model
@@ -16,7 +16,7 @@ import torch
 from . import tokenizer
 
 MARKER = "understudy_puppets_sd"
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
 UNET_CONFIG = {
     "model_channels": 64,
@@ -38,7 +38,7 @@ TEXT_CONFIG = {
     "projection_dim": TEXT_WIDTH,
 }
 WAN_MARKER = "understudy_puppets_wan"
-WAN_CONFIG = {"dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 6}
+WAN_CONFIG = {"dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 8}
 WAN_SHIFT = 3.0  # of the flow schedule, in training and as the sampler's default; ComfyUI's 8 is for larger clips
 SPECIAL_TOKENS = {
     "start": tokenizer.WORDS.index(tokenizer.START),
@@ -48,7 +48,7 @@ SPECIAL_TOKENS = {
 
 
 class PuppetsLatentFormat(comfy.latent_formats.LatentFormat):
-    """Latents [B, 8, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
+    """Latents [B, 16, H/8, W/8] of about zero mean and unit deviation a channel, as the VAE was trained to give."""
 
     scale_factor = 1.0
     latent_channels = LATENT_CHANNELS
@@ -164,15 +164,17 @@ def register() -> None:
 
 # Least-squares map from latents to RGB in [-1, 1], fitted by the training script, for live previews.
 LATENT_RGB_FACTORS = [
-    [1.2007, 0.9615, 0.8546], [-0.952, -0.1186, -0.3635], [-0.8829, 0.2831, -0.0478], [-0.2323, 0.9944, 1.4286],
-    [0.2644, 1.2743, 0.4853], [0.9896, -0.0431, -0.3513], [-1.4628, -0.156, 1.3964], [-0.5137, -0.9102, -1.6581],
+    [-0.1962, -0.0672, -0.1358], [0.061, 0.0459, -0.0158], [0.6207, 0.1148, -0.1173], [-0.3427, -0.4154, -0.3208],
+    [0.3198, -0.1713, -0.2267], [0.3523, 0.6471, 0.4871], [-0.0497, 0.22, 0.2457], [-0.2849, -0.0966, -0.1446],
+    [0.2166, -0.3551, -0.2915], [-0.7964, -0.6824, -0.3054], [-0.0712, 1.0534, 0.6761], [0.9134, 0.2836, -0.0478],
+    [0.2552, 0.2797, 0.2397], [-0.2184, -0.7065, -0.5174], [1.1661, -0.0525, -0.1915], [-1.0023, 0.0411, 0.1875],
 ]
-LATENT_RGB_BIAS = [-0.2655, -0.3584, -0.4192]
+LATENT_RGB_BIAS = [0.0899, 0.0271, -0.0171]
 # The same for the video model, in the model's own space.
 WAN_LATENT_RGB_FACTORS = [
-    [0.0474, 0.1152, 0.1351], [-0.1599, -0.1664, -0.0583], [0.1939, 0.3111, 0.218], [0.0588, -0.0872, 0.173],
-    [-0.0769, 0.1359, 0.0116], [0.0672, -0.0634, -0.1264], [-0.1733, 0.0486, 0.0169], [0.0913, 0.0647, -0.0665],
-    [-0.1087, 0.0368, 0.0486], [0.2102, 0.048, -0.0575], [0.2367, 0.2072, -0.0536], [0.0385, 0.1251, 0.2429],
-    [-0.0823, 0.2175, 0.2553], [-0.2327, -0.1906, -0.0699], [-0.0158, 0.1163, -0.0251], [-0.0664, 0.0088, -0.0232],
+    [0.1823, 0.0591, -0.0376], [0.0674, -0.1201, -0.1345], [-0.0706, 0.0321, -0.0618], [-0.0783, -0.1186, -0.1192],
+    [-0.1955, -0.1589, -0.1839], [0.0245, 0.0695, -0.055], [0.0573, 0.1282, 0.1927], [-0.0347, 0.1423, -0.0823],
+    [0.0089, -0.1481, -0.1549], [0.0705, 0.0296, -0.1185], [-0.0001, 0.04, -0.0953], [-0.1848, -0.0207, -0.0071],
+    [0.0884, -0.031, 0.0289], [-0.0389, -0.0561, 0.0122], [-0.0389, -0.0133, 0.0453], [-0.2191, -0.1543, 0.0614],
 ]
-WAN_LATENT_RGB_BIAS = [0.2195, 0.2092, 0.1863]
+WAN_LATENT_RGB_BIAS = [0.1389, 0.0707, 0.0469]

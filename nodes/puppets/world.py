@@ -14,31 +14,39 @@ from .config import (
     COATS,
     COLOURS,
     DETAILS,
+    FRAMINGS,
     HEADWEAR,
-    NAMED_ACTIONS,
+    LIGHTS,
     PATTERNS,
     RGB,
     SCENES,
     SPECIES,
     SPLITS,
-    UNNAMED_ACTIONS,
+    VIEW_NAMES,
     Identity,
     Take,
+    actions_of,
 )
 
-# Pairs of species and named action that no training picture shows: 14 of 96, all actions but standing.
-HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset((
-    ("person", "bowing"), ("person", "cheering"), ("cat", "waving"), ("cat", "running"), ("robot",
-                                                                                          "crawling"),
-    ("robot", "kicking"), ("bear", "sitting"), ("bear", "jumping"), ("rabbit", "pointing"), ("frog",
-                                                                                             "cheering"),
-    ("frog", "handstand"), ("fox", "dancing"), ("fox", "pointing"), ("penguin", "kicking"),
-))
+# Pairs of species and named action that no training picture of a framing shows: 14 of 96, 8 of 56.
+HELD_OUT: dict[str, frozenset[tuple[str, str]]] = {
+    "full": frozenset((
+        ("person", "bowing"), ("person", "cheering"), ("cat", "waving"), ("cat", "running"), ("robot", "crawling"),
+        ("robot", "kicking"), ("bear", "sitting"), ("bear", "jumping"), ("rabbit", "pointing"),
+        ("frog", "cheering"), ("frog", "handstand"), ("fox", "dancing"), ("fox", "pointing"), ("penguin", "kicking"),
+    )),
+    "close_up": frozenset((
+        ("person", "nodding"), ("cat", "waving"), ("robot", "shaking head"), ("bear", "cheering"),
+        ("rabbit", "raising hat"), ("frog", "pointing"), ("fox", "turning"), ("penguin", "cheering"),
+    )),
+}
+HELD_OUT_PAIRS = HELD_OUT["full"]
 T = TypeVar("T")
 TEST_COUNT = 24
+CLOSE_UP_EVERY = 7  # of the stills that a model learns from, one is a close-up, told by a word of its own
 _SPLIT_KEY = {split: i for i, split in enumerate(SPLITS)}
-_UNNAMED_SHARE, _DETAIL_SHARE, _WHITE_SHARE = 0.25, 0.45, 0.6
-_CLEAR = 0.22  # least distance of a pattern or emblem from the cloth below it
+_UNNAMED_SHARE, _DETAIL_SHARE, _WHITE_SHARE, _DAY_SHARE = 0.25, 0.45, 0.6, 0.5
+_CLEAR, _BOLD = 0.22, 0.27  # least distance of a hat or patch from the coat, of a pattern or emblem from the cloth
 
 
 def identity_words(identity: Identity) -> tuple[str, ...]:
@@ -67,8 +75,11 @@ def _distance(a: RGB, b: RGB) -> float:
     return math.dist(a, b) / 3**0.5
 
 
-def _contrasting(rng: np.random.Generator, grounds: tuple[RGB, ...], names: tuple[str, ...]) -> RGB:
-    clear = [n for n in names if min(_distance(COLOURS[n], ground) for ground in grounds) > _CLEAR]
+def _contrasting(rng: np.random.Generator, grounds: tuple[RGB, ...], names: tuple[str, ...],
+                 least: float = _BOLD) -> RGB:
+    """A colour of one of `names` that is `least` away from all grounds."""
+    away = {n: min(_distance(COLOURS[n], ground) for ground in grounds) for n in names}
+    clear = [n for n in names if away[n] > least] or [max(names, key=away.get)]
     return _colour(rng, pick(rng, clear))
 
 
@@ -84,11 +95,13 @@ def _identity(rng: np.random.Generator, species: str) -> Identity:
     second = _colour(rng, "white") if light else _contrasting(rng, (shirt,), coloured)
     trousers = _contrasting(rng, (shirt,), names)
     headwear = pick(rng, HEADWEAR)
-    headwear_colour = _contrasting(rng, (skin, accent) if species == "person" else (skin,), names)
+    headwear_colour = _contrasting(rng, (skin, accent) if species == "person" else (skin,), names, _CLEAR)
     detail = pick(rng, DETAILS[1:]) if rng.random() < _DETAIL_SHARE else "none"
-    below = {"odd_trousers": (trousers, shirt), "eye_patch": (skin, COLOURS["black"])}
+    below = {"odd_trousers": (trousers, shirt), "eye_patch": (skin, COLOURS["black"], COLOURS["white"])}
+    detail_colour = _contrasting(rng, below.get(detail, (shirt, second)), names,
+                                 _CLEAR if detail == "eye_patch" else _BOLD)
     return Identity(species, skin, accent, shirt, pattern, second, trousers, headwear, headwear_colour,
-                    detail, _contrasting(rng, below.get(detail, (shirt, second)), names))
+                    detail, detail_colour)
 
 
 @functools.cache
@@ -128,32 +141,51 @@ def _training_identity(rng: np.random.Generator, species: str) -> Identity:
             return who
 
 
-def sample_take(seed: int, split: str = "train") -> Take:
+def sample_take(seed: int, split: str = "train", framing: str = "full") -> Take:
     """The take of a seed.
 
-    "train" and "validation" show seen pairs of species and action, "unseen" the held-out ones. The same seed
-    gives unrelated takes in different splits. Raises ValueError for an unknown split.
+    "train" and "validation" show seen pairs of species and action, "unseen" the held-out ones of the framing. The
+    same seed gives unrelated takes in different splits and framings. Nobody without a hat raises one, and no
+    close-up is of a puppet whose detail it does not show. Raises ValueError for an unknown split or framing.
     """
     if split not in _SPLIT_KEY:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    rng = np.random.default_rng([0x7A4E, _SPLIT_KEY[split], seed])
+    named, unnamed = actions_of(framing, True), actions_of(framing, False)
+    rng = np.random.default_rng([0x7A4E, _SPLIT_KEY[split], FRAMINGS.index(framing), seed])
     if split == "unseen":
-        species, action = pick(rng, sorted(HELD_OUT_PAIRS))
+        species, action = pick(rng, sorted(HELD_OUT[framing]))
     else:
         species = pick(rng, SPECIES)
-        allowed = [a for a in NAMED_ACTIONS if (species, a) not in HELD_OUT_PAIRS]
-        action = pick(rng, UNNAMED_ACTIONS if rng.random() < _UNNAMED_SHARE else allowed)
-    return staged(_training_identity(rng, species), action, pick(rng, SCENES), rng)
+        allowed = [a for a in named if (species, a) not in HELD_OUT[framing]]
+        action = pick(rng, unnamed if rng.random() < _UNNAMED_SHARE else allowed)
+    while True:
+        who = _training_identity(rng, species)
+        if not ((action == "raising hat" and who.headwear == "none")
+                or (framing == "close_up" and who.detail == "odd_trousers")):
+            return staged(who, action, pick(rng, SCENES), rng, framing)
 
 
-def staged(identity: Identity, action: str, scene: str, rng: np.random.Generator) -> Take:
-    """A take with a random moment, side, light and camera."""
-    return Take(
-        identity, action, phase=round(float(rng.random()), 4), mirrored=bool(rng.random() < 0.5), scene=scene,
-        light=round(float(rng.uniform(0.88, 1.06)), 4), dx=round(float(rng.uniform(-0.08, 0.08)), 4),
-        dy=round(float(rng.uniform(-0.03, 0.02)), 4), scale=round(float(rng.uniform(0.9, 1.06)), 4),
-        seed=int(rng.integers(2**31)),
-    )
+def still_take(index: int, split: str = "train") -> Take:
+    """The take of still picture `index` that the theatre's models learn from, one in seven a close-up.
+
+    Close-ups are few: most figures to reach are of full puppets. Autoencoder and image encoder need them.
+    """
+    return sample_take(index, split, "close_up" if index % CLOSE_UP_EVERY == CLOSE_UP_EVERY - 1 else "full")
+
+
+def staged(identity: Identity, action: str, scene: str, rng: np.random.Generator, framing: str = "full",
+           light: str | None = None, view: str | None = None) -> Take:
+    """A take with a random moment, side and camera; also a random light and view where they are None.
+
+    What is given does not change what else is drawn from `rng`. Raises ValueError for an action that the framing
+    does not have.
+    """
+    phase, mirrored = round(float(rng.random()), 4), bool(rng.random() < 0.5)
+    dx, dy = round(float(rng.uniform(-0.04, 0.04)), 4), round(float(rng.uniform(-0.02, 0.02)), 4)
+    scale, seed = round(float(rng.uniform(0.96, 1.04)), 4), int(rng.integers(2**31))
+    usual, drawn_light, drawn_view = rng.random() < _DAY_SHARE, pick(rng, tuple(LIGHTS)[1:]), pick(rng, VIEW_NAMES)
+    return Take(identity, action, phase, mirrored, scene, light or ("day" if usual else drawn_light),
+                view or drawn_view, dx, dy, scale, seed, framing)
 
 
 def check_name(kind: str, name: str, allowed: tuple[str, ...]) -> str:

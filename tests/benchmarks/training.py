@@ -79,7 +79,7 @@ class Clock:
 
 
 def theatre_data():
-    """The shipped model, eight rendered puppets as latents [1, 8, 16, 16], and their captions encoded."""
+    """The shipped model, eight rendered puppets as latents [1, 16, 16, 16], and their captions encoded."""
     theatre.register()
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(benchmark.CHECKPOINT))[:3]
     takes = [world.sample_take(i, "validation") for i in range(PICTURES)]

@@ -200,7 +200,7 @@ def main() -> None:
         raise SystemExit(f"{choice.name} is missing: run with --develop first, it chooses the guidance")
     for path in (FUSION, VISION):
         if not path.exists():
-            raise SystemExit(f"{path.name} is missing: train it with workflows/theatre/train_puppets_fusion.py")
+            raise SystemExit(f"{path.name} is missing: train it with workflows/theatre/puppets_fusion.py")
     guidance = GUIDANCE[0] if options.develop else json.loads(choice.read_text())["chosen"]
     count = options.cases or (DEVELOPMENT_CASES if options.develop else CASES)
     stage = Stage([case(i, options.develop) for i in range(count)], guidance)

@@ -79,7 +79,7 @@ def summary(rows: Sequence[dict], measures: Iterable[str]) -> dict:
     return found
 
 
-def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: int = 400_000) -> None:
+def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: int = 200_000) -> None:
     """Labelled rows of pictures uint8 [N, H, W, 3] as one JPEG of at most `budget` bytes."""
     size, label = rows[0][1].shape[1], 14
     width = size * max(len(pictures) for _, pictures in rows)

@@ -22,7 +22,7 @@ def sha256(path: Path) -> str:
 def training_pictures(path: Path) -> int:
     """How many renders the checkpoint was trained on, as its metadata says; 0 where they do not."""
     with safe_open(str(path), "pt") as file:
-        return json.loads((file.metadata() or {}).get("config", "{}")).get("pictures", 0)
+        return json.loads((file.metadata() or {}).get("config", "{}")).get("training", {}).get("pictures", 0)
 
 
 def joined(entries: Sequence) -> list:
@@ -34,13 +34,13 @@ def joined(entries: Sequence) -> list:
 
 
 class Theatre:
-    """MODEL, CLIP and VAE of a checkpoint. Pictures: uint8 [N, H, W, 3]; latents: [N, 8, H/8, W/8]."""
+    """MODEL, CLIP and VAE of a checkpoint. Pictures: uint8 [N, H, W, 3]; latents: [N, 16, H/8, W/8]."""
 
     scheduler = SCHEDULER
 
     def __init__(self, path: Path, state: Path, negative: str = ""):
         if not path.exists():
-            raise SystemExit(f"{path} is missing: train it with workflows/theatre/train_puppets_sd.py")
+            raise SystemExit(f"{path} is missing: train it with workflows/theatre/puppets_sd.py")
         scripts.add_comfy_path(state / "host", cpu=not torch.cuda.is_available())
         import comfy.sample
         import comfy.samplers
@@ -133,7 +133,7 @@ class VideoTheatre(Theatre):
     def __init__(self, transformer: Path, autoencoder: Path, state: Path, frames: int):
         for path in (transformer, autoencoder):
             if not path.exists():
-                raise SystemExit(f"{path} is missing: train it with workflows/theatre/train_puppets_wan.py")
+                raise SystemExit(f"{path} is missing: train it with workflows/theatre/puppets_wan.py")
         super().__init__(CHECKPOINT, state)
         import comfy.sd
         import comfy.utils

@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from experiments import report, sampling  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
 from pack.nodes.puppets import captions, render, world  # noqa: E402
-from pack.nodes.puppets.config import COLOURS, NAMED_ACTIONS, Identity, Take  # noqa: E402
+from pack.nodes.puppets.config import ACTION_TABLE, COLOURS, Identity, Take  # noqa: E402
 
 STATE = ROOT / ".cache" / "experiments"
 SPLITS = {"seen": "validation", "unseen": "unseen"}
@@ -65,12 +65,12 @@ def worded(identity: Identity) -> Identity:
     )
 
 
-def cases(arm: str, count: int) -> list[Take]:
+def cases(arm: str, count: int, framing: str = "full") -> list[Take]:
     """The first `count` takes of the arm's split that do a named action, as their captions describe them."""
     takes, seed = [], 0
     while len(takes) < count:
-        take = world.sample_take(seed, SPLITS[arm])
-        if take.action in NAMED_ACTIONS:
+        take = world.sample_take(seed, SPLITS[arm], framing)
+        if ACTION_TABLE[take.action].named:
             takes.append(dataclasses.replace(take, identity=worded(take.identity)))
         seed += 1
     return takes
@@ -101,7 +101,7 @@ def training_thumbnails(count: int) -> np.ndarray:
     path = STATE / f"training_thumbnails_{count}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = ROOT / ".cache" / "training" / "puppets_sd" / f"train_{count}_128.npy"
+        stored = ROOT / ".cache" / "training" / "puppets_sd" / f"stills_train_{count}_128.npy"
         if stored.exists():
             pictures = np.load(stored, mmap_mode="r")
             small = np.concatenate([metrics.thumbnails(pictures[i : i + 500]) for i in range(0, count, 500)])

@@ -1,4 +1,4 @@
-"""The figures of the theatre's video model: what plain prompting shows, on seen and unseen combinations.
+"""The figures of the theatre's video model: what plain prompting shows of close-ups, on seen and unseen combinations.
 
     python tests/experiments/theatre_wan.py             # as PROTOCOL.md says; resumes what is there
     python tests/experiments/theatre_wan.py --cases 8 --transformer other.safetensors --name trial
@@ -31,11 +31,12 @@ from pack.nodes.puppets.config import Take  # noqa: E402
 MODELS = ROOT / "workflows" / "models"
 SEED = 3_000_000  # of the first case's noise
 SAMPLER, STEPS, CFG = "euler", 20, 4.0
-SIZE, FRAMES = 96, 17
+SIZE, FRAMES = 96, 9
+CYCLE = 16  # frames of a whole action, of which a clip shows the first
 BATCH = 8
 MEASURES = (
     "action", "identity", "composition", "worn_error", "action_throughout", "identity_throughout", "species_read",
-    "pattern_read", "headwear_read", "rejected", "movement", "psnr",
+    "pattern_read", "headwear_read", "shirt_right", "rejected", "movement", "flicker", "psnr",
 )
 
 
@@ -46,7 +47,12 @@ def judged(frames: int) -> tuple[int, int, int]:
 
 def drawn(takes: list[Take], size: int, frames: int) -> np.ndarray:
     """uint8 [N, T, H, W, 3]: the true clips."""
-    return np.stack([[picture.image for picture in render.render_clip(take, frames, size)] for take in takes])
+    return np.stack([[render.render(later(take, frame), size).image for frame in range(frames)] for take in takes])
+
+
+def later(take: Take, frame: int) -> Take:
+    """The take that frame `frame` of its clip shows."""
+    return dataclasses.replace(take, phase=(take.phase + frame / CYCLE) % 1)
 
 
 def movement(clip: np.ndarray) -> float:
@@ -54,17 +60,21 @@ def movement(clip: np.ndarray) -> float:
     return float(np.abs(np.diff(clip.astype(np.float32), axis=0)).mean())
 
 
+def flicker(clip: np.ndarray) -> float:
+    """Mean absolute second difference over frames, in 0..255: what comes and goes, where movement goes on."""
+    return float(np.abs(np.diff(clip.astype(np.float32), n=2, axis=0)).mean())
+
+
 def rows_of(arm: str, takes: list[Take], clips: np.ndarray, truth: np.ndarray) -> list[dict]:
     """One row a clip: shares over its judged frames, whether every one is right, and how much it moves.
 
     A generated clip may begin at another moment of the action, so each frame is judged by its action and
-    identity alone. `movement` is relative to the true clip's.
+    identity alone. `movement` and `flicker` are relative to the true clip's.
     """
     frames = judged(clips.shape[1])
     seen = []
     for frame in frames:
-        moment = [dataclasses.replace(take, phase=(take.phase + frame / clips.shape[1]) % 1) for take in takes]
-        seen.append(metrics.compositions(clips[:, frame], moment))
+        seen.append(metrics.compositions(clips[:, frame], [later(take, frame) for take in takes]))
     rows = []
     for i, take in enumerate(takes):
         found = [column[i] for column in seen]
@@ -81,7 +91,9 @@ def rows_of(arm: str, takes: list[Take], clips: np.ndarray, truth: np.ndarray) -
             "rejected": float(np.mean([row["seen_action"] == "reject" for row in found])),
             "action_throughout": all(row["action"] for row in found),
             "identity_throughout": all(row["identity"] for row in found),
+            "shirt_right": float(np.mean([row["shirt_error"] <= metrics.GARMENT_LIMIT for row in found])),
             "movement": movement(clips[i]) / max(movement(truth[i]), 1e-3),
+            "flicker": flicker(clips[i]) / max(flicker(truth[i]), 1e-3),
         })
     return rows
 
@@ -135,7 +147,7 @@ def main() -> None:
     theatre = sampling.VideoTheatre(options.transformer, options.autoencoder, STATE, options.frames)
     digests = {path.name: sampling.sha256(path) for path in (options.transformer, options.autoencoder)}
     kept = report.Pictures(STATE / f"theatre_wan_{report.fingerprint(digests)}")
-    takes = {arm: cases(arm, options.cases) for arm in SPLITS}
+    takes = {arm: cases(arm, options.cases, "close_up") for arm in SPLITS}
     clips = clips_of(theatre, kept, takes, options)
     truth = clips["render"]
     rows: list[dict] = []

@@ -4,7 +4,7 @@
     python tests/experiments/video_identity.py --arm NAME   # makes the clips of one arm, writes no result
     python tests/experiments/video_identity.py              # every arm on the test cases
 
-As PROTOCOL.md says; resumes what is there. The two trained variants need the state of train_puppets_wan.py. Writes
+As PROTOCOL.md says; resumes what is there. The two trained variants need the state of puppets_wan.py. Writes
 results/video_identity.csv (one row a case and arm), .json (means with 95 % intervals) and .jpg; development writes
 results/video_identity_development.*.
 """
@@ -30,7 +30,7 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from experiments import report, sampling, theatre_wan  # noqa: E402
 from pack.nodes.puppets import captions, render, world  # noqa: E402
-from pack.nodes.puppets.config import NAMED_ACTIONS, SCENES, Take  # noqa: E402
+from pack.nodes.puppets.config import SCENES, Take, actions_of  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 STATE = ROOT / ".cache" / "experiments"
@@ -62,14 +62,20 @@ class Case:
 
 
 def case(index: int, develop: bool) -> Case:
-    """Case `index`: identities cycle, the reference shows another action in another scene."""
+    """Case `index`: identities cycle, the reference shows another action in another scene; both are close-ups."""
     rng = np.random.default_rng([DEVELOPMENT_KEY if develop else TEST_KEY, index])
     everybody = world.test_identities()
     who = world.sample_identity(900_000 + index) if develop else everybody[index % len(everybody)]
-    allowed = [action for action in NAMED_ACTIONS if (who.species, action) not in world.HELD_OUT_PAIRS]
+    allowed = [
+        action for action in actions_of("close_up", True)
+        if (who.species, action) not in world.HELD_OUT["close_up"]
+        and not (action == "raising hat" and who.headwear == "none")
+    ]
     actions = [allowed[int(i)] for i in rng.permutation(len(allowed))[:2]]
     scenes = [SCENES[int(i)] for i in rng.permutation(len(SCENES))[:2]]
-    return Case(*(world.staged(who, action, scene, rng) for action, scene in zip(actions, scenes, strict=True)))
+    return Case(*(
+        world.staged(who, action, scene, rng, "close_up") for action, scene in zip(actions, scenes, strict=True)
+    ))
 
 
 class Stage:
@@ -106,7 +112,7 @@ class Stage:
         if arm == FIRST:
             return variants.as_first_frame(plain, latent)
         if arm in variants.VARIANTS:
-            return variants.applied(variants.VARIANTS[arm], plain, self.learnt(arm), latent)
+            return variants.applied(variants.VARIANTS[arm], plain, self.learned(arm), latent)
         adapter = self.adapter if arm == OURS else self._untrained()
         return self._applying.apply(plain, self._method.video_reference(adapter, latent, self._config))
 
@@ -118,7 +124,7 @@ class Stage:
         return self._method.adapter_from(self._zero)
 
     @functools.cache  # noqa: B019, one stage a run
-    def learnt(self, arm: str) -> dict[str, torch.Tensor]:
+    def learned(self, arm: str) -> dict[str, torch.Tensor]:
         """The adapter of a variant, trained as the shipped one was; kept as a file between runs."""
         from experiments import video_identity_variants as variants
 
@@ -127,22 +133,20 @@ class Stage:
         if not path.exists():
             sys.path.append(str(ROOT / "workflows" / "theatre"))
             import wan_adapter
-            import wan_stages
-            fields = {field.name for field in dataclasses.fields(wan_adapter.AdapterConfig)}
-            settings = wan_adapter.AdapterConfig(**{k: v for k, v in self.training.items() if k in fields})
+            fields = {field.name for field in dataclasses.fields(wan_adapter.Config)}
+            settings = wan_adapter.Config(**{k: v for k, v in self.training.items() if k in fields})
             with variants.trained_with(variants.VARIANTS[arm]):
-                adapter, log = wan_adapter.train(
-                    ROOT / ".cache" / "training" / "puppets_wan", wan_stages.Config(), settings,
-                    torch.device("cpu"), TRANSFORMER, sampling.CHECKPOINT, name=f"puppets_wan_{arm.split()[0]}",
+                adapter = wan_adapter.train(
+                    ROOT / ".cache" / "training" / "puppets_wan", settings, TRANSFORMER, sampling.CHECKPOINT,
+                    name=f"puppets_wan_{arm.split()[0]}",
                 )
-            print(f"{arm}: step and loss {log[-1]}", flush=True)
             report.replace(path, safetensors.torch.save(adapter.tensors()))
         return safetensors.torch.load_file(path)
 
     def clips(self, arm: str, start: int, stop: int) -> np.ndarray:
         """uint8 [N, T, H, W, 3] of cases `start` to `stop` - 1."""
         chosen, theatre = range(start, stop), self.theatre
-        worded = captions.caption if arm == WORDS else lambda take: captions.group_caption([take])
+        worded = functools.partial(captions.caption, clothes=arm == WORDS)
         texts = [worded(self.cases[i].truth) for i in chosen]
         # A reference belongs to a model, so those arms sample one case at a time.
         groups = [list(chosen)] if arm in (PROMPT, WORDS) else [[i] for i in chosen]

@@ -87,7 +87,7 @@ def video(
     }
 
 
-def adapter(width: int = 256, blocks: int = 6, rank: int = 2) -> dict[str, torch.Tensor]:
+def adapter(width: int = 256, blocks: int = 8, rank: int = 2) -> dict[str, torch.Tensor]:
     """Random adapter weights under the published names, by default of the theatre's size."""
     generator = torch.Generator().manual_seed(0)
     return {

@@ -263,6 +263,6 @@ def test_a_sequence_of_poses_becomes_a_video(server, files):
         safetensors.torch.load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
         for saved in entry["outputs"][prompts.RESULT]["latents"]
     ]
-    assert len(latents) == 5 and all(latent.shape == (1, 8, 8, 8) for latent in latents)
+    assert len(latents) == 5 and all(latent.shape == (1, 16, 8, 8) for latent in latents)
     assert not torch.equal(latents[0], latents[1])
     assert [path.suffix for path in (server.base / "output").glob("sequence_*") if path.suffix == ".mp4"] == [".mp4"]

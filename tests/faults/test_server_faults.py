@@ -77,12 +77,12 @@ def save_latent(server: Server, name: str, samples: torch.Tensor) -> dict:
     return prompts.node("LoadLatent", latent=f"{name}.latent")
 
 
-GOOD = torch.linspace(-1, 1, 8 * 16 * 16).reshape(1, 8, 16, 16)
+GOOD = torch.linspace(-1, 1, 16 * 16 * 16).reshape(1, 16, 16, 16)
 BAD_LATENTS = {
     "NaN": torch.full_like(GOOD, float("nan")),
     "one infinite value": GOOD.clone().index_fill_(3, torch.tensor([7]), float("inf")),
     "three for a batch of two": GOOD.repeat(3, 1, 1, 1),
-    "sixteen channels": GOOD.repeat(1, 4, 1, 1),
+    "four channels": GOOD[:, :4],
     "empty batch": GOOD[:0],
     "three axes": GOOD[0],
 }
@@ -105,7 +105,7 @@ def test_bad_latents_give_a_node_s_error_and_the_server_lives_on(fault_server, c
 @pytest.mark.parametrize("batch", [1, 2])
 def test_one_guide_serves_a_batch(fault_server, batch):
     result = prompts.run(fault_server, prompts.guided(fault_server, batch=batch))
-    assert result.shape == (batch, 8, 16, 16) and torch.isfinite(result).all()
+    assert result.shape == (batch, 16, 16, 16) and torch.isfinite(result).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])

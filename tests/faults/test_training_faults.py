@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from faults import prompts, server_memory
 
 TRAIN = "train"
 CHECKPOINTS = "training_checkpoints"
+DEAD = re.compile(r"(input_blocks\.3|middle_block|output_blocks\.0)\..*\.(ff|norm3)\.")
 
 
 NUMBERS = itertools.count()
@@ -136,7 +138,12 @@ def test_a_whole_unet_learns_and_leaves_the_model_alone(fault_server):
     settings = {"whole_unet": True, "seed": 9, "learning_rate": 2e-6}
     whole = trained(fault_server, training(fault_server, steps=3, **settings))
     assert whole and all(key.endswith((".diff", ".diff_b")) for key in whole)
-    assert all(0 < value.abs().max() <= 1.3e-5 for value in whole.values()), "six steps of Adam at this rate"
+    moved = {key: value.abs().max().item() for key, value in whole.items()}
+    # The feed-forwards of the theatre's inner levels are dead, as models/SOURCES.md says: no gradient reaches them.
+    dead = {key for key in moved if DEAD.search(key)}
+    assert len(dead) < len(moved) / 6
+    wrong = {key: value for key, value in moved.items() if value > 1.3e-5 or value == 0 and key not in dead}
+    assert wrong == {}, "six steps of Adam at this rate"
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=4)), plain)
     refused = fault_server.queue(training(fault_server, **settings | {"learning_rate": 1e-3}))
     assert "published 0.000002" in prompts.message(refused, "execution_error")["exception_message"]

@@ -85,8 +85,8 @@ def test_one_frame_a_batch_and_an_odd_size(fault_server):
 
 OTHERS = {
     "narrower": (prompts.adapter(width=128), "blocks.0.self_attn.q_loras.down.weight should be (rank, 256)"),
-    "shallower": (prompts.adapter(blocks=5), "blocks.5.self_attn.q_loras.down.weight"),
-    "deeper": (prompts.adapter(blocks=7), "blocks.6.self_attn.q_loras.down.weight"),
+    "shallower": (prompts.adapter(blocks=7), "blocks.7.self_attn.q_loras.down.weight"),
+    "deeper": (prompts.adapter(blocks=9), "blocks.8.self_attn.q_loras.down.weight"),
     "a plain LoRA": ({"lora_unet_x.lora_down.weight": torch.ones(2, 4)}, "Load LoRA"),
 }
 

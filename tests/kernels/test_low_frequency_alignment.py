@@ -13,7 +13,7 @@ from support.explicit_spectrum import dft, in_band, spectrum
 
 SHAPES = [
     (1, 1, 1, 1), (1, 2, 1, 7), (2, 1, 6, 1), (2, 3, 5, 4), (1, 2, 7, 9),
-    (1, 8, 16, 16),  # a theatre latent
+    (1, 16, 16, 16),  # a theatre latent
     (2, 3, 2, 5, 4), (1, 16, 3, 12, 12),  # videos; the second is the theatre's
 ]
 seeds = st.integers(0, 2**31 - 1)

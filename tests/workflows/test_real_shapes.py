@@ -4,6 +4,7 @@ ComfyUI's own detection has to know it by its keys and shapes. Numbers of parame
 models, written down here.
 """
 
+import inspect
 import json
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_comfyui_knows_the_network(name):
 def text_encoder(kind):
     arguments = (torch.float16, META, comfy.ops.manual_cast)
     if kind == "T5_XXL":
-        file = Path(comfy.text_encoders.t5.__file__).with_name("umt5_config_xxl.json")
+        file = Path(inspect.getfile(comfy.text_encoders.t5)).with_name("umt5_config_xxl.json")
         return comfy.text_encoders.t5.T5(json.loads(file.read_text(encoding="utf-8")), *arguments)
     classes = {"QWEN25_7B": comfy.text_encoders.llama.Qwen25_7BVLI, "QWEN3_4B": comfy.text_encoders.llama.Qwen3_4B}
     return classes[kind]({}, *arguments)

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+import runner
 import torch
-from fusion_pairs import Config
+from learned import Learned, draw_step
 from pack.nodes.fusion_embedding import encoding, files, layout, method, sampling, training
 from pack.nodes.fusion_embedding.config import GeneratorConfig
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
@@ -20,11 +21,35 @@ from pack.nodes.training.seeds import seed_for
 from pack.nodes.training.session import session
 from pack.nodes.training.whole_network import WholeNetwork
 from safetensors import safe_open
-from timeboxed import Learnt, Optimiser, Stage, follow
 
 POSE_CHANNELS = (8, 16, 32, 64)
 _AT_ONCE = 32  # pairs in one pass of an encoder
 _STEPS = 0x6E7  # beside the seeds of other stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Of both stages."""
+
+    seed: int = 7
+    pairs: int = 6_000
+    kept_back: int = 256  # of them, the last ones, that no stage learns: to look at while it learns
+    size: int = 128  # pixels
+    # Stage 1. Narrower than published, since embeddings have 128 numbers and not 768.
+    combiner_width: int = 256
+    combiner_steps: int = 200
+    combiner_batch: int = 48
+    combiner_lr: float = 3e-4
+    # Stage 2, on the whole UNet.
+    generator_width: int = 256
+    generator_steps: int = 1_200
+    generator_cool_down: int = 600
+    generator_batch: int = 24
+    generator_matrix_lr: float = 0.01
+    generator_lr: float = 3e-4
+    generator_ema: float = 0.998
+    generator_min_snr: float = 5.0  # as the theatre's UNet was trained; published: 0
+    warm_start: int = 0  # 1 begins stage 2 with the weights of the shipped file
 
 
 class EncodedPairs:
@@ -66,10 +91,10 @@ def encoded(state: Path, pictures: np.ndarray, vae, vision, combiner, config: Co
 
 
 def train(
-    state: Path, model, vae, vision, pictures: np.ndarray, fusion: Fusion, config: Config, deadline: float,
+    state: Path, model, vae, vision, pictures: np.ndarray, fusion: Fusion, config: Config, minutes: float,
     begin: Path | None = None,
 ) -> Fusion | None:
-    """The fusion with a generator, or None where the deadline came first. `begin` is a file to start from."""
+    """The fusion with a generator, or None where the time ended first. `begin` is a file to start from."""
     settings = GeneratorConfig(
         config.generator_steps, config.generator_batch, config.generator_lr, whole_unet=True,
         hidden=config.generator_width, pose_channels=POSE_CHANNELS,
@@ -88,27 +113,27 @@ def train(
         if begin is not None:
             _start_from(begin, weights, network)
         live = {key: torch.nn.Parameter(value.to(denoiser.device)) for key, value in weights.items()}
-        learnt = Learnt(
-            {f"generator.{key}": value for key, value in live.items()}
-            | {f"unet.{key}": value for key, value in network.parameters().items()}
-        )
-        average = learnt.frozen()
         denoising = DenoisingObjective(training.FusionDenoiser(denoiser, live), [], run)
         objective = method.PoseTransferObjective(denoising, pairs, config.generator_batch, settings)
-        optimiser = Optimiser(learnt, config.generator_matrix_lr, config.generator_lr)
-        modules = {"live": learnt, "average": average}
-        stage = Stage(state / "generator.pt", optimiser, config.generator_steps, modules, deadline)
 
-        def step(index: int) -> torch.Tensor:
-            follow(average, learnt, index, config.generator_ema)
-            return objective(index, torch.Generator().manual_seed(seed_for(config.seed + _STEPS, "step", index)))
+        def loss(step: int) -> torch.Tensor:
+            return objective(step, torch.Generator().manual_seed(seed_for(config.seed + _STEPS, "step", step)))
 
+        learned = Learned(
+            {f"generator.{key}": value for key, value in live.items()}
+            | {f"unet.{key}": value for key, value in network.parameters().items()}, loss,
+        )
+        stage = runner.Stage(
+            "generator", learned, draw_step, runner.Schedule(config.generator_steps, config.generator_cool_down),
+            config.generator_matrix_lr, config.generator_lr, config.generator_ema, config.seed,
+        )
         with network.attached():
-            done = stage.run(step)
-    if not done:
-        return None
-    unet = {f"diffusion_model.{key}": value for key, value in average.part("unet.").items()}
-    return dataclasses.replace(fusion, generator=average.part("generator."), unet=unet, unet_kind=WHOLE)
+            done = runner.run(stage, state, minutes)
+        if not done:
+            return None
+        runner.trained(learned, state, "generator")  # the average
+        unet = {f"diffusion_model.{key}": value for key, value in learned.part("unet.").items()}
+        return dataclasses.replace(fusion, generator=learned.part("generator."), unet=unet, unet_kind=WHOLE)
 
 
 def _start_from(path: Path, weights: dict[str, torch.Tensor], network: WholeNetwork) -> None:

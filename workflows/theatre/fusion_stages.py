@@ -12,11 +12,11 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sd
+import entry
 import fusion_generator
-import fusion_vision
 import numpy as np
 import torch
-from fusion_pairs import Config
+from fusion_generator import Config
 from half_files import save_half, sha256
 from pack.kernels import fusion_embedding as kernel
 from pack.nodes import extension
@@ -25,15 +25,14 @@ from pack.nodes.fusion_embedding.config import CombinerConfig
 from pack.nodes.fusion_embedding.method import Fusion
 from pack.nodes.fusion_embedding.pairs import Pair
 from pack.nodes.puppets import theatre
-from pack.nodes.puppets.vision import vision
+from pack.nodes.puppets.vision import shipped
 from pack.nodes.training import checkpoints
 from pack.nodes.training.config import TrainingConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-MODELS = Path(__file__).parent.parent / "models"
-CHECKPOINT = MODELS / "checkpoints" / "puppets_sd.safetensors"
-VISION, FUSION = Path("clip_vision/puppets_vision.safetensors"), Path("fusion_embeddings/puppets_fusion.safetensors")
+CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
+FUSION = entry.MODELS / "fusion_embeddings" / "puppets_fusion.safetensors"
 
 
 class TheatrePairs:
@@ -55,8 +54,8 @@ class TheatrePairs:
         return f"{self.config.pairs} pairs of puppets, seed {self.config.seed}"
 
 
-def train_combiner(state: Path, data: dict[str, np.ndarray], config: Config, deadline: float) -> bool:
-    """Stage 1, from the trained image encoder on; True when it is done."""
+def train_combiner(state: Path, pictures: np.ndarray, config: Config, minutes: float) -> bool:
+    """Stage 1, from the shipped image encoder on; True when it is done."""
     if _stage_file(state, "combiner").exists():
         return True
     settings = CombinerConfig(
@@ -66,10 +65,10 @@ def train_combiner(state: Path, data: dict[str, np.ndarray], config: Config, dea
     run = TrainingConfig(
         settings.steps, settings.learning_rate, config.seed, settings.batch_size, settings.weight_decay
     )
-    with _until(deadline):
+    with _until(time.monotonic() + 60 * minutes):
         kept, resume_from = _checkpoints(state, "combiner", config)
         fusion, _ = training.train_combiner(
-            vision(fusion_vision.weights(state)), TheatrePairs(data["pictures"], config), run, settings,
+            shipped(), TheatrePairs(pictures, config), run, settings,
             checkpoints=kept, resume_from=resume_from,
         )
         _keep(state, "combiner", fusion)
@@ -77,34 +76,30 @@ def train_combiner(state: Path, data: dict[str, np.ndarray], config: Config, dea
     return False
 
 
-def train_generator(state: Path, data: dict[str, np.ndarray], config: Config, deadline: float) -> bool:
+def train_generator(state: Path, pictures: np.ndarray, config: Config, minutes: float) -> bool:
     """Stage 2; True when it is done."""
     if _stage_file(state, "generator").exists():
         return True
     theatre.register()
     model, _, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))
     fusion = fusion_generator.train(
-        state, model, vae, vision(fusion_vision.weights(state)), data["pictures"], kept(state, "combiner"), config,
-        deadline, MODELS / FUSION if config.warm_start else None,
+        state, model, vae, shipped(), pictures, kept(state, "combiner"), config,
+        minutes, FUSION if config.warm_start else None,
     )
     if fusion is not None:
         _keep(state, "generator", fusion)
     return fusion is not None
 
 
-def export(state: Path, data: dict[str, np.ndarray], config: Config, output: Path) -> bool:
-    """Both files, and what SOURCES.md says of them."""
+def export(state: Path, pictures: np.ndarray, config: Config, path: Path) -> None:
+    """The file, and what SOURCES.md says of it."""
     described = {"training": json.dumps(dataclasses.asdict(config)), "checkpoint": sha256(CHECKPOINT)}
-    save_half(output / VISION, fusion_vision.weights(state), described)
     fusion = kept(state, "generator")
     tensors, metadata = files.packed(fusion)
-    save_half(output / FUSION, tensors, {**metadata, **described})
-    for name in (VISION, FUSION):
-        path = output / name
-        print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, sha256 {sha256(path)}")
-    first, five, count = retrieval(fusion, data["pictures"][-config.kept_back :])
+    save_half(path, tensors, {**metadata, **described})
+    print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, sha256 {sha256(path)}")
+    first, five, count = retrieval(fusion, pictures[-config.kept_back :])
     print(f"of {count} pairs that were kept back, the target is found first in {first:.1%}, in five in {five:.1%}")
-    return True
 
 
 def retrieval(fusion: Fusion, pictures: np.ndarray) -> tuple[float, float, int]:

@@ -1,19 +1,19 @@
-"""The host's Wan VAE as it is trained: a clip in one pass instead of frame pairs, on the same modules.
+"""ComfyUI's Wan VAE as it is trained: a clip in one pass instead of frame pairs, on the same modules.
 
-The host walks through a clip in pairs of frames with caches, which saves memory and costs a CPU several times the
+ComfyUI walks through a clip in pairs of frames with caches, which saves memory and costs a CPU several times the
 time. Here every layer sees the whole clip at once; `tests/nodes/puppets/test_theatre_wan.py` compares the two.
 """
 
 import comfy.ldm.wan.vae
 import torch
-from comfy.ldm.wan.vae import CausalConv3d, Resample, ResidualBlock, WanVAE
+from comfy.ldm.wan.vae import CausalConv3d, Resample, ResidualBlock, RMS_norm, WanVAE
 
 CHANNELS = 16  # latent channels, as all Wan 2.1 models have
 STRIDE = 8  # pixels a latent
 
 
 def build(dim: int) -> WanVAE:
-    """The host's class as its own loader builds it from a file of this width, initialised for training.
+    """ComfyUI's class as its loader builds it from a file of this width, initialised for training.
 
     Every causal kernel begins as a picture's: its weights for past frames are zero. The outermost 1 × 1
     convolutions are the identity and stay so; `fold` writes the latents' scale into them.
@@ -86,8 +86,27 @@ def _through(half: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     blocks = half.downsamples if hasattr(half, "downsamples") else None
     inner = (*half.middle, *half.upsamples) if blocks is None else (*blocks, *half.middle)
     for layer in (half.conv1, *inner, *half.head):
-        x = _resample(layer, x) if isinstance(layer, Resample) else layer(x)
+        x = _forward(layer, x)
     return x
+
+
+def _forward(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(layer, Resample):
+        return _resample(layer, x)
+    if isinstance(layer, RMS_norm):
+        return _normalised(layer, x)
+    if isinstance(layer, ResidualBlock):
+        inner = x
+        for part in layer.residual:
+            inner = _forward(part, inner)
+        return inner + layer.shortcut(x)
+    return layer(x)
+
+
+def _normalised(layer: RMS_norm, x: torch.Tensor) -> torch.Tensor:
+    """`RMS_norm` with one reciprocal a pixel: on a CPU a training step takes four fifths of the time."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    return x * (layer.scale / length.clamp_min(1e-12)).to(x.dtype) * layer.gamma.to(x)
 
 
 def _resample(layer: Resample, x: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pack.nodes.puppets import render, scenes, world
-from pack.nodes.puppets.config import ACTIONS, HEADWEAR, NAMED_ACTIONS, PATTERNS, SCENES, SPECIES, Take
+from pack.nodes.puppets.config import (
+    ALL_ACTIONS,
+    HEADWEAR,
+    NAMED_ACTIONS,
+    PATTERNS,
+    SCENES,
+    SPECIES,
+    Take,
+    actions_of,
+)
 
 TEST_KEY, EYE_KEY = 0xE7E, 0xE7F  # seed the takes of the test identities and of training
+CLOSE_UPS = 0.35  # of the pictures that the eye learns from
 
 
 @dataclass
@@ -46,21 +56,25 @@ def eye_take(index: int) -> Take:
     """
     rng = np.random.default_rng([EYE_KEY, index])
     who = world.sample_identity(int(rng.integers(2**31)))
-    action, scene = ACTIONS[int(rng.integers(len(ACTIONS)))], SCENES[int(rng.integers(len(SCENES)))]
-    return world.staged(who, action, scene, rng)
+    framing = "close_up" if rng.random() < CLOSE_UPS else "full"
+    action, scene = world.pick(rng, actions_of(framing)), world.pick(rng, SCENES)
+    return world.staged(who, action, scene, rng, framing)
 
 
 def take(index: int, split: str) -> Take:
-    """The take of an index in "eye", "test", or a split of the world: "train", "validation", "unseen"."""
+    """The take of an index in "eye", "test", or a split of the world, such as "unseen" or "unseen close-ups"."""
     own = {"eye": eye_take, "test": test_take}
-    return own[split](index) if split in own else world.sample_take(index, split)
+    if split in own:
+        return own[split](index)
+    name, _, close = split.partition(" ")
+    return world.sample_take(index, name, "close_up" if close else "full")
 
 
 def labels(shown: Take) -> tuple[int, int, int, int]:
     """(action, species, pattern, headwear) as positions in the world's tuples."""
     who = shown.identity
     return (
-        ACTIONS.index(shown.action),
+        ALL_ACTIONS.index(shown.action),
         SPECIES.index(who.species),
         PATTERNS.index(who.pattern),
         HEADWEAR.index(who.headwear),
@@ -82,7 +96,7 @@ def draw(start: int, stop: int, split: str, size: int) -> Renders:
 
 def renders(folder: Path, split: str, count: int, size: int, workers: int = 1) -> Renders:
     """The first `count` renders of a split, kept in `folder` between runs."""
-    path = folder / f"{split}_{count}_{size}.npz"
+    path = folder / f"{split.replace(' ', '_')}_{count}_{size}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         starts = range(0, count, 250)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pack.nodes.puppets.config import ACTIONS, HEADWEAR, JOINTS, PART_NAMES, PATTERNS, SPECIES
+from pack.nodes.puppets.config import ALL_ACTIONS, HEADWEAR, JOINTS, PART_NAMES, PATTERNS, SPECIES
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,7 +19,7 @@ from .data import to_tensor
 
 FULL, SIZE, CROP = 128, 64, 32  # pixels of the picture, of what the body net sees, and of a closer look
 REJECT = "reject"
-ANSWERS = (*ACTIONS, REJECT)
+ANSWERS = (*ALL_ACTIONS, REJECT)
 WEIGHTS = Path(__file__).with_name("eye.safetensors")
 FIGURES = Path(__file__).with_name("eye.json")
 
@@ -139,7 +139,7 @@ def head_crops(pictures: torch.Tensor, joints: torch.Tensor) -> torch.Tensor:
     right, left = joints[:, JOINTS.index("r_ear")], joints[:, JOINTS.index("l_ear")]
     across = left - right
     across = across * (
-        across.norm(dim=1, keepdim=True).clamp(0.1, 0.4) / (across.norm(dim=1, keepdim=True) + 1e-6)
+        across.norm(dim=1, keepdim=True).clamp(0.15, 0.65) / (across.norm(dim=1, keepdim=True) + 1e-6)
     )
     up = torch.stack([across[:, 1], -across[:, 0]], -1)
     return _crops(pictures, (right + left) / 2 + 0.3 * up, across)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pack.nodes.puppets import render, world
-from pack.nodes.puppets.config import NAMED_ACTIONS, PART_NAMES, UNNAMED_ACTIONS, Identity, Picture, Take
+from pack.nodes.puppets.config import ACTION_TABLE, PART_NAMES, Identity, Picture, Take
 
 from . import eye as eyes
 
@@ -154,7 +154,8 @@ def action_answers(images: np.ndarray, among: str = "all") -> list[str]:
 
 
 def _answers(sight: eyes.Sight, among: str) -> list[str]:
-    chosen = {"all": eyes.ANSWERS[:-1], "named": NAMED_ACTIONS, "unnamed": UNNAMED_ACTIONS}[among]
+    wanted = {"all": (True, False), "named": (True,), "unnamed": (False,)}[among]
+    chosen = [action for action, facts in ACTION_TABLE.items() if facts.named in wanted]
     columns = [eyes.ANSWERS.index(name) for name in chosen]
     best = sight.action_scores[:, columns].argmax(1)
     return [
@@ -220,6 +221,7 @@ def compositions(
             {
                 "identity_error": everything["mean"],
                 "worn_error": float(np.mean([*worn.values()])) if worn else MISSING,
+                "shirt_error": worn.get("shirt", MISSING),
                 "identity": identity,
                 "action": action,
                 "seen_action": answers[i],
@@ -315,7 +317,7 @@ def thumbnails(images: np.ndarray, size: int = 32) -> np.ndarray:
 def training_thumbnails(count: int, size: int = 128) -> np.ndarray:
     """`thumbnails` of the first `count` training takes."""
     return np.concatenate(
-        [thumbnails(render.render(world.sample_take(i, "train"), size).image[None]) for i in range(count)]
+        [thumbnails(render.render(world.still_take(i), size).image[None]) for i in range(count)]
     )
 
 

@@ -19,7 +19,7 @@ from support import action_identifiers, tiny_clip, tiny_model
 
 IDENTITY = Subject("sks", "robot")
 EULER = comfy.samplers.sampler_object("euler")
-STEPS, SHAPE = 4, (1, 8, 16, 16)
+STEPS, SHAPE = 4, (1, 16, 16, 16)
 
 
 def encode(clip, text, *actions, identity=IDENTITY):

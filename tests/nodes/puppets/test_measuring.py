@@ -63,7 +63,7 @@ def test_a_true_render_has_no_identity_error(shown):
 
 def test_the_identity_error_does_not_need_the_take(shown):
     for take in shown[0][:8]:
-        drawn = render.render(dataclasses.replace(take, scene="stage", light=1.0))
+        drawn = render.render(dataclasses.replace(take, scene="stage", light="day"))
         assert metrics.identity_error(drawn.image, take.identity, drawn.parts)["mean"] < 12
 
 

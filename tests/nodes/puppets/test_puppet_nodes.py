@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pack.nodes.puppets import captions, world
-from pack.nodes.puppets.config import ACTIONS, SCENES
+from pack.nodes.puppets.config import ACTIONS, FRAMINGS, LIGHTS, SCENES, actions_of
 from pack.nodes.puppets.nodes import UnderstudyPuppet, UnderstudyPuppetSet
 
 WORDS = "red striped robot with blue trousers and a yellow cap"
@@ -47,6 +47,49 @@ def test_mirrored_moves_the_action_to_the_other_side():
     common = dict(identity=WORDS, action="pointing", scene="stage", frames=1, seed=1)
     assert "pointing right" in run(UnderstudyPuppet, **common)[3]
     assert "pointing left" in run(UnderstudyPuppet, **common, mirrored=True)[3]
+
+
+def test_framing_light_and_view_follow_their_inputs():
+    def draw(**inputs):
+        return run(UnderstudyPuppet, identity=WORDS, action="waving", scene="city", frames=1, seed=6, **inputs)
+
+    full, close = draw(), draw(framing="close_up")
+    assert torch.equal(draw(framing="full", light="random", view="random")[0], full[0])
+    assert close[3] == "close-up of a red striped robot with a yellow cap waving in a city"
+    assert close[1].mean() > 1.5 * full[1].mean()
+    lit = {light: draw(light=light, view="centre") for light in LIGHTS}
+    assert all(torch.equal(picture[1], lit["day"][1]) for picture in lit.values())
+    assert len({tuple(picture[0].mean((0, 1, 2)).tolist()) for picture in lit.values()}) == len(LIGHTS)
+    columns = torch.arange(128).float()
+    middle = {view: (draw(view=view)[1][0] * columns).sum() / draw(view=view)[1].sum()
+              for view in ("left", "centre", "right")}
+    assert middle["left"] + 8 < middle["centre"] < middle["right"] - 8
+    assert draw(view="far")[1].sum() < 0.8 * draw(view="centre")[1].sum()
+
+
+def test_a_set_in_close_up():
+    result = run(UnderstudyPuppetSet, identities="", actions="", scenes="", count=10, seed=0, size=64,
+                 framing="close_up", light="day", view="far")
+    assert all(text.startswith("close-up of a") for text in result[3])
+    assert all(mask[0, -1].any() for mask in result[1])
+
+
+@pytest.mark.parametrize(("action", "framing"), [("kicking", "close_up"), ("nodding", "full")])
+def test_a_framing_that_an_action_does_not_have_is_refused(action, framing):
+    with pytest.raises(ValueError) as raised:
+        run(UnderstudyPuppet, identity=WORDS, action=action, scene="beach", frames=1, seed=0, framing=framing)
+    assert repr(action) in str(raised.value) and ", ".join(actions_of(framing)) in str(raised.value)
+    assert UnderstudyPuppet.validate_inputs(action=action, framing=framing) == str(raised.value)
+    with pytest.raises(ValueError):
+        run(UnderstudyPuppetSet, identities="", actions=action, scenes="", count=1, seed=0, framing=framing)
+    assert UnderstudyPuppetSet.validate_inputs(actions=action, framing=framing) == str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("framing", FRAMINGS), ("light", LIGHTS), ("view", ("left", "far"))])
+def test_unknown_cameras_are_refused(name, allowed):
+    with pytest.raises(ValueError) as raised:
+        run(UnderstudyPuppet, identity=WORDS, action="waving", scene="beach", frames=1, seed=0, **{name: "odd"})
+    assert f"{name} is 'odd'" in str(raised.value) and all(word in str(raised.value) for word in allowed)
 
 
 def test_preview_is_saved_for_the_browser():
@@ -114,6 +157,8 @@ def test_wrong_entries_of_a_set_are_refused(inputs, names):
 def test_linked_inputs_are_not_validated_early():
     assert UnderstudyPuppet.validate_inputs(identity=None) is True
     assert UnderstudyPuppetSet.validate_inputs() is True
+    assert UnderstudyPuppet.validate_inputs(identity=WORDS, action="nodding", framing=None) is True
+    assert UnderstudyPuppetSet.validate_inputs(actions="nodding", framing=None) is True
 
 
 @pytest.mark.parametrize(("node", "inputs", "outputs"), [
@@ -126,5 +171,7 @@ def test_contract_of_saved_workflows(node, inputs, outputs):
     schema = node.GET_SCHEMA()
     assert schema.node_id == node.__name__ and schema.category == "Understudy/Theatre"
     assert [i.id for i in schema.inputs][:5] == inputs and all(i.optional for i in schema.inputs[5:])
+    assert [i.id for i in schema.inputs][-4:] == ["size", "framing", "light", "view"]
+    assert [i.default for i in schema.inputs[-3:]] == ["full", "random", "random"]
     assert [o.io_type for o in schema.outputs] == outputs
     assert all(i.tooltip for i in schema.inputs) and all(o.tooltip for o in schema.outputs)

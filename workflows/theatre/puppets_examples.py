@@ -1,60 +1,53 @@
-"""Trains the theatre's identity prior or action identifier by the pack's own node, in a folder beside this file.
+"""Trains the theatre's identity prior or action identifier by the pack's own node, for `workflows/models`.
 
-    python workflows/theatre/train_puppets_examples.py identity  # loras/puppets_sd_identity.safetensors
-    python workflows/theatre/train_puppets_examples.py action    # action_identifiers/puppets_flexing.safetensors
+    python workflows/theatre/puppets_examples.py identity  # loras/puppets_sd_identity.safetensors
+    python workflows/theatre/puppets_examples.py action    # action_identifiers/puppets_flexing.safetensors
 
-`identity`: a test puppet, which `puppets_sd.safetensors` has never seen, is learnt from four pictures. `action`: one
-that no word of it names is learnt from five puppets. Seeded; a few minutes on a CPU. The settings go into the file's
+`identity`: a test puppet, which `puppets_sd.safetensors` has never seen, is learned from four pictures. `action`: one
+that no word of it names is learned from five puppets. Seeded; a few minutes on a CPU. The settings go into the file's
 metadata, its figures and sha256 into SOURCES.md.
 """
 
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-STATE = ROOT / ".cache" / "training" / "puppets_examples"
-sys.path.insert(0, str(ROOT / "workflows"))
-from launcher import environment, scripts  # noqa: E402
-
 if __name__ == "__main__":
-    environment.enter(ROOT)
-scripts.alias_pack()
+    import entry
 
-import torch  # noqa: E402
+    entry.enter("puppets_examples")
 
-scripts.add_comfy_path(STATE / "host", cpu=not torch.cuda.is_available())
-import comfy.sd  # noqa: E402
-import safetensors.torch  # noqa: E402
-from pack.nodes.action_identifier import files as identifier_files  # noqa: E402
-from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier  # noqa: E402
-from pack.nodes.files import weights  # noqa: E402
-from pack.nodes.identity_prior import files as prior_files  # noqa: E402
-from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior  # noqa: E402
-from pack.nodes.puppets import theatre  # noqa: E402
-from pack.nodes.puppets.nodes import UnderstudyPuppetSet  # noqa: E402
+import comfy.sd
+import entry
+import safetensors.torch
+import torch
+from pack.nodes.action_identifier import files as identifier_files
+from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
+from pack.nodes.files import weights
+from pack.nodes.identity_prior import files as prior_files
+from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior
+from pack.nodes.puppets import theatre
+from pack.nodes.puppets.nodes import UnderstudyPuppetSet
 
-MODELS = ROOT / "workflows" / "models"
-CHECKPOINT = MODELS / "checkpoints" / "puppets_sd.safetensors"
+CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
 PUPPET_SEED = 3
-PRIOR = MODELS / "loras" / "puppets_sd_identity.safetensors"
+PRIOR = entry.MODELS / "loras" / "puppets_sd_identity.safetensors"
 # A bear with a star on its shirt, which no word of the theatre names.
 IDENTITY, SPECIES = "test 11", "bear"
 PRIOR_PUPPETS = IDENTITY, "standing\njumping\nkicking\npointing", "beach\nforest\nstage\nnight", 4, PUPPET_SEED
 PRIOR_SETTINGS = {
-    "identity_token": "sks", "class_noun": SPECIES, "steps": 300, "learning_rate": 3e-3, "rank": 8, "batch_size": 1,
+    "identity_token": "sks", "class_noun": SPECIES, "steps": 800, "learning_rate": 3e-3, "rank": 8, "batch_size": 1,
     "seed": 0, "prior_weight": 0.3, "min_snr_gamma": 5.0, "augment": "none", "resume_from": "none",
     "checkpoint_every": 0,
 }
 ACTION = "flexing"
-IDENTIFIER = MODELS / "action_identifiers" / f"puppets_{ACTION}.safetensors"
+IDENTIFIER = entry.MODELS / "action_identifiers" / f"puppets_{ACTION}.safetensors"
 ACTION_PUPPETS = "", ACTION, "", 5, PUPPET_SEED
 ACTION_SETTINGS = {
-    "placeholder": f"<{ACTION}>", "initial_word": "dancing", "steps": 400, "context_steps": 20, "learning_rate": 4e-3,
-    "mask_percentile": 0.6, "merge": "union", "min_snr_gamma": 1.0, "seed": 0, "resume_from": "none",
-    "checkpoint_every": 0,
+    "placeholder": f"<{ACTION}>", "initial_word": "standing", "steps": 400, "context_steps": 20,
+    "learning_rate": 0.02, "mask_percentile": 0.6, "merge": "union", "min_snr_gamma": 1.0, "seed": 0,
+    "resume_from": "none", "checkpoint_every": 0,
 }
 
 
@@ -62,19 +55,19 @@ def identity() -> None:
     """The LoRA, with whom it knows."""
     images, _, _, captions, subjects = UnderstudyPuppetSet.execute(*PRIOR_PUPPETS).result
     captions = [text.replace(who, "a {subject}") for text, who in zip(captions, subjects, strict=True)]
-    lora, known = learnt(UnderstudyTrainIdentityPrior, PRIOR_SETTINGS, images=images, captions=captions)
-    print(f"learnt {', '.join(known.captions)}")
+    lora, known = learned(UnderstudyTrainIdentityPrior, PRIOR_SETTINGS, images=images, captions=captions)
+    print(f"learned {', '.join(known.captions)}")
     write(PRIOR, prior_files.save(lora, known, PRIOR.stem), {**PRIOR_SETTINGS, "identity": IDENTITY})
 
 
 def action() -> None:
     """The identifier."""
     images, _, _, _, subjects = UnderstudyPuppetSet.execute(*ACTION_PUPPETS).result
-    (identifier,) = learnt(UnderstudyTrainActionIdentifier, ACTION_SETTINGS, images=images, subjects=subjects)
+    (identifier,) = learned(UnderstudyTrainActionIdentifier, ACTION_SETTINGS, images=images, subjects=subjects)
     write(IDENTIFIER, identifier_files.save(identifier, IDENTIFIER.stem), {**ACTION_SETTINGS, "action": ACTION})
 
 
-def learnt(node: type, settings: dict[str, object], **examples: list) -> list:
+def learned(node: type, settings: dict[str, object], **examples: list) -> list:
     """What a training node gives for the checkpoint and these examples, less its losses, which are told."""
     theatre.register()
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3]
