@@ -56,11 +56,12 @@ def test_the_frontend_opens_it_with_every_node_and_widget(path, page, server):
     page.screenshot(path=SCREENSHOTS / f"{path.stem}.png")
     assert page.evaluate(MISSING_NODES) == []
     assert page.get_by_text("Missing node").count() == 0
-    saved = {
-        str(node["id"]): node.get("widgets_values") or []
-        for node in workflow_files.Workflow(path).content["nodes"]
-    }
-    assert page.evaluate(WIDGETS) == saved
+    shown = page.evaluate(WIDGETS)
+    for node in workflow_files.Workflow(path).content["nodes"]:
+        saved, values = node.get("widgets_values") or [], shown.pop(str(node["id"]))
+        # A newer ComfyUI's own nodes may have more widgets, at the end.
+        assert values == saved if node["type"].startswith("Understudy") else values[:len(saved)] == saved
+    assert not shown
 
 
 def test_a_missing_node_would_be_seen(page, server):
