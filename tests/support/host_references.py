@@ -39,7 +39,7 @@ class Host:
         while length < len(parts) and self._file(tuple(parts[: length + 1])):
             length += 1
         module, rest = tuple(parts[:length]), parts[length:]
-        if not rest:
+        if not rest or rest[0].startswith("__"):  # each module has __file__
             return ""
         defined = self._defined(module)
         if defined is None:
