@@ -15,12 +15,12 @@ SMALLEST_SIDE = 8  # of a matrix that Muon trains
 class KernelMuon(torch.optim.Muon):
     """torch.optim.Muon for weights [out, ...] of any rank, through views [out, n] of their storage."""
 
-    def __init__(self, weights: Iterable[torch.nn.Parameter], lr: float):
+    def __init__(self, weights: Iterable[torch.nn.Parameter], lr: float, weight_decay: float = 0.0):
         self.weights = list(weights)
         views = [torch.nn.Parameter(_as_matrix(weight.data, weight)) for weight in self.weights]
         if any(view.data_ptr() != weight.data_ptr() for view, weight in zip(views, self.weights, strict=True)):
             raise ValueError("a weight has a memory layout of which no matrix is a view: make it contiguous")
-        super().__init__(views, lr=lr, weight_decay=0.0)
+        super().__init__(views, lr=lr, weight_decay=weight_decay)
 
     def step(self, closure=None):
         """One step down the gradients of `weights`."""

@@ -35,7 +35,7 @@ import torch
 from pack.nodes.puppets import theatre, world
 
 CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
-UNET_STAGES = ("unet", "unet2", "unet3")
+UNET_STAGES = ("unet", "unet2", "unet3", "unet4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Config:
     unet_batch: int = 48
     unet_lr: float = 6e-4
     unet_ema: float = 0.999
+    unet_decay: float = 0.1  # Muon's weight decay: without it gates of feed-forward layers close for good
     min_snr: float = 5.0
     drop_caption: float = 0.1
 
@@ -111,12 +112,15 @@ def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: floa
         if not runner.trained(denoiser, folder, UNET_STAGES[config.unet_stage - 2]):
             raise SystemExit(f"{folder} holds no UNet of stage {config.unet_stage - 1}: train that first")
         denoiser.text.requires_grad_(False)
+        probe = sd_unet.drawer(data, takes, config.unet_batch, 0.0)(np.random.default_rng(config.seed), 0)
+        for name in sd_unet.revive(denoiser, *probe):
+            print(f"revived {name}")
     stage = runner.Stage(
         UNET_STAGES[config.unet_stage - 1], denoiser,
         sd_unet.drawer(data, takes, config.unet_batch, config.drop_caption),
         runner.Schedule(config.unet_steps, config.unet_cool_down),
         config.matrix_lr, config.unet_lr, config.unet_ema, config.seed, sd_unet.OUTER,
-        sd_unet.inspector(folder, config.size),
+        sd_unet.inspector(folder, config.size), config.unet_decay,
     )
     return runner.run(stage, folder, minutes, sheet_minutes)
 

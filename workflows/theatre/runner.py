@@ -64,6 +64,7 @@ class Stage:
     seed: int
     outer: tuple[str, ...] = ()  # names of first and last layers, which AdamW trains
     inspect: Callable[[torch.nn.Module], tuple[str, np.ndarray]] | None = None
+    matrix_decay: float = 0.0  # Muon's weight decay
 
 
 def make_accelerator() -> Accelerator:
@@ -109,7 +110,7 @@ class _Run:
         matrices, others = split_parameters(stage.module, stage.outer)
         optimisers = []
         if matrices:
-            optimisers.append((stage.matrix_rate, KernelMuon(matrices, stage.matrix_rate)))
+            optimisers.append((stage.matrix_rate, KernelMuon(matrices, stage.matrix_rate, stage.matrix_decay)))
         if others:
             adamw = torch.optim.AdamW(others, stage.rate, weight_decay=1e-4, betas=(0.9, 0.99))
             optimisers.append((stage.rate, adamw))

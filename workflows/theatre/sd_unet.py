@@ -18,6 +18,7 @@ from pack.nodes.puppets import captions, theatre, world
 from pack.nodes.puppets.config import Take
 
 OUTER = ("input_blocks.0.0.", "unet.out.")  # the first and the last layer
+DEAD = 1e-3  # of the strongest answer of a feed-forward's gates
 SHOWN = 12  # pictures of each split on a sheet
 _ENCODED_AT_ONCE = 64
 
@@ -83,6 +84,30 @@ class Denoiser(torch.nn.Module):
         error = (self.predict(noisy, moments, tokens) - noise).square().mean((1, 2, 3))
         snr = compute_snr(self.schedule, moments)
         return (error * snr.clamp(max=self.min_snr) / snr).mean()
+
+
+def revive(denoiser: Denoiser, clean, noise, moments, tokens) -> list[str]:
+    """Start the feed-forward layers anew whose gates are closed wherever the batch looks; their names.
+
+    No gradient reaches such a layer. It goes on giving its constant, and learns from there.
+    """
+    strongest: dict[torch.nn.Module, float] = {}
+
+    def record(gated, _inputs, output):
+        strongest[gated] = output.abs().max().item()
+
+    forwards = {name: part for name, part in denoiser.unet.named_modules() if name.endswith(".ff")}
+    hooks = [part.net[0].register_forward_hook(record) for part in forwards.values()]
+    with torch.no_grad():
+        denoiser(clean, noise, moments, tokens)
+    for hook in hooks:
+        hook.remove()
+    dead = [name for name, part in forwards.items() if strongest[part.net[0]] < DEAD]
+    for name in dead:
+        torch.nn.Linear.reset_parameters(forwards[name].net[0].proj)
+        torch.nn.LayerNorm.reset_parameters(denoiser.unet.get_submodule(name.removesuffix("ff") + "norm3"))
+        torch.nn.init.zeros_(forwards[name].net[2].weight)
+    return dead
 
 
 def latents(folder: Path, images: np.ndarray) -> np.ndarray:

@@ -152,6 +152,25 @@ def test_the_loss_is_min_snr_of_predicted_noise(monkeypatch):
         torch.testing.assert_close(seen[0][i], mixed, rtol=1e-4, atol=1e-5)
 
 
+def test_feed_forwards_whose_gates_have_closed_start_anew_and_learn():
+    denoiser, dead = noised(sd_unet.Denoiser(min_snr=5.0)), "middle_block.1.transformer_blocks.0.ff"
+    layer = denoiser.unet.get_submodule(dead)
+    with torch.no_grad():
+        layer.net[0].proj.weight.zero_()
+        layer.net[0].proj.bias.chunk(2)[1].fill_(-40)  # of the gates
+    generator = torch.Generator().manual_seed(1)
+    clean, noise = torch.randn(2, 2, 16, 4, 4, generator=generator)
+    batch = clean, noise, torch.tensor([100, 800]), text_encoder.tokens(["a bear waving", ""])
+    denoiser(*batch).backward()
+    assert layer.net[2].weight.grad.abs().max() == 0
+    before = denoiser(*batch).item()
+    assert sd_unet.revive(denoiser, *batch) == [dead]
+    assert denoiser(*batch).item() == pytest.approx(before, abs=1e-6), "it goes on as it was"
+    denoiser(*batch).backward()
+    assert layer.net[2].weight.grad.abs().max() > 0
+    assert sd_unet.revive(noised(denoiser), *batch) == []
+
+
 def test_first_and_last_layer_are_left_to_adamw():
     named = sd_unet.Denoiser(5.0).named_parameters()
     names = [name for name, _ in named if any(part in name for part in sd_unet.OUTER)]
