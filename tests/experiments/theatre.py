@@ -83,7 +83,6 @@ def rows_of(arm: str, takes: list[Take], pictures: np.ndarray) -> list[dict]:
         {
             "arm": arm,
             "case": i,
-            "prompt": captions.caption(take),
             "asked": take.action,
             **row,
             "rejected": row["seen_action"] == "reject",

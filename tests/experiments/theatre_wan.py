@@ -83,7 +83,7 @@ def rows_of(arm: str, takes: list[Take], clips: np.ndarray, truth: np.ndarray) -
             for name in ("species", "pattern", "headwear")
         }
         rows.append({
-            "arm": arm, "case": i, "prompt": captions.caption(take), "asked": take.action,
+            "arm": arm, "case": i, "asked": take.action,
             **{f"seen_{frame}": row["seen_action"] for frame, row in zip(frames, found, strict=True)},
             **{name: float(np.mean([row[name] for row in found]))
                for name in ("action", "identity", "composition", "worn_error", "identity_error")},
