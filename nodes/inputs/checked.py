@@ -90,6 +90,8 @@ def _option(widget: io.Combo.Input, value: Any) -> Any:
 
 
 def _options(widget: io.MultiCombo.Input, value: Any) -> list:
+    if isinstance(value, str):  # of an API, and of a workflow for comfy-cli, which knows no lists
+        value = [value]
     if not isinstance(value, list | tuple):
         raise _refused(widget, value, f"use a list of {_names(widget.options)}")
     return [_option(widget, part) for part in value]

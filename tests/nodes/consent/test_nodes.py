@@ -26,6 +26,11 @@ def test_what_is_typed_is_recorded_and_nothing_else():
     )
 
 
+def test_a_single_scope_may_be_a_text():
+    record = UnderstudyConsentRecord.execute(scopes="training", **{**EMPTY, "subject": "A"}).result[0]
+    assert record == ConsentRecord("A", ("training",))
+
+
 def test_a_drawn_figure_is_no_person():
     assert recorded(["no person"], subject="a mascot") == ConsentRecord("a mascot", (NO_PERSON,))
 
@@ -35,7 +40,7 @@ def test_without_any_text_it_is_the_empty_record_whatever_the_scopes():
 
 
 @pytest.mark.parametrize(("scopes", "typed", "message"), [
-    ("sale", {"subject": "A"}, "scopes is 'sale': use a list of private"),
+    (7, {"subject": "A"}, "scopes is 7: use a list of private"),
     (["sale"], {"subject": "A"}, "scopes is 'sale': use one of private"),
     ([], {"subject": "A"}, "scopes is empty"), (["private"], {"note": "n"
     }, "subject is empty"),
