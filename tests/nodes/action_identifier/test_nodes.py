@@ -69,7 +69,7 @@ def test_inputs_and_outputs_are_those_agreed_on(node, required, outputs):
     ids = [widget.id for widget in schema.inputs]
     assert ids[: len(required)] == required
     further = schema.inputs[len(required) :]
-    plain = "consent", "purpose", "masks"
+    plain = "consent", "purpose", "masks", "preview"
     assert all(widget.optional and (widget.advanced or widget.id in plain) for widget in further)
     assert [output.io_type for output in schema.outputs] == outputs
 

@@ -68,11 +68,11 @@ def contrast_drift(shown):
 
 # Measured: 9.7 to 0.7 for img2img. The VAE alone loses details in each round, and its decoder makes other colours of
 # a latent without them: 5.9 to 2.9.
-@pytest.mark.parametrize(("denoise", "share"), [(DENOISE, 0.2), (0, 0.7)], ids=["img2img", "VAE alone"])
+@pytest.mark.parametrize(("denoise", "share"), [(DENOISE, 0.3), (0, 0.7)], ids=["img2img", "VAE alone"])
 def test_ten_rounds_keep_the_colours_of_the_first(denoise, share, loaded, puppets):
     plain, aligned = (rounds(loaded, puppets, denoise, with_node) for with_node in (False, True))
     background = puppets[2]
     for where in (torch.ones_like(background), background):
         before, after = colour_drift(plain, where), colour_drift(aligned, where)
-        assert before > 4 and after < share * before, (before, after)
+        assert before > 3 and after < share * before, (before, after)
     assert contrast_drift(aligned) < contrast_drift(plain)

@@ -115,8 +115,8 @@ def test_nobody_is_an_error_that_names_the_input(broken):
     for bad in ([], [{"canvas_width": 4, "canvas_height": 4, "people": []}], skeleton(missing=(8, 11))):
         with pytest.raises(FusionError, match=words):
             retarget(*({**frames, broken: bad}.values()), RetargetConfig())
-    frames[broken] = [{"canvas_width": 4, "canvas_height": 4, "people": [{"pose_keypoints_2d": [1.0] * 75}]}]
-    with pytest.raises(FusionError, match="25 points"):
+    frames[broken] = [{"canvas_width": 4, "canvas_height": 4, "people": [{"pose_keypoints_2d": [1.0] * 60}]}]
+    with pytest.raises(FusionError, match="20 points"):
         retarget(*frames.values(), RetargetConfig())
 
 

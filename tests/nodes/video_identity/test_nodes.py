@@ -30,7 +30,7 @@ CONTRACT = {
         ["model", "adapter", "reference", "strength", "start_percent", "end_percent", "blocks", "mask",
          "reference_guidance"], ["MODEL"],
     ),
-    UnderstudySaveVideoIdentityAdapter: (["adapter", "filename_prefix", "consent"], []),
+    UnderstudySaveVideoIdentityAdapter: (["adapter", "filename_prefix", "consent", "preview"], []),
 }
 
 
@@ -44,7 +44,7 @@ def test_schemas_keep_the_contract(node):
     assert [output.io_type for output in schema.outputs] == outputs
     assert all(widget.tooltip for widget in schema.inputs) and len(schema.search_aliases) >= 3
     assert [widget.id for widget in schema.inputs if widget.optional] == [
-        name for name in inputs if name in ("mask", "bboxes", "purpose", "consent", "reference_guidance")
+        name for name in inputs if name in ("mask", "bboxes", "purpose", "consent", "preview", "reference_guidance")
     ]
 
 
