@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from experiments import theatre_wan
 from experiments.measuring import data, eye, metrics
 from hypothesis import given
 from hypothesis import strategies as st
@@ -271,3 +272,18 @@ def test_the_feature_distance_tells_a_blur_from_another_puppet():
     other = render.render(dataclasses.replace(take, identity=world.sample_identity(5))).image
     assert metrics.feature_distance(image, image) == 0
     assert 0 < metrics.feature_distance(blurred, image) < metrics.feature_distance(other, image) < 2
+
+
+def test_movement_and_flicker_are_relative_to_the_true_clip():
+    take = dataclasses.replace(world.sample_take(3, "validation", "close_up"), action="waving")
+    truth = theatre_wan.drawn([take], 64, 9)
+    half = truth[:, ::4].repeat(4, 1)[:, :9]  # stands, then jumps
+    still = np.repeat(truth[:, :1], 9, 1)
+    rows = [theatre_wan.rows_of("arm", [take], clip, truth)[0] for clip in (truth, still, half)]
+    moved = np.abs(np.diff(truth[0].astype(float), axis=0)).mean()
+    assert theatre_wan.movement(truth[0]) == pytest.approx(moved) and moved > 1
+    assert [rows[0][name] for name in ("movement", "flicker")] == pytest.approx([1, 1])
+    assert [rows[1][name] for name in ("movement", "flicker")] == [0, 0]
+    second = np.abs(np.diff(half[0].astype(float), n=2, axis=0)).mean()
+    expected = second / np.abs(np.diff(truth[0].astype(float), n=2, axis=0)).mean()
+    assert rows[2]["flicker"] == pytest.approx(expected) and expected != 1

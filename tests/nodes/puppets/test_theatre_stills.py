@@ -264,7 +264,10 @@ def test_a_later_stage_goes_on_with_the_average_and_the_text_encoder_stays(train
     monkeypatch.setattr(sd_unet, "SHOWN", 2)
     with pytest.raises(SystemExit, match="stage 2"):
         puppets_sd.train_unet(folder, dataclasses.replace(TINY, unet_stage=3), math.inf)
+    decays, run = [], runner.run
+    monkeypatch.setattr(runner, "run", lambda stage, *rest: decays.append(stage.matrix_decay) or run(stage, *rest))
     assert puppets_sd.train_unet(folder, dataclasses.replace(TINY, unet_stage=2, unet_steps=1), math.inf)
+    assert decays == [TINY.unet_decay] != [0]
     before, after = (load_file(folder / name / "average.safetensors") for name in ("unet", "unet2"))
     for key in before:
         change = (after[key] - before[key]).abs().max()

@@ -1,6 +1,7 @@
 """The loop that trains the theatre's models: schedules, averages, optimisers, and runs that stop and go on."""
 
 import csv
+import dataclasses
 import json
 import os
 import sys
@@ -59,6 +60,21 @@ def test_rates_rise_stay_and_fall_as_a_cosine():
     assert factors[80] == pytest.approx(0.5) and factors[70] == pytest.approx(0.5 + 0.5 * np.cos(np.pi / 4))
     assert 0 < factors[99] < 0.01 and schedule.factor(100) == 0
     assert schedule.factor(30) == runner.Schedule(1000, 40, warm_up=4).factor(30), "a later end changes no plateau"
+
+
+def test_decay_shrinks_the_matrices_that_muon_trains_and_nothing_else(tmp_path):
+    ends = []
+    for decay in (0.0, 0.5):
+        stage = dataclasses.replace(make_stage(steps=4, cool_down=1), matrix_decay=decay)
+        stage.module.forward = lambda *_: 0 * sum(value.sum() for value in stage.module.parameters())
+        start = {name: value.detach().clone() for name, value in stage.module.named_parameters()}
+        assert runner.run(stage, tmp_path / str(decay))
+        ends.append({name: value / start[name] for name, value in stage.module.named_parameters()})
+    kept = float(np.prod([1 - 0.02 * 0.5 * stage.schedule.factor(step) for step in range(4)]))
+    for name in ("kernel.weight", "matrix.weight"):
+        torch.testing.assert_close(ends[0][name], torch.ones_like(ends[0][name]))
+        torch.testing.assert_close(ends[1][name], torch.full_like(ends[1][name], kept))
+    assert torch.equal(ends[0]["kernel.bias"], ends[1]["kernel.bias"])
 
 
 def test_an_interrupted_run_takes_the_same_steps(tmp_path):

@@ -337,9 +337,13 @@ def test_the_adapter_learns_from_clips_and_first_frames_by_turns(trained, encode
     config = wan_adapter.Config(
         size=32, clips=4, pairs=3, rank=rank, steps=4, cool_down=2, clip_batch=2, frame_batch=3
     )
-    seen, objective = [], wan_adapter.DenoisingObjective
+    seen, kept, objective = [], [], wan_adapter.DenoisingObjective
 
     class Noted(objective):
+        def __init__(self, denoiser, samples, *arguments):
+            kept.append([sample.latent for sample in samples])
+            super().__init__(denoiser, samples, *arguments)
+
         def loss_at(self, clean, *arguments):
             seen.append(tuple(clean.shape[:3]))
             return super().loss_at(clean, *arguments)
@@ -349,6 +353,8 @@ def test_the_adapter_learns_from_clips_and_first_frames_by_turns(trained, encode
     assert wan_adapter.train(folder, config, paths[0], encoder, name, minutes=0) is None
     adapter = wan_adapter.train(folder, config, paths[0], encoder, name)
     assert seen == [(3, 16, 1), (2, 16, 3)] * 2 and all(block.v.up.any() for block in adapter.blocks)
+    firsts, clips = kept[:2]
+    assert all(torch.equal(first[:, :, 0], clip[:, :, 0]) for first, clip in zip(firsts, clips, strict=True))
     (state,) = folder.glob(f"{name}_*/average.safetensors")
     assert torch.equal(adapter.blocks[0].v.up, load_file(state)["blocks/0/self_attn/v_loras/up/weight"])
     path = folder / f"{name}.safetensors"
