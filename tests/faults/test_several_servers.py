@@ -62,15 +62,17 @@ def test_what_a_killed_server_leaves_is_made_by_the_other(comfy_path, tmp_path):
         def pictures() -> list:
             return list(casting.glob("theatre_*.png")) if casting.is_dir() else []
 
+        code, said = run("second.json", second, tmp_path)
+        assert code == 0, said
         running = start("second.json", second, tmp_path)
-        while not pictures():
+        while not second.get("/queue")["queue_running"]:
             assert running.poll() is None, running.communicate()[0]
             time.sleep(0.01)
         second.process.kill()
         second.process.wait()
         said = running.communicate(timeout=900)[0]
         assert running.returncode, f"the loop would not have ended: {said}"
-        assert len(pictures()) < 4
+        assert len(pictures()) in (2, 3), "some of its part, and not all"
 
         for _ in range(2):
             code, said = run("first.json", first, tmp_path)
