@@ -17,7 +17,7 @@ import fusion_generator
 import numpy as np
 import torch
 from fusion_generator import Config
-from half_files import save_half, sha256
+from half_files import NOBODY, save_half, sha256
 from pack.kernels import fusion_embedding as kernel
 from pack.nodes import extension
 from pack.nodes.fusion_embedding import files, training
@@ -94,7 +94,7 @@ def train_generator(state: Path, pictures: np.ndarray, config: Config, minutes: 
 def export(state: Path, pictures: np.ndarray, config: Config, path: Path) -> None:
     """The file, and what SOURCES.md says of it."""
     described = {"training": json.dumps(dataclasses.asdict(config)), "checkpoint": sha256(CHECKPOINT)}
-    fusion = kept(state, "generator")
+    fusion = dataclasses.replace(kept(state, "generator"), consent=NOBODY)
     tensors, metadata = files.packed(fusion)
     save_half(path, tensors, {**metadata, **described})
     print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, sha256 {sha256(path)}")

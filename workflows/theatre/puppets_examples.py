@@ -9,7 +9,6 @@ metadata, its figures and sha256 into SOURCES.md.
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -20,6 +19,7 @@ if __name__ == "__main__":
 
 import comfy.sd
 import entry
+import half_files
 import safetensors.torch
 import torch
 from pack.nodes.action_identifier import files as identifier_files
@@ -71,7 +71,7 @@ def learned(node: type, settings: dict[str, object], **examples: list) -> list:
     """What a training node gives for the checkpoint and these examples, less its losses, which are told."""
     theatre.register()
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3]
-    given = {"model": model, "clip": clip, "vae": vae, **settings}
+    given = {"model": model, "clip": clip, "vae": vae, "consent": half_files.NOBODY, **settings}
     with torch.inference_mode():
         *found, losses = node.execute(**examples, **{name: [value] for name, value in given.items()}).result
     tenth = losses["loss"][-max(1, len(losses["loss"]) // 10) :]
@@ -86,7 +86,7 @@ def write(path: Path, saved: Path, settings: dict[str, object]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(safetensors.torch.save(tensors, metadata))
     saved.unlink()
-    print(f"{path.name}: {path.stat().st_size} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
+    print(f"{path.name}: {path.stat().st_size} bytes, sha256 {half_files.sha256(path)}")
 
 
 if __name__ == "__main__":

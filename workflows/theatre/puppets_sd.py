@@ -59,7 +59,7 @@ class Config:
     unet_batch: int = 48
     unet_lr: float = 6e-4
     unet_ema: float = 0.999
-    unet_decay: float = 0.1  # Muon's weight decay: without it gates of feed-forward layers close for good
+    unet_decay: float = 0.02  # Muon's weight decay: without it gates of feed-forward layers close for good
     min_snr: float = 5.0
     drop_caption: float = 0.1
 
@@ -92,7 +92,7 @@ def _run_autoencoder(name, autoencoder, schedule, rate, folder, config, minutes,
         name, autoencoder,
         sd_autoencoder.drawer(images, config.autoencoder_batch, config.autoencoder_crop, config.latent_noise),
         schedule, rate * config.matrix_lr, rate * config.autoencoder_lr, config.autoencoder_ema, config.seed,
-        inspect=sd_autoencoder.inspector(checked),
+        inspect=sd_autoencoder.inspector(checked), settings=dataclasses.asdict(config),
     )
     return runner.run(stage, folder, minutes, sheet_minutes)
 
@@ -120,7 +120,7 @@ def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: floa
         sd_unet.drawer(data, takes, config.unet_batch, config.drop_caption),
         runner.Schedule(config.unet_steps, config.unet_cool_down),
         config.matrix_lr, config.unet_lr, config.unet_ema, config.seed, sd_unet.OUTER,
-        sd_unet.inspector(folder, config.size), config.unet_decay,
+        sd_unet.inspector(folder, config.size), config.unet_decay, dataclasses.asdict(config),
     )
     return runner.run(stage, folder, minutes, sheet_minutes)
 
@@ -132,10 +132,9 @@ def export(folder: Path, config: Config, path: Path) -> None:
         raise SystemExit(f"{folder} holds no UNet of stage {config.unet_stage}: run the stage `unet` first")
     autoencoder = sd_autoencoder.trained(folder, "cpu")
     tensors = checkpoint_tensors(denoiser, autoencoder)
-    steps = {f"{name}_steps": runner.steps_done(folder, name) for name in (*sd_autoencoder.STAGES, *UNET_STAGES)}
-    training = {**dataclasses.asdict(config), **steps}
+    training = runner.record(folder, (*sd_autoencoder.STAGES, *UNET_STAGES[: config.unet_stage]))
     half_files.save_half(path, tensors, {"config": json.dumps({"training": training})})
-    total = sum(steps[f"{name}_steps"] for name in UNET_STAGES)
+    total = sum(training[name]["steps"] for name in UNET_STAGES[: config.unet_stage])
     print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, {total} UNet steps, "
           f"sha256 {half_files.sha256(path)}")
     images = pictures.stills(folder, "train", config.pictures, config.size)[:512]

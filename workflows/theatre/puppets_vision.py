@@ -50,6 +50,7 @@ def train(folder: Path, config: Config, minutes: float, sheet_minutes: float = 5
         "vision", vision_reader.Reader(), vision_reader.drawer(data, learned, config.batch, config.seed),
         runner.Schedule(config.steps, config.cool_down), config.matrix_lr, config.lr, config.ema, config.seed,
         inspect=vision_reader.inspector(data, range(learned, config.pairs), config.seed),
+        settings=dataclasses.asdict(config),
     )
     return runner.run(stage, folder, minutes, sheet_minutes)
 
@@ -59,7 +60,7 @@ def export(folder: Path, config: Config, path: Path) -> None:
     reader = vision_reader.Reader()
     if not runner.trained(reader, folder, "vision"):
         raise SystemExit(f"{folder} holds no trained encoder: run `train` first")
-    training = {**dataclasses.asdict(config), "steps": runner.steps_done(folder, "vision")}
+    training = runner.record(folder, ("vision",))
     half_files.save_half(path, reader.weights(), {"config": json.dumps({"training": training})})
     print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, sha256 {half_files.sha256(path)}")
 

@@ -84,7 +84,7 @@ def train_frames(folder: Path, config: Config, minutes: float, sheet_minutes: fl
         wan_autoencoder.drawer(images, config.frames_batch, config.frames_crop, config.latent_noise),
         runner.Schedule(config.frames_steps, config.frames_cool_down),
         config.matrix_lr, config.autoencoder_lr, config.autoencoder_ema, config.seed,
-        inspect=wan_autoencoder.inspector(checked),
+        inspect=wan_autoencoder.inspector(checked), settings=dataclasses.asdict(config),
     )
     return runner.run(stage, folder, minutes, sheet_minutes)
 
@@ -100,7 +100,7 @@ def train_clips(folder: Path, config: Config, minutes: float, sheet_minutes: flo
         wan_autoencoder.drawer(images, config.clips_batch, config.clips_crop, config.latent_noise),
         runner.Schedule(config.clips_steps, config.clips_cool_down),
         config.matrix_lr / 2, config.autoencoder_lr / 2, config.autoencoder_ema, config.seed,
-        inspect=wan_autoencoder.inspector(checked),
+        inspect=wan_autoencoder.inspector(checked), settings=dataclasses.asdict(config),
     )
     for layer in (stage.module.vae.conv1, stage.module.vae.conv2):  # the identity; `fold` writes them in the end
         layer.requires_grad_(False)
@@ -132,7 +132,7 @@ def train_transformer(folder: Path, config: Config, minutes: float, sheet_minute
         ),
         runner.Schedule(config.transformer_steps, config.transformer_cool_down),
         config.matrix_lr, config.transformer_lr, config.transformer_ema, config.seed, wan_transformer.OUTER,
-        wan_transformer.inspector(folder, config.size, mean, deviation),
+        wan_transformer.inspector(folder, config.size, mean, deviation), settings=dataclasses.asdict(config),
     )
     with host_in_training():
         return runner.run(stage, folder, minutes, sheet_minutes)
@@ -145,8 +145,8 @@ def export(folder: Path, config: Config, transformer: Path, autoencoder: Path) -
         raise SystemExit(f"{folder} holds no trained transformer: run the stage `transformer` first")
     clips = training_latents(folder, config)["clips"]
     mean, deviation = wan_transformer.statistics(clips)
-    steps = {f"{name}_steps": runner.steps_done(folder, name) for name in ("frames", "clips", "transformer")}
-    training = {**dataclasses.asdict(config), **steps, "text_encoder": half_files.sha256(ENCODER)}
+    training = runner.record(folder, ("frames", "clips", "transformer"))
+    training["text_encoder"] = half_files.sha256(ENCODER)
     save_autoencoder(autoencoder, wan_autoencoder.trained(folder, "cpu").vae, mean, deviation, training)
     save_transformer(transformer, denoiser.transformer.state_dict(), training)
     for path in (transformer, autoencoder):

@@ -20,6 +20,7 @@ import entry
 import half_files
 import puppets_wan
 import wan_adapter
+from pack.nodes.consent import record
 
 ADAPTER = entry.MODELS / "loras" / "puppets_wan_identity.safetensors"
 
@@ -37,7 +38,7 @@ def main() -> None:
         print("stopped; call again to go on")
         return
     training = {"config": json.dumps({"training": dataclasses.asdict(config)})}
-    half_files.save_half(ADAPTER, adapter.tensors(), training)
+    half_files.save_half(ADAPTER, adapter.tensors(), training | record.to_metadata(half_files.NOBODY))
     print(f"{ADAPTER.name}: {ADAPTER.stat().st_size / 2**20:.2f} MiB, sha256 {half_files.sha256(ADAPTER)}")
 
 

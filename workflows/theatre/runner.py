@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,7 @@ class Stage:
     outer: tuple[str, ...] = ()  # names of first and last layers, which AdamW trains
     inspect: Callable[[torch.nn.Module], tuple[str, np.ndarray]] | None = None
     matrix_decay: float = 0.0  # Muon's weight decay
+    settings: dict[str, object] = dataclasses.field(default_factory=dict)  # kept beside the state, for `record`
 
 
 def make_accelerator() -> Accelerator:
@@ -84,10 +85,14 @@ def trained(module: torch.nn.Module, folder: Path, name: str) -> bool:
     return True
 
 
-def steps_done(folder: Path, name: str) -> int:
-    """Steps in the saved state of a stage."""
-    path = _recovered(folder / name) / "progress.json"
-    return json.loads(path.read_text())["step"] if path.exists() else 0
+def record(folder: Path, names: Iterable[str]) -> dict[str, object]:
+    """Of each stage its steps done and the settings of the run that ended it, for an exported file's metadata."""
+    found = {}
+    for name in names:
+        path = _recovered(folder / name) / "progress.json"
+        progress = json.loads(path.read_text()) if path.exists() else {}
+        found[name] = {"steps": progress.get("step", 0), **progress.get("settings", {})}
+    return found
 
 
 def run(stage: Stage, folder: Path, minutes: float = math.inf, sheet_minutes: float = 5.0) -> bool:
@@ -207,7 +212,8 @@ class _Run:
         if self.accelerator.is_main_process:
             save_file({k: v.contiguous() for k, v in self.average.module.state_dict().items()},
                       part / "average.safetensors")
-            (part / "progress.json").write_text(json.dumps({"step": self.step, "stage": self.stage.name}))
+            progress = {"step": self.step, "stage": self.stage.name, "settings": self.stage.settings}
+            (part / "progress.json").write_text(json.dumps(progress))
             if self.state.exists():
                 os.replace(self.state, old)
             os.replace(part, self.state)

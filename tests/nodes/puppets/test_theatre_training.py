@@ -88,7 +88,7 @@ def test_an_interrupted_run_takes_the_same_steps(tmp_path):
                 return next(stops)
 
         done = Interrupted(make_stage(), folders[1] / "tiny", float("inf"), 5).go()
-    assert done and runner.steps_done(folders[1], "tiny") == 6
+    assert done and runner.record(folders[1], ["tiny"])["tiny"]["steps"] == 6
     straight, interrupted = (averages(folder) for folder in folders)
     assert straight.keys() == interrupted.keys() and len(straight) == 4
     assert all(torch.equal(straight[key], interrupted[key]) for key in straight)
@@ -99,7 +99,7 @@ def test_an_interrupted_run_takes_the_same_steps(tmp_path):
 
 def test_a_run_without_time_saves_and_says_that_it_has_not_ended(tmp_path):
     assert not runner.run(make_stage(), tmp_path, minutes=0)
-    assert runner.steps_done(tmp_path, "tiny") == 0
+    assert runner.record(tmp_path, ["tiny"])["tiny"]["steps"] == 0
     module = Regression()
     assert not runner.trained(module, tmp_path, "other") and runner.trained(module, tmp_path, "tiny")
 
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(tmp_path):
 def test_a_save_killed_between_its_renames_is_found_again(tmp_path):
     runner.run(make_stage(), tmp_path)
     os.replace(tmp_path / "tiny", tmp_path / "tiny.old")
-    assert runner.steps_done(tmp_path, "tiny") == 6
+    assert runner.record(tmp_path, ["tiny"])["tiny"]["steps"] == 6
     assert not (tmp_path / "tiny.old").exists()
 
 
@@ -164,7 +164,7 @@ def test_the_last_step_is_inspected_in_eval_mode_without_a_gradient(tmp_path):
 
 def test_a_finished_stage_goes_on_with_a_later_end(tmp_path):
     runner.run(make_stage(), tmp_path)
-    assert runner.run(make_stage(steps=8), tmp_path) and runner.steps_done(tmp_path, "tiny") == 8
+    assert runner.run(make_stage(steps=8), tmp_path) and runner.record(tmp_path, ["tiny"])["tiny"]["steps"] == 8
 
 
 # Optimisers

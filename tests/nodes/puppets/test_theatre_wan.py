@@ -302,7 +302,7 @@ def trained(tmp_path_factory, encoder):
 def test_every_stage_goes_on_from_the_one_before(trained):
     folder, _ = trained
     for name in ("frames", "clips", "transformer"):
-        assert runner.steps_done(folder, name) == 2 and list((folder / f"{name}_sheets").iterdir())
+        assert runner.record(folder, [name])[name]["steps"] == 2 and list((folder / f"{name}_sheets").iterdir())
     found = wan_autoencoder.trained(folder, CPU).state_dict()
     frames, clips = (load_file(folder / name / "average.safetensors") for name in ("frames", "clips"))
     assert all(torch.equal(found[key], clips[key]) for key in found)
