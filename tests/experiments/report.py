@@ -1,6 +1,11 @@
-"""What every experiment writes: rows as CSV, a summary as JSON, a contact sheet, and where it ran."""
+"""What every experiment writes: rows as CSV, tables with paired intervals, claims, contact sheets, and where it ran.
+
+Tables and claims take the rows of all arms, one or more a case: {"arm", "case", measure: number, ...}. A row's cluster
+is what it names under `cluster`, such as a subject that several cases share; whole clusters are resampled.
+"""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -77,6 +82,104 @@ def summary(rows: Sequence[dict], measures: Iterable[str]) -> dict:
         if values:
             found[name] = [round(v, 4) for v in metrics.mean_interval(np.array(values))]
     return found
+
+
+def bootstrap(values: np.ndarray, clusters: np.ndarray, resamples: int = 5_000, seed: int = 0) -> list[float]:
+    """[mean, low, high] of 95 %: the percentile bootstrap over whole clusters; both arrays are [cases]."""
+    _, places = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(places, np.asarray(values, float)), np.bincount(places)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    return [float(np.mean(values)), float(low), float(high)]
+
+
+def by_case(rows: Sequence[dict], arm: str, measure: str) -> dict[int, float]:
+    """{case: mean over its rows} of an arm, the cases that have the measure."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if row["arm"] == arm and measure in row:
+            found.setdefault(int(row["case"]), []).append(float(row[measure]))
+    return {case: float(np.mean(values)) for case, values in found.items()}
+
+
+def table(rows: Sequence[dict], arms: Iterable[str], measures: Iterable[str], cluster: str = "case") -> dict:
+    """{arm: {"cases": n, measure: [mean, low, high]}} of the arms that have rows."""
+    clusters, found = _clusters(rows, cluster), {}
+    for arm in arms:
+        means = {measure: by_case(rows, arm, measure) for measure in measures}
+        if any(means.values()):
+            intervals = {
+                measure: bootstrap(np.array(list(own.values())), np.array([clusters[case] for case in own]))
+                for measure, own in means.items() if own
+            }
+            found[arm] = {"cases": max(map(len, means.values())), **intervals}
+    return found
+
+
+def _clusters(rows: Sequence[dict], cluster: str) -> dict[int, object]:
+    return {int(row["case"]): row[cluster] for row in rows if cluster in row}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That `measure` of `arm` is at most `factor` times that of `other` (an arm, or a number).
+
+    `at_least` turns it round; "no lower" is at_least with a margin of 0.05. `other_measure` compares two measures.
+    """
+
+    says: str
+    arm: str
+    measure: str
+    other: str | float
+    factor: float = 1.0
+    margin: float = 0.0
+    at_least: bool = False
+    other_measure: str = ""
+
+
+def judged(rows: Sequence[dict], claim: Claim, cluster: str = "case") -> dict | None:
+    """The paired difference [mean, low, high] and "holds", "in the mean" or "not"; None where an arm has no rows."""
+    ours = by_case(rows, claim.arm, claim.measure)
+    if isinstance(claim.other, str):
+        theirs = by_case(rows, claim.other, claim.other_measure or claim.measure)
+    else:
+        theirs = dict.fromkeys(ours, claim.other)
+    cases, clusters = sorted(ours.keys() & theirs.keys()), _clusters(rows, cluster)
+    if not cases:
+        return None
+    sign = -1 if claim.at_least else 1
+    values = np.array([sign * (ours[case] - claim.factor * theirs[case]) - claim.margin for case in cases])
+    mean, low, high = bootstrap(values, np.array([clusters[case] for case in cases]))
+    verdict = "holds" if high < 0 else "in the mean" if mean < 0 else "not"
+    return {"claim": claim.says, "arm": claim.arm, "other": claim.other, "cases": len(cases),
+            "too much": [round(v, 4) for v in (mean, low, high)], "verdict": verdict}
+
+
+def claims(rows: Sequence[dict], of: Iterable[Claim], cluster: str = "case") -> list[dict]:
+    """Every claim that can be judged by the rows there are."""
+    return [found for claim in of if (found := judged(rows, claim, cluster))]
+
+
+def text(tables: dict) -> str:
+    """What `table` and `claims` found, as Markdown: {"arms": a table, "claims": [...], other tables}."""
+    lines: list[str] = []
+    for title, found in tables.items():
+        if isinstance(found, list):
+            lines += [f"- {c['claim']}: {c['verdict']} ({c['arm']} / {c['other']}, {c['cases']} cases, too much by "
+                      f"{c['too much'][0]:.3g}, {c['too much'][1]:.3g} to {c['too much'][2]:.3g})" for c in found]
+            continue
+        measures = list(dict.fromkeys(key for row in found.values() for key in row))
+        lines += [f"\n**{title}**\n", f"| | {' | '.join(measures)} |", "|---" * (len(measures) + 1) + "|"]
+        for arm, row in found.items():
+            cells = [_cell(row[measure]) if measure in row else "" for measure in measures]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | Sequence[float]) -> str:
+    if isinstance(value, (int, float)):
+        return f"{value:g}"
+    return "{:.3g} ({:.3g} to {:.3g})".format(*value)
 
 
 def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: int = 200_000) -> None:

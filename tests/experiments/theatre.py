@@ -26,9 +26,10 @@ scripts.alias_pack()
 
 import numpy as np  # noqa: E402
 from experiments import report, sampling  # noqa: E402
+from experiments.cases import worded  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
 from pack.nodes.puppets import captions, render, world  # noqa: E402
-from pack.nodes.puppets.config import ACTION_TABLE, COLOURS, Identity, Take  # noqa: E402
+from pack.nodes.puppets.config import ACTION_TABLE, Take  # noqa: E402
 
 STATE = ROOT / ".cache" / "experiments"
 SPLITS = {"seen": "validation", "unseen": "unseen"}
@@ -47,22 +48,6 @@ MEASURES = (
     "psnr",
     "nearest_training_distance",
 )
-
-
-def worded(identity: Identity) -> Identity:
-    """The identity that its caption describes: named colours at their centres, no detail."""
-
-    def centre(colour):
-        return COLOURS[captions.colour_name(colour)]
-
-    return dataclasses.replace(
-        identity,
-        shirt=centre(identity.shirt),
-        pattern_colour=centre(identity.pattern_colour),
-        trousers=centre(identity.trousers),
-        headwear_colour=centre(identity.headwear_colour),
-        detail="none",
-    )
 
 
 def cases(arm: str, count: int, framing: str = "full") -> list[Take]:

@@ -1,0 +1,131 @@
+"""One arm at a time: its rows are written as they come, and a run that was killed goes on where it stopped.
+
+A script lists its arms as frozen dataclasses and hands `main` what makes a batch of cases:
+
+    ARMS = {"prompt": Arm(), ...}
+    runs.main(__doc__, "frequency_guidance", cases.FREQUENCY, ARMS, DEVELOPMENT, (120, 12), Bench, tables)
+
+`Bench(options, folder)` is made once an arm is to run, loads the models, and has
+
+    settings: object                         what else decides the pictures (sampling, the models' digests), by its repr
+    batch: int                               how many cases are made at once
+    make(arm, cases) -> (rows, pictures)     a row at least for each case, with "case"; pictures by name, uint8
+
+    python tests/experiments/SCRIPT.py --arm NAME [NAME ...]   # rows to .cache/experiments/METHOD/test; all: every arm
+    python tests/experiments/SCRIPT.py --report                # rows to results/METHOD.csv, tables and claims to .json
+    python tests/experiments/SCRIPT.py --development --arm ... # the development arms on development cases; nothing
+                                                               # of it is reported but printed
+    --cases N takes the first N cases
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from launcher import scripts
+from PIL import Image
+
+from . import report
+
+STATE = scripts.ROOT / ".cache" / "experiments"
+
+
+def number(text: str) -> float | str:
+    """What a cell of a CSV holds."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows as `report.write_csv` wrote them; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{k: number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def slug(name: str) -> str:
+    """A file's name of an arm's."""
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
+
+
+class Rows:
+    """The rows and pictures of an arm; those of other settings lie in another folder."""
+
+    def __init__(self, folder: Path, arm: str, settings: object):
+        self.arm, self.folder = arm, folder / f"{slug(arm)}_{report.fingerprint(settings)}"
+        self.path = self.folder / "rows.csv"
+        self.found = read_rows(self.path)
+
+    def left(self, cases: Sequence[int]) -> list[int]:
+        """The cases that have no row yet."""
+        there = {int(row["case"]) for row in self.found}
+        return [case for case in cases if case not in there]
+
+    def add(self, rows: Sequence[dict], pictures: dict[str, np.ndarray]) -> None:
+        """Pictures first: a case that has a row has its pictures."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            Image.fromarray(picture).save(self.folder / f"{name}.png")
+        self.found += [{"arm": self.arm, **row} for row in rows]
+        report.write_csv(self.path, self.found)
+        # The newest settings of an arm are those that are reported.
+        report.replace(self.folder.parent / f"{slug(self.arm)}.newest", self.folder.name.encode())
+
+
+def newest(folder: Path, arm: str) -> list[dict]:
+    """The arm's rows by the settings that ran last."""
+    pointer = folder / f"{slug(arm)}.newest"
+    return read_rows(folder / pointer.read_text() / "rows.csv") if pointer.exists() else []
+
+
+def run(kept: Rows, cases: Sequence[int], batch: int, make: Callable) -> None:
+    """Makes what is left of the cases; each row gets the CPU seconds of its share, all threads together."""
+    left = kept.left(cases)
+    for start in range(0, len(left), batch):
+        some = left[start : start + batch]
+        before, by_clock = time.process_time(), time.monotonic()
+        rows, pictures = make(some)
+        spent, by_clock = time.process_time() - before, time.monotonic() - by_clock
+        kept.add([{**row, "seconds": spent / max(len(rows), 1)} for row in rows], pictures)
+        print(f"{kept.arm}: {len(kept.left(cases))} left, {spent / len(some):.1f} CPU seconds a case "
+              f"({by_clock / len(some):.1f} by the clock)", flush=True)
+
+
+def main(
+    doc: str, name: str, arms: dict, development: dict, counts: tuple[int, int], bench: Callable,
+    tables: Callable[[list[dict]], dict],
+) -> None:
+    """The command line of a script. counts: test and development cases; tables(rows) is what --report writes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", nargs="+", default=[], help=f"all, or of: {'; '.join(arms)}. For development: "
+                        f"{'; '.join(development)}")
+    parser.add_argument("--development", action="store_true", help="development cases and arms")
+    parser.add_argument("--cases", type=int, help="the first so many; by default as the protocol says")
+    parser.add_argument("--report", action="store_true", help="write what there is to results")
+    options = parser.parse_args()
+    known = development | arms if options.development else arms
+    asked = list(development if options.development else arms) if options.arm == ["all"] else options.arm
+    if unknown := [arm for arm in asked if arm not in known]:
+        parser.error(f"there is no arm {unknown[0]!r}: choose of {'; '.join(known)}")
+    folder = STATE / name / ("development" if options.development else "test")
+    count = options.cases or counts[options.development]
+    stage = bench(options, folder) if asked else None
+    for arm in asked:
+        kept = Rows(folder, arm, (known[arm], stage.settings))
+        run(kept, range(count), stage.batch, lambda some, arm=arm: stage.make(known[arm], some))
+    if not (options.report or options.development):
+        return
+    rows = [row for arm in known for row in newest(folder, arm) if row["case"] < count]
+    if not rows:
+        parser.error("there are no rows yet: run arms first")
+    found = tables(rows)
+    print(report.text(found))
+    if not options.development:
+        report.write_csv(report.RESULTS / f"{name}.csv", rows)
+        report.write_json(report.RESULTS / f"{name}.json", {"machine": report.machine(), **found})

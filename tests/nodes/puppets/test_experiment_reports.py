@@ -1,0 +1,93 @@
+"""Intervals, claims and resumed rows of the experiments, against computations written out here."""
+
+import numpy as np
+import pytest
+from experiments import report, runs
+from scipy import stats
+
+CASES = 40
+RNG = np.random.default_rng(7)
+SUBJECTS = np.repeat(np.arange(CASES // 4), 4)
+
+
+def rows_of(arm, values, **more):
+    return [
+        {"arm": arm, "case": i, "subject": int(SUBJECTS[i]), "error": v, **more} for i, v in enumerate(values)
+    ]
+
+
+def test_the_interval_without_clusters_is_that_of_scipy():
+    values = RNG.normal(3, 1, CASES)
+    mean, low, high = report.bootstrap(values, np.arange(CASES))
+    other = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", random_state=1)
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx(tuple(other.confidence_interval), abs=0.02)
+
+
+def test_whole_clusters_are_resampled():
+    """Cases of a cluster that are all alike say as much as one of them."""
+    per_subject = RNG.normal(0, 1, CASES // 4)
+    whole = report.bootstrap(np.repeat(per_subject, 4), SUBJECTS)
+    assert whole == pytest.approx(report.bootstrap(per_subject, np.arange(CASES // 4)))
+    single = report.bootstrap(np.repeat(per_subject, 4), np.arange(CASES))
+    assert single[2] - single[1] < 0.7 * (whole[2] - whole[1])
+
+
+def test_clusters_of_unlike_size_weigh_by_their_cases():
+    values, clusters = np.array([1.0, 1, 1, 5]), np.array(["a", "a", "a", "b"])
+    mean, low, high = report.bootstrap(values, clusters)
+    assert mean == 2 and (low, high) == (1, 5)
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(-1.0, "holds"), (-0.05, "in the mean"), (1.0, "not")])
+def test_a_claim_holds_by_its_paired_interval(shift, verdict):
+    base = RNG.normal(50, 20, CASES)  # the cases' own spread is far larger than the difference
+    noise = RNG.normal(0, 1, CASES)
+    noise -= noise.mean()
+    rows = rows_of("ours", 0.5 * base + shift + noise) + rows_of("none", base)
+    found = report.judged(rows, report.Claim("half", "ours", "error", "none", 0.5))
+    assert found["verdict"] == verdict and found["too much"][0] == pytest.approx(shift, abs=1e-3)
+    more = report.Claim("half at least", "none", "error", "ours", 2.0, at_least=True)
+    assert report.judged(rows, more)["verdict"] == ("not" if verdict == "not" else verdict)
+
+
+def test_no_lower_allows_five_points():
+    values = np.tile([0.0, 1.0], CASES // 2)
+    rows = rows_of("ours", values - 0.03) + rows_of("none", values)
+    claim = report.Claim("no lower", "ours", "error", "none", margin=0.05, at_least=True)
+    assert report.judged(rows, claim)["verdict"] == "holds"
+    assert report.judged(rows_of("ours", values - 0.07) + rows_of("none", values), claim)["verdict"] == "not"
+
+
+def test_a_number_may_be_the_other_side():
+    rows = rows_of("ours", np.r_[np.ones(36), np.zeros(4)])
+    share = report.Claim("75 %", "ours", "error", 0.75, at_least=True)
+    assert report.judged(rows, share)["verdict"] == "holds"
+    assert report.judged(rows, report.Claim("", "nobody", "error", 0.75)) is None
+
+
+def test_rows_of_one_case_are_one_value_and_only_shared_cases_are_compared():
+    rows = rows_of("ours", [1.0] * 10) + rows_of("ours", [3.0] * 10) + rows_of("none", [4.0] * CASES)
+    found = report.judged(rows, report.Claim("", "ours", "error", "none", 0.5))
+    assert found["cases"] == 10 and found["too much"] == [0, 0, 0]
+    assert report.table(rows, ["ours", "none"], ["error"])["ours"] == {"cases": 10, "error": [2, 2, 2]}
+
+
+def test_a_killed_run_makes_only_what_is_left(tmp_path):
+    made = []
+
+    def make(some):
+        made.extend(some)
+        if 5 in some:
+            raise KeyboardInterrupt
+        picture = np.zeros((2, 2, 3), np.uint8)
+        return [{"case": i, "error": i / 3, "seen": "cat"} for i in some], {str(i): picture for i in some}
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(runs.Rows(tmp_path, "an arm", "settings"), range(8), 2, make)
+    assert made == [0, 1, 2, 3, 4, 5]
+    runs.run(runs.Rows(tmp_path, "an arm", "settings"), range(6), 2, lambda some: ([{"case": i} for i in some], {}))
+    found = runs.newest(tmp_path, "an arm")
+    assert [row["case"] for row in found] == [0, 1, 2, 3, 4, 5] and found[1]["error"] == pytest.approx(1 / 3, abs=1e-4)
+    assert found[1]["arm"] == "an arm" and found[1]["seen"] == "cat" and "seconds" in found[1]
+    assert runs.Rows(tmp_path, "an arm", "other settings").left(range(3)) == [0, 1, 2]
