@@ -1,6 +1,6 @@
 """Who does what in a case of an experiment, by the seeds of PROTOCOL.md; every take has a true picture and mask.
 
-What all six methods share, for a method's number m (1 frequency, 2 identity, 3 action, 4 fusion, 5 video, 6 long take):
+For a method m (1 frequency, 2 identity, 3 action, 4 fusion, 5 video, 6 long take):
 
     people(development)            24 identities: the test ones, or development ones with none of their words
     generator(m, case, development)    draws the takes of a case: world.staged(who, action, scene, generator, ...)

@@ -1,7 +1,7 @@
 """What every experiment writes: rows as CSV, tables with paired intervals, claims, contact sheets, and where it ran.
 
-Tables and claims take the rows of all arms, one or more a case: {"arm", "case", measure: number, ...}. A row's cluster
-is what it names under `cluster`, such as a subject that several cases share; whole clusters are resampled.
+Tables and claims take the rows of all arms, one or more a case: {"arm", "case", measure: number, ...}. Whole
+clusters are resampled: `cluster` names the column that tells them, such as the subject that several cases share.
 """
 
 import csv

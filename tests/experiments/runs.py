@@ -7,15 +7,16 @@ A script lists its arms as frozen dataclasses and hands `main` what makes a batc
 
 `Bench(options, folder)` is made once an arm is to run, loads the models, and has
 
-    settings: object                         what else decides the pictures (sampling, the models' digests), by its repr
-    batch: int                               how many cases are made at once
-    make(arm, cases) -> (rows, pictures)     a row at least for each case, with "case"; pictures by name, uint8
+    settings: object      what else decides the pictures (sampling, the models' digests), by its repr
+    batch: int            how many cases are made at once
+    make(arm, cases)      (rows, pictures): a row at least for each case, with "case"; pictures by name, uint8
 
-    python tests/experiments/SCRIPT.py --arm NAME [NAME ...]   # rows to .cache/experiments/METHOD/test; all: every arm
-    python tests/experiments/SCRIPT.py --report                # rows to results/METHOD.csv, tables and claims to .json
-    python tests/experiments/SCRIPT.py --development --arm ... # the development arms on development cases; nothing
-                                                               # of it is reported but printed
-    --cases N takes the first N cases
+Of every script:
+
+    --arm NAME [NAME ...]     rows to .cache/experiments/METHOD/test; all: every arm
+    --report                  rows to results/METHOD.csv, tables and claims to results/METHOD.json
+    --development --arm ...   development arms, or those of the test, on development cases: printed alone
+    --cases N                 the first N cases
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Cases of the experiments: development apart from test, seeds that say everything, truths that copying cannot give."""
+"""Cases of the experiments: development apart from test, seeds that say everything, truths that nothing copies."""
 
 import numpy as np
 import pytest
 from experiments import cases
 from pack.nodes.puppets import captions, world
 from pack.nodes.puppets.config import ACTION_TABLE, SPECIES, UNNAMED_ACTIONS
+
 
 def test_development_has_none_of_the_test_identities_words():
     words = {world.identity_words(who) for who in world.test_identities()}

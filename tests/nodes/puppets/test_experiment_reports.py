@@ -88,6 +88,7 @@ def test_a_killed_run_makes_only_what_is_left(tmp_path):
     assert made == [0, 1, 2, 3, 4, 5]
     runs.run(runs.Rows(tmp_path, "an arm", "settings"), range(6), 2, lambda some: ([{"case": i} for i in some], {}))
     found = runs.newest(tmp_path, "an arm")
-    assert [row["case"] for row in found] == [0, 1, 2, 3, 4, 5] and found[1]["error"] == pytest.approx(1 / 3, abs=1e-4)
+    assert [row["case"] for row in found] == [0, 1, 2, 3, 4, 5]
+    assert found[1]["error"] == pytest.approx(1 / 3, abs=1e-4)
     assert found[1]["arm"] == "an arm" and found[1]["seen"] == "cat" and "seconds" in found[1]
     assert runs.Rows(tmp_path, "an arm", "other settings").left(range(3)) == [0, 1, 2]
