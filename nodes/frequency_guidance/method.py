@@ -31,8 +31,8 @@ class FrequencyGuidance:
     """Guidance toward one source and one driving latent; it holds no state of a sampling run.
 
     source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one whose scale is 0 is ignored.
-    With a driving_mask [F, H, W], of any size, the phases are those of its subject in the estimate's own scene; a
-    source_mask says where the subject belongs and how large it is. Both are ours.
+    With a driving_mask [F, H, W], of any size, the phases are those of its subject in the estimate's own scene, and
+    act inside the mask alone; a source_mask says where the subject belongs and how large it is. Both are ours.
     Raises ValueError, naming the input, for latents that are empty, all zero, not finite, or nested.
     """
 
@@ -81,15 +81,18 @@ class FrequencyGuidance:
                 phase_band=phase_band,
             )
 
-        def target_of(latent: torch.Tensor) -> spectral_guidance.Target:
-            target = target_on(latent.device)
+        def moved(latent: torch.Tensor) -> torch.Tensor:
+            target, settings = target_on(latent.device), (config.amplitude_scale, config.phase_scale, config.update)
             if mask is None:
-                return target
+                return spectral_guidance.update(latent, target, *settings)
             estimate = latent.float()
             # The driving subject in the scene that is being made, so that its own scene does not come along.
             scene = latent_masks.blend(driving.to(estimate.device).expand(estimate.shape), estimate, mask)
             phasor = spectral_guidance.driving_phasor(scene, config.phase_distance, phase_band)
-            return replace(target, phasor=phasor)
+            inside = spectral_guidance.update(latent, replace(target, phasor=phasor), *settings)
+            # Phases are of the whole plane: without this, about half of what they change is the scene around it.
+            outside = spectral_guidance.update(latent, replace(target, phasor=None), *settings)
+            return latent_masks.blend(inside, outside, mask)
 
         def guide(latent: torch.Tensor, sigma: float) -> torch.Tensor:
             if sigma not in guided:
@@ -100,9 +103,7 @@ class FrequencyGuidance:
                     "frequency guidance needs a sampler that keeps the size"
                 )
             if config.amplitude_scale or config.phase_scale:
-                latent = spectral_guidance.update(
-                    latent, target_of(latent), config.amplitude_scale, config.phase_scale, config.update
-                )
+                latent = moved(latent)
             return wavelet_detail.inject(latent, source, config.detail_bands)
 
         return guide

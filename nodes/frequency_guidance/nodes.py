@@ -124,8 +124,8 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
                 ),
                 io.Mask.Input(
                     "driving_mask", optional=True,
-                    tooltip="Where the driving subject is, of any size: its phases alone act, in the scene that is "
-                    "being made, and the driving picture's scene does not come along.",
+                    tooltip="Where the driving subject is, of any size: its phases alone act, inside the mask and in "
+                    "the scene that is being made, so that the driving picture's scene does not come along.",
                 ),
                 io.Int.Input(
                     "detail_bands", default=_DEFAULT.detail_bands, min=0, max=MOST_DETAIL_BANDS, optional=True,

@@ -1,21 +1,19 @@
-"""The action identifier on the theatre: five pictures of an action without a word, then it on unseen puppets.
+"""Method 3, action identifier: five red striped bears share an action without a word; others do it by one.
 
-    python tests/experiments/action_identifier.py --develop    # chooses settings on development actions
-    python tests/experiments/action_identifier.py              # every arm on the test actions, action by action
+    python tests/experiments/action_identifier.py --development --arm all
+    python tests/experiments/action_identifier.py --arm "ours, intersection"
+    python tests/experiments/action_identifier.py --report
 
-As PROTOCOL.md says; resumes what is there. Writes results/action_identifier.csv (one row a picture), .json (means
-with 95 % intervals) and .jpg after every action; development writes results/action_identifier_development.* without
-pictures.
+As PROTOCOL.md says; options are in runs.py. What development chose stands below as TOKEN_RATE and LORA_RATE.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import functools
-import itertools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
@@ -26,98 +24,208 @@ if __name__ == "__main__":
 scripts.alias_pack()
 
 import numpy as np  # noqa: E402
-import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
-from experiments import report, sampling  # noqa: E402
-from experiments.action_bench import (  # noqa: E402
-    DEVELOPMENT_ACTIONS,
-    MEASURES,
-    TEST_ACTIONS,
-    by_case,
-    cases,
-    drawn,
-    exemplars,
-    rows_of,
-    text,
-)
-from pack.nodes.puppets.config import ACTIONS, Take  # noqa: E402
+from experiments import cases, report, runs, sampling  # noqa: E402
+from experiments.measuring import eye, metrics  # noqa: E402
+from pack.nodes.puppets import captions  # noqa: E402
+from pack.nodes.puppets.config import COLOURS, UNNAMED_ACTIONS, Take  # noqa: E402
 
-STATE = ROOT / ".cache" / "experiments"
-SAMPLER, STEPS, SEED = "dpmpp_2m", 10, 5_000_000
-FEW_ACTIONS, OTHER_BETAS = TEST_ACTIONS[::3], (0.3, 0.9)  # of the arms that vary our own settings
-DEVELOPMENT_SIGMAS = (1.0, 1.6, 2.6)  # levels at which the words of named actions tell the most
+SAMPLER = "ddim"
+TOKEN_RATE, LORA_RATE = 0.012, 3e-3
 PLACEHOLDER, INITIAL_WORD, RARE_WORD = "<action>", "dancing", "vkt"
-_ELSEWHERE = ("lora", "min_snr_gamma", "batch")  # of Learning, what is no setting of ActionTrainingConfig
-CEILING, PROMPT, OURS = "truth through the autoencoder", "prompt alone", "ours"
+PERMUTATION = 0xC0
+MEASURES = ("composition", "action", "identity", "leak", "identity_error")
+INTERSECTION, UNION = "ours, intersection", "ours, union"
+NO_WORD, PERMUTED, LORA = "no word", "permuted masks", "LoRA"
+OURS = INTERSECTION
 
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """One run on an action's exemplars. A step sees three pictures, a triple or a batch, unless `batch` says less."""
+    """One run on an action's exemplars; a step sees three pictures, a triple or a batch, unless `batch` says one."""
 
-    learning_rate: float
-    steps: int = 200
+    learning_rate: float = TOKEN_RATE
+    steps: int = 300
     layer_wise: bool = True
     triples: bool = True
+    merge: str = "intersection"
+    fixed_norm: bool = False
     mask_percentile: float = 0.6
-    merge: str = "union"
     context_steps: int = 20
-    min_snr_gamma: float = 1.0
-    lora: bool = False
+    # Not of ActionTrainingConfig:
     batch: int = 3
+    min_snr_gamma: float = 1.0
+    permuted: bool = False
+    lora: bool = False
 
 
-# How tokens are learnt is chosen by what it does for P+-like tokens, and then holds for all tokens, ours too.
-SETTINGS: dict[str, Learning] = {
-    f"rate {rate:g}, Min-SNR {gamma:g}": Learning(rate, triples=False, min_snr_gamma=gamma)
-    for rate, gamma in ((0.004, 1.0), (0.012, 1.0), (0.012, 0.0))
-}
-LORA_RATE = 3e-3  # the choice of frequency guidance's development
+_ELSEWHERE = ("batch", "min_snr_gamma", "permuted", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What is learnt, or None for the prompt alone; of which actions, and how many noise seeds a case has."""
+    """What is learned, or None for a prompt without a word for the action; `truth` is it, through the autoencoder."""
 
-    learning: Learning | None
-    actions: tuple[str, ...] = TEST_ACTIONS
-    seeds: int = 4
+    learning: Learning | None = Learning()
+    truth: bool = False
 
 
-class Stage:
-    """The theatre, what was learnt in it, and the pictures that it made; both are kept between runs."""
+def tokens(**changes) -> Arm:
+    """Without triples and masks, as P+ or textual inversion have them."""
+    return Arm(Learning(triples=False, **changes))
 
-    def __init__(self, checkpoint: Path):
-        self.theatre = sampling.Theatre(checkpoint, STATE)
-        self.digest = sampling.sha256(checkpoint)
-        self.kept = report.Pictures(STATE / f"action_identifier_{self.digest[:12]}")
+
+ARMS = {
+    NO_WORD: Arm(None),
+    INTERSECTION: Arm(),
+    UNION: Arm(Learning(merge="union")),
+    "ours, fixed norm": Arm(Learning(fixed_norm=True)),
+    PERMUTED: Arm(Learning(permuted=True)),
+    "tokens by layer, one picture": tokens(batch=1),
+    "tokens by layer, three pictures": tokens(),
+    "one token": tokens(layer_wise=False),
+    "one token, fixed norm": tokens(layer_wise=False, fixed_norm=True),
+    LORA: Arm(Learning(LORA_RATE, triples=False, lora=True)),
+    "truth": Arm(None, truth=True),
+}
+DEVELOPMENT = {
+    **{f"rate {rate:g}": Arm(Learning(rate)) for rate in (0.004, 0.012, 0.04)},
+    "union": Arm(Learning(merge="union")),
+    **{f"LoRA rate {rate:g}": Arm(Learning(rate, triples=False, lora=True)) for rate in (1e-3, 3e-3, 1e-2)},
+}
+CLAIMS = [
+    *(report.Claim("both right more often", OURS, "composition", other, at_least=True)
+      for other in ARMS if other not in (OURS, "truth")),
+    report.Claim("less than half of the LoRA's leakage", OURS, "extra_leak", LORA, 0.5),
+    report.Claim("permuted masks are worse", PERMUTED, "composition", OURS),
+]
+
+
+def text(take: Take, word: str) -> str:
+    """The take's caption with `word` where a named action would stand."""
+    said = captions.subject_phrase(take.identity), word, captions.SCENE_PHRASES[take.scene]
+    return " ".join(filter(None, said))
+
+
+def permuted(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A mask [..., D] with the channels of each vector in an order of their own: as many free, others."""
+    flat = mask.reshape(-1, mask.shape[-1])
+    order = torch.stack([torch.randperm(flat.shape[1], generator=generator) for _ in flat])
+    return flat.gather(1, order.to(mask.device)).reshape(mask.shape)
+
+
+@contextlib.contextmanager
+def permuted_masks():
+    """Inside it, a training's masks free as many channels as before, but not those that carry the action."""
+    from pack.nodes.action_identifier import method
+
+    generator, true_mask = torch.Generator().manual_seed(PERMUTATION), method.channel_mask
+    with mock.patch.object(method, "channel_mask", lambda *given: permuted(true_mask(*given), generator)):
+        yield
+
+
+def leaks(pictures: np.ndarray, takes: Sequence[Take]) -> list[bool]:
+    """Whether a picture shows what only the exemplars have: a bear, stripes, or a shirt nearer to theirs."""
+    sight, found = eye.look(metrics.trained_eye(), pictures), []
+    for i, (picture, take) in enumerate(zip(pictures, takes, strict=True)):
+        def apart(i=i, picture=picture, take=take, **shirt) -> float:
+            who = dataclasses.replace(take.identity, **shirt)
+            errors = metrics.identity_error(picture, who, sight.parts[i], take, metrics.GARMENTS["shirt"])
+            return errors["mean"]
+
+        red = {"shirt": COLOURS["red"], "pattern_colour": COLOURS["white"]}
+        near = min(apart(pattern=pattern, **red) for pattern in ("plain", "striped"))
+        striped = sight.patterns[i] == "striped" != take.identity.pattern
+        found.append(bool(
+            sight.species[i] == "bear" or striped or near <= min(metrics.GARMENT_LIMIT, apart())
+        ))
+    return found
+
+
+class Bench:
+    """The theatre and what was learned of each action; a case is action * puppets + puppet, with four noises."""
+
+    batch = 1
+
+    def __init__(self, options, folder: Path):
+        self.theatre = sampling.Theatre(options.checkpoint, runs.STATE)
         # After the host is on the path.
         from pack.nodes import extension
 
         extension.register_folders()
+        self.development, self.folder = options.development, folder.parent / "learned"
+        self.actions = cases.DEVELOPMENT_ACTIONS if options.development else cases.TEST_ACTIONS
+        self.digest = sampling.sha256(options.checkpoint)
+        self.settings = (SAMPLER, sampling.SCHEDULER, sampling.STEPS, sampling.CFG, PERMUTATION, self.digest)
 
-    def learnt(self, learning: Learning, action: str) -> dict[str, torch.Tensor]:
-        """Tokens by encoder, or a LoRA's weights."""
-        takes = exemplars(action)
-        path = self.kept.folder / f"learnt_{report.fingerprint(takes, learning, INITIAL_WORD)}.safetensors"
-        if not path.exists():
+    def make(self, arm: Arm, chosen: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
+        rows, made = [], {}
+        for case in chosen:
+            count = len(cases.performers(self.actions[0], self.development))
+            action = self.actions[case // count]
+            take = cases.performers(action, self.development)[case % count]
+            if arm.truth:
+                pictures = self.theatre.decode(self.theatre.encode(cases.pictures([take])))
+            else:
+                pictures = self._sampled(arm.learning, action, case, take)
+            takes = [take] * len(pictures)
+            seen = zip(metrics.compositions(pictures, takes), leaks(pictures, takes), pictures, strict=True)
+            for noise, (row, leak, picture) in enumerate(seen):
+                rows.append({
+                    "case": case, "noise": noise, "asked": action, "puppet": case % count,
+                    **{name: row[name] for name in MEASURES if name != "leak"}, "leak": leak,
+                    "seen_action": row["seen_action"],
+                })
+                made[f"{case}_{noise}"] = picture
+        return rows, made
+
+    def _sampled(self, learning: Learning | None, action: str, case: int, take: Take) -> np.ndarray:
+        model, positive = self._reading(learning, action)
+        first = cases.noise_seed(cases.ACTION, case, self.development)
+        seeds = [first + 100_000 * noise for noise in range(cases.NOISES)]
+        said = positive(take)
+        return self.theatre.decode(self.theatre.sample(self.theatre.sampler(SAMPLER), said, seeds, model=model))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019, one bench a run
+    def _reading(self, learning: Learning | None, action: str):
+        """(MODEL, take -> positive CONDITIONING) that know the action."""
+        from pack.nodes.action_identifier import encoding
+        from pack.nodes.action_identifier import sampling as action_sampling
+        from pack.nodes.action_identifier.method import ActionIdentifier
+
+        model, clip = self.theatre.model, self.theatre.clip
+        if learning is None:
+            return model, lambda take: self.theatre.prompts([text(take, "")])
+        weights = self._learned(learning, action)
+        if learning.lora:
+            return self.theatre.with_lora(weights), lambda take: self.theatre.prompts([text(take, RARE_WORD)])
+        places = action_sampling.places(model.get_model_object("diffusion_model")) if learning.layer_wise else ()
+        known = [ActionIdentifier(PLACEHOLDER, INITIAL_WORD, weights, places)]
+
+        def positive(take: Take) -> list:
             with torch.inference_mode():
-                train = self._lora if learning.lora else self._identifier
-                report.replace(path, safetensors.torch.save(train(learning, takes)))
-        return safetensors.torch.load_file(path)
+                return action_sampling.attach_contexts(*encoding.encode(clip, text(take, PLACEHOLDER), known), known)
 
-    def _latents(self, takes: list[Take]) -> list[torch.Tensor]:
-        return [self.theatre.encode(drawn([take])).clone() for take in takes]
+        return action_sampling.apply(model, 1.0), positive
 
-    def _config(self, learning: Learning, takes: list[Take]):
+    def _learned(self, learning: Learning, action: str) -> dict[str, torch.Tensor]:
+        """Tokens by encoder, or a LoRA's weights."""
+        takes = cases.exemplars(action)
+        train = functools.partial(self._train_lora if learning.lora else self._train_tokens, learning, takes)
+        return sampling.learned(self.folder, (takes, learning, INITIAL_WORD, self.digest), train)
+
+    def _latents(self, takes: Sequence[Take]) -> list[torch.Tensor]:
+        return [self.theatre.encode(cases.pictures([take])).clone() for take in takes]
+
+    def _config(self, learning: Learning, takes: Sequence[Take]):
         from pack.nodes.training.config import TrainingConfig
 
         return TrainingConfig(
-            learning.steps, learning.learning_rate, ACTIONS.index(takes[0].action), learning.batch,
+            learning.steps, learning.learning_rate, UNNAMED_ACTIONS.index(takes[0].action), learning.batch,
             min_snr_gamma=learning.min_snr_gamma, checkpoint_every=0,
         )
 
-    def _identifier(self, learning: Learning, takes: list[Take]) -> dict[str, torch.Tensor]:
+    def _train_tokens(self, learning: Learning, takes: Sequence[Take]) -> dict[str, torch.Tensor]:
         from pack.nodes.action_identifier import training
         from pack.nodes.action_identifier.config import ActionTrainingConfig
         from pack.nodes.training.checkpoints import Checkpoints
@@ -125,12 +233,13 @@ class Stage:
         settings = {k: v for k, v in dataclasses.asdict(learning).items() if k not in _ELSEWHERE}
         action = ActionTrainingConfig(placeholder=PLACEHOLDER, initial_word=INITIAL_WORD, **settings)
         given = training.Exemplars(self._latents(takes), [text(take, PLACEHOLDER) for take in takes])
-        return dict(training.train(
-            self.theatre.model, self.theatre.clip, given, action, self._config(learning, takes),
-            checkpoints=Checkpoints("action_identifier", {}), resume_from="none",
-        )[0].tokens)
+        with permuted_masks() if learning.permuted else contextlib.nullcontext():
+            return dict(training.train(
+                self.theatre.model, self.theatre.clip, given, action, self._config(learning, takes),
+                checkpoints=Checkpoints("action_identifier", {}), resume_from="none",
+            )[0].tokens)
 
-    def _lora(self, learning: Learning, takes: list[Take]) -> dict[str, torch.Tensor]:
+    def _train_lora(self, learning: Learning, takes: Sequence[Take]) -> dict[str, torch.Tensor]:
         from pack.nodes.training import picture_training
         from pack.nodes.training.checkpoints import Checkpoints
         from pack.nodes.training.config import LoraConfig
@@ -141,184 +250,29 @@ class Stage:
             checkpoints=Checkpoints("action_lora", {}), resume_from="none",
         )[0]
 
-    def reading(self, learning: Learning | None, action: str):
-        """(MODEL, text -> positive CONDITIONING) that knows the action."""
-        import comfy.sd
-        from pack.nodes.action_identifier import encoding
-        from pack.nodes.action_identifier import sampling as action_sampling
-        from pack.nodes.action_identifier.method import ActionIdentifier
 
-        model, clip = self.theatre.model, self.theatre.clip
-        if learning is None:
-            return model, lambda take: self.theatre.prompts([text(take, "")])
-        weights = self.learnt(learning, action)
-        if learning.lora:
-            model = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)[0]
-            return model, lambda take: self.theatre.prompts([text(take, RARE_WORD)])
-        places = action_sampling.places(model.get_model_object("diffusion_model")) if learning.layer_wise else ()
-        known = [ActionIdentifier(PLACEHOLDER, INITIAL_WORD, weights, places)]
-
-        def positive(take: Take) -> list:
-            with torch.inference_mode():
-                return action_sampling.attach_contexts(*encoding.encode(clip, text(take, PLACEHOLDER), known), known)
-
-        return action_sampling.apply(model, 1.0), positive
-
-    def autoencoder(self, arm: Arm, action: str) -> np.ndarray:
-        """The true pictures through the autoencoder, for every case and seed: what no arm can surpass."""
-        takes = cases(action)
-        decode = functools.partial(self.theatre.round_trip, drawn(takes))
-        return self.kept.get(f"autoencoder_{report.fingerprint(takes)}", len(takes), 4, decode).repeat(arm.seeds, 0)
-
-    def pictures(self, arm: Arm, action: str) -> np.ndarray:
-        """uint8 [cases * seeds, H, W, 3]: each case with every seed, the seeds the same in every arm."""
-        takes, seeds, most = cases(action), arm.seeds, Arm.seeds
-
-        @functools.cache
-        def reading():
-            return self.reading(arm.learning, action)
-
-        def make(start: int, _stop: int) -> np.ndarray:
-            model, positive = reading()
-            noises = [SEED + 100 * ACTIONS.index(action) + most * (start // seeds) + i for i in range(seeds)]
-            sampler = self.theatre.sampler(SAMPLER)
-            return self.theatre.decode(self.theatre.sample(
-                sampler, positive(takes[start // seeds]), noises, steps=STEPS, model=model
-            ))
-
-        known = arm.learning, INITIAL_WORD, exemplars(action)
-        name = report.fingerprint(known, takes, seeds, SEED, SAMPLER, STEPS, sampling.CFG)
-        return self.kept.get(name, len(takes) * seeds, seeds, make)
-
-    def errors(self, learning: Learning | None, action: str) -> np.ndarray:
-        """How far one denoising step leads from true pictures of other puppets in the action, in units of the noise.
-
-        float [cases]; the mean square, over DEVELOPMENT_SIGMAS.
-        """
-        model, positive = self.reading(learning, action)
-        euler, found = self.theatre.sampler("euler"), []
-        for i, take in enumerate(cases(action, develop=True)):
-            latent = self.theatre.encode(drawn([take]))
-            steps = [
-                self.theatre.sample(
-                    euler, positive(take), [SEED + i], latent, cfg=1.0, model=model, sigmas=torch.tensor([sigma, 0.0])
-                ) for sigma in DEVELOPMENT_SIGMAS
-            ]
-            found.append([
-                float((denoised - latent).detach().square().mean()) / sigma**2
-                for denoised, sigma in zip(steps, DEVELOPMENT_SIGMAS, strict=True)
-            ])
-        return np.array(found).mean(1)
+def with_extra_leakage(rows: list[dict]) -> list[dict]:
+    """Each row with its leakage less the case's without a word, where there is one."""
+    without = report.by_case(rows, NO_WORD, "leak")
+    return [
+        row | {"extra_leak": row["leak"] - without[int(row["case"])]} if int(row["case"]) in without else row
+        for row in rows
+    ]
 
 
-def means(rows: Sequence[dict]) -> dict:
-    """Intervals over cases."""
-    return report.summary(list(by_case(rows).values()), MEASURES)
-
-
-def less(rows: Sequence[dict], other: str) -> dict:
-    """Ours less another arm, paired by case, over the cases and seeds that both have."""
-    seeds = {(row["action_asked"], row["case"], row["seed"]) for row in rows if row["arm"] == other}
-    mine = by_case([r for r in rows if r["arm"] == OURS and (r["action_asked"], r["case"], r["seed"]) in seeds])
-    theirs = by_case([row for row in rows if row["arm"] == other])
-    return report.summary([{m: mine[k][m] - theirs[k][m] for m in MEASURES} for k in mine], MEASURES)
-
-
-def test_arms(chosen: str) -> tuple[dict[str, Arm], dict[str, Arm]]:
-    """The arms to compare, and those that vary ours, with the setting that development chose."""
-    layers = SETTINGS[chosen]
-    ours = dataclasses.replace(layers, triples=True)
-    varied = {"ours, intersection": {"merge": "intersection"}}
-    for beta in OTHER_BETAS:
-        varied[f"ours, β {beta:g}"] = {"mask_percentile": beta}
-        varied[f"ours, intersection, β {beta:g}"] = {"mask_percentile": beta, "merge": "intersection"}
-    varied["ours, without triples"] = {"triples": False, "batch": 1}
-    compared = {
-        OURS: ours, "layer-wise tokens (P+)": layers,
-        "textual inversion": dataclasses.replace(layers, layer_wise=False),
-        "LoRA": dataclasses.replace(layers, learning_rate=LORA_RATE, lora=True),
-    }
-    return (
-        {CEILING: Arm(None), PROMPT: Arm(None), **{name: Arm(learning) for name, learning in compared.items()}},
-        {k: Arm(dataclasses.replace(ours, **change), FEW_ACTIONS, 2) for k, change in varied.items()},
-    )
-
-
-def summary(rows: list[dict], settings: dict[str, Arm]) -> dict:
-    """Every arm that has rows: over its cases, by action, and against ours."""
-    of: dict[str, list[dict]] = {}
-    for row in rows:
-        of.setdefault(row["arm"], []).append(row)
-    actions = {row["action_asked"] for row in rows}
+def tables(rows: list[dict]) -> dict:
+    """Intervals over actions, which share a training, and over puppets."""
+    rows = with_extra_leakage(rows)
+    arms = dict.fromkeys(row["arm"] for row in rows)
     return {
-        "sampling": {
-            "sampler": SAMPLER, "scheduler": sampling.SCHEDULER, "steps": STEPS, "cfg": sampling.CFG,
-            "first_seed": SEED,
-        },
-        "settings": {name: dataclasses.asdict(arm.learning) for name, arm in settings.items() if arm.learning},
-        "interval": "95 %: [mean, low, high], over cases",
-        "arms": {name: means(own) for name, own in of.items()},
-        "ours less": {name: less(rows, name) for name in of if OURS in of and name != OURS},
-        "by action": {
-            name: {a: means([r for r in own if r["action_asked"] == a]) for a in TEST_ACTIONS if a in actions}
-            for name, own in of.items() if {row["action_asked"] for row in own} == actions
-        },
+        "arms": report.table(rows, arms, (*MEASURES, "extra_leak"), "asked"),
+        "claims by actions": report.claims(rows, CLAIMS, "asked"),
+        "claims by puppets": report.claims(rows, CLAIMS, "puppet"),
     }
-
-
-def develop(stage: Stage, stem: str, facts: dict) -> None:
-    """Every setting on the development actions; the choice goes into the summary."""
-    rows = []
-    for action, (name, learning) in itertools.product(DEVELOPMENT_ACTIONS, {PROMPT: None, **SETTINGS}.items()):
-        errors = stage.errors(learning, action)
-        rows.extend({"arm": name, "action": action, "case": i, "error": e} for i, e in enumerate(errors.tolist()))
-        print(action, name, f"{errors.mean():.5f}", flush=True)
-    found = {name: report.summary([row for row in rows if row["arm"] == name], ["error"]) for name in SETTINGS}
-    report.write_csv(report.RESULTS / f"{stem}.csv", rows)
-    report.write_json(report.RESULTS / f"{stem}.json", {
-        **facts, "interval": "95 %: [mean, low, high], over cases", "error": found,
-        "chosen": min(found, key=lambda name: found[name]["error"][0]),
-    })
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--develop", action="store_true", help="choose how tokens are learnt, on development actions")
-    parser.add_argument("--checkpoint", type=Path, default=sampling.CHECKPOINT)
-    parser.add_argument("--name", default="action_identifier", help="of the result files")
-    options = parser.parse_args()
-    stage = Stage(options.checkpoint)
-    facts = {
-        "command": report.command("action_identifier.py"), "checkpoint_sha256": stage.digest,
-        "machine": report.machine(),
-    }
-    choice = report.RESULTS / f"{options.name}_development.json"
-    if options.develop:
-        return develop(stage, choice.stem, facts)
-    if not choice.exists():
-        raise SystemExit(f"{choice.name} is missing: run with --develop first, it chooses how tokens are learnt")
-    compared, varied = test_arms(json.loads(choice.read_text())["chosen"])
-    rows: list[dict] = []
-    errors: dict[str, dict[str, float]] = {}
-    shown: list[tuple[str, np.ndarray]] = []
-    # Action by action, so that a run that is cut off leaves tables whose arms have the same cases.
-    for arms, action in itertools.product((compared, varied), TEST_ACTIONS):
-        for name, arm in arms.items():
-            if action not in arm.actions:
-                continue
-            made = stage.autoencoder(arm, action) if name == CEILING else stage.pictures(arm, action)
-            rows.extend(rows_of(name, action, made))
-            if name != CEILING:
-                errors.setdefault(name, {})[action] = round(float(stage.errors(arm.learning, action).mean()), 5)
-            print(action, name, errors.get(name, {}).get(action), means(rows[-len(made) :]), flush=True)
-            if arms is compared and action in TEST_ACTIONS[:3]:
-                shown.append((f"{action}: {name}", made[:: arm.seeds][:8]))
-        report.write_csv(report.RESULTS / f"{options.name}.csv", rows)
-        report.write_json(report.RESULTS / f"{options.name}.json", {
-            **facts, **summary(rows, compared | varied), "error of a step": errors,
-        })
-        report.contact_sheet(report.RESULTS / f"{options.name}.jpg", shown)
 
 
 if __name__ == "__main__":
-    main()
+    runs.main(
+        __doc__, "action_identifier", ARMS, DEVELOPMENT,
+        (len(cases.TEST_ACTIONS) * cases.PUPPETS, len(cases.DEVELOPMENT_ACTIONS) * cases.PUPPETS // 2), Bench, tables,
+    )

@@ -1,19 +1,17 @@
-"""Identity priors and non-rigid edits on the theatre: a test puppet in a picture takes another pose or view.
+"""Method 2, identity prior: a learned puppet in a picture does something else; its clothes and detail have no word.
 
-    python tests/experiments/identity_prior.py --develop    # settings compared on development cases
-    python tests/experiments/identity_prior.py              # the arms on the test cases
-    python tests/experiments/identity_prior.py --reconstruct  # how well inverted test pictures come back, no edit
+    python tests/experiments/identity_prior.py --development --arm masks     # first: which threshold serves all arms
+    python tests/experiments/identity_prior.py --development --arm all
+    python tests/experiments/identity_prior.py --arm ours
+    python tests/experiments/identity_prior.py --report
 
-As PROTOCOL.md says; resumes what is there: trained priors and every arm's pictures of a subject are kept. Writes
-results/identity_prior.csv (one row a case and arm), .json (means with 95 % intervals) and .jpg; development writes
-results/identity_prior_development.*.
+As PROTOCOL.md says; options are in runs.py. What development chose stands below in Learning, MASK and FRESH_NOISE.
 """
 
-import argparse
 import dataclasses
-import functools
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
@@ -24,156 +22,261 @@ if __name__ == "__main__":
 scripts.alias_pack()
 
 import numpy as np  # noqa: E402
-from experiments import report, sampling  # noqa: E402
-from experiments.identity_prior_arms import SAMPLER, SEED, STEPS, Arm, Editor, Learning  # noqa: E402
-from experiments.non_rigid_edit import EDITS, MEASURES, Stage, measured, prompt, staged  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from experiments import cases, report, runs, sampling  # noqa: E402
+from experiments.measuring import eye, metrics  # noqa: E402
+from pack.nodes.puppets import captions  # noqa: E402
 
-STATE = ROOT / ".cache" / "experiments" / "identity_prior"
-SUBJECTS, DEVELOPMENT_SUBJECTS = 8, 2
-COMPARED = ("composition", "identity", "action", "background_error", "identity_error", "joint_error", "error")
-
-OURS = "ours"
-ENCODED = ("source through the autoencoder", "truth through the autoencoder")
-WORDS_CFG = sampling.CFG  # without a prior, what the checkpoint was measured with
-DENOISE = 0.75
-PRIOR, PLAIN, SHORT = Learning(), Learning(prior_weight=0.0), Learning(short_captions=True)
-
-
-def ours(learning: Learning = PRIOR, **more) -> Arm:
-    return Arm(learning, start="inverted", background="blend", **more)
-
-
-# What development compares, at most six settings a family.
-FAMILIES: dict[str, dict[str, Arm]] = {
-    "ours": {
-        OURS: ours(),
-        "CFG 2": ours(cfg=2.0),
-        "fresh noise": dataclasses.replace(ours(), start="noise"),
-        "grow 0": ours(blend=(*Arm().blend, ("grow", 0))),
-        "threshold 0.6": ours(blend=(*Arm().blend, ("threshold", 0.6))),
-        "until 0.8": ours(blend=(*Arm().blend, ("end_percent", 0.8))),
-    },
-    "learning": {
-        OURS: ours(),
-        "prior weight 1": ours(dataclasses.replace(PRIOR, prior_weight=1.0)),
-        "rate 0.001": ours(dataclasses.replace(PRIOR, learning_rate=1e-3)),
-        "min-SNR off": ours(dataclasses.replace(PRIOR, min_snr_gamma=0.0)),
-    },
-    "img2img": {f"img2img {d:g}": Arm(denoise=d, cfg=WORDS_CFG) for d in (0.6, 0.75, 0.9)},
+SAMPLER, CFG, FRESH_NOISE = "ddim", 3.0, 0.6
+TOKEN, NOBODY = "sks", "a"  # "a cat" is the subject of a model without a prior
+MASK = {"threshold_method": "fraction", "threshold": 0.25}
+THRESHOLDS = {
+    "fraction": (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7), "otsu": (0.5,), "mean_std": (0.3, 0.4, 0.5, 0.6),
+    "quantile": (0.6, 0.7, 0.75, 0.8, 0.85),
 }
+MEASURES = ("worn_error", "action", "identity", "composition", "background_error", "source_iou", "edited_iou")
+OURS, NONE, ANOTHER, TRUE_MASK = "ours", "blend without prior", "prior of another", "by the true mask"
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """UnderstudyTrainIdentityPrior's inputs, with its other defaults."""
+
+    steps: int = 800
+    learning_rate: float = 3e-3
+    rank: int = 8
+    prior_weight: float = 0.3
+    min_snr_gamma: float = 5.0
+    class_actions: str | None = None  # None is the node's default, empty the learned captions
+    short: bool = False  # captions
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way of making an edit; without learning the plain model, by its own words for the subject."""
+
+    learning: Learning | None = Learning()
+    inverted: bool = True
+    blend: bool = True
+    another: bool = False  # the prior of another subject of the species
+    true_mask: bool = False
+    fresh_noise: float = FRESH_NOISE
+    mirrored: bool = False  # of the four edits the mirrored view alone
+    thresholds: bool = False  # rows of every threshold in place of the edit's
+
+
 ARMS = {
-    "words": Arm(cfg=WORDS_CFG),
-    "img2img": Arm(denoise=DENOISE, cfg=WORDS_CFG),
-    "plain LoRA": Arm(PLAIN),
-    "plain LoRA, inpainting": Arm(PLAIN, background="inpaint"),
-    "inversion, no blend": Arm(PRIOR, start="inverted"),
-    OURS: ours(),
-    "short captions": ours(SHORT),
-    "no regularisation": ours(PLAIN),
-    "no mask union": ours(mask="edited"),
-    "no prior": ours(Learning(steps=0)),
+    OURS: Arm(),
+    "class noun alone": Arm(None, inverted=False, blend=False),
+    ANOTHER: Arm(another=True),
+    "short captions": Arm(Learning(short=True)),
+    "class captions as learned": Arm(Learning(class_actions="")),
+    "no class pictures": Arm(Learning(prior_weight=0.0)),
+    "inversion alone": Arm(blend=False),
+    NONE: Arm(None),
+    TRUE_MASK: Arm(true_mask=True),
+    **{f"mirrored, fresh noise {share:g}": Arm(mirrored=True, fresh_noise=share) for share in (0.5, 1.0)},
 }
+DEVELOPMENT = {
+    "masks": Arm(thresholds=True),
+    **{f"rate {rate:g}": Arm(Learning(learning_rate=rate)) for rate in (1e-3, 3e-3, 1e-2)},
+    **{f"fresh noise {share:g}": Arm(fresh_noise=share) for share in (0.3, 0.9)},
+    "prior weight 1": Arm(Learning(prior_weight=1.0)),
+}
+CLAIMS = [
+    report.Claim("what is worn is half as wrong as without a prior", OURS, "worn_error", NONE, 0.5),
+    report.Claim("the action is no less often right", OURS, "action", NONE, margin=0.05, at_least=True),
+    report.Claim("another's prior is no better than none", ANOTHER, "worn_error", NONE, margin=5.0, at_least=True),
+    report.Claim("nor worse", ANOTHER, "worn_error", NONE, margin=5.0),
+    report.Claim("the background stays as by the true mask", OURS, "background_error", TRUE_MASK, 1.1),
+]
 
 
-def pictures(editor: Editor, arms: dict[str, Arm], stage: Stage, kept: report.Pictures) -> dict[str, np.ndarray]:
-    """Every arm's pictures, and what they are to be compared with; one subject after the other."""
-    made: dict[str, list[np.ndarray]] = {name: [] for name in ("source itself", *ENCODED, *arms)}
-    for i, one in enumerate(stage.subjects):
-        some = slice(i * EDITS, (i + 1) * EDITS)
-        key = report.fingerprint(one, [prompt(edit.truth) for edit in one.edits])
-        made["source itself"].append(stage.source[some])
-        for name, shown in zip(ENCODED, (stage.source, stage.truth)):
-            decode = functools.partial(editor.theatre.round_trip, shown[some])
-            made[name].append(kept.get(f"{name.split()[0]}_{key}", EDITS, EDITS, decode))
-        for label, arm in arms.items():
-            setting = report.fingerprint(key, arm, editor.settings(arm), STEPS, SAMPLER, SEED)
-            edit = functools.partial(editor.edited, arm, i)
-            made[label].append(kept.get(setting, EDITS, EDITS, lambda _start, _stop, edit=edit: edit()))
-            print(f"subject {i}: {label}", flush=True)
-    return {label: np.concatenate(parts) for label, parts in made.items()}
+def prompt(take: cases.Take, subject: str = "a {subject}") -> str:
+    """What the take shows, without its clothes."""
+    return captions.caption(take, clothes=False).replace(f"a {take.identity.species}", subject, 1)
 
 
-def comparisons(rows: list[dict]) -> dict:
-    """Ours less every other arm, paired: [mean, low, high] over cases, and over subjects resampled whole."""
-    by_arm: dict[str, dict[int, dict]] = {}
-    for row in rows:
-        by_arm.setdefault(row["arm"], {})[row["case"]] = row
-    found = {}
-    for other in by_arm:
-        if other == OURS:
-            continue
-        differences = [
-            {"subject": row["subject"], **{m: float(row[m]) - float(by_arm[other][i][m]) for m in COMPARED}}
-            for i, row in by_arm[OURS].items()
-        ]
-        subjects = [
-            {m: float(np.mean([d[m] for d in differences if d["subject"] == subject])) for m in COMPARED}
-            for subject in sorted({d["subject"] for d in differences})
-        ]
-        found[f"{OURS} - {other}"] = {
-            **report.summary(differences, COMPARED), "by subject": report.summary(subjects, COMPARED)
-        }
-    return found
+def cells(masks: np.ndarray) -> torch.Tensor:
+    """True masks [N, H, W] as latent cells, bool: those of which the puppet covers half."""
+    return F.avg_pool2d(torch.from_numpy(masks).float().unsqueeze(1), 8).squeeze(1) >= 0.5
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--develop", action="store_true", help="compare settings on development cases")
-    task.add_argument("--reconstruct", action="store_true", help="compare the inversions instead")
-    parser.add_argument("--subjects", type=int, help="by default as the protocol says")
-    parser.add_argument("--checkpoint", type=Path, default=sampling.CHECKPOINT)
-    parser.add_argument("--name", default="identity_prior", help="of the result files")
-    options = parser.parse_args()
-    arms, count, name = ARMS, options.subjects or SUBJECTS, options.name
-    if options.develop:
-        arms = {name: arm for family in FAMILIES.values() for name, arm in family.items()}
-        count, name = options.subjects or DEVELOPMENT_SUBJECTS, f"{name}_development"
-    stage = staged(count, options.develop)
-    theatre = sampling.Theatre(options.checkpoint, STATE)
-    digest = sampling.sha256(options.checkpoint)
-    kept = report.Pictures(STATE / f"{name}_{digest[:12]}")
-    editor = Editor(theatre, stage, kept.folder)
-    made_with = {
-        "command": report.command("identity_prior.py"),
-        "checkpoint_sha256": digest,
-        "machine": report.machine(),
-        "sampling": {
-            "sampler": SAMPLER, "scheduler": sampling.SCHEDULER, "steps": STEPS, "first_seed": SEED,
-        },
-        "interval": "95 %: [mean, low, high]",
+def overlap(found: torch.Tensor, true: torch.Tensor) -> float:
+    """Intersection over union of two masks of cells."""
+    found, true = found > 0.5, true > 0.5
+    return float((found & true).sum() / (found | true).sum().clamp(min=1))
+
+
+class Bench:
+    """The theatre and what was learned of each subject; a case is subject * EDITS + edit."""
+
+    batch = cases.EDITS
+
+    def __init__(self, options, folder: Path):
+        self.theatre = sampling.Theatre(options.checkpoint, runs.STATE)
+        self.development, self.folder = options.development, folder.parent / "learned"
+        self.digest = sampling.sha256(options.checkpoint)
+        self.settings = (SAMPLER, sampling.SCHEDULER, sampling.STEPS, CFG, sorted(MASK.items()), self.digest)
+
+    def make(self, arm: Arm, chosen: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
+        rows, made = [], {}
+        for subject in sorted({case // cases.EDITS for case in chosen}):
+            edits = cases.subject(subject, self.development).edits
+            own = [case for case in chosen if case // cases.EDITS == subject]
+            own = [case for case in own if edits[case % cases.EDITS].mirrored or not arm.mirrored]
+            if own:
+                found, shown = self._edited(arm, subject, own, [edits[case % cases.EDITS] for case in own])
+                rows += found
+                made |= {str(case): picture for case, picture in zip(own, shown, strict=True)}
+        return rows, made
+
+    def _model(self, arm: Arm, index: int):
+        """The MODEL, and who its subject is to it."""
+        from pack.nodes.subject_tokens import Subject
+
+        species = cases.subject(index, self.development).identity.species
+        if arm.learning is None:
+            return self.theatre.model, Subject(NOBODY, species)
+        # Subjects 0 to 7 and 8 to 15 have the species in turn.
+        whose = (index + 8) % cases.SUBJECTS if arm.another else index
+        weights = self._learned(arm.learning, whose, cases.subject(whose, self.development))
+        return self.theatre.with_lora(weights), Subject(TOKEN, species)
+
+    def _learned(self, learning: Learning, index: int, subject: cases.Subject) -> dict[str, torch.Tensor]:
+        from pack.nodes.identity_prior.training_nodes import UnderstudyTrainIdentityPrior as Train
+
+        def train() -> dict:
+            given = dataclasses.asdict(learning)
+            if given.pop("short"):
+                texts = ["a {subject}"] * len(subject.learned)
+            else:
+                texts = [prompt(take) for take in subject.learned]
+            if given["class_actions"] is None:
+                del given["class_actions"]
+            values = sampling.widgets(
+                Train, model=self.theatre.model, clip=self.theatre.clip, vae=self.theatre.vae, identity_token=TOKEN,
+                class_noun=subject.identity.species, seed=index, checkpoint_every=0, **given,
+            )
+            del values["captions"]
+            pictures = torch.from_numpy(cases.pictures(subject.learned)).float() / 255
+            return Train.execute(images=[pictures], captions=texts, **sampling.as_lists(values)).result[0]
+
+        return sampling.learned(self.folder, (subject.learned, learning, index, self.digest), train)
+
+    def _said(self, subject, takes: list) -> list:
+        from pack.nodes.identity_prior.nodes import UnderstudyEncodeIdentity as Encode
+
+        # "a sks cat", or "a cat" where that is the subject.
+        begins = "{subject}" if subject.token == NOBODY else "a {subject}"
+        return sampling.joined(
+            [Encode.execute(self.theatre.clip, subject, prompt(take, begins)).result[0][0] for take in takes]
+        )
+
+    def _edited(self, arm: Arm, index: int, chosen: list[int], edits: list) -> tuple[list[dict], np.ndarray]:
+        from pack.nodes.identity_prior import method, nodes
+        from pack.nodes.identity_prior import sampling as blending
+
+        theatre, (model, subject) = self.theatre, self._model(arm, index)
+        sources, truths = [edit.source for edit in edits], [edit.truth for edit in edits]
+        positive = self._said(subject, truths)
+        seeds = [cases.noise_seed(cases.IDENTITY, case, self.development) for case in chosen]
+        latents, noise, heats = None, None, []
+        if arm.inverted:
+            latents = theatre.encode(cases.pictures(sources))
+
+            def remembered(heat, size, config, _mask=method.subject_mask):
+                heats.append((heat.cpu(), size))
+                return _mask(heat, size, config)
+
+            maps = {"threshold_method": MASK["threshold_method"]}
+            with torch.inference_mode(), mock.patch.object(method, "subject_mask", remembered):
+                inversion, inverted, _ = nodes.UnderstudyInvertImage.execute(**sampling.widgets(
+                    nodes.UnderstudyInvertImage, model=model, positive=self._said(subject, sources),
+                    latent={"samples": latents}, sigmas=theatre.sigmas(), method="fixed_point", iterations=2,
+                    mask_threshold=MASK["threshold"], **maps,
+                )).result
+                noise = inverted.generate_noise({"samples": latents})
+                if arm.blend:
+                    true = torch.from_numpy(cases.masks(sources) | cases.masks(truths)).float()
+                    model = nodes.UnderstudyIdentityMaskBlend.execute(**sampling.widgets(
+                        nodes.UnderstudyIdentityMaskBlend, model=model, inversion=inversion, positive=positive,
+                        threshold=MASK["threshold"], fresh_noise=arm.fresh_noise,
+                        mask=F.max_pool2d(true.unsqueeze(1), 8).squeeze(1) if arm.true_mask else None, **maps,
+                    )).result[0]
+                samples = self._sampled(model, positive, seeds, latents, noise)
+        else:
+            with torch.inference_mode():
+                samples = self._sampled(model, positive, seeds, None, None)
+        made = theatre.decode(samples)
+        true_cells = cells(cases.masks(sources)), cells(cases.masks(truths))
+        if arm.thresholds:
+            return self._by_threshold(chosen, heats[0], heats[-1], true_cells), made
+        rows = self._rows(index, chosen, edits, made)
+        if arm.inverted and arm.blend and not arm.true_mask:
+            for name, masks, true in zip(("source", "edited"), blending.masks_of(model, samples), true_cells):
+                for row, mask, right in zip(rows, masks[:, 0], true, strict=True):
+                    row[f"{name}_iou"] = overlap(mask, right)
+        return rows, made
+
+    def _sampled(self, model, positive: list, seeds: list[int], latents, noise) -> torch.Tensor:
+        sampler = self.theatre.sampler(SAMPLER)
+        return self.theatre.sample(sampler, positive, seeds, latents, cfg=CFG, model=model, noise=noise)
+
+    @staticmethod
+    def _by_threshold(chosen: list[int], source: tuple, edited: tuple, true: tuple) -> list[dict]:
+        """A row for every case and threshold: the overlap of the source's map and of the edit's last one."""
+        from pack.nodes.identity_prior import method
+        from pack.nodes.identity_prior.config import MaskConfig
+
+        rows = []
+        for how, thresholds in THRESHOLDS.items():
+            for threshold in thresholds:
+                config = MaskConfig(threshold=threshold, threshold_method=how)
+                found = [method.subject_mask(*heat, config)[:, 0] for heat in (source, edited)]
+                rows += [
+                    {"case": case, "setting": f"{how} {threshold:g}",
+                     "source_iou": overlap(found[0][i], true[0][i]), "edited_iou": overlap(found[1][i], true[1][i])}
+                    for i, case in enumerate(chosen)
+                ]
+        return rows
+
+    @staticmethod
+    def _rows(index: int, chosen: list[int], edits: list, made: np.ndarray) -> list[dict]:
+        """A mirrored view has its action right only where the joints, too, are nearer to the truth."""
+        joints, rows = eye.look(metrics.trained_eye(), made).joints, []
+        seen = metrics.compositions(made, [edit.truth for edit in edits])
+        for i, (case, edit, row) in enumerate(zip(chosen, edits, seen, strict=True)):
+            source, truth = cases.drawn(edit.source), cases.drawn(edit.truth)
+            to_truth, to_source = (
+                np.nanmean(metrics.joint_distances(joints[i : i + 1], take.joints[None])) for take in (truth, source)
+            )
+            action = bool(row["action"] and (to_truth < to_source or not edit.mirrored))
+            rows.append({
+                "case": case, "subject": index, "mirrored": edit.mirrored, "asked": edit.truth.action,
+                "worn_error": row["worn_error"], "identity_error": row["identity_error"], "action": action,
+                "identity": row["identity"], "composition": row["identity"] and action,
+                "background_error": metrics.background_error(made[i], source.image, source.mask | truth.mask),
+            })
+        return rows
+
+
+def tables(rows: list[dict]) -> dict:
+    """Overlaps of thresholds where there are any; the arms; their mirrored views."""
+    found, edited = {}, [row for row in rows if "worn_error" in row]
+    searched = [{**row, "arm": row["setting"]} for row in rows if "setting" in row]
+    if searched:
+        settings = dict.fromkeys(row["arm"] for row in searched)
+        found["masks"] = report.table(searched, settings, ("source_iou", "edited_iou"))
+    arms = dict.fromkeys(row["arm"] for row in edited)
+    mirrored = [row for row in edited if row["mirrored"]]
+    return found | {
+        "arms": report.table(edited, arms, MEASURES, "subject"),
+        "mirrored views": report.table(mirrored, arms, MEASURES[:5], "subject"),
+        "claims": report.claims(edited, CLAIMS, "subject"),
     }
-    if options.reconstruct:
-        found = editor.reconstructions(arms[OURS], kept)
-        print(found)
-        report.write_json(report.RESULTS / f"{name}_inversion.json", made_with | {"methods": found})
-        return
-    results = pictures(editor, arms, stage, kept)
-    rows = []
-    for label, made in results.items():
-        rows += measured(label, stage, made)
-        print(label, report.summary([row for row in rows if row["arm"] == label], MEASURES), flush=True)
-    report.write_csv(report.RESULTS / f"{name}.csv", rows)
-    shown = [i * EDITS + (i % EDITS) for i in range(count)] if count > 2 else range(0, count * EDITS, 2)
-    truth = [("truth", stage.truth[list(shown)])]
-    report.contact_sheet(
-        report.RESULTS / f"{name}.jpg", truth + [(label, made[list(shown)]) for label, made in results.items()]
-    )
-    summary = made_with | {
-        "settings": {arm: dataclasses.asdict(setting) for arm, setting in arms.items()},
-        "arms": {arm: report.summary([r for r in rows if r["arm"] == arm], MEASURES) for arm in results},
-    }
-    if not options.develop:
-        summary["kinds"] = {
-            kind: {
-                arm: report.summary([r for r in rows if r["arm"] == arm and r["kind"] == kind], MEASURES)
-                for arm in results
-            }
-            for kind in ("action", "view")
-        }
-        summary["comparisons"] = comparisons(rows)
-    report.write_json(report.RESULTS / f"{name}.json", summary)
 
 
 if __name__ == "__main__":
-    main()
+    runs.main(__doc__, "identity_prior", ARMS, DEVELOPMENT, (cases.SUBJECTS * cases.EDITS, 12), Bench, tables)

@@ -184,15 +184,15 @@ def _cell(value: float | Sequence[float]) -> str:
 
 def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: int = 200_000) -> None:
     """Labelled rows of pictures uint8 [N, H, W, 3] as one JPEG of at most `budget` bytes."""
-    size, label = rows[0][1].shape[1], 14
-    width = size * max(len(pictures) for _, pictures in rows)
-    sheet = Image.new("RGB", (width, len(rows) * (size + label)), "white")
+    (height, wide), label = rows[0][1].shape[1:3], 14
+    size = wide * max(len(pictures) for _, pictures in rows), len(rows) * (height + label)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, (title, pictures) in enumerate(rows):
-        top = i * (size + label)
+        top = i * (height + label)
         draw.text((3, top + 1), title, fill="black")
         for j, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (j * size, top + label))
+            sheet.paste(Image.fromarray(picture), (j * wide, top + label))
     for quality in (88, 80, 70, 60, 45, 30):
         file = io.BytesIO()
         sheet.save(file, "JPEG", quality=quality)

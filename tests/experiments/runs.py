@@ -3,7 +3,7 @@
 A script lists its arms as frozen dataclasses and hands `main` what makes a batch of cases:
 
     ARMS = {"prompt": Arm(), ...}
-    runs.main(__doc__, "frequency_guidance", cases.FREQUENCY, ARMS, DEVELOPMENT, (120, 12), Bench, tables)
+    runs.main(__doc__, "frequency_guidance", ARMS, DEVELOPMENT, (120, 12), Bench, tables)
 
 `Bench(options, folder)` is made once an arm is to run, loads the models, and has
 
@@ -29,7 +29,7 @@ import numpy as np
 from launcher import scripts
 from PIL import Image
 
-from . import report
+from . import report, sampling
 
 STATE = scripts.ROOT / ".cache" / "experiments"
 
@@ -85,6 +85,20 @@ def newest(folder: Path, arm: str) -> list[dict]:
     return read_rows(folder / pointer.read_text() / "rows.csv") if pointer.exists() else []
 
 
+def sheet(folder: Path, arms: Sequence[str], most: int = 12) -> None:
+    """The first pictures of every arm, to look at: sheet.jpg beside the rows, not among the results."""
+    rows = []
+    for arm in arms:
+        paths = sorted((folder / (folder / f"{slug(arm)}.newest").read_text()).glob("*.png"), key=_by_numbers)[:most]
+        if paths:
+            rows.append((arm, np.stack([np.asarray(Image.open(path)) for path in paths])))
+    report.contact_sheet(folder / "sheet.jpg", rows, budget=4_000_000)
+
+
+def _by_numbers(path: Path) -> list[int]:
+    return [int(part) if part.isdecimal() else 0 for part in path.stem.split("_")]
+
+
 def run(kept: Rows, cases: Sequence[int], batch: int, make: Callable) -> None:
     """Makes what is left of the cases; each row gets the CPU seconds of its share, all threads together."""
     left = kept.left(cases)
@@ -108,6 +122,7 @@ def main(
                         f"{'; '.join(development)}")
     parser.add_argument("--development", action="store_true", help="development cases and arms")
     parser.add_argument("--cases", type=int, help="the first so many; by default as the protocol says")
+    parser.add_argument("--checkpoint", type=Path, default=sampling.CHECKPOINT)
     parser.add_argument("--report", action="store_true", help="write what there is to results")
     options = parser.parse_args()
     known = development | arms if options.development else arms
@@ -125,6 +140,7 @@ def main(
     rows = [row for arm in known for row in newest(folder, arm) if row["case"] < count]
     if not rows:
         parser.error("there are no rows yet: run arms first")
+    sheet(folder, [arm for arm in known if newest(folder, arm)])
     found = tables(rows)
     print(report.text(found))
     if not options.development:

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from launcher import scripts
 from safetensors import safe_open
+
+from . import report
 
 CHECKPOINT = scripts.ROOT / "workflows" / "models" / "checkpoints" / "puppets_sd.safetensors"
 CFG, STEPS, SCHEDULER = 4.5, 25, "normal"
@@ -23,6 +26,27 @@ def training_pictures(path: Path) -> int:
     """How many renders the checkpoint was trained on, as its metadata says; 0 where they do not."""
     with safe_open(str(path), "pt") as file:
         return json.loads((file.metadata() or {}).get("config", "{}")).get("training", {}).get("pictures", 0)
+
+
+def widgets(node, **given) -> dict:
+    """What a node of the pack gets: `given`, and its defaults for the rest."""
+    inputs = [each for each in node.define_schema().inputs if getattr(each, "default", None) is not None]
+    return {each.id: each.default for each in inputs} | given
+
+
+def as_lists(values: dict) -> dict:
+    """Each value as a Train node takes it, in a list of one."""
+    return {name: [value] for name, value in values.items()}
+
+
+def learned(folder: Path, key: object, train: Callable[[], dict]) -> dict[str, torch.Tensor]:
+    """Trained tensors, kept as a file under the fingerprint of `key`, which says all that decides them."""
+    path = folder / f"{report.fingerprint(key)}.safetensors"
+    if not path.exists():
+        with torch.inference_mode():
+            weights = train()
+        report.replace(path, safetensors.torch.save({name: t.contiguous() for name, t in weights.items()}))
+    return safetensors.torch.load_file(path)
 
 
 def joined(entries: Sequence) -> list:
@@ -67,6 +91,12 @@ class Theatre:
     def round_trip(self, pictures: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Pictures `start` to `stop` - 1 through the autoencoder."""
         return self.decode(self.encode(pictures[start:stop]))
+
+    def with_lora(self, weights: dict[str, torch.Tensor]):
+        """A clone of the MODEL with a LoRA at strength 1."""
+        import comfy.sd
+
+        return comfy.sd.load_lora_for_models(self.model, None, weights, 1.0, 0)[0]
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
         """Of one picture of `size` pixels square."""

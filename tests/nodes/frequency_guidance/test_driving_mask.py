@@ -46,8 +46,18 @@ def test_the_phases_are_those_of_the_subject_in_the_estimate(value):
     m = mask.double().numpy()
     scene = m * 0.5 * driving.double().numpy() + (1 - m) * x.double().numpy()  # MODEL halves what a VAE gives
     amplitude, phase = np.abs(np.fft.fft2(x.double().numpy())), np.angle(np.fft.fft2(scene))
-    expected = np.fft.ifft2(amplitude * np.exp(1j * phase)).real
+    expected = m * np.fft.ifft2(amplitude * np.exp(1j * phase)).real + (1 - m) * x.double().numpy()
     np.testing.assert_allclose(guided(x, driving, mask).numpy(), expected, atol=1e-5)
+
+
+def test_outside_the_mask_the_phase_term_leaves_the_scene_as_it_is():
+    x, driving, source, mask = noise(1, *SHAPE), noise(2, *SHAPE), noise(3, *SHAPE), box(2, 6, 3, 7)
+    outside = (mask == 0).expand(4, 8, 8)
+    moved = guided(x, driving, mask)
+    assert torch.equal(moved[0][outside], x[0][outside]) and not torch.allclose(moved, x, atol=0.1)
+    both, amplitude = (everywhere(amplitude_scale=0.4, phase_scale=p) for p in (1.0, 0.0))
+    moved, alone = (guided(x, driving, mask, config=config, source=source) for config in (both, amplitude))
+    assert torch.equal(moved[0][outside], alone[0][outside]) and not torch.allclose(moved, alone, atol=0.1)
 
 
 @pytest.mark.parametrize("distance", ["circular", "paper"])
