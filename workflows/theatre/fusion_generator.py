@@ -49,7 +49,9 @@ class Config:
     generator_lr: float = 3e-4
     generator_ema: float = 0.998
     generator_min_snr: float = 5.0  # as the theatre's UNet was trained; published: 0
-    warm_start: int = 0  # 1 begins stage 2 with the weights of the shipped file
+    generator_decay: float = 0.02  # Muon's weight decay
+    # Stage 2 begins with the shipped file's weights: 1 all of them, 2 its own paths, beside the checkpoint's UNet.
+    warm_start: int = 0
 
 
 class EncodedPairs:
@@ -111,7 +113,7 @@ def train(
     with session(sampling.with_fusion_patches(model), shape, run, whole=True) as denoiser:
         network = WholeNetwork(denoiser.network)
         if begin is not None:
-            _start_from(begin, weights, network)
+            _start_from(begin, weights, network if config.warm_start == 1 else None)
         live = {key: torch.nn.Parameter(value.to(denoiser.device)) for key, value in weights.items()}
         denoising = DenoisingObjective(training.FusionDenoiser(denoiser, live), [], run)
         objective = method.PoseTransferObjective(denoising, pairs, config.generator_batch, settings)
@@ -126,6 +128,7 @@ def train(
         stage = runner.Stage(
             "generator", learned, draw_step, runner.Schedule(config.generator_steps, config.generator_cool_down),
             config.generator_matrix_lr, config.generator_lr, config.generator_ema, config.seed,
+            matrix_decay=config.generator_decay, settings=dataclasses.asdict(config),
         )
         with network.attached():
             done = runner.run(stage, state, minutes)
@@ -136,11 +139,13 @@ def train(
         return dataclasses.replace(fusion, generator=learned.part("generator."), unet=unet, unet_kind=WHOLE)
 
 
-def _start_from(path: Path, weights: dict[str, torch.Tensor], network: WholeNetwork) -> None:
-    """Take over what a trained fusion of the same sizes holds."""
+def _start_from(path: Path, weights: dict[str, torch.Tensor], network: WholeNetwork | None) -> None:
+    """Take over what a trained fusion of the same sizes holds, its UNet too where `network` is given."""
     with safe_open(str(path), "pt") as file:
         earlier = files.unpacked({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
     weights.update({key: value.float() for key, value in earlier.generator.items()})
+    if network is None:
+        return
     with torch.no_grad():
         for key, value in network.parameters().items():
             value.copy_(earlier.unet[f"diffusion_model.{key}"])

@@ -158,7 +158,8 @@ def test_every_stage_goes_on_where_it_stopped_and_the_file_loads(state):
     assert positive[0][0].shape == (1, 65, 128) and positive[0][0].isfinite().all()
 
 
-def test_stage_2_begins_with_the_weights_of_a_file_where_it_is_told_to(state, monkeypatch):
+@pytest.mark.parametrize("warm_start, kept", [(1, ("generator", "unet")), (2, ("generator",))])
+def test_stage_2_begins_with_the_weights_of_a_file_where_it_is_told_to(state, monkeypatch, warm_start, kept):
     pictures = fusion_pairs.rendered(state, TINY.pairs, TINY.size, TINY.seed)["pictures"]
     assert fusion_stages.train_combiner(state, pictures, TINY, math.inf)
     assert fusion_stages.train_generator(state, pictures, TINY, math.inf)
@@ -167,7 +168,7 @@ def test_stage_2_begins_with_the_weights_of_a_file_where_it_is_told_to(state, mo
     first = fusion_files.unpacked(*weights.read(path))
     monkeypatch.setattr(fusion_stages, "FUSION", path)
     again = state / "again"
-    still = dataclasses.replace(TINY, generator_matrix_lr=1e-12, generator_lr=1e-12, warm_start=1)
+    still = dataclasses.replace(TINY, generator_matrix_lr=1e-12, generator_lr=1e-12, generator_decay=0.0, warm_start=warm_start)
     again.mkdir()
     (state / "combiner.safetensors").rename(again / "combiner.safetensors")
     assert fusion_stages.train_generator(again, pictures, still, math.inf)
@@ -175,7 +176,8 @@ def test_stage_2_begins_with_the_weights_of_a_file_where_it_is_told_to(state, mo
     for part in ("generator", "unet"):
         before, after = getattr(first, part), getattr(second, part)
         assert before.keys() == after.keys()
-        assert all(torch.allclose(before[key].float(), after[key], atol=1e-6) for key in before)
+        same = all(torch.allclose(before[key].float(), after[key], atol=1e-6) for key in before)
+        assert same == (part in kept)
 
 
 def test_a_copy_of_learned_parameters_has_their_values_and_no_loss():
