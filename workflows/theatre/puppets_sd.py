@@ -35,7 +35,7 @@ import torch
 from pack.nodes.puppets import theatre, world
 
 CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
-UNET_STAGES = ("unet", "unet2", "unet3", "unet4")
+UNET_STAGES = ("unet", "unet2", "unet3", "unet4", "unet5")
 
 
 @dataclasses.dataclass(frozen=True)

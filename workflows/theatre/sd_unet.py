@@ -17,8 +17,9 @@ from diffusers.training_utils import compute_snr
 from pack.nodes.puppets import captions, theatre, world
 from pack.nodes.puppets.config import Take
 
-OUTER = ("input_blocks.0.0.", "unet.out.")  # the first and the last layer
-DEAD = 1e-3  # of the strongest answer of a feed-forward's gates
+# Left to AdamW: the first and the last layer, and feed-forwards, whose gates Muon's full-sized first steps close.
+OUTER = ("input_blocks.0.0.", "unet.out.", ".ff.")
+DEAD = 0.01  # of the mean size of what a feed-forward's gates let through; live ones have 0.1 to 0.3
 SHOWN = 12  # pictures of each split on a sheet
 _ENCODED_AT_ONCE = 64
 
@@ -87,14 +88,14 @@ class Denoiser(torch.nn.Module):
 
 
 def revive(denoiser: Denoiser, clean, noise, moments, tokens) -> list[str]:
-    """Start the feed-forward layers anew whose gates are closed wherever the batch looks; their names.
+    """Start the feed-forward layers anew whose gates are closed nearly wherever the batch looks; their names.
 
-    No gradient reaches such a layer. It goes on giving its constant, and learns from there.
+    Hardly a gradient reaches such a layer. It goes on giving its constant, and learns from there.
     """
-    strongest: dict[torch.nn.Module, float] = {}
+    passed: dict[torch.nn.Module, float] = {}
 
     def record(gated, _inputs, output):
-        strongest[gated] = output.abs().max().item()
+        passed[gated] = output.abs().mean().item()
 
     forwards = {name: part for name, part in denoiser.unet.named_modules() if name.endswith(".ff")}
     hooks = [part.net[0].register_forward_hook(record) for part in forwards.values()]
@@ -102,7 +103,7 @@ def revive(denoiser: Denoiser, clean, noise, moments, tokens) -> list[str]:
         denoiser(clean, noise, moments, tokens)
     for hook in hooks:
         hook.remove()
-    dead = [name for name, part in forwards.items() if strongest[part.net[0]] < DEAD]
+    dead = [name for name, part in forwards.items() if passed[part.net[0]] < DEAD]
     for name in dead:
         torch.nn.Linear.reset_parameters(forwards[name].net[0].proj)
         torch.nn.LayerNorm.reset_parameters(denoiser.unet.get_submodule(name.removesuffix("ff") + "norm3"))

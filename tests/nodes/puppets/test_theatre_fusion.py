@@ -168,7 +168,8 @@ def test_stage_2_begins_with_the_weights_of_a_file_where_it_is_told_to(state, mo
     first = fusion_files.unpacked(*weights.read(path))
     monkeypatch.setattr(fusion_stages, "FUSION", path)
     again = state / "again"
-    still = dataclasses.replace(TINY, generator_matrix_lr=1e-12, generator_lr=1e-12, generator_decay=0.0, warm_start=warm_start)
+    still = dataclasses.replace(TINY, generator_matrix_lr=1e-12, generator_lr=1e-12, generator_decay=0.0)
+    still = dataclasses.replace(still, warm_start=warm_start)
     again.mkdir()
     (state / "combiner.safetensors").rename(again / "combiner.safetensors")
     assert fusion_stages.train_generator(again, pictures, still, math.inf)

@@ -171,11 +171,14 @@ def test_feed_forwards_whose_gates_have_closed_start_anew_and_learn():
     assert sd_unet.revive(noised(denoiser), *batch) == []
 
 
-def test_first_and_last_layer_are_left_to_adamw():
-    named = sd_unet.Denoiser(5.0).named_parameters()
-    names = [name for name, _ in named if any(part in name for part in sd_unet.OUTER)]
-    assert names == ["unet.input_blocks.0.0.weight", "unet.input_blocks.0.0.bias", "unet.out.0.weight",
-                     "unet.out.0.bias", "unet.out.2.weight", "unet.out.2.bias"]
+def test_first_and_last_layer_and_feed_forwards_are_left_to_adamw():
+    names = [name for name, _ in sd_unet.Denoiser(5.0).named_parameters()]
+    left = [name for name in names if any(part in name for part in sd_unet.OUTER)]
+    forwards = [name for name in names if ".transformer_blocks.0.ff.net." in name]
+    assert len(forwards) == 7 * 4
+    assert sorted(left) == sorted(forwards + ["unet.input_blocks.0.0.weight", "unet.input_blocks.0.0.bias",
+                                              "unet.out.0.weight", "unet.out.0.bias", "unet.out.2.weight",
+                                              "unet.out.2.bias"])
 
 
 def test_an_untrained_unet_predicts_nothing_and_guidance_leaves_noise():
