@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .action_identifier.files import FOLDER as ACTION_IDENTIFIERS
 from .action_identifier.nodes import NODES as ACTION_NODES
 from .action_identifier.training_nodes import NODES as ACTION_TRAINING
+from .casting.nodes import ADDED as CASTING_ADDED
 from .casting.nodes import NODES as CASTING_NODES
 from .consent.nodes import NODES as CONSENT_NODES
 from .drift_alignment.nodes import NODES as DRIFT_NODES
@@ -40,6 +41,7 @@ METHOD_NODES: list[type[io.ComfyNode]] = [
     *PROVENANCE_NODES, *JOB_NODES,
     *REFERENCE_NODES,
 ]
+ADDED_NODES: list[type[io.ComfyNode]] = [*CASTING_ADDED]  # to a run, by other nodes; in no menu
 FOLDERS = [ACTION_IDENTIFIERS, FUSION_EMBEDDINGS, TRAINING_CHECKPOINTS]
 
 
@@ -56,4 +58,4 @@ class UnderstudyExtension(ComfyExtension):
         theatre.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return METHOD_NODES + (THEATRE_NODES if menus.is_shown() else [])
+        return METHOD_NODES + ADDED_NODES + (THEATRE_NODES if menus.is_shown() else [])

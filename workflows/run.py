@@ -120,7 +120,8 @@ class Progress:
             self.title = event["title"]
             self._draw(0, self.title)
             if not self.live:
-                print(f"  [{len(self.started)}/{self.total}] {self.title}", flush=True)
+                total = max(self.total, len(self.started))  # nodes may add others
+                print(f"  [{len(self.started)}/{total}] {self.title}", flush=True)
         elif kind == "progress":
             steps = f"{event['completed']}/{event['total']}"
             self._draw(event["completed"] / max(1, event["total"]), f"{self.title} {steps}")

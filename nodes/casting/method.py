@@ -121,3 +121,23 @@ def upcoming(
     going = sorted((item for item in due if sent.get(item.stem, 0) < tries), key=lambda item: sent.get(item.stem, 0))
     failed = [item for item in due if sent.get(item.stem, 0)] if skip_existing else []
     return going[:at_once], failed
+
+
+def links_of_savers(prompt: Mapping[str, Mapping], sheet: str, stem: int, outputs: Iterable[str]) -> list[list]:
+    """What reaches those of the output nodes `outputs` to which the sheet's output number `stem` leads, each once.
+
+    `prompt` is a graph in API form, `sheet` the id of the sheet in it; a link is [node's id, number of its output].
+    """
+    readers: dict[str, list[tuple[str, list]]] = {}
+    for node, content in prompt.items():
+        for value in content.get("inputs", {}).values():
+            if isinstance(value, list) and len(value) == 2 and value[0] in prompt:
+                readers.setdefault(value[0], []).append((node, value))
+    reached, waiting = set(), [node for node, link in readers.get(sheet, ()) if link[1] == stem]
+    while waiting:
+        if (node := waiting.pop()) not in reached:
+            reached.add(node)
+            waiting += [reader for reader, _ in readers.get(node, ())]
+    savers = reached.intersection(outputs)
+    links = [link for every in readers.values() for node, link in every if node in savers]
+    return [list(link) for link in dict.fromkeys(map(tuple, links))]

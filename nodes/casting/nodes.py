@@ -1,11 +1,13 @@
 """The node that sends identities, actions, scenes and seeds on, a few at a time, until every file is there."""
 
+import json
 import logging
 import threading
 from collections import Counter, OrderedDict
 
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder
+from comfy_execution.utils import get_executing_context
 
 from ..inputs.checked import CheckedNode
 from ..messages import tell
@@ -15,6 +17,7 @@ from . import folder, method
 CATEGORY = "Understudy/Casting"
 _LISTS = ("identities", "actions", "scenes", "seeds")
 _SETTINGS = ("filename_prefix", "skip_existing", "at_once")
+_OUTPUTS, _STEM = 6, 5  # how many, and the number of file_stem
 _REMEMBERED_SHEETS = 32
 # For a list of a node as well as for its texts: ComfyUI lets neither type into the other.
 _WORDS = io.Custom("COMBO,STRING")
@@ -42,15 +45,18 @@ class _Sheet:
     def there(self) -> int:
         return sum(item.stem in self.files for item in self.items)
 
+    @property
+    def state(self) -> str:
+        return f"{self.there} of {len(self.items)} are there"
+
     def words(self, skip_existing: bool) -> list[str]:
         """What to tell on the node."""
-        state = f"{self.there} of {len(self.items)} are there"
         if self.next:
-            lines = [f"{state}, {len(self.next)} are made now"]
+            lines = [f"{self.state}, {len(self.next)} are made now"]
         elif self.there == len(self.items):
             lines = [f"all {len(self.items)} are there, so nothing is sent on: what follows does not run"]
         else:
-            lines = [f"{state}, and nothing is sent on: what follows does not run"]
+            lines = [f"{self.state}, and nothing is sent on: what follows does not run"]
         if self.failed:
             lines.append(
                 f"{len(self.failed)} were sent on before and are not there: an error or an Identity Check held them "
@@ -82,7 +88,7 @@ class UnderstudyCastingSheet(CheckedNode):
                 "batch", "grid", "XY plot", "contact sheet", "variants", "prompt list", "queue many", "combinations",
                 "resume", "一覧", "組み合わせ", "批量", "组合",
             ],
-            is_input_list=True, is_output_node=True,
+            is_input_list=True, is_output_node=True, hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             inputs=[
                 entries(
                     "identities", "", "One a line: words for someone, the name of a file for a Load node, or "
@@ -149,21 +155,62 @@ class UnderstudyCastingSheet(CheckedNode):
         sheet = _Sheet(**values)
         lines = sheet.words(values["skip_existing"])
         tell("Casting Sheet", lines)
-        shown = {"text": ("\n".join(lines),)}
-        try:
-            name = folder.write_contact_sheet(sheet.folder, sheet.name, sheet.items, sheet.files)
-            picture = ui.SavedResult(name, sheet.folder.rstrip("/"), io.FolderType.output)
-            shown |= ui.SavedImages([picture]).as_dict()
-        except OSError as error:  # the disk is full, say: the items are what counts
-            tell("Casting Sheet", [f"the contact sheet could not be written: {error}"], logging.WARNING)
+        shown = {"text": ("\n".join(lines),), **_contact_sheet(sheet)}
         sheet.sent.update(item.stem for item in sheet.next)
         if not sheet.next:
-            return io.NodeOutput(*[[ExecutionBlocker(None)]] * 6, ui=shown)
+            return io.NodeOutput(*[[ExecutionBlocker(None)]] * _OUTPUTS, ui=shown)
         rows = [
             (item.identity, item.prompt, item.action, item.scene, item.seed, sheet.folder + item.stem)
             for item in sheet.next
         ]
-        return io.NodeOutput(*map(list, zip(*rows, strict=True)), ui=shown)
+        return io.NodeOutput(*map(list, zip(*rows, strict=True)), ui=shown, expand=_drawn_after(cls.hidden, values))
+
+
+class UnderstudyCastingSheetAfter(CheckedNode):
+    """Draws a contact sheet again in the same run, after what was saved; each Casting Sheet adds one to the run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnderstudyCastingSheetAfter", display_name="Casting Sheet, drawn again", category=CATEGORY,
+            is_dev_only=True, is_output_node=True, is_input_list=True, accept_all_inputs=True,
+            inputs=[io.String.Input("sheet", tooltip="The values of the Casting Sheet, in JSON.")], outputs=[],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_inputs) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(cls, sheet, **_saved) -> io.NodeOutput:
+        drawn = _Sheet(**json.loads(sheet[0]))
+        return io.NodeOutput(ui={"text": (drawn.state,), **_contact_sheet(drawn)})
+
+
+def _contact_sheet(sheet: _Sheet) -> dict:
+    """Draw the contact sheet, for the node to show; without one where it cannot be written, and the node says why."""
+    try:
+        name = folder.write_contact_sheet(sheet.folder, sheet.name, sheet.items, sheet.files)
+    except OSError as error:  # the disk is full, say: the items are what counts
+        tell("Casting Sheet", [f"the contact sheet could not be written: {error}"], logging.WARNING)
+        return {}
+    return ui.SavedImages([ui.SavedResult(name, sheet.folder.rstrip("/"), io.FolderType.output)]).as_dict()
+
+
+def _drawn_after(hidden, values: dict) -> dict | None:
+    """A node for this run that waits for all that the saving nodes wait for; ComfyUI runs these first, being older."""
+    from server import PromptServer  # exists only where ComfyUI runs a graph
+
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    run = get_executing_context().prompt_id
+    outputs = next((entry[4] for entry in running if entry[1] == run), ())  # a part of the graph may be run alone
+    links = method.links_of_savers(hidden.prompt, hidden.unique_id, _STEM, outputs)
+    if not links:
+        return None
+    graph = GraphBuilder()
+    saved = {f"saved_{number}": link for number, link in enumerate(links)}
+    graph.node("UnderstudyCastingSheetAfter", sheet=json.dumps(values), **saved)
+    return graph.finalize()
 
 
 def _values(lists: dict) -> dict:
@@ -174,3 +221,4 @@ def _values(lists: dict) -> dict:
 
 
 NODES = [UnderstudyCastingSheet]
+ADDED = [UnderstudyCastingSheetAfter]  # to runs, never by a user

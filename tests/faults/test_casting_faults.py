@@ -23,22 +23,45 @@ def run(server: Server, prompt: dict) -> tuple[int, str]:
     return len(outputs.get(prompts.RESULT, {}).get("images", ())), told
 
 
+def grey_cells(server: Server, columns: int = 2, rows: int = 2) -> int:
+    """How many items the contact sheet shows as not there."""
+    with Image.open(server.base / "output" / "casting" / "theatre_contact_sheet.jpg") as contact:
+        assert contact.size == (220 + columns * 96, 16 + rows * 96)
+        cells = [contact.crop((220 + 96 * i + 8, 16 + 96 * j + 8, 220 + 96 * i + 88, 16 + 96 * j + 88))
+                 for i in range(columns) for j in range(rows)]
+    return sum(max(high - low for low, high in cell.getextrema()) < 8 for cell in cells)
+
+
 def test_repeated_runs_finish_a_sheet_and_a_torn_file_is_made_again(fault_server):
+    """After each run, and not one later, the contact sheet shows what is there."""
     prompt = sheet(fault_server, ["red robot", "blue cat"], ["waving", "sitting"], ["on a beach"], 3)
     count, told = run(fault_server, prompt)
     assert count == 3 and "0 of 4 are there, 3 are made now" in told
+    assert grey_cells(fault_server) == 1
     torn = saved(fault_server)[0]
     torn.write_bytes(torn.read_bytes()[:-20])
     count, told = run(fault_server, prompt)
     assert count == 2 and "2 of 4 are there, 2 are made now" in told and "1 files in the folder are damaged" in told
+    assert grey_cells(fault_server) == 0
     count, told = run(fault_server, prompt)
     assert count == 0 and "all 4 are there" in told and "what follows does not run" in told
     assert run(fault_server, prompt)[0] == 0
     stems = {path.name[: -len("_00001_.png")] for path in saved(fault_server)}
     assert len(stems) == 4 and len(saved(fault_server)) == 5
-    with Image.open(fault_server.base / "output" / "casting" / "theatre_contact_sheet.jpg") as contact:
-        assert contact.size == (220 + 2 * 96, 16 + 2 * 96)
-        assert contact.getpixel((260, 60)) != (221, 221, 221)
+    assert grey_cells(fault_server) == 0
+
+
+def test_the_sheet_drawn_after_is_shown_on_the_node_and_makes_nothing_run(fault_server):
+    prompt = sheet(fault_server, ["green fox"], ["waving", "sitting"], ["at night"], 2)
+    prompt["sheet"]["inputs"]["filename_prefix"] = "casting/alone"
+    body = {"prompt": prompt, "partial_execution_targets": ["sheet"]}
+    entry = fault_server.wait(fault_server.post("/prompt", body)["prompt_id"])
+    assert set(entry["outputs"]) == {"sheet"}, "a sheet that is run alone does not sample"
+    entry = fault_server.queue(prompt)
+    (after,) = set(entry["outputs"]) - {"sheet", prompts.RESULT}
+    assert entry["meta"][after]["display_node"] == "sheet"
+    assert entry["outputs"][after]["text"] == ["2 of 2 are there"]
+    assert entry["outputs"][after]["images"][0]["filename"] == "alone_contact_sheet.jpg"
 
 
 def test_a_file_of_the_sheet_goes_into_its_loader(fault_server):

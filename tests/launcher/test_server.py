@@ -43,7 +43,8 @@ def copy_pack(pack_root, target):
 def test_the_server_has_every_node_of_the_list(server):
     from pack.nodes import extension
 
-    declared = [node.GET_SCHEMA().node_id for node in extension.METHOD_NODES + extension.THEATRE_NODES]
+    nodes = extension.METHOD_NODES + extension.ADDED_NODES + extension.THEATRE_NODES
+    declared = [node.GET_SCHEMA().node_id for node in nodes]
     assert server.node_ids() == sorted(declared)
     assert all(node_id.startswith("Understudy") for node_id in declared)
 

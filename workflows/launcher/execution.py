@@ -58,7 +58,8 @@ def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambd
             elif event.get("type") == "prompt_preview":
                 titles = {node: _label(node, content) for node, content in event["prompt"].items()}
             elif event.get("type") == "executed":
-                result.files += event["outputs"]
+                shown = {_place(file) for file in result.files}  # a casting sheet is drawn twice in a run
+                result.files += [file for file in event["outputs"] if _place(file) not in shown]
             on_event(event)
         process.wait()
     finally:
@@ -93,6 +94,10 @@ def describe(error: dict, titles: dict[str, str]) -> str:
             parts = (reason.get("message"), reason.get("details") or reason.get("hint"))
             lines.append(label + ": " + "; ".join(part for part in parts if part))
     return "\n".join(lines) or " ".join(part for part in (error["message"], error.get("hint")) if part)
+
+
+def _place(file: dict) -> tuple[str, str, str]:
+    return file["type"], file["subfolder"], file["filename"]
 
 
 def _label(node: str, content: dict) -> str:

@@ -127,3 +127,19 @@ def test_without_skipping_each_is_made_once_more():
         made += stems(going)
         sent.update(stems(going))
     assert made == stems(every)
+
+
+def test_what_reaches_the_savers_of_a_sheet_and_nothing_else():
+    graph = {
+        "sheet": {"inputs": {"seeds": "0"}},
+        "pixels": {"inputs": {"text": ["sheet", 1], "list": ["pixels", "x"], "two": [1, 2]}},
+        "save": {"inputs": {"images": ["pixels", 0], "filename_prefix": ["sheet", 5]}},
+        "check": {"inputs": {"images": ["pixels", 0], "names": ["sheet", 5]}},
+        "passed": {"inputs": {"images": ["check", 0], "filename_prefix": ["check", 4]}},
+        "other": {"inputs": {"images": ["pixels", 1], "filename_prefix": "x"}},
+    }
+    links = method.links_of_savers(graph, "sheet", 5, ["save", "sheet", "other"])
+    assert sorted(links) == [["pixels", 0], ["sheet", 5]]
+    links = method.links_of_savers(graph, "sheet", 5, ["passed", "other"])
+    assert sorted(links) == [["check", 0], ["check", 4]]
+    assert method.links_of_savers(graph, "sheet", 5, ["sheet", "other"]) == []
