@@ -70,15 +70,16 @@ def load(name: str, placeholder: str = "") -> ActionIdentifier:
         raise refused(path, f"is not an action identifier: {error}", _OTHER) from error
 
 
-def save(action: ActionIdentifier, filename_prefix: str) -> Path:
-    """Write `output/action_identifiers/<prefix>_00001_.safetensors`; returns its path. Raises as weights.save does.
+def save(action: ActionIdentifier, filename_prefix: str, tags: str = "", author: str = "") -> Path:
+    """Write `output/action_identifiers/<prefix>_00001_.safetensors`; returns its path.
 
-    Each encoder's tokens [places, tokens, width] under its name; the rest is metadata.
+    Each encoder's tokens [places, tokens, width] under its name; the rest is metadata. Raises as made_now and
+    weights.save do.
     """
     metadata = {
         "kind": _KIND, "method": "ADI action identifier (arXiv 2311.15841)", "placeholder": action.placeholder,
         "initial_word": action.initial_word, "base": action.base, "layers": json.dumps(action.places),
-        **made_now(), **record.to_metadata(action.consent),
+        **made_now(tags, author), **record.to_metadata(action.consent),
     }
     tensors = {f"{_KEY}{encoder}": tokens for encoder, tokens in action.tokens.items()}
     return weights.save(tensors, metadata, FOLDER.name, filename_prefix)

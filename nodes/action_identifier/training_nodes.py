@@ -233,9 +233,13 @@ class UnderstudySaveActionIdentifier(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, action, filename_prefix, textual_inversion=False, consent=None, preview=None) -> io.NodeOutput:
+    def execute(
+        cls, action, filename_prefix, textual_inversion=False, consent=None, preview=None, tags="", author=""
+    ) -> io.NodeOutput:
         action = gate.with_consent("Save Action Identifier", action, consent)
-        previews.save_with("Save Action Identifier", lambda: files.save(action, filename_prefix), preview)
+        previews.save_with(
+            "Save Action Identifier", lambda: files.save(action, filename_prefix, tags, author), preview
+        )
         if textual_inversion:
             logging.info("[Understudy] saved %s", files.export(action, filename_prefix))
         return io.NodeOutput()

@@ -18,6 +18,7 @@ CATEGORY = "Understudy/Casting"
 _LISTS = ("identities", "actions", "scenes", "seeds")
 _SETTINGS = ("filename_prefix", "skip_existing", "at_once")
 _OUTPUTS, _STEM = 6, 5  # how many, and the number of file_stem
+_MOST_LINKS = 64  # for which the drawing of a sheet waits
 _REMEMBERED_SHEETS = 32
 # For a list of a node as well as for its texts: ComfyUI lets neither type into the other.
 _WORDS = io.Custom("COMBO,STRING")
@@ -173,8 +174,12 @@ class UnderstudyCastingSheetAfter(CheckedNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="UnderstudyCastingSheetAfter", display_name="Casting Sheet, drawn again", category=CATEGORY,
-            is_dev_only=True, is_output_node=True, is_input_list=True, accept_all_inputs=True,
-            inputs=[io.String.Input("sheet", tooltip="The values of the Casting Sheet, in JSON.")], outputs=[],
+            is_dev_only=True, is_output_node=True, is_input_list=True, outputs=[],
+            inputs=[
+                io.String.Input("sheet", tooltip="The values of the Casting Sheet, in JSON."),
+                # Only waited for: a value might be the block of an empty route.
+                *[io.AnyType.Input(f"saved_{i}", optional=True, raw_link=True) for i in range(_MOST_LINKS)],
+            ],
         )
 
     @classmethod
@@ -182,7 +187,7 @@ class UnderstudyCastingSheetAfter(CheckedNode):
         return float("nan")
 
     @classmethod
-    def execute(cls, sheet, **_saved) -> io.NodeOutput:
+    def execute(cls, sheet, **_links) -> io.NodeOutput:
         drawn = _Sheet(**json.loads(sheet[0]))
         return io.NodeOutput(ui={"text": (drawn.state,), **_contact_sheet(drawn)})
 
@@ -198,7 +203,7 @@ def _contact_sheet(sheet: _Sheet) -> dict:
 
 
 def _drawn_after(hidden, values: dict) -> dict | None:
-    """A node for this run that waits for all that the saving nodes wait for; ComfyUI runs these first, being older."""
+    """A node for this run that waits for what the saving nodes wait for; ComfyUI runs them first, being older."""
     from server import PromptServer  # exists only where ComfyUI runs a graph
 
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
@@ -208,7 +213,7 @@ def _drawn_after(hidden, values: dict) -> dict | None:
     if not links:
         return None
     graph = GraphBuilder()
-    saved = {f"saved_{number}": link for number, link in enumerate(links)}
+    saved = {f"saved_{i}": link for i, link in enumerate(links[:_MOST_LINKS])}
     graph.node("UnderstudyCastingSheetAfter", sheet=json.dumps(values), **saved)
     return graph.finalize()
 

@@ -23,14 +23,14 @@ _PARTS = ("combiner", "encoder", "generator", "unet")
 _FIX = "Choose a fusion of this pack, or a published checkpoint"
 
 
-def save(fusion: Fusion, filename_prefix: str) -> Path:
-    """Write `output/fusion_embeddings/<prefix>_00001_.safetensors`; returns its path. Raises as weights.save does.
+def save(fusion: Fusion, filename_prefix: str, tags: str = "", author: str = "") -> Path:
+    """Write `output/fusion_embeddings/<prefix>_00001_.safetensors`; returns its path.
 
     Keys begin with `combiner.`, `encoder.`, `generator.` or `unet.`, and one is `probe.embedding`; the metadata says
-    whether `unet.` is a LoRA or a whole UNet.
+    whether `unet.` is a LoRA or a whole UNet. Raises as made_now and weights.save do.
     """
     tensors, metadata = packed(fusion)
-    return weights.save(tensors, metadata | made_now(), FOLDER.name, filename_prefix)
+    return weights.save(tensors, metadata | made_now(tags, author), FOLDER.name, filename_prefix)
 
 
 def packed(fusion: Fusion) -> tuple[Weights, dict[str, str]]:

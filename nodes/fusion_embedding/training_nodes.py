@@ -337,9 +337,13 @@ class UnderstudySaveFusion(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, fusion, filename_prefix, consent=None, preview=None) -> io.NodeOutput:
+    def execute(
+        cls, fusion, filename_prefix, consent=None, preview=None, tags="", author=""
+    ) -> io.NodeOutput:
         fusion = gate.with_consent("Save Fusion", fusion, consent)
-        previews.save_with("Save Fusion", lambda: files.save(fusion, filename_prefix), preview)
+        previews.save_with(
+            "Save Fusion", lambda: files.save(fusion, filename_prefix, tags, author), preview
+        )
         logging.info("[Understudy] it holds %s", ", ".join(fusion.parts))
         return io.NodeOutput()
 

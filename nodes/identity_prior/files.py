@@ -26,8 +26,10 @@ FOLDER = dataclasses.replace(LORAS, mark=f'"{_ENTRY}"'.encode())
 _KIND = "LIPE identity prior (arXiv 2406.17236)"
 
 
-def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: str) -> Path:
-    """Write `output/loras/<prefix>_00001_.safetensors`; returns its path. Raises what weights.save raises."""
+def save(
+    lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: str, tags: str = "", author: str = ""
+) -> Path:
+    """Write `output/loras/<prefix>_00001_.safetensors`; returns its path. Raises as made_now and weights.save do."""
     ranks = sorted({weight.shape[0] for key, weight in lora.items() if key.endswith("lora_down.weight")})
     alphas = sorted({float(alpha) for key, alpha in lora.items() if key.endswith(".alpha")})
     content = {
@@ -39,7 +41,7 @@ def save(lora: Mapping[str, torch.Tensor], subject: Subject, filename_prefix: st
         metadata |= {
             "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[0]), "ss_network_alpha": str(alphas[0])
         }
-    metadata |= made_now() | record.to_metadata(subject.consent)
+    metadata |= made_now(tags, author) | record.to_metadata(subject.consent)
     return weights.save(lora, metadata, FOLDER.name, filename_prefix)
 
 

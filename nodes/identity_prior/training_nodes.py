@@ -185,9 +185,13 @@ class UnderstudySaveIdentityPrior(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, lora, identity, filename_prefix, consent=None, preview=None) -> io.NodeOutput:
+    def execute(
+        cls, lora, identity, filename_prefix, consent=None, preview=None, tags="", author=""
+    ) -> io.NodeOutput:
         identity = gate.with_consent("Save Identity Prior", identity, consent)
-        previews.save_with("Save Identity Prior", lambda: files.save(lora, identity, filename_prefix), preview)
+        previews.save_with(
+            "Save Identity Prior", lambda: files.save(lora, identity, filename_prefix, tags, author), preview
+        )
         return io.NodeOutput()
 
 

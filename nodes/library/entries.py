@@ -9,7 +9,7 @@ from pathlib import Path
 from ..consent import record
 from ..consent.record import ConsentError, ConsentRecord
 from ..files import weights
-from ..files.kinds import DATE, LearnedKind
+from ..files.kinds import AUTHOR, DATE, MOST_TAGS, TAGS, LearnedKind
 from ..files.names import EXTENSION, WeightFileError
 
 # A file of a Save node: its name, and its number, which is the version.
@@ -66,7 +66,7 @@ def read(path: Path, kinds: Sequence[LearnedKind]) -> Entry:
             if summary := kind.summary(shapes, metadata):
                 return Entry(
                     kind.name, "", record.shown(summary.holds), record.shown(summary.base), tags_of(metadata),
-                    record.shown(metadata.get("modelspec.author", "")),
+                    record.shown(metadata.get(AUTHOR, "")),
                     record.shown(metadata.get(DATE, "")), _consent(metadata),
                 )
     except (WeightFileError, ValueError) as error:
@@ -75,8 +75,8 @@ def read(path: Path, kinds: Sequence[LearnedKind]) -> Entry:
 
 
 def tags_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The tags that a file names, at most 20."""
-    return tuple(record.shown(tag) for tag in metadata.get("modelspec.tags", "").split(",")[:20] if tag.strip())
+    """The tags that a file names, at most MOST_TAGS."""
+    return tuple(record.shown(tag) for tag in metadata.get(TAGS, "").split(",")[:MOST_TAGS] if tag.strip())
 
 
 def name_and_version(file_name: str) -> tuple[str, int]:

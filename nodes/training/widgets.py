@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..consent import widgets as consent_widgets
 from ..files.folders import WeightFolder
+from ..files.kinds import LONGEST, MOST_TAGS
 from ..fingerprint import clip_fingerprint, fingerprint
 from ..inputs.checked import File
 from ..patching.changes import call_changes, weight_changes
@@ -163,13 +164,26 @@ def save_schema(
         tooltip="A picture to save beside the file, for Identity Library, ComfyUI's model browser and model "
         "managers: the first of a batch, at most 512 pixels a side.",
     )
+    made = [
+        io.String.Input(
+            "tags", default="", optional=True, advanced=True,
+            tooltip="Words by which Identity Library and model managers show the file, separated by commas: at most "
+            f"{MOST_TAGS}, of up to {LONGEST} characters each.",
+        ),
+        io.String.Input(
+            "author", default="", optional=True, advanced=True,
+            tooltip=f"Who made it, a name or a pseudonym of up to {LONGEST} characters; whoever has the file can "
+            "read it. Empty: nobody is named.",
+        ),
+    ]
     filename_prefix = io.String.Input(
         "filename_prefix", default=prefix,
         tooltip=f"Name in output/{folder.name}, with folders if you like. A number is added; nothing is replaced.",
     )
     return io.Schema(
         node_id, display_name, category, outputs=[],
-        inputs=[*inputs, filename_prefix, *options, consent_widgets.to_save(), preview], is_output_node=True, **texts,
+        inputs=[*inputs, filename_prefix, *options, consent_widgets.to_save(), preview, *made], is_output_node=True,
+        **texts,
     )
 
 

@@ -48,14 +48,14 @@ def _misfit(model: Any, shapes: Shapes, _metadata: Mapping[str, str]) -> str:
 KIND = LearnedKind("video identity adapter", FOLDER, _summary, _misfit)
 
 
-def save(adapter: VideoAdapter, filename_prefix: str) -> Path:
+def save(adapter: VideoAdapter, filename_prefix: str, tags: str = "", author: str = "") -> Path:
     """Write `output/loras/<prefix>_00001_.safetensors` under the published names; returns its path.
 
-    Raises what weights.save raises.
+    Raises what made_now and weights.save raise.
     """
     metadata = {
         "method": "Stand-In video identity adapter (arXiv 2508.07901)", "blocks": str(len(adapter.blocks)),
-        "width": str(adapter.width), "base": adapter.base, **made_now(),
+        "width": str(adapter.width), "base": adapter.base, **made_now(tags, author),
         **record.to_metadata(adapter.consent),
     }
     return weights.save(adapter.tensors(), metadata, FOLDER.name, filename_prefix)

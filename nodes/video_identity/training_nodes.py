@@ -149,9 +149,13 @@ class UnderstudySaveVideoIdentityAdapter(CheckedNode):
         )
 
     @classmethod
-    def execute(cls, adapter, filename_prefix, consent=None, preview=None) -> io.NodeOutput:
+    def execute(
+        cls, adapter, filename_prefix, consent=None, preview=None, tags="", author=""
+    ) -> io.NodeOutput:
         adapter = gate.with_consent("Save Video Identity Adapter", adapter, consent)
-        previews.save_with("Save Video Identity Adapter", lambda: files.save(adapter, filename_prefix), preview)
+        previews.save_with(
+            "Save Video Identity Adapter", lambda: files.save(adapter, filename_prefix, tags, author), preview
+        )
         return io.NodeOutput()
 
 

@@ -16,7 +16,10 @@ def saved(server: Server) -> list:
 
 def run(server: Server, prompt: dict) -> tuple[int, str]:
     """How many pictures a run saved, and what sheet and check said of it, "" where they had nothing to do."""
-    entry = server.queue(prompt)
+    return result(server.queue(prompt))
+
+
+def result(entry: dict) -> tuple[int, str]:
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
     outputs = entry["outputs"]
     told = "\n".join(outputs.get(name, {}).get("text", [""])[0] for name in ("sheet", "check"))
@@ -101,7 +104,11 @@ def test_an_identity_check_keeps_what_passes_and_the_rest_is_tried_twice(fault_s
     links["groups"] = ["sheet", 1]
     prompt["check"] = prompts.node("UnderstudyIdentityCheck", pass_above=pass_above, reject_below=-1.0, **links)
     prompt[prompts.RESULT] = prompts.node("SaveImage", images=["check", 0], filename_prefix=["check", 4])
-    runs = [run(fault_server, prompt) for _ in range(4)]
+    prompt["others"] = prompts.node("PreviewImage", images=["check", 1])
+    entry = fault_server.queue(prompt)
+    (drawn,) = [outputs for name, outputs in entry["outputs"].items() if name.startswith("sheet.")]
+    assert drawn["text"] == [f"{kept} of 2 are there"], "though one of the two routes is empty"
+    runs = [result(entry), *(run(fault_server, prompt) for _ in range(3))]
     assert [count for count, _ in runs] == [kept, 0, 0, 0]
     assert "groups, the worst first:" in runs[0][1] and f"{kept} of 2 passed" in runs[0][1]
     if kept:

@@ -23,7 +23,7 @@ from pack.nodes.fusion_embedding.training_nodes import UnderstudySaveFusion
 from pack.nodes.identity_prior import files as priors
 from pack.nodes.identity_prior.nodes import UnderstudyLoadIdentityPrior
 from pack.nodes.identity_prior.training_nodes import UnderstudySaveIdentityPrior
-from pack.nodes.library import sidecars
+from pack.nodes.library import entries, listing, sidecars
 from pack.nodes.subject_tokens import Subject
 from pack.nodes.video_identity import files as adapters
 from pack.nodes.video_identity import method
@@ -197,6 +197,18 @@ def test_a_preview_is_saved_beside_it_and_ends_nothing_before(kind):
     with pytest.raises(ValueError, match="preview has shape"):
         kind.save(preview=torch.rand(6, 4))
     assert list(kind.path(name).parent.iterdir()) == before
+
+
+def test_tags_and_author_are_what_the_library_shows(kind):
+    entry = entries.read(kind.path(kind.save(tags="red, toy \n red，赤い", author=" Zoë  Å. ")), listing.KINDS)
+    assert entry.kind and (entry.tags, entry.author) == (("red", "toy", "赤い"), "Zoë Å.")
+    untold = kind.path(kind.save())
+    assert not {"modelspec.tags", "modelspec.author"} & weights.inspect(untold)[1].keys()
+    before = list(untold.parent.iterdir())
+    for wrong in ({"tags": ",".join(map(str, range(21)))}, {"tags": "a, " + "x" * 81}, {"author": "x" * 81}):
+        with pytest.raises(ValueError, match=f"{min(wrong)} .* at most"):
+            kind.save(**wrong)
+    assert list(untold.parent.iterdir()) == before
 
 
 def test_an_exported_embedding_keeps_it():
