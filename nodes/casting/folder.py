@@ -36,7 +36,7 @@ def split_prefix(filename_prefix: str) -> tuple[str, str]:
     folder, slash, name = normalise_prefix(filename_prefix).rpartition("/")
     if len(name.encode()) > LONGEST_PREFIX:
         raise ValueError(f"filename_prefix ends in {name[:40]!r}: use a name of at most {LONGEST_PREFIX} letters")
-    return folder + slash, name.replace("%", "_")  # Save Image fills in what is between percent signs
+    return (folder + slash).replace("%", "_"), name.replace("%", "_")  # Save Image fills in what is between them
 
 
 def present(folder: str) -> tuple[dict[str, Path], int]:

@@ -116,9 +116,9 @@ def day_of(now: datetime) -> date:
 def from_json(text: str) -> ConsentRecord:
     """The record that `to_json` wrote. Raises ConsentError, naming what is wrong, for any other text."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ConsentError("it is not JSON") from error
+        raise ConsentError("it is not JSON, or says something twice") from error
     if not isinstance(content, dict) or content.pop("version", None) != _VERSION:
         raise ConsentError(f"it is not of version {_VERSION}: a newer version of this pack may have written it")
     if unknown := content.keys() - {field.name for field in fields(ConsentRecord)}:
@@ -180,6 +180,13 @@ def shown(text: str) -> str:
     kept = (c if c in _JOINERS or unicodedata.category(c) not in _STEERING else " " for c in text[:_LONGEST])
     line = " ".join("".join(kept).split())
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object, whose fields other readers might take the first of. Raises ValueError for one that repeats."""
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError
+    return dict(pairs)
 
 
 def _check_text(name: str, value: Any) -> None:

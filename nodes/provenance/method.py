@@ -55,8 +55,8 @@ class Trace:
 class Ingredient:
     """A file that went into the result: its name, SHA-256 in hex digits, and as what it was used.
 
-    `source_type` is the last part of a digital source type that it has in its metadata; `missing` says what cannot
-    be taken over from it. A learned file has no media type.
+    `source_type` is the digital source type that it has in its metadata, of IPTC's terms the last part; `missing`
+    says what cannot be taken over from it. A learned file has no media type.
     """
 
     name: str

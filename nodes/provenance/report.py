@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -63,13 +64,11 @@ def describe(report: Mapping[str, Any]) -> tuple[Verdict, list[str]]:
     active = str(report.get("active_manifest") or "")
     judged = verdict(report.get("validation_results") or {})
     picture = "unchanged since it was signed" if judged.picture_matches else "NOT proved to be what was signed"
-    lines = [
-        f"Signature: {_signature(judged)}", f"Picture: {picture}",
-        *(f"Problem: {problem}" for problem in judged.problems),
-        *_manifest(manifests, active, 0, ()),
-    ]
-    cut = [f"… and {len(lines) - _MOST_LINES} lines more"] if len(lines) > _MOST_LINES else []
-    return judged, [*lines[:_MOST_LINES], *cut]
+    head = [f"Signature: {_signature(judged)}", f"Picture: {picture}"]
+    problems = [f"Problem: {problem}" for problem in judged.problems]
+    # No more than is shown: manifests that share ingredients would be told again and again.
+    lines = [*itertools.islice(itertools.chain(head, problems, _manifest(manifests, active, 0, ())), _MOST_LINES + 1)]
+    return judged, lines if len(lines) <= _MOST_LINES else [*lines[:-1], "… and more"]
 
 
 def _signature(judged: Verdict) -> str:
@@ -119,10 +118,14 @@ def _assertion(assertion: Mapping[str, Any]) -> Iterator[str]:
         name = "Consent" if label == f"{VENDOR}.consent" else f"States {plain(label)}"
         yield f"{name}: {plain(json.dumps(data, ensure_ascii=False))}"
         return
-    for action in data.get("actions") or []:
-        agent = action.get("softwareAgent")
+    actions = data.get("actions")
+    for action in actions if isinstance(actions, list) else [actions]:
+        if not isinstance(action, Mapping):  # of an assertion whose form c2pa does not know
+            yield f"Action {plain(action)}"
+            continue
+        agent, settings = action.get("softwareAgent"), action.get("parameters")
         agent = agent.get("name") if isinstance(agent, Mapping) else agent
-        settings = (action.get("parameters") or {}).get("settings")
+        settings = settings.get("settings") if isinstance(settings, Mapping) else None
         parts = [
             str(action.get("digitalSourceType", "")).removeprefix(SOURCE_TYPES), agent, action.get("when"),
             json.dumps(settings, ensure_ascii=False) if settings else "",

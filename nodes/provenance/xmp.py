@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
@@ -24,6 +25,7 @@ _PREFIXES = {
     "understudy": _UNDERSTUDY,
 }
 _SOURCE_TYPE = f"{{{_IPTC}}}DigitalSourceType"
+_TERM = re.compile(f"^{re.escape(SOURCE_TYPES).replace('http:', 'https?:')}|/$")  # what is not told of IPTC's terms
 
 
 def write(label: str, ingredients: Sequence[Ingredient], consent: str = "") -> bytes:
@@ -44,16 +46,18 @@ def write(label: str, ingredients: Sequence[Ingredient], consent: str = "") -> b
             ElementTree.SubElement(item, f"{{{_REFERENCE}}}filePath").text = _writable(each.name)
             ElementTree.SubElement(item, f"{{{_UNDERSTUDY}}}Description").text = _writable(each.describe())
             if each.source_type:
-                ElementTree.SubElement(item, _SOURCE_TYPE).text = SOURCE_TYPES + _writable(each.source_type)
+                vocabulary = "" if ":" in each.source_type else SOURCE_TYPES
+                ElementTree.SubElement(item, _SOURCE_TYPE).text = vocabulary + _writable(each.source_type)
     content = ElementTree.tostring(meta, encoding="unicode")
     packet = f'<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n{content}\n<?xpacket end="w"?>'
     return packet.encode()
 
 
 def source_type(packet: bytes) -> str:
-    """The last part of the file's digital source type, such as `trainedAlgorithmicMedia`; empty where it has none.
+    """The file's digital source type: the last part of IPTC's terms, such as `trainedAlgorithmicMedia`, any other as
+    it is; empty where it has none.
 
-    Raises ValueError for what is no XMP packet, or one that is larger than MAX_PACKET or defines entities.
+    Raises ValueError for several, for what is no XMP packet, or one that is over MAX_PACKET or defines entities.
     """
     if len(packet) > MAX_PACKET:
         raise ValueError(f"its XMP metadata has {len(packet)} bytes, over the {MAX_PACKET} that are read")
@@ -64,11 +68,11 @@ def source_type(packet: bytes) -> str:
         tree = ElementTree.fromstring(text)
     except (ValueError, ElementTree.ParseError) as error:
         raise ValueError(f"its XMP metadata is not valid ({error})") from error
-    for description in tree.iterfind(f".//{{{_RDF}}}RDF/{{{_RDF}}}Description"):
-        for value in _values(description):
-            if value:
-                return value.rstrip("/").rpartition("/")[2]
-    return ""
+    descriptions = tree.iterfind(f".//{{{_RDF}}}RDF/{{{_RDF}}}Description")
+    found = {_TERM.sub("", value) for description in descriptions for value in _values(description) if value}
+    if len(found) > 1:
+        raise ValueError(f"it names several digital source types: {', '.join(sorted(found))}")
+    return min(found, default="")
 
 
 def _values(description: ElementTree.Element) -> Iterator[str]:

@@ -58,7 +58,7 @@ def test_the_newest_number_is_shown_and_a_rewritten_file_is_read_again(casting):
 
 
 @pytest.mark.parametrize(("prefix", "parts"), [
-    ("casting/sheet", ("casting/", "sheet")), ("a", ("", "a")), ("a\\b/c%year%", ("a/b/", "c_year_")),
+    ("casting/sheet", ("casting/", "sheet")), ("a", ("", "a")), ("a\\b%day%/c%year%", ("a/b_day_/", "c_year_")),
 ])
 def test_the_prefix_is_a_folder_and_a_beginning(prefix, parts):
     assert folder.split_prefix(prefix) == parts

@@ -76,6 +76,7 @@ def test_what_is_not_valid_is_refused_by_its_name(fields, message):
     '{"version": 1, "subject": "\\ud800", "scopes": ["private"]}', '{"version": 1, "subject": null, "scopes": []}',
     '{"version": 1, "subject": "A", "scopes": ["private"], "expires": "' + "9" * 99 + '"}',
     '{"version": ' + "9" * 10_000 + "}",
+    '{"version": 1, "subject": "A", "subject": "B", "scopes": ["private"]}',
 ])
 def test_hostile_metadata_is_refused_in_words(text):
     with pytest.raises(ConsentError):

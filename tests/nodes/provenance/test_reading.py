@@ -1,9 +1,11 @@
 """What Read Label says of sound, broken, forged, recompressed, doubly signed, hostile and foreign files."""
 
 import sys
+from datetime import datetime, timezone
 
+import make_certificate
 import pytest
-from pack.nodes.provenance import report, signing, xmp
+from pack.nodes.provenance import files, report, signing, xmp
 from PIL import Image
 from support import labels
 from support.labels import COMPOSITE, TRAINED
@@ -84,6 +86,37 @@ def test_a_forged_action_breaks_the_signature(signed):
     verdict, claims, judged = state(signed)
     assert verdict[0] is False and judged == "Invalid"
     assert "Signature: does NOT hold: what follows may be forged" in claims
+
+
+def test_a_forger_s_authority_of_the_same_name_is_not_trusted(folders, certificate):
+    """All names in the chain are those of the authority that the user trusts; the keys are not."""
+    trusted = (certificate / "trusted.pem").read_bytes()
+    for file in certificate.iterdir():
+        file.unlink()
+    make_certificate.write(make_certificate.make("Anna", 30, datetime.now(timezone.utc)), certificate)
+    (path,) = labels.label(folders)
+    assert "an authority vouches for that you trust" in labels.read(name(path))[0]
+    (certificate / "trusted.pem").write_bytes(trusted)
+    claims, holds, matches = labels.read(name(path))
+    assert "Signed by: Anna" in claims and "nobody that you trust vouches for the signer" in claims
+    assert holds and matches
+
+
+def test_manifests_that_share_ingredients_are_told_in_bounded_time():
+    """Eight manifests, each of which was made thirty times from the next one, would be 30 ** 8 ways."""
+    manifests = {f"m{i}": {"ingredients": [{"active_manifest": f"m{i + 1}"}] * 30} for i in range(9)}
+    _, lines = report.describe({"manifests": manifests, "active_manifest": "m0"})
+    assert len(lines) == 401 and lines[-1] == "… and more"
+
+
+@pytest.mark.parametrize("data", [
+    {"actions": ["x", 5, None, {}]}, {"actions": 5}, {"actions": "x"}, {}, [], None,
+    {"actions": [{"parameters": "x", "softwareAgent": ["x"], "action": {"a": 1}, "digitalSourceType": 4}]},
+])
+def test_assertions_of_no_known_form_are_told_and_harmless(data):
+    made = {"assertions": [{"label": "c2pa.actions.v9", "data": data}], "title": "after"}
+    _, lines = report.describe({"manifests": {"m": made}, "active_manifest": "m"})
+    assert "Title: after" in lines and len(lines) > 4
 
 
 def test_a_new_hash_of_a_changed_picture_does_not_help(signed):
@@ -258,6 +291,49 @@ def test_wrong_trusted_certificates_are_named(signed, certificate):
     (certificate / "trusted.pem").write_text("hello")
     with pytest.raises(ValueError, match="trusted.pem holds no certificates"):
         labels.read(name(signed))
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ((labels.SOURCE_TYPES + "digitalCapture", labels.SOURCE_TYPES + TRAINED), f"digitalCapture, {TRAINED}"),
+    (("http://example.org/" + TRAINED, labels.SOURCE_TYPES + TRAINED), f"http://example.org/{TRAINED}, {TRAINED}"),
+])
+def test_contradicting_labels_are_told(folders, told_of, values, message):
+    told_of(*values)
+    assert f"Label: it names several digital source types: {message}" in labels.read("x.webp")[0]
+
+
+def test_a_term_of_another_vocabulary_is_not_taken_for_iptc_s(folders, told_of):
+    told_of(f"http://example.org/{TRAINED}")
+    assert labels.read("x.webp")[0].startswith(f"Label: http://example.org/{TRAINED} (")
+    (path,) = labels.label(folders, sources="x.webp", sign=False)
+    assert f">http://example.org/{TRAINED}<".encode() in labels.packet(path)
+    told_of(f"https://cv.iptc.org/newscodes/digitalsourcetype/{TRAINED}/")
+    assert labels.read("x.webp")[0].startswith(f"Label: {TRAINED} (")
+
+
+@pytest.fixture
+def told_of(folders):
+    """Writes x.webp, whose metadata has these digital source types."""
+
+    def write(*values):
+        described = "".join(
+            f'<rdf:Description xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+            f'Iptc4xmpExt:DigitalSourceType="{value}"/>' for value in values
+        )
+        packet = f'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">{described}</rdf:RDF>'
+        Image.new("RGB", (8, 8)).save(folders.input / "x.webp", xmp=f"<x>{packet}</x>".encode())
+
+    return write
+
+
+def test_names_that_lead_elsewhere_are_no_files(folders):
+    (folders.input.parent / "secret.png").write_bytes(labels.red_png())
+    (folders.input / "link.png").symlink_to(folders.input.parent / "secret.png")
+    absolute = str(folders.input.parent / "secret.png")
+    for file in ("../secret.png", absolute, "a\0.png", "link.png", "x" * 5000 + ".png"):
+        assert files.find_media(file) is None and list(files.find_learned(file)) == []
+        with pytest.raises(ValueError, match="which is gone"):
+            labels.read(file)
 
 
 def test_the_list_and_names_outside_it(folders, certificate):
