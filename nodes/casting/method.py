@@ -131,7 +131,7 @@ def links_of_savers(prompt: Mapping[str, Mapping], sheet: str, stem: int, output
     readers: dict[str, list[tuple[str, list]]] = {}
     for node, content in prompt.items():
         for value in content.get("inputs", {}).values():
-            if isinstance(value, list) and len(value) == 2 and value[0] in prompt:
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in prompt:
                 readers.setdefault(value[0], []).append((node, value))
     reached, waiting = set(), [node for node, link in readers.get(sheet, ()) if link[1] == stem]
     while waiting:

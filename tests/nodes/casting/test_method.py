@@ -132,7 +132,7 @@ def test_without_skipping_each_is_made_once_more():
 def test_what_reaches_the_savers_of_a_sheet_and_nothing_else():
     graph = {
         "sheet": {"inputs": {"seeds": "0"}},
-        "pixels": {"inputs": {"text": ["sheet", 1], "list": ["pixels", "x"], "two": [1, 2]}},
+        "pixels": {"inputs": {"text": ["sheet", 1], "list": ["pixels", "x"], "two": [[1], 2]}},
         "save": {"inputs": {"images": ["pixels", 0], "filename_prefix": ["sheet", 5]}},
         "check": {"inputs": {"images": ["pixels", 0], "names": ["sheet", 5]}},
         "passed": {"inputs": {"images": ["check", 0], "filename_prefix": ["check", 4]}},
