@@ -89,7 +89,8 @@ class UnderstudyCastingSheet(CheckedNode):
                 "batch", "grid", "XY plot", "contact sheet", "variants", "prompt list", "queue many", "combinations",
                 "resume", "一覧", "組み合わせ", "批量", "组合",
             ],
-            is_input_list=True, is_output_node=True, hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            is_input_list=True, is_output_node=True, enable_expand=True,
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             inputs=[
                 entries(
                     "identities", "", "One a line: words for someone, the name of a file for a Load node, or "
