@@ -1,261 +1,219 @@
-"""The fusion embedding on the theatre: test puppets in poses that no training picture shows.
+"""The fusion embedding: does a puppet from another scene keep its looks in a pose? Method 4 of PROTOCOL.md.
 
-    python tests/experiments/fusion_embedding.py --develop    # chooses the guidance on development cases
-    python tests/experiments/fusion_embedding.py              # every arm on the test cases
-    python tests/experiments/fusion_embedding.py --arm full   # makes the pictures of one arm, writes no result
+    python tests/experiments/fusion_embedding.py --development --arm all   # rates, then settings of the full method
+    python tests/experiments/fusion_embedding.py --arm all                 # or one after the other
+    python tests/experiments/fusion_embedding.py --report
 
-As PROTOCOL.md says; resumes what is there. Writes results/fusion_embedding.csv (one row a case and arm), .json (means
-with 95 % intervals) and .jpg; development writes results/fusion_embedding_development.*.
+An arm's fusion is trained when it is first asked for, and kept in .cache/experiments/fusion_embedding. Another's is
+that of the next puppet, put in the source's place.
 """
 
-import argparse
 import dataclasses
-import functools
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ROOT / "workflows" / "models"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
 from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
-scripts.alias_pack()
+    import torch
+
+    scripts.alias_pack()
+    scripts.add_comfy_path(ROOT / ".cache" / "experiments" / "host", cpu=not torch.cuda.is_available())
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from experiments import report, sampling  # noqa: E402
+from experiments import cases, report, runs, sampling  # noqa: E402
+from experiments import fusion_arms as arms  # noqa: E402
+from experiments.fusion_arms import CLASS, EMBEDDING, TOKENS, Training  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
-from pack.nodes.puppets import captions, render, world  # noqa: E402
+from pack.nodes.fusion_embedding import encoding  # noqa: E402
+from pack.nodes.fusion_embedding import sampling as running  # noqa: E402
+from pack.nodes.fusion_embedding.config import GUIDANCE, ApplyConfig  # noqa: E402
+from pack.nodes.puppets import render, vision, world  # noqa: E402
 from pack.nodes.puppets.config import ACTIONS, SCENES, Take  # noqa: E402
 
-STATE = ROOT / ".cache" / "experiments" / "fusion_embedding"
-FUSION = MODELS / "fusion_embeddings" / "puppets_fusion.safetensors"
-VISION = MODELS / "clip_vision" / "puppets_vision.safetensors"
-CASES, DEVELOPMENT_CASES, SEED = 144, 24, 5_000_000
-A_PUPPET = 6  # cases
-TEST_KEY, DEVELOPMENT_KEY = 0xF9D, 0xF9E
-SAMPLER, STEPS, BATCH, SHOWN = "dpmpp_2m", 20, 12, 12
-GUIDANCE = (1.0, 2.0, 3.0)  # 2 is published
-MEASURES = (
-    "ssim", "psnr", "puppet_psnr", "feature_distance", "identity_error", "worn_error", "identity", "action",
-    "composition", "joint_error", "background_error", "species_read", "pattern_read", "headwear_read",
-)
-FULL, ALONE, POSE, APPEARANCE, WORDS = (
-    "full", "stage 2 alone", "pose path only", "appearance tokens only", "words of the truth"
-)
-# The paths into the UNet that an arm keeps; the others have what they have in the negative conditioning.
-KEPT = {
-    FULL: ("appearance", "embedding", "pose"), ALONE: ("appearance", "pose"), POSE: ("pose",),
-    APPEARANCE: ("appearance",),
+NAME, COUNTS, TURNS = "fusion_embedding", (144, 12), 6
+SAMPLER, STEPS = "dpmpp_2m", 20
+SOURCE, TRUTH = "source", "truth"
+
+# The best of 1, 3 and 10 times the node's rate, on development, and what helped the full method there.
+TRAININGS = {
+    "full": Training(rate=3, early_steps=2_000),
+    "tokens + pose": Training((TOKENS,), rate=3),
+    "e_f + pose": Training((EMBEDDING,), rate=3),
+    "class embedding + pose": Training((CLASS,), rate=3),
+    "pose alone": Training((), rate=3),
 }
-SOURCE, CEILING = "source itself", "truth through the autoencoder"
+RATES, RATE_STEPS, DEVELOPMENT_STEPS = (1, 3, 10), *arms.STOPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """`others` are the paths by which another puppet is shown; `copies` is a picture in place of a drawn one."""
+
+    training: Training | None = None
+    others: tuple[str, ...] = ()
+    copies: str = ""
+
+
+FULL, POSE, E_F = "full", "pose alone", "e_f + pose"
+ARMS = {
+    **{name: Arm(training) for name, training in TRAININGS.items()},
+    "e_f + pose, another's e_f": Arm(TRAININGS[E_F], (EMBEDDING,)),
+    "class embedding + pose, another's e_f": Arm(TRAININGS["class embedding + pose"], (EMBEDDING,)),
+    "tokens + pose, another's tokens": Arm(TRAININGS["tokens + pose"], (TOKENS,)),
+    "full, another's e_f": Arm(TRAININGS[FULL], (EMBEDDING,)),
+    "full, another's tokens": Arm(TRAININGS[FULL], (TOKENS,)),
+    "source untouched": Arm(copies=SOURCE),
+    "truth through the autoencoder": Arm(copies=TRUTH),
+}
+
+
+def development() -> dict[str, Arm]:
+    """Rates of every training over few steps, then settings of the full method, one at a time."""
+    def full(**changes) -> Arm:
+        base = dataclasses.replace(TRAININGS[FULL], steps=DEVELOPMENT_STEPS, early_steps=0)
+        return Arm(dataclasses.replace(base, **changes))
+
+    found = {
+        f"{name}, rate {rate}": Arm(dataclasses.replace(training, rate=rate, steps=RATE_STEPS, early_steps=0))
+        for name, training in TRAININGS.items() for rate in RATES
+    }
+    return found | {
+        "full, 2000 steps": full(), "full, embedding_rate 3": full(embedding_rate=3.0),
+        "full, clip_by_path": full(clip_by_path=True), "full, early_steps 700": full(early_steps=700),
+    }
+
+
+MEASURES = (
+    "identity_error", "worn_error", "other_error", "nearer_other", "identity", "action", "composition", "joint_error",
+    "species_read", "pattern_read", "headwear_read", "step_seconds", "seconds",
+)
+CLAIMS = (
+    report.Claim("identity error of e_f + pose at most half of pose alone's", E_F, "identity_error", POSE, 0.5),
+    report.Claim(
+        "with another's e_f 75 % are nearer the other", "e_f + pose, another's e_f", "nearer_other", 0.75,
+        at_least=True,
+    ),
+    report.Claim("full no worse than tokens + pose", FULL, "identity_error", "tokens + pose"),
+    *(report.Claim("joint error at most 1.1 times pose alone's", name, "joint_error", POSE, 1.1)
+      for name in TRAININGS if name != POSE),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The picture that there is, and the one that is to be made."""
+    """The picture that there is, the same picture of the next puppet, and the one that is to be made."""
 
+    puppet: int
     source: Take
+    other: Take
     truth: Take
 
 
-def case(index: int, develop: bool) -> Case:
-    """Case `index`: puppets cycle; the cases of one share scene, light and camera, and differ in both poses."""
-    key = DEVELOPMENT_KEY if develop else TEST_KEY
-    puppets = DEVELOPMENT_CASES // A_PUPPET if develop else world.TEST_COUNT
-    puppet, turn = index % puppets, index // puppets
-    rng = np.random.default_rng([key, puppet])
-    who = world.sample_identity(950_000 + puppet) if develop else world.test_identities()[puppet]
-    actions = [ACTIONS[int(i)] for i in rng.permutation(len(ACTIONS))]
-    shared = world.staged(who, actions[0], SCENES[int(rng.integers(len(SCENES)))], rng)
+def case(index: int, develop: bool = False) -> Case:
+    """Case `index`: puppets in turn, the truths of one in one scene, light and view and in six poses.
 
-    def posed(action: str, moment: int) -> Take:
-        own = np.random.default_rng([key, puppet, moment])
-        return dataclasses.replace(
-            shared, action=action, phase=round(float(own.random()), 4), mirrored=bool(own.random() < 0.5)
-        )
-
-    return Case(posed(actions[A_PUPPET + turn], 2 * turn), posed(actions[turn], 2 * turn + 1))
-
-
-class Stage:
-    """The theatre with its fusion, and the cases of a run, drawn: pictures uint8 [N, H, W, 3]."""
-
-    def __init__(self, cases: list[Case], guidance: float):
-        self.cases, self.guidance = cases, guidance
-        sources, truths = ([render.render(getattr(c, name)) for c in cases] for name in ("source", "truth"))
-        self.source, self.truth = (np.stack([p.image for p in pictures]) for pictures in (sources, truths))
-        self.pose = np.stack([render.draw_pose(p.joints, p.image.shape[0]) for p in truths])
-        self.joints = np.stack([p.joints for p in truths])
-        self.masks = np.stack([s.mask | t.mask for s, t in zip(sources, truths, strict=True)])
-        self.theatre = sampling.Theatre(sampling.CHECKPOINT, STATE)
-        # After the host is on the path.
-        from pack.nodes.files.weights import read
-        from pack.nodes.fusion_embedding import encoding, files
-        from pack.nodes.fusion_embedding import sampling as running
-        from pack.nodes.fusion_embedding.config import ApplyConfig
-        from pack.nodes.puppets import vision
-
-        self._encoding, self._running, self._config = encoding, running, ApplyConfig()
-        self.fusion = files.unpacked(*read(FUSION))
-        self.vision = vision.shipped()
-
-    def pictures(self, arm: str, start: int, stop: int) -> np.ndarray:
-        """The arm's pictures of cases `start` to `stop` - 1, by our functions and the host's sampler."""
-        seeds, theatre = [SEED + i for i in range(start, stop)], self.theatre
-        sampler = theatre.sampler(SAMPLER)
-        if arm == WORDS:
-            texts = [captions.caption(c.truth) for c in self.cases[start:stop]]
-            return theatre.decode(theatre.sample(sampler, theatre.prompts(texts), seeds, steps=STEPS))
-        source, pose = (torch.from_numpy(p[start:stop]).float() / 255 for p in (self.source, self.pose))
-        model, positive, negative = self._running.apply(
-            theatre.model, self.fusion, self._encoding.states(self.vision, source),
-            self._encoding.fused(self.fusion.combiner, self.fusion.encoder, source, pose), pose, self._config,
-        )
-        return theatre.decode(theatre.sample(
-            sampler, self._partial(positive, negative, KEPT[arm]), seeds, steps=STEPS, cfg=self.guidance,
-            model=model, negative=negative,
-        ))
-
-    def _partial(self, positive: list, negative: list, kept: tuple[str, ...]) -> list:
-        """The positive CONDITIONING with what is not `kept` as it is in the negative one."""
-        (tokens, options), (no_tokens, nothing) = positive[0], negative[0]
-        names = {self._running.EMBEDDING: "embedding", self._running.POSE: "pose"}
-        conditions = {
-            key: (options if name in kept else nothing)["model_conds"][key] for key, name in names.items()
-        }
-        return [[tokens if "appearance" in kept else no_tokens, {**options, "model_conds": conditions}]]
-
-    def retrieval(self) -> list[dict]:
-        """Each case's target among all targets, looked for by the fusion embedding and by either of its sources."""
-        from pack.kernels import fusion_embedding as kernel
-
-        source, pose, truth = (torch.from_numpy(p).float() / 255 for p in (self.source, self.pose, self.truth))
-        encoder = self.fusion.encoder
-        by = {
-            "fusion embedding": self._encoding.fused(self.fusion.combiner, encoder, source, pose),
-            "source's embedding": self._encoding.embeddings(encoder, source),
-            "pose's embedding": self._encoding.embeddings(encoder, pose),
-        }
-        targets = self._encoding.embeddings(encoder, truth)
-        return [
-            {"arm": f"retrieval by the {name}", "case": i, "rank": rank, "top_1": rank < 1, "top_5": rank < 5}
-            for name, vectors in by.items()
-            for i, rank in enumerate(kernel.retrieval_ranks(vectors, targets).tolist())
-        ]
-
-    def measured(self, arm: str, pictures: np.ndarray) -> list[dict]:
-        """One row a case."""
-        rows = []
-        seen = metrics.compositions(pictures, [c.truth for c in self.cases])
-        for i, (c, own) in enumerate(zip(self.cases, seen, strict=True)):
-            picture, truth, inside, who = pictures[i], self.truth[i], self.masks[i], c.truth.identity
-            rows.append({
-                "arm": arm, "case": i, "species": who.species, "from": c.source.action, "asked": c.truth.action,
-                **own,
-                "species_read": own["seen_species"] == who.species,
-                "pattern_read": own["seen_pattern"] == who.pattern,
-                "headwear_read": own["seen_headwear"] == who.headwear,
-                "ssim": metrics.ssim(picture, truth),
-                "psnr": metrics.psnr(picture, truth),
-                "puppet_psnr": metrics.psnr(picture[inside], truth[inside]),
-                "feature_distance": metrics.feature_distance(picture, truth),
-                "joint_error": metrics.joint_error(picture, self.joints[i]),
-                "background_error": metrics.background_error(picture, truth, inside),
-            })
-        return rows
-
-
-def comparisons(rows: list[dict]) -> dict:
-    """Paired differences of the full arm to each other one, [mean, low, high]."""
-    by_arm: dict[str, dict] = {}
-    for row in rows:
-        by_arm.setdefault(row["arm"], {})[row["case"]] = row
-    return {
-        f"{FULL} - {other}": report.summary(
-            [{m: float(row[m]) - float(by_arm[other][i][m]) for m in MEASURES} for i, row in by_arm[FULL].items()],
-            MEASURES,
-        )
-        for other in (ALONE, POSE, APPEARANCE, WORDS, SOURCE) if other in by_arm
-    }
-
-
-def rank(rows: list[dict]) -> tuple[float, float]:
-    """Most compositions first, then the smallest feature distance."""
-    return -sum(row["composition"] for row in rows), float(np.mean([row["feature_distance"] for row in rows]))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--develop", action="store_true", help="choose the guidance on development cases")
-    parser.add_argument("--arm", choices=[*KEPT, WORDS], help="make this arm's pictures alone, write no result")
-    parser.add_argument("--cases", type=int, help="by default as the protocol says")
-    parser.add_argument("--name", default="fusion_embedding", help="of the result files")
-    options = parser.parse_args()
-    choice = report.RESULTS / f"{options.name}_development.json"
-    if not options.develop and not choice.exists():
-        raise SystemExit(f"{choice.name} is missing: run with --develop first, it chooses the guidance")
-    for path in (FUSION, VISION):
-        if not path.exists():
-            raise SystemExit(f"{path.name} is missing: train it with workflows/theatre/puppets_fusion.py")
-    guidance = GUIDANCE[0] if options.develop else json.loads(choice.read_text())["chosen"]
-    count = options.cases or (DEVELOPMENT_CASES if options.develop else CASES)
-    stage = Stage([case(i, options.develop) for i in range(count)], guidance)
-    digests = {path.name: sampling.sha256(path) for path in (sampling.CHECKPOINT, VISION, FUSION)}
-    kept = report.Pictures(STATE / report.fingerprint(digests))
-
-    def made(arm: str) -> np.ndarray:
-        setting = report.fingerprint(arm, stage.cases, stage.guidance, SEED, STEPS, SAMPLER)
-        return kept.get(setting, count, BATCH, functools.partial(stage.pictures, arm))
-
-    results = {SOURCE: stage.source}
-    if options.develop:
-        for stage.guidance in GUIDANCE:
-            results[f"guidance {stage.guidance:g}"] = made(FULL)
-    else:
-        for arm in [options.arm] if options.arm else [*KEPT, WORDS]:
-            results[arm] = made(arm)
-            print(f"{arm}, {count} pictures", flush=True)
-        if options.arm:
-            return
-    key = report.fingerprint("autoencoder", stage.cases)
-    results[CEILING] = kept.get(key, count, BATCH, functools.partial(stage.theatre.round_trip, stage.truth))
-    rows = {arm: stage.measured(arm, pictures) for arm, pictures in results.items()}
-    found = stage.retrieval()
-    every = [row for own in rows.values() for row in own]
-    name = choice.stem if options.develop else options.name
-    report.write_csv(report.RESULTS / f"{name}.csv", [*every, *found])
-    shown = {"source": stage.source, "pose": stage.pose, "truth": stage.truth, **results}
-    report.contact_sheet(
-        report.RESULTS / f"{name}.jpg", [(arm, pictures[:SHOWN]) for arm, pictures in shown.items() if arm != SOURCE]
+    The source is in another scene and light; of the odd cases it is far away, or a close-up.
+    """
+    puppet, turn = index % cases.PEOPLE, index // cases.PEOPLE
+    everybody = cases.people(develop)
+    whole = cases.generator(cases.FUSION, 1_000 + puppet, develop)
+    order = [ACTIONS[int(i)] for i in whole.permutation(len(ACTIONS))]
+    shared = world.staged(everybody[puppet], order[0], world.pick(whole, SCENES), whole)
+    rng = cases.generator(cases.FUSION, index, develop)
+    truth = dataclasses.replace(
+        shared, action=order[turn], phase=round(float(rng.random()), 4), mirrored=bool(rng.random() < 0.5)
     )
-    summary = {
-        "command": report.command("fusion_embedding.py"),
-        "sha256": digests,
-        "machine": report.machine(),
-        "sampling": {
-            "sampler": SAMPLER, "scheduler": sampling.SCHEDULER, "steps": STEPS, "guidance": guidance,
-            "guidance of the words": sampling.CFG, "first_seed": SEED,
-        },
-        "interval": "95 %: [mean, low, high]",
-        "arms": {arm: report.summary(own, MEASURES) for arm, own in rows.items()},
-        "retrieval": {
-            arm: report.summary([row for row in found if row["arm"] == arm], ("top_1", "top_5"))
-            for arm in dict.fromkeys(row["arm"] for row in found)
-        },
-    }
-    if options.develop:
-        summary["chosen"] = min(GUIDANCE, key=lambda value: rank(rows[f"guidance {value:g}"]))
-        del summary["sampling"]["guidance"]
-    else:
-        summary["comparisons"] = comparisons(every)
-    for arm, own in (summary["arms"] | summary["retrieval"]).items():
-        print(arm, own, flush=True)
-    report.write_json(report.RESULTS / f"{name}.json", summary)
+    framing = world.pick(rng, ("full", "close_up")) if index % 2 else "full"
+    view = "far" if index % 2 and framing == "full" else "centre"
+    action = order[TURNS + turn] if framing == "full" else world.pick(rng, arms.allowed(truth, framing))
+    source = arms.elsewhere(truth, action, rng, framing, view)
+    other = dataclasses.replace(source, identity=everybody[(puppet + 1) % cases.PEOPLE])
+    return Case(puppet, source, other, truth)
+
+
+class Bench:
+    """The theatre's checkpoint, and what an arm makes of cases."""
+
+    batch = 12
+
+    def __init__(self, options, folder: Path):
+        self.develop, self.theatre = options.development, sampling.Theatre(sampling.CHECKPOINT, runs.STATE)
+        digests = sampling.sha256(sampling.CHECKPOINT), sampling.sha256(vision.FILE)
+        self.folder = folder.parent / f"trained_{report.fingerprint(digests)}"
+        self.settings = SAMPLER, STEPS, GUIDANCE, digests
+
+    def prepare(self, arm: Arm) -> None:
+        """Train what the arm needs."""
+        if arm.training:
+            arms.learned(self.theatre, self.folder, arm.training)
+
+    def make(self, arm: Arm, some: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
+        """Rows, and of each case source, pose, truth and what was drawn, side by side."""
+        chosen = [case(i, self.develop) for i in some]
+        truth = [cases.drawn(one.truth) for one in chosen]
+        source = cases.pictures([one.source for one in chosen])
+        pose = np.stack([render.draw_pose(picture.joints, source.shape[1]) for picture in truth])
+        images = np.stack([picture.image for picture in truth])
+        cost = {}
+        if arm.training:
+            fusion, cost["step_seconds"] = arms.learned(self.theatre, self.folder, arm.training)
+            other = cases.pictures([one.other for one in chosen])
+            seeds = [cases.noise_seed(cases.FUSION, i, self.develop) for i in some]
+            shown = {path: other if path in arm.others else source for path in (TOKENS, EMBEDDING)}
+            drawn = self.drawn(arm.training, fusion, shown, pose, seeds)
+        else:
+            drawn = source if arm.copies == SOURCE else self.theatre.round_trip(images, 0, len(images))
+        rows = rows_of(chosen, drawn)
+        for i, row, one in zip(some, rows, chosen, strict=True):
+            row.update(case=i, puppet=one.puppet, **cost)
+        sides = zip(some, zip(source, pose, images, drawn, strict=True), strict=True)
+        return rows, {f"{i:03}": np.concatenate(parts, axis=1) for i, parts in sides}
+
+    def drawn(self, training: Training, fusion, shown: dict, pose: np.ndarray, seeds: list[int]) -> np.ndarray:
+        """uint8 [N, H, W, 3]; `shown` are the sources uint8 [N, H, W, 3] by the path that reads them."""
+        pose = torch.from_numpy(pose).float() / 255
+        source = {path: torch.from_numpy(pictures).float() / 255 for path, pictures in shown.items()}
+        with torch.inference_mode():
+            states = encoding.states(vision.shipped(), source[TOKENS])
+            states = states if TOKENS in training.paths else arms.blank_states(states)
+            fused = None
+            if arms.reads_embedding(training):
+                fused = encoding.fused(fusion.combiner, fusion.encoder, source[EMBEDDING], pose)
+            model, positive, negative = running.apply(
+                self.theatre.model, fusion, states, fused, pose, ApplyConfig()
+            )
+            return self.theatre.decode(self.theatre.sample(
+                self.theatre.sampler(SAMPLER), positive, seeds, steps=STEPS, cfg=GUIDANCE, model=model,
+                negative=negative,
+            ))
+
+
+def rows_of(chosen: list[Case], drawn: np.ndarray) -> list[dict]:
+    """One row a picture, beside the case's own puppet and the other one."""
+    takes = [one.truth for one in chosen]
+    others = [dataclasses.replace(one.truth, identity=one.other.identity) for one in chosen]
+    rows = metrics.compositions(drawn, takes)
+    for row, beside, take, picture in zip(rows, metrics.compositions(drawn, others), takes, drawn, strict=True):
+        row.update(
+            asked=take.action, other_error=beside["identity_error"],
+            nearer_other=beside["identity_error"] < row["identity_error"],
+            joint_error=metrics.joint_error(picture, cases.drawn(take).joints),
+            **{f"{name}_read": row[f"seen_{name}"] == getattr(take.identity, name)
+               for name in ("species", "pattern", "headwear")},
+        )
+    return rows
+
+
+def tables(rows: list[dict]) -> dict:
+    """Of puppets, whose cases go together."""
+    names = dict.fromkeys(row["arm"] for row in rows)
+    return {"arms": report.table(rows, names, MEASURES, "puppet"), "claims": report.claims(rows, CLAIMS, "puppet")}
 
 
 if __name__ == "__main__":
-    main()
+    runs.main(__doc__, NAME, ARMS, development(), COUNTS, Bench, tables)

@@ -1,233 +1,243 @@
-"""The video identity adapter on the theatre: does a test puppet keep its own looks through a clip?
+"""The video identity adapter: does a close-up keep the looks of a small reference? Method 5 of PROTOCOL.md.
 
-    python tests/experiments/video_identity.py --develop    # prompt and adapter on development cases
-    python tests/experiments/video_identity.py --arm NAME   # makes the clips of one arm, writes no result
-    python tests/experiments/video_identity.py              # every arm on the test cases
+    python tests/experiments/video_identity.py --development --arm all   # rates first, then the grid of settings
+    python tests/experiments/video_identity.py --arm all                 # or one after the other
+    python tests/experiments/video_identity.py --report
 
-As PROTOCOL.md says; resumes what is there. The two trained variants need the state of puppets_wan.py. Writes
-results/video_identity.csv (one row a case and arm), .json (means with 95 % intervals) and .jpg; development writes
-results/video_identity_development.*.
+An arm's adapter is trained when it is first asked for, and kept in .cache/experiments/video_identity. Identity error
+and the rest are those of the first, middle and last frame; "pilot_error" is that of head, hat and shirt under the
+true parts, as the pilot measured it. "another's reference" is a puppet's of the same species, of which the prompt is
+as true.
 """
 
-import argparse
 import dataclasses
-import functools
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ROOT / "workflows" / "models"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
 from launcher import environment, scripts  # noqa: E402
 
 if __name__ == "__main__":
     environment.enter(ROOT)
-scripts.alias_pack()
+    import torch
+
+    scripts.alias_pack()
+    scripts.add_comfy_path(ROOT / ".cache" / "experiments" / "host", cpu=not torch.cuda.is_available())
 
 import numpy as np  # noqa: E402
-import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
-from experiments import report, sampling, theatre_wan  # noqa: E402
-from pack.nodes.puppets import captions, render, world  # noqa: E402
-from pack.nodes.puppets.config import SCENES, Take, actions_of  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+from experiments import cases, report, runs, sampling, theatre_wan  # noqa: E402
+from experiments import video_arms as arms  # noqa: E402
+from experiments.measuring import metrics  # noqa: E402
+from experiments.video_arms import Training  # noqa: E402
+from pack.nodes.puppets import captions, world  # noqa: E402
+from pack.nodes.puppets.config import SCENES, Take  # noqa: E402
+from pack.nodes.video_identity.config import EVEN  # noqa: E402
 
-STATE = ROOT / ".cache" / "experiments"
+MODELS = ROOT / "workflows" / "models"
 TRANSFORMER = MODELS / "diffusion_models" / "puppets_wan.safetensors"
 AUTOENCODER = MODELS / "vae" / "puppets_wan_vae.safetensors"
-ADAPTER = MODELS / "loras" / "puppets_wan_identity.safetensors"
-CASES, DEVELOPMENT_CASES, SEED = 72, 12, 4_000_000
-TEST_KEY, DEVELOPMENT_KEY = 0x51A, 0x51B
-BATCH = 8
+NAME, COUNTS = "video_identity", (72, 12)
+PILOT = ("head", "headwear", "torso")
+OWN, ANOTHER, SMALL, STILL, TRUTH = "own", "another", "small", "still", "truth"
+CFG, STRENGTH = theatre_wan.CFG, 1.0
+
+# The best of 1, 3 and 10 times the node's rate, on development.
+TRAININGS = {
+    arms.RESTRICTED: Training(rate=10),
+    arms.VANILLA: Training(arms.VANILLA, rate=10),
+    arms.SHARED: Training(arms.SHARED, rate=10),
+    arms.ON_VIDEO: Training(arms.ON_VIDEO, rate=10),
+    "restricted, face masks": Training(rate=10, masked=True),
+    "restricted, even levels": Training(rate=10, weighting=EVEN),
+}
+RATES, RATE_STEPS = (1, 3, 10), arms.STOPS[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """`training` is None where nothing is trained; `shows` is what stands for the reference, or for the clip."""
+
+    training: Training | None = None
+    shows: str = ""
+    words: bool = False
+    cfg: float = CFG
+    strength: float = STRENGTH
+
+
+NONE, WORDS, OTHERS = "none", "all words", "another's reference"
+ARMS = {
+    NONE: Arm(),
+    WORDS: Arm(words=True),
+    **{name: Arm(training, OWN) for name, training in TRAININGS.items()},
+    OTHERS: Arm(TRAININGS[arms.RESTRICTED], ANOTHER),
+    "small references": Arm(TRAININGS[arms.RESTRICTED], SMALL),
+    "reference untouched": Arm(shows=STILL),
+    "truth through the autoencoder": Arm(shows=TRUTH),
+}
+
+
+def development() -> dict[str, Arm]:
+    """Rates of every training over few steps; then rank, steps, CFG and strength of ours, each with each."""
+    found = {NONE: Arm(), f"{NONE}, CFG 2": Arm(cfg=2.0)}
+    for name, training in TRAININGS.items():
+        for rate in RATES:
+            found[f"{name}, rate {rate}"] = Arm(dataclasses.replace(training, rate=rate, steps=RATE_STEPS), OWN)
+    for rank in (16, 32):
+        for steps in (1_200, 2_400):
+            training = dataclasses.replace(TRAININGS[arms.RESTRICTED], rank=rank, steps=steps)
+            for cfg in (2.0, 4.0):
+                for strength in (1.0, 2.0):
+                    name = f"rank {rank}, {steps} steps, CFG {cfg:g}, strength {strength:g}"
+                    found[name] = Arm(training, OWN, cfg=cfg, strength=strength)
+    return found
+
+
 MEASURES = (
-    "identity_error", "identity", "action", "composition", "worn_error", "identity_throughout", "action_throughout",
-    "species_read", "pattern_read", "headwear_read", "rejected", "movement",
+    "identity_error", "worn_error", "pilot_error", "other_error", "nearer_other", "identity", "action", "composition",
+    "species_read", "movement", "rejected", "step_seconds", "seconds",
 )
-COMPARED = ("identity_error", "worn_error", "identity", "action", "composition", "movement")
-PROMPT, WORDS, OURS, UNTRAINED, FIRST = "prompt", "words", "adapter", "no training", "clean first frame"
-VANILLA, SHARED = "vanilla attention", "shared positions"
-ARMS = (PROMPT, WORDS, OURS, UNTRAINED, FIRST, VANILLA, SHARED)
-PAIRS = (
-    (WORDS, PROMPT), *((arm, PROMPT) for arm in ARMS[2:]), *((OURS, arm) for arm in ARMS[1:] if arm != OURS),
+CLAIMS = (
+    report.Claim("identity error at most half of none's", arms.RESTRICTED, "identity_error", NONE, 0.5),
+    report.Claim("and no higher than all words'", arms.RESTRICTED, "identity_error", WORDS),
+    report.Claim("another's reference: 75 % nearer the other", OTHERS, "nearer_other", 0.75, at_least=True),
+    report.Claim("action no lower than none's", arms.RESTRICTED, "action", NONE, margin=0.05, at_least=True),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A clip to make, and the picture of who is to be in it."""
+    """A clip to make, a picture of who is to be in it, and the same picture of another of the species."""
 
+    puppet: int
     truth: Take
     reference: Take
+    other: Take
 
 
-def case(index: int, develop: bool) -> Case:
-    """Case `index`: identities cycle, the reference shows another action in another scene; both are close-ups."""
-    rng = np.random.default_rng([DEVELOPMENT_KEY if develop else TEST_KEY, index])
-    everybody = world.test_identities()
-    who = world.sample_identity(900_000 + index) if develop else everybody[index % len(everybody)]
-    allowed = [
-        action for action in actions_of("close_up", True)
-        if (who.species, action) not in world.HELD_OUT["close_up"]
-        and not (action == "raising hat" and who.headwear == "none")
-    ]
-    actions = [allowed[int(i)] for i in rng.permutation(len(allowed))[:2]]
-    scenes = [SCENES[int(i)] for i in rng.permutation(len(SCENES))[:2]]
-    return Case(*(
-        world.staged(who, action, scene, rng, "close_up") for action, scene in zip(actions, scenes, strict=True)
-    ))
+def case(index: int, develop: bool = False) -> Case:
+    """Case `index`: puppets in turn, each in three named actions."""
+    puppet, turn = index % cases.PEOPLE, index // cases.PEOPLE
+    everybody = cases.people(develop)
+    order = cases.generator(cases.VIDEO, 1_000 + puppet, develop).permutation(arms.allowed(everybody[puppet]))
+    rng = cases.generator(cases.VIDEO, index, develop)
+    truth = world.staged(everybody[puppet], str(order[turn]), world.pick(rng, SCENES), rng, "close_up")
+    reference = arms.reference_take(truth, rng)
+    # Of people, species come in turn, eight of them.
+    other = dataclasses.replace(reference, identity=everybody[(puppet + 8) % cases.PEOPLE])
+    return Case(puppet, truth, reference, other)
 
 
-class Stage:
-    """The theatre with the adapter, and the cases of a run."""
+class Bench:
+    """The theatre's video model, and what an arm makes of cases."""
 
-    def __init__(self, cases: list[Case]):
-        self.cases = cases
-        self.theatre = sampling.VideoTheatre(TRANSFORMER, AUTOENCODER, STATE, theatre_wan.FRAMES)
-        # After the host is on the path.
-        from pack.nodes.video_identity import method, reference_picture
-        from pack.nodes.video_identity import sampling as applying
-        from pack.nodes.video_identity.config import ReferenceConfig, VideoIdentityConfig
+    batch = 8
 
-        self._method, self._applying, self._config = method, applying, VideoIdentityConfig()
-        self._prepare = functools.partial(reference_picture.prepare, config=ReferenceConfig(96, 1.1))
-        self.adapter = method.adapter_from(safetensors.torch.load_file(ADAPTER))
-        with safe_open(str(ADAPTER), "pt") as file:
-            self.training = json.loads(file.metadata()["config"])["training"]
+    def __init__(self, options, folder: Path):
+        self.develop, self.theatre = options.development, video_theatre()
+        self.folder = folder.parent / f"trained_{report.fingerprint(*digests())}"
+        self.settings = theatre_wan.SAMPLER, theatre_wan.STEPS, theatre_wan.SIZE, theatre_wan.FRAMES, digests()
 
-    def picture(self, i: int) -> torch.Tensor:
-        """float [1, 96, 96, 3]: the reference of case `i` as Prepare Reference gives it."""
-        drawn = render.render(self.cases[i].reference, theatre_wan.SIZE)
-        image, mask = (torch.from_numpy(np.array(a)).float()[None] for a in (drawn.image, drawn.mask))
-        return self._prepare(image / 255, mask=mask)[0]
+    def prepare(self, arm: Arm) -> None:
+        """Train what the arm needs."""
+        if arm.training:
+            arms.learned(self.theatre, self.folder, arm.training)
 
-    def model(self, arm: str, i: int):
-        """The arm's MODEL for case `i`."""
-        plain = self.theatre.model
-        if arm in (PROMPT, WORDS):
-            return plain
-        from experiments import video_identity_variants as variants
+    def make(self, arm: Arm, some: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
+        """Rows, and of each case the clip's frames side by side behind the reference."""
+        chosen = [case(i, self.develop) for i in some]
+        shown = [self.reference(one, arm.shows, i) for i, one in zip(some, chosen, strict=True)]
+        clips = self.clips(arm, some, chosen, shown)
+        rows = rows_of(chosen, clips)
+        cost = {"step_seconds": arms.learned(self.theatre, self.folder, arm.training)[1]} if arm.training else {}
+        for i, row, one in zip(some, rows, chosen, strict=True):
+            row.update(case=i, puppet=one.puppet, **cost)
+        pictures = {
+            f"{i:03}": np.concatenate([*([as_bytes(image)[0]] if arm.shows else []), *clip], axis=1)
+            for i, image, clip in zip(some, shown, clips, strict=True)
+        }
+        return rows, pictures
 
-        latent = self.theatre.vae.encode(self.picture(i))
-        if arm == FIRST:
-            return variants.as_first_frame(plain, latent)
-        if arm in variants.VARIANTS:
-            return variants.applied(variants.VARIANTS[arm], plain, self.learned(arm), latent)
-        adapter = self.adapter if arm == OURS else self._untrained()
-        return self._applying.apply(plain, self._method.video_reference(adapter, latent, self._config))
+    def reference(self, one: Case, shows: str, index: int) -> torch.Tensor:
+        """float [1, 96, 96, 3]: what stands for the reference in an arm."""
+        image = arms.reference_image(one.other if shows == ANOTHER else one.reference)
+        if shows == SMALL:
+            return arms.small(image, cases.generator(cases.VIDEO, 2_000 + index, self.develop))
+        return image
 
-    @functools.cached_property
-    def _zero(self):
-        return {name: torch.zeros_like(tensor) for name, tensor in self.adapter.tensors().items()}
-
-    def _untrained(self):
-        return self._method.adapter_from(self._zero)
-
-    @functools.cache  # noqa: B019, one stage a run
-    def learned(self, arm: str) -> dict[str, torch.Tensor]:
-        """The adapter of a variant, trained as the shipped one was; kept as a file between runs."""
-        from experiments import video_identity_variants as variants
-
-        key = report.fingerprint(arm, self.training, sampling.sha256(TRANSFORMER))
-        path = STATE / f"video_identity_{arm.split()[0]}_{key}.safetensors"
-        if not path.exists():
-            sys.path.append(str(ROOT / "workflows" / "theatre"))
-            import wan_adapter
-            fields = {field.name for field in dataclasses.fields(wan_adapter.Config)}
-            settings = wan_adapter.Config(**{k: v for k, v in self.training.items() if k in fields})
-            with variants.trained_with(variants.VARIANTS[arm]):
-                adapter = wan_adapter.train(
-                    ROOT / ".cache" / "training" / "puppets_wan", settings, TRANSFORMER, sampling.CHECKPOINT,
-                    name=f"puppets_wan_{arm.split()[0]}",
-                )
-            report.replace(path, safetensors.torch.save(adapter.tensors()))
-        return safetensors.torch.load_file(path)
-
-    def clips(self, arm: str, start: int, stop: int) -> np.ndarray:
-        """uint8 [N, T, H, W, 3] of cases `start` to `stop` - 1."""
-        chosen, theatre = range(start, stop), self.theatre
-        worded = functools.partial(captions.caption, clothes=arm == WORDS)
-        texts = [worded(self.cases[i].truth) for i in chosen]
-        # A reference belongs to a model, so those arms sample one case at a time.
-        groups = [list(chosen)] if arm in (PROMPT, WORDS) else [[i] for i in chosen]
-        latents = [
-            theatre.sample(
-                theatre.sampler(theatre_wan.SAMPLER), theatre.prompts([texts[i - start] for i in group]),
-                [SEED + i for i in group], steps=theatre_wan.STEPS, cfg=theatre_wan.CFG, size=theatre_wan.SIZE,
-                model=self.model(arm, group[0]),
-            )
-            for group in groups
-        ]
+    def clips(self, arm: Arm, some: list[int], chosen: list[Case], shown: list[torch.Tensor]) -> np.ndarray:
+        """uint8 [N, T, H, W, 3]."""
+        theatre = self.theatre
+        if arm.shows == STILL:
+            return np.stack([as_bytes(image).repeat(theatre_wan.FRAMES, 0) for image in shown])
+        if arm.shows == TRUTH:
+            return theatre.decode(theatre.encode(truths(chosen)))
+        texts = [captions.caption(one.truth, clothes=arm.words) for one in chosen]
+        if not arm.training:
+            return theatre.decode(self.sampled(theatre.model, texts, some, arm.cfg))
+        adapter, _ = arms.learned(theatre, self.folder, arm.training)
+        latents = []
+        with arms.instead(arm.training.kind):  # a reference belongs to a model, so one case at a time
+            for i, text, image in zip(some, texts, shown, strict=True):
+                latent = theatre.vae.encode(image)
+                model = arms.applied(arm.training.kind, theatre.model, adapter, latent, arm.strength)
+                latents.append(self.sampled(model, [text], [i], arm.cfg))
         return theatre.decode(torch.cat(latents))
 
-
-def comparisons(rows: list[dict]) -> dict:
-    """Paired differences of an arm to another, [mean, low, high]."""
-    by_arm: dict[str, dict] = {}
-    for row in rows:
-        by_arm.setdefault(row["arm"], {})[row["case"]] = row
-    return {
-        f"{arm} - {other}": report.summary(
-            [{m: float(row[m]) - float(by_arm[other][i][m]) for m in COMPARED} for i, row in by_arm[arm].items()],
-            COMPARED,
+    def sampled(self, model, texts: list[str], some: list[int], cfg: float) -> torch.Tensor:
+        """Latents of these cases' noises."""
+        theatre, seeds = self.theatre, [cases.noise_seed(cases.VIDEO, i, self.develop) for i in some]
+        return theatre.sample(
+            theatre.sampler(theatre_wan.SAMPLER), theatre.prompts(texts), seeds, steps=theatre_wan.STEPS, cfg=cfg,
+            size=theatre_wan.SIZE, model=model,
         )
-        for arm, other in PAIRS if arm in by_arm and other in by_arm
-    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--develop", action="store_true", help="prompt and adapter on development cases")
-    parser.add_argument("--arm", choices=ARMS, help="make this arm's clips alone, write no result")
-    parser.add_argument("--cases", type=int, help="by default as the protocol says")
-    parser.add_argument("--name", default="video_identity", help="of the result files")
-    options = parser.parse_args()
-    count = options.cases or (DEVELOPMENT_CASES if options.develop else CASES)
-    stage = Stage([case(i, options.develop) for i in range(count)])
-    digests = {path.name: sampling.sha256(path) for path in (TRANSFORMER, AUTOENCODER, ADAPTER)}
-    kept = report.Pictures(STATE / f"video_identity_{report.fingerprint(digests)}")
-    arms = [options.arm] if options.arm else [PROMPT, OURS] if options.develop else list(ARMS)
-    takes = [one.truth for one in stage.cases]
-    truth = theatre_wan.drawn(takes, theatre_wan.SIZE, theatre_wan.FRAMES)
-    rows, shown = [], [("reference", np.stack([reference(stage, i) for i in range(min(8, count))]))]
-    for arm in ("autoencoder", *arms):
-        make = functools.partial(stage.theatre.round_trip, truth)
-        if arm != "autoencoder":
-            make = functools.partial(stage.clips, arm)
-        name = report.fingerprint(arm, stage.cases, SEED, theatre_wan.STEPS, theatre_wan.CFG, theatre_wan.SAMPLER)
-        clips = kept.get(name, count, BATCH, make)
-        found = theatre_wan.rows_of(arm, takes, clips, truth)
-        rows.extend(found)
-        middle = clips[:8, theatre_wan.FRAMES // 2]
-        shown.append((f"{arm}, middle frame", middle))
-        print(arm, report.summary(found, MEASURES), flush=True)
-    if options.arm:
-        return
-    name = f"{options.name}_development" if options.develop else options.name
-    report.write_csv(report.RESULTS / f"{name}.csv", rows)
-    report.contact_sheet(report.RESULTS / f"{name}.jpg", shown)
-    report.write_json(report.RESULTS / f"{name}.json", {
-        "command": report.command("video_identity.py"),
-        "sha256": digests,
-        "machine": report.machine(),
-        "training": stage.training,
-        "sampling": {
-            "sampler": theatre_wan.SAMPLER, "scheduler": stage.theatre.scheduler, "steps": theatre_wan.STEPS,
-            "cfg": theatre_wan.CFG, "size": theatre_wan.SIZE, "frames": theatre_wan.FRAMES, "first_seed": SEED,
-        },
-        "interval": "95 %: [mean, low, high]",
-        "arms": {
-            arm: report.summary([row for row in rows if row["arm"] == arm], MEASURES)
-            for arm in dict.fromkeys(row["arm"] for row in rows)
-        },
-        "comparisons": comparisons(rows),
-    })
+def video_theatre() -> sampling.VideoTheatre:
+    """By ComfyUI's own loaders."""
+    return sampling.VideoTheatre(TRANSFORMER, AUTOENCODER, runs.STATE, theatre_wan.FRAMES)
 
 
-def reference(stage: Stage, i: int) -> np.ndarray:
-    """uint8 [96, 96, 3]."""
-    return (stage.picture(i)[0] * 255).round().to(torch.uint8).numpy()
+def digests() -> tuple[str, ...]:
+    """Of the models: the text encoder, in the pictures' checkpoint, stays as it is while its UNet learns on."""
+    return tuple(sampling.sha256(path) for path in (TRANSFORMER, AUTOENCODER))
+
+
+def truths(chosen: list[Case]) -> np.ndarray:
+    """uint8 [N, T, H, W, 3]."""
+    return theatre_wan.drawn([one.truth for one in chosen], theatre_wan.SIZE, theatre_wan.FRAMES)
+
+
+def as_bytes(image: torch.Tensor) -> np.ndarray:
+    """uint8 [N, H, W, 3] of pictures in 0..1."""
+    return (image * 255).round().to(torch.uint8).numpy()
+
+
+def rows_of(chosen: list[Case], clips: np.ndarray) -> list[dict]:
+    """One row a clip, beside the case's own puppet and the other one."""
+    takes = [one.truth for one in chosen]
+    rows = theatre_wan.rows_of("", takes, clips, truths(chosen))
+    for i, one in enumerate(chosen):
+        frames = theatre_wan.judged(clips.shape[1])
+        others, under = [], []
+        for frame in frames:
+            take = theatre_wan.later(one.truth, frame)
+            beside = dataclasses.replace(take, identity=one.other.identity)
+            others.append(metrics.compositions(clips[i][frame][None], [beside])[0]["identity_error"])
+            parts = cases.drawn(take, theatre_wan.SIZE).parts
+            under.append(metrics.identity_error(clips[i][frame], take.identity, parts, take, PILOT)["mean"])
+        rows[i].update(other_error=float(np.mean(others)), pilot_error=float(np.mean(under)))
+        rows[i]["nearer_other"] = rows[i]["other_error"] < rows[i]["identity_error"]
+        del rows[i]["arm"]
+    return rows
+
+
+def tables(rows: list[dict]) -> dict:
+    """Of puppets, whose cases go together."""
+    names = dict.fromkeys(row["arm"] for row in rows)
+    return {"arms": report.table(rows, names, MEASURES, "puppet"), "claims": report.claims(rows, CLAIMS, "puppet")}
 
 
 if __name__ == "__main__":
-    main()
+    runs.main(__doc__, NAME, ARMS, development(), COUNTS, Bench, tables)
