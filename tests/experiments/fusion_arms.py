@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 from experiments import report, trainings
+from pack.nodes.fingerprint import weights_fingerprint
 from pack.nodes.fusion_embedding import encoding, files, training
 from pack.nodes.fusion_embedding.config import CombinerConfig, GeneratorConfig
 from pack.nodes.fusion_embedding.method import Fusion
@@ -137,10 +138,11 @@ class Encoded(Sequence):
             "states": lambda source, _pose, _target: encoding.states(encoder.appearance, source),
         }
         if encoder.combiner is not None:
-            encoders["fused"] = lambda source, pose, _target: encoding.fused(
+            name = f"fused_{weights_fingerprint(encoder.combiner)[:10]}"
+            encoders[name] = lambda source, pose, _target: encoding.fused(
                 encoder.combiner, encoder.encoder, source, pose
             )
-        self.found = {name: self._kept(folder, name, encode) for name, encode in encoders.items()}
+        self.found = {name.split("_")[0]: self._kept(folder, name, encode) for name, encode in encoders.items()}
 
     def _kept(self, folder: Path, name: str, encode) -> np.ndarray:
         """fp16, one row a pair."""
@@ -223,6 +225,18 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
     without_end = dataclasses.replace(setting, steps=0)
     tensors, metadata = trainings.trained(folder, "generator", without_end, setting.steps, train, STOPS)
     return files.unpacked(tensors, metadata), trainings.cost(metadata)
+
+
+def read(
+    setting: Training, fusion: Fusion, appearance, sources: dict[str, torch.Tensor], pose: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states [B, T, W] and e_f [B, D] or None, as the arm was trained, of sources [B, H, W, 3] by the path of
+    PATHS that reads them: TOKENS, and EMBEDDING for both that read e_f.
+    """
+    states, fused = encoding.states(appearance, sources[TOKENS]), None
+    if reads_embedding(setting):
+        fused = encoding.fused(fusion.combiner, fusion.encoder, sources[EMBEDDING], pose)
+    return states if TOKENS in setting.paths else blank_states(states), fused
 
 
 def reads_embedding(setting: Training) -> bool:

@@ -29,7 +29,6 @@ from experiments import cases, report, runs, sampling  # noqa: E402
 from experiments import fusion_arms as arms  # noqa: E402
 from experiments.fusion_arms import CLASS, EMBEDDING, TOKENS, Training  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
-from pack.nodes.fusion_embedding import encoding  # noqa: E402
 from pack.nodes.fusion_embedding import sampling as running  # noqa: E402
 from pack.nodes.fusion_embedding.config import GUIDANCE, ApplyConfig  # noqa: E402
 from pack.nodes.puppets import render, vision, world  # noqa: E402
@@ -152,6 +151,7 @@ class Bench:
         if arm.training:
             arms.learned(self.theatre, self.folder, arm.training)
 
+    @torch.no_grad()
     def make(self, arm: Arm, some: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
         """Rows, and of each case source, pose, truth and what was drawn, side by side."""
         chosen = [case(i, self.develop) for i in some]
@@ -178,19 +178,11 @@ class Bench:
         """uint8 [N, H, W, 3]; `shown` are the sources uint8 [N, H, W, 3] by the path that reads them."""
         pose = torch.from_numpy(pose).float() / 255
         source = {path: torch.from_numpy(pictures).float() / 255 for path, pictures in shown.items()}
-        with torch.inference_mode():
-            states = encoding.states(vision.shipped(), source[TOKENS])
-            states = states if TOKENS in training.paths else arms.blank_states(states)
-            fused = None
-            if arms.reads_embedding(training):
-                fused = encoding.fused(fusion.combiner, fusion.encoder, source[EMBEDDING], pose)
-            model, positive, negative = running.apply(
-                self.theatre.model, fusion, states, fused, pose, ApplyConfig()
-            )
-            return self.theatre.decode(self.theatre.sample(
-                self.theatre.sampler(SAMPLER), positive, seeds, steps=STEPS, cfg=GUIDANCE, model=model,
-                negative=negative,
-            ))
+        states, fused = arms.read(training, fusion, vision.shipped(), source, pose)
+        model, positive, negative = running.apply(self.theatre.model, fusion, states, fused, pose, ApplyConfig())
+        return self.theatre.decode(self.theatre.sample(
+            self.theatre.sampler(SAMPLER), positive, seeds, steps=STEPS, cfg=GUIDANCE, model=model, negative=negative
+        ))
 
 
 def rows_of(chosen: list[Case], drawn: np.ndarray) -> list[dict]:

@@ -122,6 +122,7 @@ class Bench:
         if arm.references:
             arms.learned(self.theatre, self.folder, ADAPTER)
 
+    @torch.no_grad()
     def make(self, arm: Arm, some: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
         """A row a take, and its windows below each other, each with all its frames."""
         rows, pictures = [], {}

@@ -134,6 +134,8 @@ def main(
     stage = bench(options, folder) if asked else None
     for arm in asked:
         kept = Rows(folder, arm, (known[arm], stage.settings))
+        if hasattr(stage, "prepare") and kept.left(range(count)):
+            stage.prepare(known[arm])
         run(kept, range(count), stage.batch, lambda some, arm=arm: stage.make(known[arm], some))
     if not (options.report or options.development):
         return

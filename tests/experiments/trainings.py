@@ -31,30 +31,31 @@ def trained(
     It is also kept after each of the `stops` before. The metadata has CPU `seconds`, of all threads, and `steps`.
     """
     extension.register_folders()
-    run = f"{name}_{report.fingerprint(settings)}"
-    done = 0
+    run = f"{name}_{report.fingerprint(folder.name, settings)}"  # the folder's name has the models' digests
     for stop in [*(stop for stop in sorted(stops) if stop < steps), steps]:
         path = folder / f"{run}_{stop}.safetensors"
         if not path.exists():
-            print(f"training {name} from step {done} to {stop}: {settings}", flush=True)
+            resumed, step = latest(run)
+            print(f"training {name} from step {step} to {stop}: {settings}", flush=True)
             before = time.process_time()
-            tensors, metadata = train(stop, checkpoints.Checkpoints(run, {"settings": repr(settings)}), latest(run))
-            metadata |= {"seconds": f"{time.process_time() - before:.1f}", "steps": str(stop), "from": str(done)}
+            tensors, metadata = train(stop, checkpoints.Checkpoints(run, {"settings": repr(settings)}), resumed)
+            metadata |= {"seconds": f"{time.process_time() - before:.3f}", "steps": str(stop), "from": str(step)}
             content = safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()}, metadata)
             report.replace(path, content)
-        done = stop
     with safe_open(str(path), "pt") as file:
         return safetensors.torch.load_file(path), file.metadata()
 
 
-def latest(run: str) -> str:
-    """The checkpoint that a run goes on from, or "none"."""
-    found = [choice for choice in checkpoints.choices() if choice.startswith(f"{run}_")]
-    for older in found[:-1]:  # of a run that was killed before it could
-        checkpoints.FOLDER.find(older).unlink()
-    return found[-1] if found else checkpoints.NONE
+def latest(run: str) -> tuple[str, int]:
+    """The checkpoint that a run goes on from, and its steps; "none" and 0 where there is none."""
+    steps = {checkpoints.NONE: 0}
+    for choice in checkpoints.choices():  # two, where a run was killed before it had deleted the earlier one
+        if choice.startswith(f"{run}_"):
+            with safe_open(str(checkpoints.FOLDER.find(choice)), "pt") as file:
+                steps[choice] = int(file.metadata()["step"])
+    return max(steps.items(), key=lambda item: item[1])
 
 
 def cost(metadata: dict[str, str]) -> float:
-    """CPU seconds of a step, of the last part that was trained in one go."""
+    """CPU seconds of a step, of the last part that was trained in one go, with what it encoded first."""
     return float(metadata["seconds"]) / max(1, int(metadata["steps"]) - int(metadata["from"]))

@@ -144,6 +144,7 @@ class Bench:
         if arm.training:
             arms.learned(self.theatre, self.folder, arm.training)
 
+    @torch.no_grad()
     def make(self, arm: Arm, some: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
         """Rows, and of each case the clip's frames side by side behind the reference."""
         chosen = [case(i, self.develop) for i in some]

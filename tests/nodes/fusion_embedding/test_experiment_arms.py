@@ -1,0 +1,92 @@
+"""The experiment's arms: what each lets through of the source after training, and what its cases and pairs show."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from experiments import fusion_arms as arms
+from experiments import fusion_embedding as experiment
+from experiments.fusion_arms import CLASS, EMBEDDING, TOKENS
+from pack.nodes.fusion_embedding import sampling
+from support import fusions
+from support.fusion_trainings import MODEL, VAE, VISION
+
+THEATRE = SimpleNamespace(model=MODEL, vae=VAE)
+COMBINER = arms.Combiner(pairs=3, steps=2, batch=2)
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """Two sources and a pose."""
+    return (*fusions.pictures(2, seed=5).split(1), fusions.poses(1))
+
+
+@pytest.fixture
+def small(folder, monkeypatch):
+    monkeypatch.setattr(arms, "HIDDEN", 8)
+    monkeypatch.setattr(arms, "SIZE", 64)
+    monkeypatch.setattr(arms, "AT_ONCE", 2)  # pairs in two parts
+    monkeypatch.setattr(arms.vision, "shipped", lambda: VISION)
+    return folder
+
+
+def conditions(setting, fusion, sources, pose):
+    """Tokens and class embedding that the UNet reads."""
+    states, fused = arms.read(setting, fusion, VISION, sources, pose)
+    (tokens, options), = sampling.conditionings(MODEL, fusion.generator, states, fused, pose)[0]
+    return tokens, options["model_conds"][sampling.EMBEDDING].cond
+
+
+@pytest.mark.parametrize("paths", [arms.PATHS, (TOKENS,), (EMBEDDING,), (CLASS,), ()], ids=str)
+def test_an_arm_reads_the_source_by_its_own_paths_alone(small, shown, paths):
+    setting = arms.Training(paths, steps=2, batch=2, combiner=COMBINER)
+    with torch.inference_mode():
+        fusion, cost = arms.learned(THEATRE, small, setting)
+    assert cost > 0 and arms.learned(THEATRE, small, setting)[1] == cost  # from its file
+    own, other, pose = shown
+    with torch.no_grad():
+        tokens, embedding = conditions(setting, fusion, {TOKENS: own, EMBEDDING: own}, pose)
+        by_tokens = conditions(setting, fusion, {TOKENS: other, EMBEDDING: own}, pose)
+        by_e_f = conditions(setting, fusion, {TOKENS: own, EMBEDDING: other}, pose)
+    of_source = 5 if TOKENS in paths else 1
+    assert tokens.shape[1] == of_source + arms.EMBEDDING_TOKENS * (EMBEDDING in paths)
+    assert bool(embedding.any()) is (CLASS in paths)
+    changed = (tokens[:, :of_source] != by_tokens[0][:, :of_source]).any()
+    assert bool(changed) is (TOKENS in paths)
+    assert torch.equal(tokens[:, of_source:], by_tokens[0][:, of_source:]) and torch.equal(embedding, by_tokens[1])
+    assert torch.equal(tokens[:, :of_source], by_e_f[0][:, :of_source])
+    assert bool((tokens[:, of_source:] != by_e_f[0][:, of_source:]).any()) is (EMBEDDING in paths)
+    assert bool((embedding != by_e_f[1]).any()) is (CLASS in paths)
+
+
+def test_pairs_and_cases_show_the_source_elsewhere():
+    everyone = [arms.takes(i) for i in range(60)]
+    everyone += [(one.source, one.truth) for one in map(experiment.case, range(0, experiment.COUNTS[0], 7))]
+    for source, target in everyone:
+        assert source.identity == target.identity and source.action != target.action
+        assert source.scene != target.scene and source.light != target.light and target.framing == "full"
+    framings = [source.framing for source, _ in everyone[:60]]
+    assert 5 < framings.count("close_up") < 30
+    assert not {source.identity for source, _ in everyone[:60]} & {*experiment.cases.people()}
+
+
+def test_the_truths_of_a_puppet_are_six_poses_in_one_scene_and_the_odd_sources_are_small_or_cut():
+    found = [experiment.case(3 + 24 * turn) for turn in range(6)]
+    assert len({one.truth.action for one in found}) == 6
+    assert len({(one.truth.scene, one.truth.light, one.truth.view, one.truth.identity) for one in found}) == 1
+    for index in range(0, 48):
+        one = experiment.case(index)
+        odd = one.source.framing == "close_up" or one.source.view == "far"
+        assert odd is bool(index % 2)
+        assert dataclasses.replace(one.other, identity=one.source.identity) == one.source != one.other
+        assert one.other.identity == experiment.cases.people()[(one.puppet + 1) % 24]
+
+
+def test_figures_of_the_truth_and_of_the_other_puppet():
+    one = experiment.case(0)
+    beside = dataclasses.replace(one.truth, identity=one.other.identity)
+    pictures = experiment.cases.pictures([one.truth, beside])
+    true, wrong = experiment.rows_of([one, one], pictures)
+    assert true["identity_error"] < 5 and not true["nearer_other"] and true["joint_error"] < 4
+    assert wrong["nearer_other"] and wrong["identity_error"] > true["identity_error"] + 10
