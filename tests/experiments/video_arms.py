@@ -50,6 +50,7 @@ class Training:
     batch: int = 8
     clips: int = 3_000
     seed: int = 0
+    dtype: str = "bf16"
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -148,7 +149,7 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[method.VideoAdapt
         known = data(theatre, folder, setting.clips)
         config = TrainingConfig(
             steps, setting.rate * AdapterTrainingConfig.learning_rate, setting.seed, setting.batch,
-            checkpoint_every=trainings.CHECKPOINT_EVERY,
+            dtype=setting.dtype, checkpoint_every=trainings.CHECKPOINT_EVERY,
         )
         texts = {text: theatre.prompts([text]) for text in dict.fromkeys(known.texts)}
         weights = list((FLOOR + (1 - FLOOR) * known.inside).split(1)) if setting.masked else None
@@ -192,7 +193,7 @@ class Plain(published_wan.Wan):
         return torch.view_as_real(pairs * turn.to(pairs)[None, :, None]).flatten(2)
 
     def softmax(self, q, k, v, allowed=None):
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.to(v).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         return found.transpose(1, 2).flatten(2)
 
@@ -214,7 +215,9 @@ class _Joint(training.ModelDenoiser):
     def denoise(self, noisy, sigma, conditions):
         reference = torch.cat([condition[training._REFERENCE] for condition in conditions]).to(noisy.device)
         context = torch.cat([condition["c_crossattn"].cond for condition in conditions]).to(noisy.device)
-        velocity = self.published(noisy, self.model.model_sampling.timestep(sigma), context, reference)
+        dtype = self.model.get_dtype_inference()
+        with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
+            velocity = self.published(noisy, self.model.model_sampling.timestep(sigma), context, reference)
         return noisy - sigma.reshape(-1, 1, 1, 1, 1) * velocity
 
 

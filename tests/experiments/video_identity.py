@@ -146,7 +146,7 @@ class Bench:
 
     @torch.no_grad()
     def make(self, arm: Arm, some: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
-        """Rows, and of each case the clip's frames side by side behind the reference."""
+        """Rows, and of each case the clip's frames side by side behind the reference, or behind white."""
         chosen = [case(i, self.develop) for i in some]
         shown = [self.reference(one, arm.shows, i) for i, one in zip(some, chosen, strict=True)]
         clips = self.clips(arm, some, chosen, shown)
@@ -154,11 +154,9 @@ class Bench:
         cost = {"step_seconds": arms.learned(self.theatre, self.folder, arm.training)[1]} if arm.training else {}
         for i, row, one in zip(some, rows, chosen, strict=True):
             row.update(case=i, puppet=one.puppet, **cost)
-        pictures = {
-            f"{i:03}": np.concatenate([*([as_bytes(image)[0]] if arm.shows else []), *clip], axis=1)
-            for i, image, clip in zip(some, shown, clips, strict=True)
-        }
-        return rows, pictures
+        beside = [as_bytes(image if arm.shows else torch.ones_like(image))[0] for image in shown]
+        sides = zip(some, beside, clips, strict=True)
+        return rows, {f"{i:03}": np.concatenate([image, *clip], axis=1) for i, image, clip in sides}
 
     def reference(self, one: Case, shows: str, index: int) -> torch.Tensor:
         """float [1, 96, 96, 3]: what stands for the reference in an arm."""
