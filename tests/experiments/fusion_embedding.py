@@ -38,7 +38,8 @@ NAME, COUNTS, TURNS = "fusion_embedding", (144, 12), 6
 SAMPLER, STEPS = "dpmpp_2m", 20
 SOURCE, TRUTH = "source", "truth"
 
-# The best of 1, 3 and 10 times the node's rate, on development, and what helped the full method there.
+# `rate`, times the node's: to be the best of RATES on development for each, before a test case is made; the full
+# method has what helped it there, too.
 TRAININGS = {
     "full": Training(rate=3, early_steps=2_000),
     "tokens + pose": Training((TOKENS,), rate=3),

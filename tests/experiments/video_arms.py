@@ -288,11 +288,16 @@ def applied(kind: str, model, adapter: method.VideoAdapter, latent: torch.Tensor
 
 def through(network: type[Plain], model, adapter: method.VideoAdapter, latent: torch.Tensor):
     """A clone of MODEL that samples through this network."""
-    wan = network(model, adapter.tensors())
     image = model.model.process_latent_in(latent.clone()).float()
+
+    @functools.cache
+    def made(device: torch.device) -> Plain:
+        """Once the model is loaded there."""
+        return network(model, {name: tensor.to(device) for name, tensor in adapter.tensors().items()})
 
     def call(_apply, args):
         x, sigma = args["input"], args["timestep"]
+        wan = made(x.device)
         timestep = model.model.model_sampling.timestep(sigma)
         velocity = wan(x, timestep, args["c"]["c_crossattn"], image.to(x.device))
         return x - sigma.reshape(-1, 1, 1, 1, 1) * velocity

@@ -43,7 +43,7 @@ PILOT = ("head", "headwear", "torso")
 OWN, ANOTHER, SMALL, STILL, TRUTH = "own", "another", "small", "still", "truth"
 CFG, STRENGTH = theatre_wan.CFG, 1.0
 
-# The best of 1, 3 and 10 times the node's rate, on development.
+# `rate`, times the node's: to be the best of RATES on development for each, before a test case is made.
 TRAININGS = {
     arms.RESTRICTED: Training(rate=10),
     arms.VANILLA: Training(arms.VANILLA, rate=10),
