@@ -135,7 +135,7 @@ def _encoded(theatre, take: Take, rng: np.random.Generator) -> tuple[torch.Tenso
     frames = [render.render(theatre_wan.later(take, i), theatre_wan.SIZE) for i in range(theatre_wan.FRAMES)]
     latent = theatre.encode(np.stack([frame.image for frame in frames])[None])
     shown = theatre.vae.encode(reference_image(reference_take(take, rng)))
-    masks = torch.from_numpy(np.stack([frame.mask for frame in frames]))
+    masks = torch.from_numpy(np.stack([frame.mask for frame in frames])).float()
     return latent, shown, loss_masks.cells(masks, latent.shape, 0.0)
 
 

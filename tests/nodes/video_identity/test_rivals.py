@@ -17,8 +17,6 @@ from support import tiny_model
 from support.video_identities import ADAPTER, MODEL, draw, person, picture_latent, relative, sample, shown
 
 LATENT = picture_latent()
-RIVALS = arms.KINDS[1:]
-
 
 class Shared(arms.Plain):
     """The reference at the first frame's positions, by the published network."""
@@ -32,6 +30,9 @@ class OnVideo(arms.Plain):
 
     def project(self, name, x, turn, image):
         return super().project(name, x, turn, not image)
+
+
+DEFINITIONS = {arms.VANILLA: arms.Vanilla, arms.SHARED: Shared, arms.ON_VIDEO: OnVideo}
 
 
 def through(network):
@@ -49,7 +50,7 @@ def test_the_plain_network_samples_what_our_nodes_sample():
     assert relative(ours, sample(MODEL)) > 1e-2
 
 
-@pytest.mark.parametrize(("kind", "network"), zip(RIVALS, (arms.Vanilla, Shared, OnVideo), strict=True))
+@pytest.mark.parametrize(("kind", "network"), DEFINITIONS.items())
 def test_a_rival_samples_what_its_definition_says_and_neither_ours_nor_the_plain_model(kind, network):
     actual = as_kind(kind)
     assert relative(actual, through(network)) < 1e-4
@@ -96,7 +97,7 @@ def test_the_plain_network_has_our_gradients():
     assert apart(gradients(training.WithReferences), published(arms.Plain)) < 1e-3
 
 
-@pytest.mark.parametrize(("kind", "network"), zip(RIVALS, (arms.Vanilla, Shared, OnVideo), strict=True))
+@pytest.mark.parametrize(("kind", "network"), DEFINITIONS.items())
 def test_a_rival_s_training_follows_its_definition_s_gradients(kind, network):
     ours = gradients(training.WithReferences)
     with arms.instead(kind):
