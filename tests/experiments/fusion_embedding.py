@@ -142,8 +142,8 @@ class Bench:
     batch = 12
 
     def __init__(self, options, folder: Path):
-        self.develop, self.theatre = options.development, sampling.Theatre(sampling.CHECKPOINT, runs.STATE)
-        digests = sampling.sha256(sampling.CHECKPOINT), sampling.sha256(vision.FILE)
+        self.develop, self.theatre = options.development, sampling.Theatre(options.checkpoint, runs.STATE)
+        digests = sampling.sha256(options.checkpoint), sampling.sha256(vision.FILE)
         self.folder = folder.parent / f"trained_{report.fingerprint(digests)}"
         self.settings = SAMPLER, STEPS, GUIDANCE, digests
 

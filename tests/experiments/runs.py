@@ -9,11 +9,12 @@ A script lists its arms as frozen dataclasses and hands `main` what makes a batc
 
     settings: object      what else decides the pictures (sampling, the models' digests), by its repr
     batch: int            how many cases are made at once
+    prepare(arm)          where there is one: trains beforehand, so that a case's seconds are its own
     make(arm, cases)      (rows, pictures): a row at least for each case, with "case"; pictures by name, uint8
 
 Of every script:
 
-    --arm NAME [NAME ...]     rows to .cache/experiments/METHOD/test; all: every arm
+    --arm NAME [NAME ...]     rows to .cache/experiments/METHOD/test; all: every arm; "rank *": those
     --report                  rows to results/METHOD.csv, tables and claims to results/METHOD.json
     --development --arm ...   development arms, or those of the test, on development cases: printed alone
     --cases N                 the first N cases
@@ -21,6 +22,7 @@ Of every script:
 
 import argparse
 import csv
+import fnmatch
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,17 +120,20 @@ def main(
 ) -> None:
     """The command line of a script. counts: test and development cases; tables(rows) is what --report writes."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", nargs="+", default=[], help=f"all, or of: {'; '.join(arms)}. For development: "
-                        f"{'; '.join(development)}")
+    parser.add_argument("--arm", nargs="+", default=[], help=f"all, or patterns of names: {'; '.join(arms)}. For "
+                        f"development: {'; '.join(development)}")
     parser.add_argument("--development", action="store_true", help="development cases and arms")
     parser.add_argument("--cases", type=int, help="the first so many; by default as the protocol says")
     parser.add_argument("--checkpoint", type=Path, default=sampling.CHECKPOINT)
     parser.add_argument("--report", action="store_true", help="write what there is to results")
     options = parser.parse_args()
     known = development | arms if options.development else arms
-    asked = list(development if options.development else arms) if options.arm == ["all"] else options.arm
-    if unknown := [arm for arm in asked if arm not in known]:
-        parser.error(f"there is no arm {unknown[0]!r}: choose of {'; '.join(known)}")
+    asked = list(development if options.development else arms)
+    if options.arm != ["all"]:
+        found = [(wanted, fnmatch.filter(known, wanted)) for wanted in options.arm]
+        if unknown := [wanted for wanted, names in found if not names]:
+            parser.error(f"there is no arm {unknown[0]!r}: choose of {'; '.join(known)}")
+        asked = [name for _, names in found for name in names]
     folder = STATE / name / ("development" if options.development else "test")
     count = options.cases or counts[options.development]
     stage = bench(options, folder) if asked else None
