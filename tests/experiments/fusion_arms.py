@@ -81,8 +81,12 @@ def elsewhere(take: Take, action: str, rng: np.random.Generator, framing: str, v
 
 
 def takes(index: int) -> tuple[Take, Take]:
-    """Source and target of a pair, of the split "train"; a quarter of the sources are close-ups."""
-    target, rng = world.sample_take(index, "train"), np.random.default_rng([0xF05, index])
+    """Source and target of a pair, of the split "train"; a quarter of the sources are close-ups.
+
+    Targets are in daylight: another light changes all colours, and no input says which.
+    """
+    rng = np.random.default_rng([0xF05, index])
+    target = dataclasses.replace(world.sample_take(index, "train"), light="day")
     framing = "close_up" if rng.random() < CLOSE_UPS else "full"
     return elsewhere(target, world.pick(rng, allowed(target, framing)), rng, framing), target
 

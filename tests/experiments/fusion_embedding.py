@@ -115,7 +115,7 @@ class Case:
 
 
 def case(index: int, develop: bool = False) -> Case:
-    """Case `index`: puppets in turn, the truths of one in one scene, light and view and in six poses.
+    """Case `index`: puppets in turn, the truths of one in daylight, in one scene and view and in six poses.
 
     The source is in another scene and light; of the odd cases it is far away, or a close-up.
     """
@@ -123,7 +123,7 @@ def case(index: int, develop: bool = False) -> Case:
     everybody = cases.people(develop)
     whole = cases.generator(cases.FUSION, 1_000 + puppet, develop)
     order = [ACTIONS[int(i)] for i in whole.permutation(len(ACTIONS))]
-    shared = world.staged(everybody[puppet], order[0], world.pick(whole, SCENES), whole)
+    shared = world.staged(everybody[puppet], order[0], world.pick(whole, SCENES), whole, light="day")
     rng = cases.generator(cases.FUSION, index, develop)
     truth = dataclasses.replace(
         shared, action=order[turn], phase=round(float(rng.random()), 4), mirrored=bool(rng.random() < 0.5)
