@@ -176,7 +176,7 @@ def main() -> None:
         report.contact_sheet(kept.folder / f"{arm}.jpg", sheets[arm], budget=4_000_000)
         print(arm, report.summary(found, MEASURES), flush=True)
     report.write_csv(report.RESULTS / f"{arguments.name}.csv", rows)
-    best = [row for arm, sheet in sheets.items() for row in sheet[: 3 if arm in SPLITS else 1]]
+    best = [row for arm, sheet in sheets.items() for row in sheet[: 2 if arm in SPLITS else 1]]
     report.contact_sheet(report.RESULTS / f"{arguments.name}.jpg", best)
     summary = {
         "command": report.command("theatre.py"),
