@@ -25,6 +25,15 @@ def test_title_and_description_come_from_the_first_note_with_a_heading(tmp_path)
     assert write(tmp_path / "c_d.json", [plain]).title == "C d"
 
 
+def test_a_workflow_is_written_one_node_a_line():
+    nodes, groups = [{"id": 1, "title": "顔"}, {"id": 2}], [{"id": 3}]
+    content = {"nodes": nodes, "links": [], "groups": groups, "extra": {"a": [1]}}
+    text = workflow_files.text(content)
+    assert json.loads(text) == content and list(json.loads(text)) == list(content)
+    assert text.splitlines()[1:5] == [' "nodes": [', '  {"id": 1, "title": "顔"},', '  {"id": 2}', " ],"]
+    assert text.endswith("}\n") and len(text.splitlines()) == 11
+
+
 def test_models_are_found_inside_subgraphs_and_named_once(tmp_path):
     loader = {"type": "CheckpointLoaderSimple", "properties": {"models": [MODEL]}}
     subgraph = {"id": "5e3a0f4e-0000-4000-8000-000000000000", "nodes": [loader]}

@@ -72,8 +72,7 @@ def main() -> None:
     sizes = json.loads(MEASURED.read_text(encoding="utf-8"))
     for workflow in chosen:
         content = graph_layout.arranged(workflow.content, **sizes[workflow.stem])
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        workflow.path.write_text(text, encoding="utf-8")
+        workflow.path.write_text(workflow_files.text(content), encoding="utf-8")
         print("laid out", workflow.stem)
 
 

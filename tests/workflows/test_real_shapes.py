@@ -44,11 +44,11 @@ ENCODERS = {
 AUTOENCODERS = {
     "wan_2.1_vae.safetensors": 126_892_531, "qwen_image_vae.safetensors": 126_892_531, "ae.safetensors": 83_819_683,
 }
-# Pose, background and appearance are others' networks; the adapter's shapes: nodes/video_identity/test_nodes.py.
+# Pose, background, masks and appearance are others' networks; the adapter: nodes/video_identity/test_nodes.py.
 OTHERS = {
     "sdpose_wholebody_fp16.safetensors", "clip-vit-large-patch14.safetensors", "dinov2-large.safetensors",
-    "birefnet.safetensors", "Stand-In_wan2.1_T2V_14B_ver1.0_fp16.safetensors", "Stand-In_wan2.2_T2V_A14B_high.ckpt",
-    "Stand-In_wan2.2_T2V_A14B_low.ckpt",
+    "birefnet.safetensors", "sam3.1_multiplex_fp16.safetensors", "Stand-In_wan2.1_T2V_14B_ver1.0_fp16.safetensors",
+    "Stand-In_wan2.2_T2V_A14B_high.ckpt", "Stand-In_wan2.2_T2V_A14B_low.ckpt",
 }
 META = torch.device("meta")
 

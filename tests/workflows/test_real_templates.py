@@ -10,10 +10,12 @@ import re
 from importlib import resources
 
 import pytest
+import torch
 from comfy_cli.workflow_to_api import convert_ui_to_api
+from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from launcher import scripts, workflow_files
 from launcher.server import Server
-from support import small_models
+from support import small_models, tiny_model
 
 FILES = sorted((scripts.ROOT / "workflows").glob("Real-*.json"))
 # SDPose and the encoders of the appearance have no small form here.
@@ -26,7 +28,7 @@ ELSEWHERE = {
 }
 # By input: sizes, lengths and steps that the small models do in seconds. Six windows stay six.
 SMALL = {
-    "width": 64, "height": 64, "size": 64, "length": {341: 49}, "context_length": 9, "context_overlap": 1,
+    "width": 64, "height": 64, "size": 64, "length": {341: 49}, "context_length": 9, "context_overlap": 4,
     "steps": 2, "context_steps": 1, "start_at_step": {10: 1}, "end_at_step": {10: 1}, "class_count": 1,
     "batch_size": 1, "rank": 2, "tile_size": 64, "overlap": 32, "x": {576: 32},
 }
@@ -68,6 +70,31 @@ def test_its_note_says_that_nobody_has_run_it(path):
     assert re.search(r"real weights yet|not (?:been )?measured|nobody has measured", note)
 
 
+def windows(settings, length):
+    """The latent frames of each of ComfyUI's context windows over a video of `length` frames."""
+    patched = WanContextWindowsManualNode.execute(tiny_model.wan(), **settings).result[0]
+    handler = patched.model_options["context_handler"]
+    frames = torch.zeros(1, 16, (length - 1) // 4 + 1, 1, 1)
+    return [window.index_list for window in handler.get_context_windows(patched.model, frames, {})]
+
+
+@pytest.mark.parametrize("stem", ["Real-5c-Long-take-Wan21", "Puppets-5c-Long-take"])
+def test_a_long_take_has_six_windows_that_share_what_its_note_says(stem):
+    workflow = workflow_files.Workflow(scripts.ROOT / "workflows" / f"{stem}.json")
+    by_type = {node["type"]: node["widgets_values"] for node in workflow.nodes()}
+    names = [widget.id for widget in WanContextWindowsManualNode.define_schema().inputs if widget.id != "model"]
+    settings = dict(zip(names, by_type["WanContextWindowsManual"], strict=True))
+    length = by_type["EmptyHunyuanLatentVideo"][2]
+    found = windows(settings, length)
+    shared = {len(set(first) & set(second)) for first, second in zip(found, found[1:], strict=False)}
+    assert len(found) == 6 and len(shared) == 1, "the last one is not moved back to fit"
+    (overlap,) = shared
+    added = 4 * (len(found[0]) - overlap)
+    note = next(node["widgets_values"][0] for node in workflow.nodes() if node.get("title") == "Read me")
+    assert {f"{4 * overlap}", f"{added}", f"{length}", f"{length - added}"} <= set(re.findall(r"\d+", note))
+    assert len(windows(settings, length + added)) == 7
+
+
 @pytest.fixture(scope="module")
 def small_server(tmp_path_factory, comfy_path):
     base, models = (tmp_path_factory.mktemp(name) for name in ("server", "models"))
@@ -81,14 +108,14 @@ def small_server(tmp_path_factory, comfy_path):
 
 
 def shrunk(workflow, object_info):
-    """The workflow as a prompt with all groups on and small sizes; a mask of ones in place of BiRefNet's."""
+    """The workflow as a prompt with all groups on and small sizes; masks of ones in place of BiRefNet's and SAM's."""
     for node in workflow["nodes"]:
         node["mode"] = 0
     prompt = convert_ui_to_api(workflow, object_info)
     for number in [number for number, node in prompt.items() if node["class_type"] in OFF]:
         del prompt[number]
     for node in prompt.values():
-        if node["class_type"] == "RemoveBackground":
+        if node["class_type"] in ("RemoveBackground", "SAM3_Detect"):
             node.update(class_type="SolidMask", inputs={"value": 1.0, "width": 64, "height": 64})
         if node["class_type"] == "FluxKontextImageScale":
             size = {"width": 64, "height": 64, "upscale_method": "area", "crop": "center"}
@@ -111,6 +138,10 @@ def without(prompt, class_types):
 def test_it_runs_with_small_random_weights(path, small_server):
     workflow = workflow_files.Workflow(path).content
     prompt = shrunk(workflow, small_server.object_info())
+    for node in prompt.values():
+        if node["class_type"] == "WanContextWindowsManual":
+            settings = {name: value for name, value in node["inputs"].items() if name != "model"}
+            assert len(windows(settings, 49)) == 6
     hooked = [number for number, node in prompt.items() if node["class_type"] == "CreateHookLoraModelOnly"]
     if hooked:  # its second run reads what the first one saved
         first = without(prompt, {"SaveImage", "PreviewImage"})

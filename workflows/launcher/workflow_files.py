@@ -60,6 +60,18 @@ class Workflow:
         return list(models.values())
 
 
+def text(content: dict) -> str:
+    """A workflow's JSON with one node, link or group a line: a diff shows which changed, in a third fewer bytes."""
+    def value(part) -> str:
+        return json.dumps(part, ensure_ascii=False)
+
+    rows = []
+    for key, part in content.items():
+        lines = ",\n  ".join(map(value, part)) if isinstance(part, list) and part else None
+        rows.append(f" {value(key)}: [\n  {lines}\n ]" if lines else f" {value(key)}: {value(part)}")
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
 def find(folder: Path, names: list[str]) -> list[Workflow]:
     """The workflows of `folder` with these names, all of them without names.
 
