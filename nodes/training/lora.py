@@ -107,24 +107,30 @@ def lora_model(trained: LoraLayers | WholeNetwork, unet_config: dict) -> dict[st
     """Weights by key, fp32 on the CPU.
 
     A LoRA: `…lora_down.weight` [rank, in], `…lora_up.weight` [out, rank] and `…alpha` (a scalar), under kohya's
-    names for UNets (diffusers' layers, or SDXL's original ones) and ComfyUI's for every other model. A whole
-    network: differences from the original weights, `….diff` and for a bias `….diff_b`, under ComfyUI's names.
+    names for UNets (diffusers' layers, or SDXL's original ones) and Flux.2, and ComfyUI's for every other model:
+    those that both ComfyUI's loader and diffusers read. A whole network: differences from the original weights,
+    `….diff` and for a bias `….diff_b`, under ComfyUI's names.
     """
     if isinstance(trained, WholeNetwork):
         return {_difference_key(name): difference for name, difference in trained.differences().items()}
     diffusers = {name: theirs for theirs, name in comfy.utils.unet_to_diffusers(unet_config).items()}
     sdxl = list(unet_config.get("transformer_depth", ())) == _SDXL_DEPTH
+    kind = unet_config.get("image_model")
     weights = {}
     for name, adapter in trained.modules.items():
         theirs = diffusers.get(f"{name}.weight")
-        if theirs is None:
-            key = f"{PREFIX}{name}"
-        else:
-            layer = name if sdxl else theirs.removesuffix(".weight")
-            key = "lora_unet_" + layer.replace(".", "_")
-        weights[f"{key}.lora_down.weight"] = adapter.down.detach().cpu().clone()
-        weights[f"{key}.lora_up.weight"] = adapter.up.detach().cpu().clone()
-        weights[f"{key}.alpha"] = torch.tensor(float(adapter.scale * trained.config.rank))
+        parts = {f"{PREFIX}{name}": adapter.up}
+        if theirs is not None or kind == "flux2":
+            layer = name if theirs is None or sdxl else theirs.removesuffix(".weight")
+            parts = {"lora_unet_" + layer.replace(".", "_"): adapter.up}
+        elif kind == "lumina2" and name.endswith(".qkv") and len(adapter.up) == 3 * adapter.down.shape[1]:
+            # diffusers' Z-Image has three layers here, and takes no file with one; ComfyUI reads both.
+            stem = PREFIX + name.removesuffix("qkv")
+            parts = {f"{stem}to_{letter}": up for letter, up in zip("qkv", adapter.up.chunk(3), strict=True)}
+        for key, up in parts.items():
+            weights[f"{key}.lora_down.weight"] = adapter.down.detach().cpu().clone()
+            weights[f"{key}.lora_up.weight"] = up.detach().cpu().clone()
+            weights[f"{key}.alpha"] = torch.tensor(float(adapter.scale * trained.config.rank))
     return weights
 
 
