@@ -14,10 +14,13 @@ _SHARE = 100
 _LEAST_BYTES = 4 << 20
 
 
-def token_attention(q: torch.Tensor, k: torch.Tensor, heads: int, columns: Sequence[int]) -> torch.Tensor:
+def token_attention(
+    q: torch.Tensor, k: torch.Tensor, heads: int, columns: Sequence[int], added: torch.Tensor | None = None
+) -> torch.Tensor:
     """The share of `columns` in what each query attends to, [B, N] in 0..1, fp32.
 
-    q: [B, N, H * D] and k: [B, M, H * D] as they go into the attention, of any float type; columns: indices into M.
+    q: [B, N, H * D] and k: [B, M, H * D] as they go into the attention, of any float type; columns: indices into M;
+    added: what a mask adds to the scores, [1 or B, 1 or H, 1 or N, M].
     Raises ValueError for no column, or one that k does not have.
     """
     if not columns or min(columns) < 0 or max(columns) >= k.shape[1]:
@@ -31,6 +34,8 @@ def token_attention(q: torch.Tensor, k: torch.Tensor, heads: int, columns: Seque
     for start in range(0, q.shape[1], rows):
         part = q[:, start : start + rows].unflatten(-1, (heads, width)).transpose(1, 2).float()
         logits = part @ keys
+        if added is not None:
+            logits = logits + (added if added.shape[2] == 1 else added[:, :, start : start + rows]).float()
         total = logits.logsumexp(-1, keepdim=True)
         shares[:, start : start + rows] = (logits.index_select(-1, chosen) - total).exp().sum(-1).mean(1)
     return shares

@@ -84,20 +84,22 @@ def encode(clip: Any, subject: Subject, text: str) -> list:
 def tag_subject_tokens(conditioning: list, clip: Any, subject: Subject, text: str) -> list:
     """The CONDITIONING with the positions of the subject's tokens, those of `text`, in each of its entries.
 
-    As it is where the encoder joins several texts or puts the text into a template, as that of Flux or Z-Image does:
-    positions are not known there, and no model behind such an encoder has a map that is read by them.
-    Raises ValueError as `encode` does.
+    As it is where the positions cannot be told: some encoders join several texts, or put the text into a template and
+    cut off what is not known. Raises ValueError as `encode` does.
     """
     tokens = clip.tokenize(text, return_word_ids=True)
+    width = min(tensor.shape[1] for tensor, _ in conditioning)
     if _joined(tokens) or _template(clip):
-        return conditioning
-    positions = subject_positions(tokens, clip.tokenize(subject.trigger, return_word_ids=True))
+        positions = _positions_in_template(clip, subject, tokens, width)
+        if not positions:
+            return conditioning
+    else:
+        positions = subject_positions(tokens, clip.tokenize(subject.trigger, return_word_ids=True))
     if not positions:
         raise ValueError(
             f"the tokens of {subject.trigger!r} are not among those of the text: write {SUBJECT} once, between "
             "spaces, without weights inside it"
         )
-    width = min(tensor.shape[1] for tensor, _ in conditioning)
     if positions[-1] >= width:
         raise ValueError(f"the text is longer than the {width} tokens that are encoded: name the subject earlier")
     return [[tensor, {**options, SUBJECT_TOKENS: positions}] for tensor, options in conditioning]
@@ -116,6 +118,28 @@ def subject_positions(tokens: Mapping[str, list], trigger: Mapping[str, list]) -
     return token_positions(tokens[next(iter(tokens))], _ids(trigger))
 
 
+def _positions_in_template(clip: Any, subject: Subject, tokens: Mapping[str, list], width: int) -> tuple[int, ...]:
+    """The positions of the subject's tokens among `width` encoded ones; none where they cannot be told.
+
+    Only one of several encoders may have so many tokens; of a template, the encoder may cut off what is before the
+    text, or what is around it.
+    """
+    found = []
+    for name, chunks in tokens.items():
+        ids, template = ([entry[0] for chunk in part for entry in chunk] for part in (chunks, _empty(clip)[name]))
+        before = len(os.path.commonprefix([ids, template]))
+        after = len(os.path.commonprefix([ids[before:][::-1], template[before:][::-1]]))
+        missing = len(ids) - width
+        cut = before if before <= missing <= before + after else 0
+        if missing in (0, *range(before, before + after + 1)):
+            # After a space, a word has other tokens in some vocabularies.
+            phrases = {tuple(_own_ids(clip, lead + subject.trigger, name)[skipped:])
+                       for lead in ("", "a ") for skipped in (len(_own_ids(clip, lead.strip(), name)),)}
+            places = {place for phrase in phrases for place in token_positions(chunks, phrase)}
+            found.append(tuple(sorted(place - cut for place in places if cut <= place < cut + width)))
+    return found[0] if len(found) == 1 else ()
+
+
 def token_positions(tokens: Sequence[Sequence[tuple]], phrase: Sequence[int]) -> tuple[int, ...]:
     """Where the phrase's tokens are in the encoded text, at each time it occurs.
 
@@ -123,7 +147,7 @@ def token_positions(tokens: Sequence[Sequence[tuple]], phrase: Sequence[int]) ->
     """
     placed, start = [], 0
     for chunk in tokens:
-        placed += [(start + i, entry[0]) for i, entry in enumerate(chunk) if entry[2] != 0]
+        placed += [(start + i, entry[0]) for i, entry in enumerate(chunk) if _is_word(entry)]
         start += len(chunk)
     # An embedding's tokens are tensors, which are not part of a phrase.
     ids = [token if isinstance(token, int) else -1 for _, token in placed]
@@ -178,22 +202,31 @@ def warnings(clip: Any, subject: Subject) -> list[str]:
     return lines
 
 
-def _ids(tokens: Mapping[str, list]) -> list:
-    """The ids of a tokenized text, by the first tokenizer, without start, end and padding."""
-    return [entry[0] for chunk in next(iter(tokens.values())) for entry in chunk if entry[2] != 0]
+def _ids(tokens: Mapping[str, list], name: str | None = None) -> list:
+    """The ids of a tokenized text, by that tokenizer or the first, without start, end and padding."""
+    return [entry[0] for chunk in tokens[name or next(iter(tokens))] for entry in chunk if _is_word(entry)]
 
 
-def _own_ids(clip: Any, text: str) -> list:
+def _is_word(entry: tuple) -> bool:
+    """Whether a token is of the text; where a tokenizer does not say, as LongCat-Image's, each one is."""
+    return len(entry) < 3 or entry[2] != 0
+
+
+def _own_ids(clip: Any, text: str, name: str | None = None) -> list:
     """The ids of a text without those of the template that the encoder puts it into."""
-    ids, template = _ids(clip.tokenize(text, return_word_ids=True)), _template(clip)
+    ids, template = _ids(clip.tokenize(text, return_word_ids=True), name), _template(clip, name)
     start = len(os.path.commonprefix([ids, template]))
     end = len(os.path.commonprefix([ids[start:][::-1], template[start:][::-1]]))
     return ids[start : len(ids) - end]
 
 
-def _template(clip: Any) -> list:
+def _empty(clip: Any) -> dict[str, list]:
+    return clip.tokenize("", return_word_ids=True)
+
+
+def _template(clip: Any, name: str | None = None) -> list:
     """The ids of what the encoder puts around every text: none for CLIP and T5."""
-    return _ids(clip.tokenize("", return_word_ids=True))
+    return _ids(_empty(clip), name)
 
 
 def _joined(tokens: Mapping[str, list]) -> bool:

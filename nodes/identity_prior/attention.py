@@ -1,8 +1,9 @@
 """Where a model looks for the subject; apart from inversion.py and sampling.py, since the runs of both record it.
 
-It is the model's cross-attention to the subject's tokens. A model with a recorder carries patches that hold nothing:
-what a call is to record travels in `transformer_options` under KEY, and what it recorded leaves with it, so such a
-model may be cached, cloned and run by several threads.
+It is the model's cross-attention to the subject's tokens, or what the picture's rows attend to those where text and
+picture are one sequence. A model with a recorder carries patches that hold nothing: what a call is to record travels
+in `transformer_options` under KEY, and what it recorded leaves with it, so such a model may be cached, cloned and run
+by several threads.
 """
 
 import functools
@@ -17,10 +18,11 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.wan.model import WanI2VCrossAttention
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from ...kernels.token_attention import token_attention
 from ..inputs.ranges import select_numbers
-from ..patching import models, unet_layers, wan_blocks
+from ..patching import joint_blocks, models, unet_layers, wan_blocks
 from ..patching.unet_layers import CrossAttention
 from ..patching.wan_blocks import OVERRIDE, AttentionOverride, WanBlockPatch
 from .config import AUTO, MaskConfig
@@ -36,16 +38,24 @@ _MOST_LAYERS = 5
 
 
 def layers_of(model: Any) -> tuple[CrossAttention, ...]:
-    """The cross-attention layers of a MODEL, in the order in which they run; none where it has none to text."""
+    """The layers of a MODEL that attend to text, in the order in which they run; none where they cannot be read."""
     network = model.get_model_object("diffusion_model")
-    return wan_blocks.cross_attentions(network) or unet_layers.cross_attentions(network)
+    kinds = (wan_blocks.cross_attentions, unet_layers.cross_attentions, joint_blocks.attentions)
+    return next((layers for kind in kinds if (layers := kind(network))), ())
+
+
+def need_no_subject(layers: Sequence[CrossAttention]) -> bool:
+    """Whether texts for a model with these layers may come without the subject's positions: not every encoder of
+    those of one sequence tells them.
+    """
+    return not layers or layers[0].part == joint_blocks.PART
 
 
 def chosen_layers(layers: Sequence[CrossAttention], config: MaskConfig, longer_side: int) -> frozenset[int]:
     """Which of `layers` count for latents of `longer_side` cells. Raises ValueError where the model lacks one."""
     if config.layers.strip().lower() != AUTO:
         return select_numbers("layers", config.layers, len(layers))
-    if layers[0].part == wan_blocks.PART:
+    if layers[0].part in (wan_blocks.PART, joint_blocks.PART):
         third = len(layers) // 3
         return _spread(range(third, len(layers) - third))
     # The middle block alone is one layer: too little to go by.
@@ -64,6 +74,8 @@ def with_recorder(model: ModelPatcher) -> ModelPatcher:
     """A clone of `model` that records what a call asks for under KEY; calls that ask for nothing run as before."""
     network = model.get_model_object("diffusion_model")
     layers = list(enumerate(layers_of(model)))
+    if joint_blocks.is_joint(network):
+        return models.with_wrappers(model, key=KEY, wrappers={WrappersMP.APPLY_MODEL: _record_one_sequence})
     if not wan_blocks.is_wan(network):
         patches = {layer.place: functools.partial(RecordingAttentionPatch, i) for i, layer in layers}
         return models.with_cross_attention_patches(model, key=KEY, patches=patches)
@@ -105,8 +117,14 @@ class AttentionRecorder:
         self._lock = threading.Lock()
 
     @torch.compiler.disable
-    def record(self, index: int, q: torch.Tensor, k: torch.Tensor, heads: int, options: Mapping[str, Any]) -> None:
-        """Called by the patches: q [B, N, H * D] and k [B, M, H * D] of layer `index`."""
+    def record(
+        self, index: int, q: torch.Tensor, k: torch.Tensor, heads: int, options: Mapping[str, Any],
+        text: int | None = None, added: torch.Tensor | None = None,
+    ) -> None:
+        """Called by the patches: q [B, N, H * D] and k [B, M, H * D] of layer `index`.
+
+        text: how many of the first columns are the text's, where it is not alone; added: the kernel's.
+        """
         if index not in self.chosen:
             return
         if options.get("context_window") is not None:
@@ -116,16 +134,10 @@ class AttentionRecorder:
         for i, entry in enumerate(ids):
             if entry not in self.entries:
                 continue
-            positions, tokens = self.entries[entry]
-            if k.shape[1] % tokens:
-                raise ValueError(
-                    f"the model looks at {k.shape[1]} tokens and the prompt has {tokens}: remove the node or "
-                    "extension that adds tokens to this model's cross-attention, or connect your own `mask`"
-                )
-            # ComfyUI repeats prompts of different lengths until they match.
-            repeated = [start + position for start in range(0, k.shape[1], tokens) for position in positions]
+            columns = _columns(*self.entries[entry], k.shape[1] if text is None else text, text is not None)
             part = slice(i * size, (i + 1) * size)
-            heat = token_attention(q[part], k[part], heads, repeated).unflatten(1, self._grid(index, q.shape[1]))
+            mask = added[part] if added is not None and len(added) > 1 else added
+            heat = token_attention(q[part], k[part], heads, columns, mask).unflatten(1, self._grid(index, q.shape[1]))
             with self._lock:
                 self.maps.setdefault(entry, []).append(heat)
 
@@ -142,8 +154,9 @@ class AttentionRecorder:
             if earlier is not None:
                 return earlier
             raise RuntimeError(
-                "the model's cross-attention to the subject was not seen: connect Encode Identity to the sampler's "
-                "positive, and remove nodes that replace the attention, or connect your own `mask`"
+                "the model's attention to the subject was not seen: connect Encode Identity to the sampler's "
+                "positive, remove nodes that replace the attention, put Reference Weight before Identity Mask Blend, "
+                "or connect your own `mask`"
             )
         heats = [mean_map(maps, self.config.resolution) for maps in self.maps.values()]
         # Several devices may have run parts of one call.
@@ -159,6 +172,54 @@ class AttentionRecorder:
                 "its latent, and cannot show where the subject is. Connect your own `mask`"
             )
         return grid
+
+
+def _columns(positions: Sequence[int], tokens: int, count: int, joint: bool) -> list[int]:
+    """Where the subject is among `count` columns of a text of so many tokens."""
+    if count < tokens or not joint and count % tokens:
+        raise ValueError(
+            f"the model looks at {count} tokens and the prompt has {tokens}: remove the node or extension that adds "
+            "tokens to this model's attention, or connect your own `mask`"
+        )
+    # ComfyUI repeats prompts of different lengths until they match; those of Flux.2 it fills up in front.
+    starts = (count - tokens,) if joint else range(0, count, tokens)
+    return [start + position for start in starts for position in positions]
+
+
+def _record_one_sequence(
+    executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
+):
+    """ComfyUI's APPLY_MODEL: a look at every block of a call that is to be recorded."""
+    recorder = transformer_options.get(KEY)
+    if recorder is not None:
+        network, earlier = executor.class_obj.diffusion_model, transformer_options.get(OVERRIDE)
+        override = _JointRecordingOverride(recorder, network, c_crossattn.shape[1], earlier)
+        transformer_options = {**transformer_options, OVERRIDE: override}
+    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+class _JointRecordingOverride(AttentionOverride):
+    """Looks at the picture's rows of every block's attention in one call, whose text has `text` rows."""
+
+    def __init__(self, recorder: AttentionRecorder, network: Any, text: int, earlier: Any):
+        super().__init__(earlier)
+        self.recorder, self.network, self.text = recorder, network, text
+
+    def __call__(self, function, q, k, v, heads, *args, **kwargs):
+        kwargs = joint_blocks.named(args, kwargs)
+        options = kwargs.get("transformer_options") or {}
+        if "block_index" in options:
+            # ComfyUI's [B, H, T, D] of these models, or [B, T, H * D].
+            rows, columns = (
+                part.transpose(1, 2).flatten(2) if kwargs.get("skip_reshape") else part for part in (q, k)
+            )
+            end = columns.shape[1] - sum(options.get(joint_blocks.COUNTS) or ())
+            mask = joint_blocks.added_mask(kwargs.get("mask"), q.dtype)
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask[:, :, self.text : end]
+            index = joint_blocks.number(self.network, options)
+            self.recorder.record(index, rows[:, self.text : end], columns, heads, options, self.text, mask)
+        return self._inner(function, q, k, v, heads, **kwargs)
 
 
 @dataclass(eq=False)

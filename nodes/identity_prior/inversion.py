@@ -58,14 +58,17 @@ def invert(
     if cache:
         tell("Invert Image", [f"{cache} is left out of the inversion, which needs every call of the model"])
     layers = attention.layers_of(model)
-    if layers and mask_text is not None:
-        subject_tokens.require_subject(mask_text, "mask_text")
-        check_texts([mask_text], "mask_text", model, "use the CLIP of this model in Encode Identity")
-    elif layers:
-        subject_tokens.require_subject(positive, "positive")
+    looked_at, name = (positive, "positive") if mask_text is None else (mask_text, "mask_text")
+    if attention.need_no_subject(layers) and not (layers and subject_tokens.tagged_positions(looked_at)):
+        reason = f"{name} does not say where the subject is named" if layers else (
+            f"{family(model)} has no cross-attention that can be read"
+        )
+        layers = ()
+        tell("Invert Image", [f"{reason}, so the source mask is the whole picture"], logging.WARNING)
     else:
-        warning = f"{family(model)} has no cross-attention that can be read, so the source mask is the whole picture"
-        tell("Invert Image", [warning], logging.WARNING)
+        subject_tokens.require_subject(looked_at, name)
+        if mask_text is not None:
+            check_texts([mask_text], name, model, "use the CLIP of this model in Encode Identity")
     sampler = InversionSampler(config, masks, layers)
     guider = comfy.samplers.CFGGuider(attention.with_recorder(model) if layers else model)
     guider.set_conds(positive, positive)

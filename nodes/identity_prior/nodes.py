@@ -31,8 +31,8 @@ def _map_inputs() -> list:
     """How the subject's map is read, for experts; the same for the source mask and the edited one."""
     return [
         widgets.numbers(
-            "layers", _MASK.layers, "Cross-attention layers that count, in the order in which they run: 'auto' "
-            "chooses by size, 'all'", optional=True,
+            "layers", _MASK.layers, "Layers with attention to the text that count, in the order in which they run: "
+            "'auto' chooses by size, 'all'", optional=True,
         ),
         io.Int.Input(
             "resolution", default=_MASK.resolution, min=0, max=1024, optional=True, advanced=True,

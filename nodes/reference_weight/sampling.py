@@ -20,17 +20,14 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..inputs import ranges
 from ..inputs.families import family, identity_instead
 from ..messages import tell
-from ..patching import models
+from ..patching import joint_blocks, models
 from ..patching.wan_blocks import OVERRIDE, AttentionOverride, is_wan
 from . import method
 from .method import Layout, Weighing
 
 KEY = "understudy_reference_weight"
 NODE = "Reference Weight"
-# Of ComfyUI's: how many rows each reference has, in their order.
-_COUNTS = "reference_image_num_tokens"
 _NETWORKS = (Flux, QwenImageTransformer2DModel, SingleStreamDiT, MageFlowTransformer2DModel)
-_POSITIONAL = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 
 
 def apply(model: Any, weighing: Weighing) -> Any:
@@ -138,7 +135,7 @@ class WeighedAttention(AttentionOverride):
                 "Conditioning (Set Mask) with set_cond_area `default` instead, or disconnect `mask`"
             )
         self.picture = -(-height // patch) * -(-width // patch) * (x.shape[2] if x.ndim == 5 else 1)
-        self.doubles = len(getattr(network, "double_blocks", ()))
+        self.network = network
         self.weighings = [
             (
                 weighing.config.reference, weighing.config.strength,
@@ -150,9 +147,9 @@ class WeighedAttention(AttentionOverride):
         self._cache: dict[tuple, list[torch.Tensor | None]] = {}
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
-        kwargs.update(zip(_POSITIONAL, args, strict=False))
+        kwargs = joint_blocks.named(args, kwargs)
         options = kwargs.get("transformer_options") or {}
-        counts = tuple(options.get(_COUNTS) or ())
+        counts = tuple(options.get(joint_blocks.COUNTS) or ())
         if not counts or "block_index" not in options:
             return self._inner(function, q, k, v, heads, **kwargs)
         apart = kwargs.get("skip_reshape", False)  # [B, H, T, D]
@@ -162,13 +159,13 @@ class WeighedAttention(AttentionOverride):
             return self._inner(function, q, k, v, heads, **kwargs)  # not of the joint sequence
         self.uses += 1
         layout = Layout(columns - self.picture - sum(counts), self.picture, counts)
-        number = options["block_index"] + (self.doubles if options.get("block_type") == "single" else 0)
+        number = joint_blocks.number(self.network, options)
         weights = [None if weight is None else weight[:, :rows] for weight in self._weights(layout, number)]
         if all(weight is None for weight in weights):
             return self._inner(function, q, k, v, heads, **kwargs)
         if kwargs.get("mask") is not None or kwargs.get("scale") is not None or kwargs.get("enable_gqa"):
             added = method.bias((rows, columns), layout.columns, weights).to(q)
-            mask = _four_dimensional(kwargs.get("mask"), q)
+            mask = joint_blocks.added_mask(kwargs.get("mask"), q.dtype)
             kwargs["mask"] = added if mask is None else mask + added
             return self._inner(function, q, k, v, heads, **kwargs)
         q, k, v = (part.transpose(1, 2) if apart else part.unflatten(-1, (heads, -1)) for part in (q, k, v))
@@ -204,17 +201,6 @@ def _batch_mask(
         )
     tokens = method.token_mask(mask, height, width, patch)
     return tokens.repeat(batch // len(mask), 1) if len(mask) > 1 else tokens
-
-
-def _four_dimensional(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """A mask as ComfyUI's attentions read it, [.., .., N, M], as numbers that are added."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    if mask.ndim == 2:
-        mask = mask.unsqueeze(0)
-    return mask.unsqueeze(1) if mask.ndim == 3 else mask
 
 
 def _is_active(weighing: Weighing, base: Any, t: torch.Tensor) -> bool:

@@ -25,12 +25,14 @@ def drawn(batch, queries, tokens, heads, width, dtype=torch.float32, seed=0):
     return q.to(dtype), torch.randn(batch, tokens, heads * width, generator=generator).to(dtype)
 
 
-def whole_map(q, k, heads, columns):
+def whole_map(q, k, heads, columns, added=None):
     """By torch's own attention, in fp64: the values mark which token each one is."""
     width = q.shape[-1] // heads
     q, k = (x.double().unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k))
     tokens = torch.eye(k.shape[2], dtype=torch.float64).expand(*k.shape[:2], -1, -1)
-    probabilities = torch.nn.functional.scaled_dot_product_attention(q, k, tokens)
+    probabilities = torch.nn.functional.scaled_dot_product_attention(
+        q, k, tokens, None if added is None else added.double()
+    )
     return probabilities[..., columns].sum(-1).mean(1)
 
 
@@ -44,6 +46,19 @@ def test_it_is_those_columns_of_the_whole_map(batch, queries, tokens, heads, wid
     actual = token_attention(q, k, heads, columns)
     assert actual.dtype == torch.float32 and actual.shape == (batch, queries)
     torch.testing.assert_close(actual.double(), whole_map(q, k, heads, columns), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 7), (2, 1, 63, 7), (2, 3, 63, 7)])
+def test_a_mask_is_added_to_the_scores(shape, monkeypatch):
+    q, k = drawn(2, 63, 7, 3, 5)
+    added = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    added[..., 5] = -torch.inf
+    expected = whole_map(q, k, 3, [2, 5], added)
+    assert not torch.allclose(expected, whole_map(q, k, 3, [2, 5]), rtol=1e-2)
+    for least in (kernel._LEAST_BYTES, 1):  # whole, and in chunks
+        monkeypatch.setattr(kernel, "_LEAST_BYTES", least)
+        actual = token_attention(q, k, 3, [2, 5], added).double()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_two_tokens_by_hand():

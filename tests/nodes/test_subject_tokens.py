@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfy.sd1_clip import SD1Tokenizer
+from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
 from comfy.sdxl_clip import SDXLTokenizer
-from comfy.text_encoders.flux import FluxTokenizer
-from comfy.text_encoders.qwen_image import QwenImageTokenizer
+from comfy.text_encoders.flux import FluxTokenizer, KleinTokenizer
+from comfy.text_encoders.longcat_image import LongCatImageTEModel, LongCatImageTokenizer
+from comfy.text_encoders.qwen_image import QwenImageTEModel, QwenImageTokenizer
 from comfy.text_encoders.z_image import ZImageTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,23 +65,54 @@ def test_joined_encoders_are_refused():
 
 
 @functools.cache
-def clip_of(make):
-    """A CLIP as far as its texts go: one zero per token."""
+def clip_of(make, model=None, name=None):
+    """A CLIP as far as its texts go: one number per token, cut as its model cuts them."""
     tokenizer = make()
+
+    def encode(tokens):
+        """Of each token its place among all of them."""
+        count = sum(map(len, tokens[name or next(iter(tokens))]))
+        out, extra = torch.arange(float(count)).view(1, -1, 1), {"attention_mask": torch.ones(1, count)}
+        if model is not None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(SD1ClipModel, "encode_token_weights", lambda _self, _tokens: (out, None, extra))
+                out = model.encode_token_weights(object.__new__(model), tokens)[0]
+        return [[out, {}]]
+
     return SimpleNamespace(
-        tokenize=tokenizer.tokenize_with_weights, tokenizer=tokenizer,
-        encode_from_tokens_scheduled=lambda tokens: [[torch.zeros(1, len(next(iter(tokens.values()))[0]), 4), {}]],
+        tokenize=tokenizer.tokenize_with_weights, tokenizer=tokenizer, encode_from_tokens_scheduled=encode
     )
 
 
-@pytest.mark.parametrize("make", [ZImageTokenizer, QwenImageTokenizer, FluxTokenizer])
-def test_an_encoder_with_a_template_or_of_two_texts_names_the_subject_without_positions(make):
-    """In Z-Image and Qwen-Image the text is a message of a chat; a word there has other tokens after a space."""
-    clip = clip_of(make)
-    ((_, options),) = subject_tokens.encode(clip, CAT, "a photo of {subject} jumping")
-    assert SUBJECT_TOKENS not in options
+JOINT = {
+    "t5xxl": (FluxTokenizer, None), "qwen25_7b": (QwenImageTokenizer, QwenImageTEModel),
+    "qwen3_4b": (KleinTokenizer, None), "longcat": (LongCatImageTokenizer, LongCatImageTEModel),
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("text", ["a photo of {subject} jumping", "{subject}, jumping", "dogs\nand {subject}"])
+def test_positions_behind_a_template_are_those_of_the_encoded_words(text, name):
+    """The text is a message of a chat; a word there has other tokens after a space, and the encoder cuts off the
+    template in part. Each number that is encoded says which token it was.
+    """
+    make, model = JOINT[name]
+    name = "qwen25_7b" if name == "longcat" else name
+    clip = clip_of(make, model, name)
+    ((encoded, options),) = subject_tokens.encode(clip, CAT, text)
+    chunk = [entry[0] for chunk in clip.tokenize(CAT.expand(text), return_word_ids=True)[name] for entry in chunk]
+    ids = [chunk[int(encoded[0, position, 0])] for position in options[SUBJECT_TOKENS]]
+    assert getattr(clip.tokenizer, name).tokenizer.decode(ids).strip() == CAT.trigger
     with pytest.raises(ValueError, match="text does not name the subject"):
         subject_tokens.encode(clip, CAT, "a photo of a cat")
+
+
+def test_a_text_whose_encoder_cuts_off_what_is_not_known_has_no_positions():
+    for make, width in ((QwenImageTokenizer, 3), (FluxTokenizer, 77 + 256)):  # SD 3 joins two texts so
+        other = {"encode_from_tokens_scheduled": lambda _tokens, width=width: [[torch.zeros(1, width, 1), {}]]}
+        clip = SimpleNamespace(**{**vars(clip_of(make)), **other})
+        ((_, options),) = subject_tokens.encode(clip, CAT, "a photo of {subject} jumping")
+        assert SUBJECT_TOKENS not in options
     ((_, options),) = subject_tokens.encode(clip_of(SD1Tokenizer), CAT, "a photo of {subject} jumping")
     assert options[SUBJECT_TOKENS]
 
