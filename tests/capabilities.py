@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -24,7 +25,8 @@ sys.path[:0] = [str(_TESTS), str(_TESTS.parent / "workflows")]
 from launcher import scripts  # noqa: E402
 
 STORED = _TESTS.parent / ".cache" / "capabilities.json"
-README = _TESTS / "README.md"
+README, FRONT = _TESTS / "README.md", _TESTS.parent / "README.md"
+SENTENCE = re.compile(r"\[\d+ families\]\(tests/README.md#every-family\) of such models: of \d+ cells \d+ work")
 HEADING = "## Every family\n"
 _INTRODUCTION = """
 Written by this command, which can be stopped and started again, and fails where a node does anything but work or refuse in words:
@@ -36,6 +38,8 @@ python tests/capabilities.py --again    # all of them
 
 Each is ComfyUI's own class with random weights and few, narrow layers; texts and latents are random, in the family's shapes. Found by *class* are those that ComfyUI's detection does not find at this size, since it takes a width for the sign of the family. + works, by the checks below the table. – is refused before sampling, in words that name the family and what to use instead. A few also run in the suite: `tests/nodes/test_families.py`. No real weights were run.
 """  # noqa: E501
+
+_LEFT = "Not in the table, of what ComfyUI 0.30.0 detects, by its own names:"
 
 
 def main() -> int:
@@ -107,16 +111,26 @@ def table(found: dict) -> str:
         checked[name] = max(set(told), key=told.count) if told else "none works"
     how = [f"- **{name}:** {text}." for name, text in checked.items()]
     total = f"{counts['works']} cells work and {counts['refuses']} refuse, of {len(families.FAMILIES)} families."
-    return "\n".join([_INTRODUCTION, *lines, "", total, "", *how, ""])
+    left = [f"- **{reason}:** {', '.join(names)}." for reason, names in families.NOT_TRIED.items()]
+    return "\n".join([_INTRODUCTION, *lines, "", total, "", *how, "", _LEFT, "", *left, ""])
 
 
 def write(found: dict) -> None:
-    """Replace the section in the README."""
+    """Replace the section in the README of the tests, and the counts on the first page."""
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(HEADING)
     after = rest.partition("\n## ")
     following = f"\n## {after[2]}" if after[2] else ""
     README.write_text(f"{before.rstrip()}\n\n{HEADING}{table(found)}{following}", encoding="utf-8")
+    text = FRONT.read_text(encoding="utf-8")
+    FRONT.write_text(SENTENCE.sub(sentence(README.read_text(encoding="utf-8")), text), encoding="utf-8")
+
+
+def sentence(text: str) -> str:
+    """What the first page says of the table in this text."""
+    works, refuses, count = re.search(r"(\d+) cells work and (\d+) refuse, of (\d+) families", text).groups()
+    cells = int(works) + int(refuses)
+    return f"[{count} families](tests/README.md#every-family) of such models: of {cells} cells {works} work"
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,9 @@
 """The short form of tests/capabilities.py: a few families through every node, and what its table must cover."""
 
 import capabilities
+import comfy.supported_models
 import pytest
+from launcher import source
 from launcher.scripts import ROOT
 from pack.nodes.extension import METHOD_NODES
 from support import capability_checks, families, family_models
@@ -52,6 +54,29 @@ def test_the_table_has_every_family_and_column():
     cells = _cells()
     assert list(cells) == [family.name for family in families.FAMILIES]
     assert all(list(row)[1:] == list(capability_checks.CHECKS) for row in cells.values())
+
+
+def test_every_class_that_comfyui_detects_is_in_the_table_or_named_beside_it(comfy_path):
+    """A newer ComfyUI may detect more; the table is of 0.30.0."""
+    kinds = comfy.supported_models.models
+    detected = {kind.__name__ for kind in kinds if kind.__module__ == "comfy.supported_models"}
+    named = [family.host_class for family in families.FAMILIES]
+    others = [name for names in families.NOT_TRIED.values() for name in names]
+    assert set(named) | set(others) <= detected and not set(named) & set(others)
+    if source.version_of(comfy_path) == "0.30.0":
+        assert detected <= set(named) | set(others)
+    for name in families.NOT_TRIED["a family of the table in another size"]:
+        host_class = getattr(comfy.supported_models, name)
+        assert host_class.__base__.__name__ in named and "get_model" not in vars(host_class)
+
+
+def test_the_first_page_counts_what_the_table_does():
+    cells = [cell for row in _cells().values() for cell in list(row.values())[1:]]
+    works, count = cells.count("+"), len(cells)
+    front, table = (path.read_text(encoding="utf-8") for path in (capabilities.FRONT, capabilities.README))
+    (found,) = capabilities.SENTENCE.findall(front)
+    assert found == capabilities.sentence(table) and f"of {count} cells {works} work" in found
+    assert works + cells.count("–") == count
 
 
 def _cells() -> dict[str, dict[str, str]]:
