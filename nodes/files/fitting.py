@@ -31,9 +31,12 @@ def check_lora(model: Any, lora: Mapping[str, torch.Tensor]) -> None:
             continue
         if stem not in layers:
             raise MisfitError(key, part, "no such layer")
-        weight = comfy.utils.get_attr(model.model, layers[stem])
+        # Of a layer that others cut into several, ComfyUI says which rows: (name, (dimension, start, length)).
+        place, *cut = layers[stem] if isinstance(layers[stem], tuple) else (layers[stem],)
+        weight = comfy.utils.get_attr(model.model, place)
         if type(weight) not in (torch.Tensor, torch.nn.Parameter):
             continue  # a packed weight's shape is not its layer's
+        weight = weight.narrow(*cut[0]) if cut else weight
         if part.shape[side : side + 1] != weight.shape[side : side + 1]:
             raise MisfitError(key, part, f"a layer of shape {tuple(weight.shape)}")
 

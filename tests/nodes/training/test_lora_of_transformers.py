@@ -5,6 +5,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import lora_pipeline
+from pack.nodes.files.fitting import MisfitError, check_lora
 from pack.nodes.patching import models
 from pack.nodes.training.config import LoraConfig
 from pack.nodes.training.lora import LoraLayers, lora_model
@@ -47,7 +48,8 @@ def trained(name):
 def test_comfyui_and_diffusers_take_every_update_of_the_file(name):
     model, layers, lora = trained(name)
     loader, build = THEIRS[name]
-    state = loader.lora_state_dict(dict(lora))
+    # diffusers scales some matrices where they are.
+    state = loader.lora_state_dict({key: matrix.clone() for key, matrix in lora.items()})
     with torch.device("meta"):
         network = build()
     linear = {layer: module for layer, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -64,6 +66,10 @@ def test_comfyui_and_diffusers_take_every_update_of_the_file(name):
     total = sum(float(update.square().sum()) for update in ours.values())
     assert sum(float(update.square().sum()) for update in updates.values()) == pytest.approx(total, rel=1e-4)
     before = model.model.state_dict()
+    check_lora(model, lora)
+    key = next(key for key in lora if ".lora_up." in key)
+    with pytest.raises(MisfitError, match="the model has a layer of shape"):
+        check_lora(model, {**lora, key: lora[key][:-1]})
     loaded = models.with_lora(model, weights=lora, strength=1.0)
     for layer, update in ours.items():
         key = f"diffusion_model.{layer}.weight"
