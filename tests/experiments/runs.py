@@ -148,6 +148,7 @@ def main(
     if not rows:
         parser.error("there are no rows yet: run arms first")
     sheet(folder, [arm for arm in known if newest(folder, arm)])
+    print(f"to look at: {folder / 'sheet.jpg'}")
     found = tables(rows)
     print(report.text(found))
     if not options.development:
