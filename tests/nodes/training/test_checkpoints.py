@@ -1,7 +1,9 @@
 """Checkpoints on disk, and what a run says that has to continue from one."""
 
 import copy
+import errno
 import logging
+from pathlib import Path
 
 import folder_paths
 import pytest
@@ -55,6 +57,23 @@ def test_a_checkpoint_from_before_seeds_went_by_purpose_is_refused_in_words(save
     older = weights.save(tensors, metadata, checkpoints.FOLDER.name, "older")
     with pytest.raises(ValueError, match="earlier version of this node.*set resume_from to none and train again"):
         checkpoints.Checkpoints("name", SETTINGS).resume(older.name)
+
+
+def test_a_checkpoint_that_is_open_elsewhere_stays_and_the_next_is_whole(saved, monkeypatch, caplog):
+    """Windows deletes no open file: the run has its newer state, and says which older one stays."""
+    first, unlink, locked = saved.path, Path.unlink, {saved.path}
+
+    def delete(path, missing_ok=False):
+        if path in locked:
+            raise PermissionError(errno.EACCES, "The process cannot access the file", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", delete)
+    saved.save(State(8, [0.5] * 8, {"parameter.a": torch.ones(2)}))
+    assert f"the earlier checkpoint {first.name} stays" in caplog.text and "cannot access" in caplog.text
+    assert saved.path != first and saved.resume(saved.path.name).step == 8 and saved.resume(first.name).step == 7
+    saved.save(State(9, [0.5] * 9, {"parameter.a": torch.ones(2)}))
+    assert checkpoints.choices() == ["none", first.name, saved.path.name]
 
 
 def test_the_log_names_the_checkpoint(saved, caplog):

@@ -339,6 +339,21 @@ def test_a_preview_that_runs_out_of_memory_changes_nothing(monkeypatch, caplog):
     assert model.model.current_patcher is None and not comfy.model_management.in_training
 
 
+def test_a_preview_that_fails_leaves_the_session_s_model_to_the_session(monkeypatch):
+    """Sampling ends with a cleanup, after which hooks and dynamic weights would find no patcher at the next step."""
+    conditionings = [tiny_model.conditioning(i) for i in range(2)]
+
+    def full(*_args, **_options):
+        raise comfy.model_management.OOM_EXCEPTION("out of memory")
+
+    monkeypatch.setattr(comfy.samplers.KSAMPLER, "sample", full)
+    with session(inference_model(), SHAPE, config()) as denoiser:
+        with pytest.raises(comfy.model_management.OOM_EXCEPTION):
+            drawing.sample_in_training(denoiser, *conditionings, SHAPE, 0, 2)
+        assert denoiser.model.current_patcher is denoiser.patcher
+    assert denoiser.model.current_patcher is None
+
+
 def test_comfyui_can_unload_a_model_whose_training_failed():
     model = tiny_model.picture(dtype=torch.bfloat16)
     frames = []

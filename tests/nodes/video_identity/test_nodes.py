@@ -199,6 +199,21 @@ def test_a_mask_around_the_person_is_told():
         assert re.match("the mask looks inverted.*Invert Mask", messages[0])
 
 
+def test_the_face_s_box_decides_where_the_mask_s_edges_mislead():
+    face = [[box(40, 25, 20, 10)]]
+    wide = torch.ones(1, 60, 100)
+    wide[:, 45:] = 0  # a close-up: the person is at all upper edges, so the inverted mask is not around anything
+    assert prepare(picture(), ReferenceConfig(64), 1 - wide)[1] == []
+    assert prepare(picture(), ReferenceConfig(64), wide, face)[1] == []
+    _, (message,) = prepare(picture(), ReferenceConfig(64), 1 - wide, face)
+    assert message.startswith("the mask looks inverted")
+    holed = torch.ones(1, 60, 100)
+    holed[:, 40:55, 10:35] = 0  # something in the person's hand
+    _, (message,) = prepare(picture(), ReferenceConfig(64), holed)
+    assert message.startswith("the mask looks inverted")
+    assert prepare(picture(), ReferenceConfig(64), holed, face)[1] == []
+
+
 def test_batches_alpha_grey_and_what_is_refused():
     images = torch.cat([picture(), picture().flip(2)])
     boxes = [[box(40, 25, 20, 10)], []]
