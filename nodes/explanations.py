@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comfy_execution.graph_utils import is_link
 from comfy_execution.utils import get_executing_context
 
 NODE = "UnderstudyExplain"
@@ -82,7 +83,7 @@ def is_asked() -> bool:
     seen: set[str] = set()
     while asking:
         link = asking.pop()
-        if isinstance(link, list) and link[0] in prompt and link[0] not in seen:
+        if is_link(link) and link[0] in prompt and link[0] not in seen:  # other lists are values, say of an API
             seen.add(link[0])
             asking.extend(prompt[link[0]]["inputs"].values())
     # A node that another one made while the graph ran is not in the graph as it was sent.

@@ -72,7 +72,7 @@ def _is_complete(path: str, _modified: int, size: int) -> bool:
         return False
     with open(path, "rb") as file:
         if suffix == ".webp":
-            return file.read(4) == b"RIFF" and struct.unpack("<I", file.read(4))[0] + 8 <= size
+            return file.read(4) == b"RIFF" and int.from_bytes(file.read(4), "little") + 8 <= size
         if suffix in (".mp4", ".mov"):
             return _has_index(file, size)
         ending = {".png": _PNG_END, ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".gif": b";"}.get(suffix, b"")

@@ -315,10 +315,11 @@ def _values_and_pairs(lists: dict, node: str, budgets: Budgets) -> tuple[dict, p
     some = {i: data[i] for i in checked}
     warnings = [line for i, pair in some.items() for line in pose_warnings(pair.pose, f"pose {i + 1}")]
     targets = [pair.target for pair in some.values()]
-    native = doctor.native_size(values.get("model"))
+    model = values.get("model")
     findings = [
+        *doctor.of_strangers(targets, "target", model, values.get("vae"), checked),
         *doctor.of_copies([doctor.features(target) for target in targets], "target", checked),
-        *doctor.of_light(targets, "target"), *doctor.of_sizes(targets, "target", native),
+        *doctor.of_light(targets, "target"), *doctor.of_sizes(targets, "target", doctor.native_size(model)),
     ]
     tell(node, [*warnings, *doctor.lines(findings)], logging.WARNING)
     return values, data

@@ -214,17 +214,21 @@ def _middle(mask: torch.Tensor) -> float:
     return float((columns * places).sum() / columns.sum())
 
 
-def of_strangers(pictures: Sequence[torch.Tensor], name: str, model: Any, vae: Any) -> Iterator[Finding]:
-    """Photographs for the puppets' models, looked for in a few of the pictures."""
+def of_strangers(
+    pictures: Sequence[torch.Tensor], name: str, model: Any, vae: Any, numbers: Sequence[int] = ()
+) -> Iterator[Finding]:
+    """Photographs for the puppets' models, looked for in a few of the pictures; `numbers` as in `of_copies`."""
     if vae is None or model is None or type(model.model.model_config).__name__ != _PUPPETS:
         return
     checked = sorted({i * len(pictures) // _LISTED for i in range(_LISTED)})
-    numbers = [str(i + 1) for i in checked if lost_detail(pictures[i], vae) > _UNKNOWN]
-    if numbers:
+    of = "" if numbers else f" of {len(pictures)}"
+    numbers = numbers or range(len(pictures))
+    found = [str(numbers[i] + 1) for i in checked if lost_detail(pictures[i], vae) > _UNKNOWN]
+    if found:
         yield Finding(
-            f"{name}: {_listed(numbers)} of {len(pictures)} {'is' if len(numbers) == 1 else 'are'} no puppet, and "
-            "these small models know puppets only, so nothing useful is learned: for people open a template whose "
-            "name begins with Real", serious=True,
+            f"{name}: {_listed(found)}{of} {'is' if len(found) == 1 else 'are'} no puppet, and these small models "
+            "know puppets only, so nothing useful is learned: for people open a template whose name begins with Real",
+            serious=True,
         )
 
 

@@ -6,7 +6,9 @@ from comfy_execution.utils import CurrentNodeContext
 from pack.nodes import explanations
 
 GRAPH = {
-    "apply": {"class_type": "UnderstudyApplyVideoIdentity", "inputs": {"strength": 1.0}},
+    "apply": {"class_type": "UnderstudyApplyVideoIdentity", "inputs": {
+        "strength": 1.0, "scopes": [], "curve": [[0, 0], [1, 1]], "boxes": [{"x": 1}, {"x": 2}],
+    }},
     "sampler": {"class_type": "KSampler", "inputs": {"model": ["apply", 0], "seed": 3}},
     "second": {"class_type": "KSampler", "inputs": {"model": ["apply", 0], "latent_image": ["sampler", 0]}},
     "other": {"class_type": "KSampler", "inputs": {"model": ["apply", 0]}},

@@ -95,6 +95,18 @@ def test_a_long_take_has_six_windows_that_share_what_its_note_says(stem):
     assert len(windows(settings, length + added)) == 7
 
 
+def test_people_in_poses_are_drawn_as_the_authors_drew_them():
+    """Their v-prediction SD 2.1, and the even steps of DDIM: on others the published weights draw other pictures."""
+    (path,) = (path for path in FILES if path.stem == "Real-1-People-in-poses-SD21")
+    nodes = {node["id"]: node for node in workflow_files.Workflow(path).nodes()}
+    origins = {link[0]: link[1] for link in workflow_files.Workflow(path).content["links"]}
+    (sampler,) = (node for node in nodes.values() if node["type"] == "KSampler")
+    assert sampler["widgets_values"][5] == "ddim_uniform"
+    (patched,) = (origins[slot["link"]] for slot in sampler["inputs"] if slot["name"] == "model")
+    (loader,) = (origins[slot["link"]] for slot in nodes[patched]["inputs"] if slot["name"] == "model")
+    assert nodes[loader]["widgets_values"] == ["v2-1_768-ema-pruned.safetensors"]
+
+
 @pytest.fixture(scope="module")
 def small_server(tmp_path_factory, comfy_path):
     base, models = (tmp_path_factory.mktemp(name) for name in ("server", "models"))

@@ -39,7 +39,7 @@ def test_a_file_counts_once_it_is_whole(casting, ending):
     files, damaged = folder.present("casting/")
     assert files == {EVERY[0].stem: path} and not damaged
     content = path.read_bytes()
-    for part in (content[: len(content) // 2], content[:-3], b""):
+    for part in (content[: len(content) // 2], content[:-3], content[:6], content[:2], b""):
         path.write_bytes(part)
         assert folder.present("casting/") == ({}, 1), len(part)
 

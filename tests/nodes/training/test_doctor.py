@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from pack.nodes.fusion_embedding import training_nodes
 from pack.nodes.puppets.nodes import UnderstudyPuppet
 from pack.nodes.training import doctor
 from PIL import Image
@@ -60,6 +61,15 @@ def test_a_photograph_for_the_puppets_models_is_noticed(loaded, pictures):
     assert not list(doctor.of_strangers(pictures, "images", model, vae))
     assert not list(doctor.of_strangers(mixed, "images", tiny_model.picture(), vae))
     assert not list(doctor.of_strangers(mixed, "images", model, None))
+
+
+def test_a_photograph_among_the_targets_of_a_fusion_is_noticed_by_its_number(loaded, pictures, caplog):
+    model, _, vae = loaded
+    (_, _, pose, _) = UnderstudyPuppet.execute(WHO, "waving", "beach", 1, 0).result
+    targets = [*pictures, *pictures, *pictures, like_a_photograph(), *pictures[1:]]  # every other one is looked at
+    lists = {"source": pictures[:1], "target": targets, "pose": [pose] * 16, "model": [model], "vae": [vae]}
+    training_nodes._values_and_pairs(lists, "Train Fusion Generator", {})
+    assert "target: 13 is no puppet, and these small models know puppets only" in caplog.text
 
 
 def enlarged(picture):
