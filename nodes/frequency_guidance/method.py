@@ -46,9 +46,14 @@ class FrequencyGuidance:
             raise ValueError("source_mask says where the driving subject belongs: connect its driving_mask as well")
         self._source = source if config.amplitude_scale > 0 or config.detail_bands else None
         self._driving = driving if config.phase_scale > 0 else None
-        for name, latent in (("source", self._source), ("driving", self._driving)):
-            if latent is not None:
-                latents.check_picture(latent, name)
+        for name, latent in self.latents.items():
+            latents.check_picture(latent, name)
+
+    @property
+    def latents(self) -> dict[str, torch.Tensor]:
+        """Those that act, by the name of their input."""
+        both = {"source": self._source, "driving": self._driving}
+        return {name: latent for name, latent in both.items() if latent is not None}
 
     def begin(self, model: Any, shape: torch.Size) -> Guide:
         """The guide of one sampling run for latents of `shape`: guide(latent, sigma) -> latent of the same dtype.

@@ -1,10 +1,13 @@
 """Nodes of frequency guidance (ImPoster): the prompt switch and the guided SAMPLER."""
 
+import logging
+
 from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
-from ..inputs import widgets
+from ..inputs import strangers, widgets
 from ..inputs.checked import CheckedNode
+from ..messages import tell
 from ..patching import samplers
 from . import method
 from .config import APPLY_TO, MOST_DETAIL_BANDS, FrequencyGuidanceConfig
@@ -43,7 +46,7 @@ class UnderstudyStepwisePrompt(CheckedNode):
             "them.",
             search_aliases=[
                 "prompt switch", "prompt schedule", "timestep range", "ImPoster", "action transfer",
-                "motion",
+                "motion", "プロンプト切り替え", "提示词切换",
             ],
             inputs=[
                 io.Conditioning.Input("target", tooltip="Prompt of the picture to generate, used after the switch."),
@@ -145,8 +148,16 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
         guidance = method.FrequencyGuidance(
             source["samples"], driving["samples"], config, source_mask, driving_mask
         )
+
+        def begin(model, shape):
+            guide = guidance.begin(model, shape)
+            for name, latent in guidance.latents.items():
+                lines = strangers.warnings(latent, name, model.model_config)
+                tell("Frequency Guidance Sampler", lines, logging.WARNING)
+            return guide
+
         wrap = samplers.guide_latent if config.apply_to == "latent" else samplers.guide_denoised
-        return io.NodeOutput(wrap(sampler, guidance.begin))
+        return io.NodeOutput(wrap(sampler, begin))
 
 
 NODES = [UnderstudyFrequencyGuidanceSampler, UnderstudyStepwisePrompt]

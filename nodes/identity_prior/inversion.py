@@ -4,8 +4,9 @@ The path comes from the model's own calls, in a sampling run for which ComfyUI l
 """
 
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import latent_preview
 import torch
 
 from .. import subject_tokens
-from ..inputs import latents
+from ..inputs import latents, strangers
 from ..inputs.families import check_one_latent, family
 from ..inputs.model_fit import check_latents, check_texts
 from ..messages import tell
@@ -29,11 +30,15 @@ from .config import FLOW_EDIT, InversionConfig, MaskConfig
 
 @dataclass(frozen=True)
 class Inversion:
-    """A source latent's path, in the model's space, and where in it the subject is: [B, T, H, W], 0 or 1."""
+    """A source latent's path, in the model's space, and where in it the subject is: [B, T, H, W], 0 or 1.
+
+    `weights` is ComfyUI's id of the model's weights with their LoRAs, None where it is not known.
+    """
 
     trajectory: method.Trajectory
     source_mask: torch.Tensor
     method: str
+    weights: uuid.UUID | None = None
 
     @property
     def megabytes(self) -> float:
@@ -57,6 +62,7 @@ def invert(
     model, cache = models.without_step_caches(model)
     if cache:
         tell("Invert Image", [f"{cache} is left out of the inversion, which needs every call of the model"])
+    tell("Invert Image", strangers.warnings(samples, "latent", model.model.model_config), logging.WARNING)
     layers = attention.layers_of(model)
     looked_at, name = (positive, "positive") if mask_text is None else (mask_text, "mask_text")
     if attention.need_no_subject(layers) and not (layers and subject_tokens.tagged_positions(looked_at)):
@@ -77,7 +83,7 @@ def invert(
     guider.set_cfg(1.0)
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     guider.sample(torch.zeros_like(samples), samples, sampler, sigmas, callback=callback, disable_pbar=True, seed=0)
-    return sampler.inversion
+    return replace(sampler.inversion, weights=model.patches_uuid)
 
 
 def _checked(samples: torch.Tensor, model: Any) -> torch.Tensor:

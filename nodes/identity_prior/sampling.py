@@ -30,6 +30,10 @@ from .inversion import Inversion, InversionSampler
 
 KEY = "understudy_identity_blend"
 _REMEMBERED_RUNS = 4
+_OTHER_WEIGHTS = (
+    "model has other weights than the one that the picture was inverted with, say a LoRA or a prior, so the path is "
+    "not its own: connect one model to Invert Image and to this node"
+)
 
 
 def apply(
@@ -45,6 +49,8 @@ def apply(
     check_one_latent(model, "the blend")
     clean = inversion.trajectory.clean
     latents.check_channels(clean, "inversion", model.model.latent_format.latent_channels, "invert with this model")
+    if inversion.weights not in (None, model.patches_uuid):
+        tell("Identity Mask Blend", [_OTHER_WEIGHTS], logging.WARNING)
     layers = attention.layers_of(model)
     if mask is not None:
         mask = latent_masks.latent_mask(mask, clean.shape)

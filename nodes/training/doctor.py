@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..inputs.families import sign_of_few_steps
+from ..inputs.strangers import FOR_PEOPLE, PUPPETS, PUPPETS_ONLY
 from ..inputs.words import entries, words_pattern
 from .stored import is_stored
 
@@ -27,10 +28,9 @@ _LIT_SIDE = 0.15
 _EMPTY_MASK, _FULL_MASK = 0.01, 0.95
 _OFF_CENTRE = 0.4  # of the width: the subject's middle in each picture, where it is always on one side
 _LONGEST = 2.5  # longer side by shorter side
-# The puppets' models, by the name of their configuration, and what their autoencoder loses of a picture's finest
-# detail, as a share of it: of 170 renders, also scaled, as JPEG or drawn by the model, at most 0.90; of 46 of 54
-# photographs and pictures of large models more than this.
-_PUPPETS, _UNKNOWN = "PuppetsSD", 0.92
+# What the puppets' autoencoder loses of a picture's finest detail, as a share of it: of 170 renders, also scaled, as
+# JPEG or drawn by the model, at most 0.90; of 46 of 54 photographs and pictures of large models more than this.
+_UNKNOWN = 0.92
 _WINDOW = 256  # pixels: the middle of a larger picture tells as much
 _LISTED = 6  # pictures and words that a finding names
 _FEW = 3  # fewer pictures have too little in common to speak of
@@ -218,7 +218,7 @@ def of_strangers(
     pictures: Sequence[torch.Tensor], name: str, model: Any, vae: Any, numbers: Sequence[int] = ()
 ) -> Iterator[Finding]:
     """Photographs for the puppets' models, looked for in a few of the pictures; `numbers` as in `of_copies`."""
-    if vae is None or model is None or type(model.model.model_config).__name__ != _PUPPETS:
+    if vae is None or model is None or type(model.model.model_config).__name__ != PUPPETS:
         return
     checked = sorted({i * len(pictures) // _LISTED for i in range(_LISTED)})
     of = "" if numbers else f" of {len(pictures)}"
@@ -226,8 +226,8 @@ def of_strangers(
     found = [str(numbers[i] + 1) for i in checked if lost_detail(pictures[i], vae) > _UNKNOWN]
     if found:
         yield Finding(
-            f"{name}: {_listed(found)}{of} {'is' if len(found) == 1 else 'are'} no puppet, and these small models "
-            "know puppets only, so nothing useful is learned: for people open a template whose name begins with Real",
+            f"{name}: {_listed(found)}{of} {'is' if len(found) == 1 else 'are'} no puppet, and {PUPPETS_ONLY}, so "
+            f"nothing useful is learned: {FOR_PEOPLE}",
             serious=True,
         )
 

@@ -102,6 +102,17 @@ def test_a_noise_that_is_not_the_picture_s_is_told_of(model, caplog):
     assert caplog.text.count("noise is not Invert Image's") == 2
 
 
+def test_a_lora_that_the_inversion_did_not_have_is_told_of(caplog):
+    mask = torch.ones(1, 8, 8)
+    blended(MODEL.clone(), mask, INVERSIONS[id(MODEL)])
+    assert not caplog.records
+    other = MODEL.clone()
+    key, weight = next(iter(other.model_state_dict().items()))
+    other.add_patches({key: ("diff", (torch.zeros_like(weight),))})
+    blended(other, mask, INVERSIONS[id(MODEL)])
+    assert "Identity Mask Blend: model has other weights than the one that the picture was inverted" in caplog.text
+
+
 def test_a_mask_fades_between_the_edit_and_the_path():
     """Euler's last step is the estimate itself: half of it and half of the source."""
     grid_of_one = torch.tensor([5.0, 0.0])
