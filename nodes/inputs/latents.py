@@ -38,6 +38,15 @@ def check_picture(latent: torch.Tensor, name: str) -> None:
     check_not_zero(latent, name)
 
 
+def check_frames(latent: torch.Tensor, name: str) -> None:
+    """Latents [B, C, T, H, W]: what a video model's VAE makes, of a single picture too."""
+    if latent.ndim == 4:
+        raise ValueError(
+            f"{name} has shape {tuple(latent.shape)}, without frames, so the VAE of another kind of model made it: "
+            "encode it with the VAE of this model"
+        )
+
+
 def check_channels(
     latent: torch.Tensor, name: str, channels: int, fix: str = "encode it with the VAE of this model"
 ) -> None:

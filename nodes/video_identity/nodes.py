@@ -8,6 +8,7 @@ from .. import explanations
 from ..consent import gate
 from ..inputs import widgets
 from ..inputs.checked import CheckedNode
+from ..inputs.latents import check_frames
 from ..messages import pictures, tell
 from . import files, method, reference_picture, sampling
 from .config import HIGHEST_GUIDANCE, HIGHEST_STRENGTH, ReferenceConfig, VideoIdentityConfig
@@ -176,7 +177,9 @@ class UnderstudyApplyVideoIdentity(CheckedNode):
     ) -> io.NodeOutput:
         config = VideoIdentityConfig(strength, start_percent, end_percent, blocks, reference_guidance)
         video_reference = method.video_reference(adapter, reference["samples"], config, mask)
-        return io.NodeOutput(sampling.apply(model, video_reference))
+        patched = sampling.apply(model, video_reference)
+        check_frames(reference["samples"], "reference")
+        return io.NodeOutput(patched)
 
 
 NODES = [UnderstudyPrepareReference, UnderstudyLoadVideoIdentityAdapter, UnderstudyApplyVideoIdentity]

@@ -22,6 +22,7 @@ _INVERTED = (
     "the mask looks inverted, so the person is white: it should be 1 where the person is, and Load Image's is 1 "
     "where its picture is transparent. Put Invert Mask between them"
 )
+_SCALED = "mask has {} pixels and image {}, so it is scaled: if it belongs to another picture, connect this one's"
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -29,7 +30,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 def prepare(
     images: torch.Tensor, config: ReferenceConfig, mask: torch.Tensor | None = None, bboxes: Any = None
 ) -> tuple[torch.Tensor, list[str]]:
-    """[B, size, size, 3] from images [B, H, W, 1 to 4] in 0..1, and a message for each picture that was not cropped.
+    """[B, size, size, 3] from images [B, H, W, 1 to 4] in 0..1, and messages on masks and on what was not cropped.
 
     mask: [1 or B, H, W], 1 where the person is; without boxes its extent is the box. bboxes: in any form that
     inputs.keypoints knows, a box or, for each picture, a list of boxes of which the largest counts. What is
@@ -39,12 +40,14 @@ def prepare(
     pictures.check_pictures(images, "image", least=1)
     alpha = images[..., 3].float().clamp(0, 1) if images.shape[-1] == 4 else None
     images = pictures.colour(images, "image")
+    results, messages = [], []
     if mask is not None:
+        sizes = [f"{size[1]} x {size[0]}" for size in (mask.shape[-2:], images.shape[1:3]) if len(size) == 2]
         mask = _fitted_mask(mask, images)
+        messages += [_SCALED.format(*sizes)] * (sizes[0] != sizes[1])
     elif alpha is not None and bool((alpha < 1).any()):
         mask = alpha
     boxes = None if bboxes is None else _boxes(bboxes, images)
-    results, messages = [], []
     for i, picture in enumerate(images.float()):
         person = None if mask is None else mask[min(i, len(mask) - 1)]
         box, message = _box(None if boxes is None else boxes[min(i, len(boxes) - 1)], person)

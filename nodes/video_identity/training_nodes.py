@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..consent import gate
 from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
-from ..inputs.latents import check_not_zero
+from ..inputs.latents import check_frames, check_not_zero
 from ..messages import tell
 from ..training import doctor, inputs, loss_masks, previews, widgets
 from ..training.checkpoints import Checkpoints
@@ -84,6 +84,9 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
         videos = inputs.single_latents(latents, "latents")
         pictures = inputs.single_latents(references, "references")
         _check_references(pictures)
+        for name, connected in (("latents", latents), ("references", references)):
+            for latent in () if is_stored(connected) else connected:
+                check_frames(latent["samples"], name)
         if len(pictures) == 1 < len(videos):
             tell("Train Video Identity Adapter", [f"one reference is trained with all {len(videos)} videos"])
         pictures = inputs.one_each(pictures, len(videos), "references", kind="items", each="video")
@@ -145,7 +148,7 @@ class UnderstudySaveVideoIdentityAdapter(CheckedNode):
             ADAPTER.Input("adapter", tooltip="A trained or loaded adapter."), prefix="video_identity",
             folder=files.FOLDER,
             description="Writes the adapter under its published key names to output/loras, where it can be loaded.",
-            search_aliases=["Stand-In", "save adapter", "export", "save LoRA"],
+            search_aliases=["Stand-In", "save adapter", "export", "save LoRA", "保存"],
         )
 
     @classmethod

@@ -163,7 +163,8 @@ def test_outside_the_mask_is_white_and_its_extent_is_the_box():
     assert at(image, 240, 100) == [100, 100] and at(image, 40, 240) == [100, 100]
     faced, _ = prepare(picture(), ReferenceConfig(480), mask, [[box(40, 25, 20, 10)]])
     torch.testing.assert_close(faced, image)
-    half, _ = prepare(picture(), ReferenceConfig(480), mask[:, ::2, ::2], [[box(40, 25, 20, 10)]])
+    half, messages = prepare(picture(), ReferenceConfig(480), mask[:, ::2, ::2], [[box(40, 25, 20, 10)]])
+    assert messages[0].startswith("mask has 50 x 30 pixels and image 100 x 60, so it is scaled")
     assert at(half, 240, 240) == [50, 30] and at(half, 240, 100) == [100, 100]
 
 
@@ -253,8 +254,8 @@ def folder(tmp_path, monkeypatch):
     folder_paths.filename_list_cache.clear()
 
 
-def apply(model, adapter, seed=1, mask=None, **settings):
-    latent = {"samples": torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(seed))}
+def apply(model, adapter, seed=1, mask=None, shape=(1, 16, 1, 4, 4), **settings):
+    latent = {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
     settings = {**vars(VideoIdentityConfig()), **settings}
     return UnderstudyApplyVideoIdentity.execute(model, adapter, latent, **settings, mask=mask).result[0]
 
@@ -287,6 +288,7 @@ def test_from_file_to_video_and_back(folder):
     (lambda: tiny_model.wan(dim=96), {}, r"q_loras\.down\.weight should be \(rank, 96\) and is \(4, 48\)"),
     (lambda: tiny_model.wan(num_layers=4), {}, r"blocks\.3\.self_attn\.q_loras\.down\.weight .* is nothing"),
     (lambda: tiny_model.wan("wan2.2 5B"), {}, "16 channels and the model's latents have 48.*VAE of this model"),
+    (lambda: tiny_model.wan(), {"shape": (1, 16, 4, 4)}, "reference has shape .* another kind of model made it"),
     (lambda: tiny_model.wan(), {"blocks": "3"}, "has 0 to 2"),
     (lambda: tiny_model.wan(), {"start_percent": 1.0}, "range of steps is empty"),
     (lambda: tiny_model.wan(), {"mask": torch.ones(1, 1, 8, 8)}, "mask has shape"),
