@@ -2,9 +2,10 @@
 
 import json
 import re
+import shutil
 
 import pytest
-from launcher import source, workflow_files
+from launcher import execution, source, workflow_files
 
 MODEL = {"name": "sd.safetensors", "url": "https://example.org/sd.safetensors", "directory": "checkpoints"}
 
@@ -102,3 +103,17 @@ def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(source.SetupError, match="bad.json"):
         workflow_files.find(tmp_path, ["bad"])
+
+
+def test_one_of_several_choices_goes_to_comfy_cli_as_a_text(tmp_path):
+    """Its own check knows no lists; what has none is run as it lies there."""
+    nodes = [{"widgets_values": ["x", ["training"], ["a", "b"], [[0, 0], [1, 1]]]}, {"widgets_values": {"y": 1}}, {}]
+    path = tmp_path / "chosen.json"
+    path.write_text(json.dumps({"nodes": nodes}))
+    prepared = execution._prepared(path)
+    assert prepared != path and prepared.name == path.name
+    values = json.loads(prepared.read_text())["nodes"][0]["widgets_values"]
+    assert values == ["x", "training", ["a", "b"], [[0, 0], [1, 1]]]
+    shutil.rmtree(prepared.parent)
+    path.write_text(json.dumps({"nodes": nodes[1:]}))
+    assert execution._prepared(path) == path
