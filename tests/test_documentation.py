@@ -169,6 +169,13 @@ def test_a_search_in_three_languages_finds_a_node(word):
     assert [node_id for node_id, schema in NODES.items() if any(word in alias for alias in schema.search_aliases)]
 
 
+def test_every_node_is_found_by_a_word_of_japanese_or_chinese():
+    """Whatever the language of the menus, in which its name is shown."""
+    east_asian = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
+    found = {node_id for node_id, schema in NODES.items() if any(map(east_asian.search, schema.search_aliases))}
+    assert NODES.keys() - found == set()
+
+
 def test_there_is_a_help_page_for_each_node_and_no_other():
     expected = {form.format(node_id) for node_id in NODES for form in PAGES.values()}
     assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.*")} == expected

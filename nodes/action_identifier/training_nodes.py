@@ -229,7 +229,7 @@ class UnderstudySaveActionIdentifier(CheckedNode):
             options=[textual_inversion],
             description="Saves a trained action in output/action_identifiers, where Load Action Identifier lists "
             "it.",
-            search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export"],
+            search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export", "保存"],
         )
 
     @classmethod

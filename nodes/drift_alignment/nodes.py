@@ -27,7 +27,7 @@ class UnderstudyAlignLatentDrift(CheckedNode):
             "video is made in pieces: gives the new latent the low-frequency statistics of the earlier ones.",
             search_aliases=[
                 "VAE-LFA", "color drift", "colour drift", "color match", "contrast", "iterative editing",
-                "multi-turn editing", "long video", "low frequency", "AdaIN",
+                "multi-turn editing", "long video", "low frequency", "AdaIN", "色ずれ", "色補正", "偏色", "颜色漂移",
             ],
             inputs=[
                 io.Latent.Input(

@@ -113,7 +113,7 @@ class UnderstudyEncodeAppearance(CheckedNode):
             category=CATEGORY,
             description="Encodes the source as Train Fusion Generator does: the whole picture, and for DINOv2 at 512 "
             "pixels, as published, where CLIP Vision Encode takes 518.",
-            search_aliases=["FPDM", "appearance", "CLIP vision encode", "DINOv2", "image encoder"],
+            search_aliases=["FPDM", "appearance", "CLIP vision encode", "DINOv2", "image encoder", "外見", "外观"],
             inputs=[
                 io.ClipVision.Input(
                     "clip_vision", tooltip="The encoder of the training: DINOv2 Large, as published.",

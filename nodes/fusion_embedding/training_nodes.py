@@ -334,7 +334,7 @@ class UnderstudySaveFusion(CheckedNode):
             "UnderstudySaveFusion", "Save Fusion (FPDM)", CATEGORY,
             FUSION.Input("fusion", tooltip="A trained or loaded fusion."), prefix="fusion", folder=files.FOLDER,
             description="Writes a fusion to output/fusion_embeddings, with all its parts. The log names them.",
-            search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export"],
+            search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export", "保存"],
         )
 
     @classmethod

@@ -111,7 +111,7 @@ class UnderstudyEncodeIdentity(CheckedNode):
             category=CATEGORY,
             description="Encodes a text in place of CLIP Text Encode and tags which of its tokens are the subject, "
             "so that the edit can see where the subject is.",
-            search_aliases=["LIPE", "prompt", "text encode", "subject", "identity", "CLIP"],
+            search_aliases=["LIPE", "prompt", "text encode", "subject", "identity", "CLIP", "人物", "提示词"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
                 widgets.IDENTITY.Input(
@@ -144,7 +144,10 @@ class UnderstudyInvertImage(CheckedNode):
             category=CATEGORY,
             description="Runs the sampling of a picture backwards, step by step, and locates the subject in it by "
             "the model's own attention.",
-            search_aliases=["LIPE", "DDIM inversion", "unsample", "real image editing", "ReNoise", "fixed point"],
+            search_aliases=[
+                "LIPE", "DDIM inversion", "unsample", "real image editing", "ReNoise", "fixed point", "画像編集",
+                "图像编辑", "反演",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model to edit with, including its prior; it is not modified."),
                 io.Conditioning.Input(
@@ -277,7 +280,7 @@ class UnderstudyEditMasks(CheckedNode):
             node_id="UnderstudyEditMasks", display_name="Show Edit Masks (LIPE)",
             category=CATEGORY,
             description="Shows the masks of a finished edit: the subject in the source picture, and in the edit.",
-            search_aliases=["LIPE", "show mask", "debug", "preview mask", "attention map"],
+            search_aliases=["LIPE", "show mask", "debug", "preview mask", "attention map", "マスク", "蒙版"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The output of Identity Mask Blend that the sampler uses."),

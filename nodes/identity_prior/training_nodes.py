@@ -181,7 +181,7 @@ class UnderstudySaveIdentityPrior(CheckedNode):
             prefix="identity_prior", folder=files.FOLDER,
             description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
             "fingerprint in its metadata. Load LoRA and other programs can also read it.",
-            search_aliases=["LIPE", "save LoRA", "export", "identity", "subject"],
+            search_aliases=["LIPE", "save LoRA", "export", "identity", "subject", "保存"],
         )
 
     @classmethod
