@@ -31,8 +31,8 @@ class FrequencyGuidance:
     """Guidance toward one source and one driving latent; it holds no state of a sampling run.
 
     source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one whose scale is 0 is ignored.
-    With a driving_mask [F, H, W], of any size, the phases are those of its subject in the estimate's own scene, and
-    act inside the mask alone; a source_mask says where the subject belongs and how large it is. Both are ours.
+    With a driving_mask [F, H, W], of any size, the phases are those of its subject alone, and act inside the mask
+    alone; a source_mask says where the subject belongs and how large it is. Both are ours.
     Raises ValueError, naming the input, for latents that are empty, all zero, not finite, or nested.
     """
 
@@ -72,7 +72,8 @@ class FrequencyGuidance:
         )
         if source_mask is not None:
             driving, mask = aligned(driving, mask, source_mask)
-        phase_band = spectral_guidance.Band(config.phase_low, config.phase_high)
+        if mask is not None:
+            driving = alone(driving, mask)
 
         @functools.cache
         def target_on(device: torch.device) -> spectral_guidance.Target:
@@ -83,18 +84,14 @@ class FrequencyGuidance:
                 ),
                 distance=config.phase_distance,
                 amplitude_band=spectral_guidance.Band(config.amplitude_low, config.amplitude_high),
-                phase_band=phase_band,
+                phase_band=spectral_guidance.Band(config.phase_low, config.phase_high),
             )
 
         def moved(latent: torch.Tensor) -> torch.Tensor:
             target, settings = target_on(latent.device), (config.amplitude_scale, config.phase_scale, config.update)
+            inside = spectral_guidance.update(latent, target, *settings)
             if mask is None:
-                return spectral_guidance.update(latent, target, *settings)
-            estimate = latent.float()
-            # The driving subject in the scene that is being made, so that its own scene does not come along.
-            scene = latent_masks.blend(driving.to(estimate.device).expand(estimate.shape), estimate, mask)
-            phasor = spectral_guidance.driving_phasor(scene, config.phase_distance, phase_band)
-            inside = spectral_guidance.update(latent, replace(target, phasor=phasor), *settings)
+                return inside
             # Phases are of the whole plane: without this, about half of what they change is the scene around it.
             outside = spectral_guidance.update(latent, replace(target, phasor=None), *settings)
             return latent_masks.blend(inside, outside, mask)
@@ -178,6 +175,18 @@ def aligned(
         return F.grid_sample(flat, grid, padding_mode=padding, align_corners=False).reshape(planes.shape)
 
     return moved(driving, "border"), moved(mask, "zeros")
+
+
+def alone(driving: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The subject of a driving latent [B, C, (T,) H, W] by its mask [B, T, H, W], on a ground of its own mean.
+
+    Whatever stands around it takes part in its phases. Its own scene may not, nor the estimate's, which would still
+    hold the pose that is to change.
+    """
+    weight = (mask if driving.ndim == 4 else mask.unsqueeze(1)).to(driving.device)
+    mean = (driving * weight).sum((-2, -1), keepdim=True) / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    shape = *mean.shape[:-2], *driving.shape[-2:]
+    return latent_masks.blend(driving.expand(shape), mean.expand(shape), mask)
 
 
 def _foot(mask: torch.Tensor) -> tuple[float, float]:
