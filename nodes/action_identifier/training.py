@@ -18,7 +18,7 @@ from ..training import drawing, loop
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import State
-from ..training.objective import WEIGHTS, Denoising
+from ..training.objective import WEIGHTS, Denoising, Sample
 from ..training.parallel import only_whole_batches
 from ..training.reference_loss import ReferenceLoss, noise_and_level
 from ..training.runs import LossMap, run
@@ -199,8 +199,9 @@ class _ActionTrainer:
 
         def batch_loss(exemplar_ids: list[int], generator: torch.Generator) -> torch.Tensor:
             contexts = [self.contexts(prompts[i], name, tokens) for i in exemplar_ids]
-            clean = torch.cat([self.latents[i] for i in exemplar_ids])
-            return self.denoising.loss(clean, self._with_contexts(exemplar_ids, contexts), generator)
+            conditions = self._with_contexts(exemplar_ids, contexts)
+            batch = [Sample(self.latents[i], own) for i, own in zip(exemplar_ids, conditions, strict=True)]
+            return self.denoising.losses(batch, generator)
 
         if not self.action.triples:
             return method.BatchObjective(batch_loss, count, self.config.batch_size), None

@@ -234,17 +234,15 @@ def _within(conditioning: list, start: float, end: float) -> list:
 class SourceDrivingObjective:
     """ImPoster's fine-tuning: steps take the source and the driving picture in turn, both with one noise and level.
 
-    loss(latent, conditions, generator) -> [B] is the denoising loss; `samples` are those of the source and the
-    driving picture.
+    losses(samples, generator) -> [B] are denoising losses; `samples` are the source's and the driving picture's.
     """
 
-    loss: Callable[..., torch.Tensor]
+    losses: Callable[..., torch.Tensor]
     samples: Sequence[Sample]
     seed: int
 
     def __call__(self, step: int, _generator: torch.Generator) -> torch.Tensor:
         iteration, index = divmod(step, len(self.samples))
-        sample = self.samples[index]
         # The iteration's generator, not the step's: both pictures get the same noise and noise level.
         generator = torch.Generator().manual_seed(seed_for(self.seed, "step", iteration))
-        return self.loss(sample.latent, [sample.conditions], generator).mean()
+        return self.losses([self.samples[index]], generator).mean()

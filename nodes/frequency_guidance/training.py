@@ -27,6 +27,6 @@ def train(
     *conditionings, empty = picture_training.encode_texts(clip, [*texts, ""])
     return picture_training.train_on_pictures(
         model, latents, conditionings, config, lora, checkpoints=checkpoints, resume_from=resume_from,
-        make_objective=lambda denoising, samples: method.SourceDrivingObjective(denoising.loss, samples, config.seed),
+        make_objective=lambda denoising, both: method.SourceDrivingObjective(denoising.losses, both, config.seed),
         preview=drawing.preview_of(vae, conditionings[0], empty, latents[0].shape, config.seed), weights=weights,
     )

@@ -28,10 +28,10 @@ Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 class PriorObjective:
     """The loss on the subject plus `weight` times that on its class, both in one forward pass.
 
-    loss(clean, conditions, generator) -> [B]; subject and classes draw batches of samples, of one shape each.
+    losses(samples, generator) -> [B]; subject and classes draw batches of samples, of one shape each.
     """
 
-    loss: Callable[..., torch.Tensor]
+    losses: Callable[..., torch.Tensor]
     subject: Any
     classes: Any
     weight: float
@@ -40,14 +40,10 @@ class PriorObjective:
         subject = self.subject.draw(generator)
         classes = self.classes.draw(generator)
         if not same_bucket(subject[0], classes[0]):
-            first, second = (self._losses(samples, generator).mean() for samples in (subject, classes))
+            first, second = (self.losses(samples, generator).mean() for samples in (subject, classes))
             return first + self.weight * second
-        both = self._losses([*subject, *classes], generator)
+        both = self.losses([*subject, *classes], generator)
         return both[: len(subject)].mean() + self.weight * both[len(subject) :].mean()
-
-    def _losses(self, samples, generator) -> torch.Tensor:
-        clean = torch.cat([sample.latent for sample in samples])
-        return self.loss(clean, [sample.conditions for sample in samples], generator)
 
 
 # Inversion

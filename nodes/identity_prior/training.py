@@ -64,7 +64,7 @@ def train(
         subject, class_ = (
             Batches(part, config.batch_size) for part in (samples[: len(latents)], samples[len(latents) :])
         )
-        return method.PriorObjective(denoising.loss, subject, class_, prior.prior_weight)
+        return method.PriorObjective(denoising.losses, subject, class_, prior.prior_weight)
 
     return picture_training.train_on_pictures(
         model, chained(latents, class_latents), conditionings, config, LoraConfig(rank=prior.rank),

@@ -134,15 +134,18 @@ class Denoising:
         self.denoiser, self.level_weight = denoiser, level_weight
         self.prediction_loss = PredictionLoss(denoiser.model.model_sampling, config.min_snr_gamma)
 
-    def loss(self, clean: torch.Tensor, conditions: Sequence, generator: torch.Generator) -> torch.Tensor:
-        """The loss of each of B latents, [B], in one forward pass; noise and levels come from `generator`.
+    def losses(self, batch: Sequence[Sample], generator: torch.Generator) -> torch.Tensor:
+        """The loss of each of B samples of one shape, [B], in one forward pass; `generator` draws noise and levels.
 
-        Those that other processes compute are 0.
+        Those that other processes compute are 0, and but for the first they are not read.
         """
-        noise, level = self.drawn(clean.shape, generator)
-        return in_shares(len(clean), lambda part: self.loss_at(
-            clean[part], conditions[part], noise[part], level[part]
-        ))
+        noise, level = self.drawn((len(batch), *batch[0].latent.shape[1:]), generator)
+
+        def computed(part: slice) -> torch.Tensor:
+            clean = torch.cat([sample.latent for sample in batch[part]])
+            return self.loss_at(clean, [sample.conditions for sample in batch[part]], noise[part], level[part])
+
+        return in_shares(len(batch), computed)
 
     def drawn(self, shape: Sequence[int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise and noise levels of a batch of latents of this shape."""
@@ -153,7 +156,7 @@ class Denoising:
         self, clean: torch.Tensor, conditions: Any, noise: torch.Tensor, level: torch.Tensor,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`loss` with this noise, like `clean`, and these noise levels [B], indices into the sigmas.
+        """The loss [B] with this noise, like `clean`, and these noise levels [B], indices into the sigmas.
 
         `weights` [B, 1, ...] are those of the cells, where they are not among the conditions.
         """
@@ -178,14 +181,7 @@ class DenoisingObjective(Denoising):
         self.batches = Batches(samples, config.batch_size)
 
     def __call__(self, _step: int, generator: torch.Generator) -> torch.Tensor:
-        batch = self.batches.draw(generator)
-        noise, level = self.drawn((len(batch), *batch[0].latent.shape[1:]), generator)
-
-        def losses(part: slice) -> torch.Tensor:  # no process reads the samples of another
-            clean = torch.cat([sample.latent for sample in batch[part]])
-            return self.loss_at(clean, [sample.conditions for sample in batch[part]], noise[part], level[part])
-
-        return in_shares(len(batch), losses).mean()
+        return self.losses(self.batches.draw(generator), generator).mean()
 
 
 def prediction_kind(model_sampling: Any, purpose: str, family: str = "") -> str:

@@ -185,8 +185,8 @@ def test_paper_with_gradient_is_the_published_step():
 def test_the_pair_takes_turns_and_shares_noise_and_level_in_each_iteration():
     seen = []
 
-    def loss(latent, conditions, generator):
-        seen.append((latent, conditions[0], float(torch.rand(1, generator=generator))))
+    def loss(batch, generator):
+        seen.append((batch[0].latent, batch[0].conditions, float(torch.rand(1, generator=generator))))
         return torch.tensor([1.0, 3.0])
 
     samples = [types.SimpleNamespace(latent=name, conditions=f"{name} text") for name in ("source", "driving")]
