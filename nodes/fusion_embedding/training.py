@@ -23,7 +23,7 @@ from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, encoder_session, session
 from ..training.stored import digest
-from ..training.whole_network import BYTES_PER_PARAMETER, WholeNetwork
+from ..training.whole_network import WholeNetwork
 from . import encoding, layout, method, sampling
 from .config import GUIDANCE, CombinerConfig, GeneratorConfig
 from .layout import FusionError, Weights
@@ -91,9 +91,7 @@ def _loaded_encoder(
         with torch.inference_mode(False), torch.enable_grad():
             yield clip_vision.model, None
         return
-    copies = BYTES_PER_PARAMETER * sum(weight.numel() for weight in clip_vision.model.parameters())
-    required = _ACTIVATIONS + (0 if config.offload else copies)
-    with encoder_session(clip_vision.patcher, required, config.gradient_checkpointing, config.offload) as module:
+    with encoder_session(clip_vision.patcher, _ACTIVATIONS, config) as module:
         trained = WholeNetwork(module, "switch train_encoder off", in_main_memory=config.offload)
         with trained.attached():
             yield module, trained

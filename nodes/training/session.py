@@ -142,7 +142,7 @@ def session(
         if config.offload:
             raise ValueError("offload is for weights that are not trained, and whole_unet trains all: switch one off")
     activations = patcher.memory_required(list(shape)) * _MEMORY_FACTOR
-    _tell_needs(patcher, activations, BYTES_PER_PARAMETER * parameters, config)
+    _tell_needs(patcher, activations, BYTES_PER_PARAMETER * parameters, config, fp8=not whole)
     required = activations + BYTES_PER_PARAMETER * parameters
     with _loaded([patcher, *other_models], required, config.offload), contextlib.ExitStack() as stack:
         stack.callback(patcher.cleanup)
@@ -167,33 +167,43 @@ def session(
         yield ModelDenoiser(patcher)
 
 
-def _tell_needs(patcher: Any, activations: float, trained: int, config: TrainingConfig) -> None:
-    """How much memory the run will need, by ComfyUI's estimate for sampling, and what would lower it."""
+def _tell_needs(patcher: Any, activations: float, trained: int, config: TrainingConfig, fp8: bool) -> None:
+    """How much memory the run will need, by ComfyUI's estimate for sampling, and what would lower it.
+
+    `fp8` is whether a model in fp8 can be trained this way.
+    """
     weights = 0 if config.offload else patcher.model_size()
-    cures = {"offload": config.offload, "gradient_checkpointing": config.gradient_checkpointing}
-    lower = [name for name, on in cures.items() if not on] + ["a smaller batch_size"] * (config.batch_size > 1)
+    cures = {
+        "offload": not config.offload, "gradient_checkpointing": not config.gradient_checkpointing,
+        "a smaller batch_size": config.batch_size > 1,
+        "a model in fp8": fp8 and weights and getattr(patcher.model_dtype(), "itemsize", 1) > 1,
+    }
     parts = {"weights": weights, "activations": activations, "what is trained": trained}
     told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     line = f"needs about {sum(parts.values()) / 2**30:.1f} GB by estimate: {told}"
-    tell("training", [f"{line}; {', '.join(lower)} would lower it" if lower else line])
+    lower = ", ".join(name for name, helps in cures.items() if helps)
+    tell("training", [f"{line}; {lower} would lower it" if lower else line])
 
 
 @contextlib.contextmanager
 def encoder_session(
-    patcher: comfy.model_patcher.ModelPatcher, required: int, gradient_checkpointing: bool, offload: bool = False
+    patcher: comfy.model_patcher.ModelPatcher, activations: int, config: TrainingConfig
 ) -> Iterator[torch.nn.Module]:
-    """Load an image encoder and make it differentiable, as `session` does with a diffusion model.
+    """Load an image encoder and make it differentiable, as `session` does with a diffusion model, to train it whole.
 
-    `required` is how many bytes its activations and trained copies take on the device. With `offload` its
-    layers fetch their weights in each call, trained ones as well.
+    `activations` is how many bytes its backward pass takes. With `offload` its layers fetch their weights in each
+    call, trained ones as well.
     """
     patcher = clone_without_streaming(patcher)
-    encoder = patcher.model
-    loaded, differentiable = _loaded([patcher], required, offload), _differentiable([patcher], [patcher])
+    encoder, offload = patcher.model, config.offload
+    copies = 0 if offload else BYTES_PER_PARAMETER * sum(weight.numel() for weight in encoder.parameters())
+    _tell_needs(patcher, activations, copies, config, fp8=False)
+    loaded = _loaded([patcher], activations + copies, offload)
+    differentiable = _differentiable([patcher], [patcher])
     with loaded, differentiable, contextlib.ExitStack() as stack:
         if offload:
             stack.enter_context(streamed_layers(encoder, trained=True))
-        if gradient_checkpointing:
+        if config.gradient_checkpointing:
             for part in list(encoder.modules()):
                 if any(isinstance(child, torch.nn.ModuleList) for child in part.children()):
                     stack.enter_context(checkpointed_blocks(part, on_copies=True))

@@ -12,6 +12,7 @@ from pack.nodes.fingerprint import weights_fingerprint
 from pack.nodes.fusion_embedding import encoding, method, nodes
 from pack.nodes.fusion_embedding.method import Fusion, FusionError
 from pack.nodes.puppets.vision import VISION_CONFIG, vision
+from pack.nodes.training.config import TrainingConfig
 from pack.nodes.training.session import encoder_session
 from support import fusions
 
@@ -60,7 +61,8 @@ def test_gradients_are_transformers(checkpointing):
     theirs = transformers_model(clip_vision)
     theirs(pixels(clip_vision, pictures)).image_embeds.square().sum().backward()
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    with torch.inference_mode(), encoder_session(clip_vision.patcher, 0, checkpointing) as module:
+    config = TrainingConfig(steps=1, learning_rate=1e-3, gradient_checkpointing=checkpointing)
+    with torch.inference_mode(), encoder_session(clip_vision.patcher, 0, config) as module:
         from pack.nodes.training.whole_network import WholeNetwork
 
         trained = WholeNetwork(module)

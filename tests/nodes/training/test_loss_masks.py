@@ -6,7 +6,7 @@ from pack.nodes.training import loss_masks
 from pack.nodes.training.config import TrainingConfig
 from pack.nodes.training.objective import WEIGHTS, Denoising, PredictionLoss
 from pack.nodes.training.stored import Stored
-from support import tiny_model
+from support import every_training, tiny_model
 
 
 class EpsilonSampling(torch.nn.Module):
@@ -94,3 +94,13 @@ def test_the_weights_of_a_batch_reach_the_loss():
     among = denoising.loss_at(clean, [{"a": 1, WEIGHTS: weights}], noise, level)
     assert torch.equal(given, among) and Plain.asked[-1] == [{"a": 1}]
     assert float(given / denoising.loss_at(clean, [{}], noise, level)) == pytest.approx(9 / 5)
+
+
+@pytest.mark.parametrize("name", every_training.TRAININGS)
+def test_every_training_learns_inside_its_masks(name):
+    """A mask of ones is none. The combiner's: tests/nodes/fusion_embedding/test_pairs.py."""
+    ones, half = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
+    half[..., :4] = 0
+    plain, _ = every_training.trained(name)
+    assert every_training.same(plain, every_training.trained(name, weights=[ones] * 3)[0])
+    assert not every_training.same(plain, every_training.trained(name, weights=[half] * 3)[0])

@@ -7,7 +7,7 @@ from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
 from pack.nodes.training.objective import DenoisingObjective, Sample
 from pack.nodes.training.session import session
-from support import tiny_model
+from support import every_training, fusion_trainings, tiny_model
 
 SHAPES = {"picture": (1, 4, 8, 8), "wan": (1, 16, 2, 4, 4)}
 MODELS = {"picture": tiny_model.as_loaded(tiny_model.picture()), "wan": tiny_model.as_loaded(tiny_model.wan())}
@@ -35,6 +35,15 @@ def test_the_training_is_the_same_bit_for_bit(name, checkpointing):
     assert losses == same_losses
     assert all(torch.equal(plain[key], streamed[key]) for key in plain)
     assert forwards == {id(module): module.__dict__.get("forward") for module in MODELS[name].model.modules()}
+
+
+@pytest.mark.parametrize("stored", [{}, every_training.FP8], ids=["fp32", "fp8"])
+@pytest.mark.parametrize("name", every_training.TRAININGS)
+def test_every_training_streams_bit_for_bit(name, stored):
+    """Also on a base of 8 bits. The combiner's encoder: tests/nodes/fusion_embedding/test_paths.py."""
+    plain, losses = every_training.trained(name, stored)
+    streamed, same_losses = every_training.trained(name, stored, offload=True)
+    assert losses == same_losses and every_training.same(plain, streamed)
 
 
 def kept_weights(name, **settings):
@@ -67,8 +76,17 @@ def test_what_a_run_needs_is_told_before_its_first_step(caplog):
         trained("picture")
         trained("picture", offload=True, gradient_checkpointing=True, batch_size=1)
     first, second = [message for message in caplog.messages if "by estimate" in message]
-    assert "offload, gradient_checkpointing, a smaller batch_size would lower it" in first
+    assert "offload, gradient_checkpointing, a smaller batch_size, a model in fp8 would lower it" in first
     assert "weights 0.0" in second and "would lower" not in second
+
+
+def test_a_trained_encoder_tells_it_too(caplog):
+    with caplog.at_level("INFO"):
+        fusion_trainings.combined(train_encoder=True, steps=1)
+        fusion_trainings.combined(train_encoder=True, steps=1, offload=True)
+    whole, streamed = [message for message in caplog.messages if "by estimate" in message]
+    assert "activations 4.0" in whole and "; offload, gradient_checkpointing, a smaller batch_size would" in whole
+    assert "weights 0.0, activations 4.0, what is trained 0.0; gradient_checkpointing, a" in streamed
 
 
 def test_a_whole_network_is_not_offloaded():
