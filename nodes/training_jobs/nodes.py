@@ -196,20 +196,27 @@ _WRITERS: dict[type, Callable[[JobFolder, str, list], str]] = {
 
 
 def _written_for(program: str, target: JobFolder, values: dict, data: dict, settings: dict) -> list[str]:
-    """Write another program's configuration; returns what to tell of it."""
+    """Write another program's configuration; returns what to tell of it, with what it leaves out."""
     if program == other_trainers.NONE:
         return []
     folders = target.input / data["images"], target.input / data["class_images"] if "class_images" in data else None
     pictures = inputs.pictures(values["images"], "images")
+    lines = []
+    if folders[1] is None and settings["prior_weight"]:
+        lines.append(f"{program} gets no class pictures, which this training draws itself: connect class_images")
+    masks = target.input / data["masks"] if len(_masks(values.get("masks", []))) == len(pictures) else None
+    if "masks" in data and (program == other_trainers.MUSUBI or masks is None):
+        fix = "it has none" if program == other_trainers.MUSUBI else "connect one for each picture"
+        lines.append(f"{program} gets no masks and learns from whole pictures: {fix}")
     if program == other_trainers.MUSUBI:
         path, text = target.path / "musubi_dataset.toml", other_trainers.musubi(*folders, pictures)
     else:
         sampling = values["model"][0].get_model_object("model_sampling")
         flow = prediction_kind(sampling, "training") == "flow"
         path = target.path / "ai_toolkit.json"
-        text = other_trainers.ai_toolkit(target.name, *folders, pictures, settings, flow)
+        text = other_trainers.ai_toolkit(target.name, *folders, pictures, settings, flow, masks)
     path.write_text(text, encoding="utf-8")
-    return [f"{path} is for {program}"]
+    return [f"{path} is for {program}", *lines]
 
 
 NODES = [UnderstudyExportTrainingJob]

@@ -34,15 +34,20 @@ def musubi(images: Path, classes: Path | None, pictures: Sequence[torch.Tensor])
 
 def ai_toolkit(
     name: str, images: Path, classes: Path | None, pictures: Sequence[torch.Tensor], settings: dict[str, Any],
-    flow: bool,
+    flow: bool, masks: Path | None = None,
 ) -> str:
-    """ai-toolkit's job as JSON, without the model's path. `flow` is whether the model predicts velocity."""
+    """ai-toolkit's job as JSON, without the model's path. `flow` is whether the model predicts velocity.
+
+    `masks` is a folder with a file of the same name for each of `images`.
+    """
     side = max(max(picture.shape[1:3]) for picture in pictures)
     datasets = [
         {"folder_path": str(folder), "caption_ext": "txt", "resolution": [side], "shuffle_tokens": False,
          "caption_dropout_rate": 0.0, "cache_latents_to_disk": True, "is_reg": folder is classes}
         for folder in (images, classes) if folder is not None
     ]
+    if masks is not None:
+        datasets[0] |= {"mask_path": str(masks), "mask_min_value": settings.get("mask_floor", 0.0)}
     rank, steps = settings["rank"], settings["steps"]
     process = {
         "type": "sd_trainer", "training_folder": "output", "device": "cuda:0",

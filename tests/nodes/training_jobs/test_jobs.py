@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from pack.nodes.training import inputs
 from pack.nodes.training.stored import Stored, chained, is_stored
 from pack.nodes.training_jobs import conditionings, folder, loaders, other_trainers
+from pack.nodes.training_jobs import nodes as job_nodes
 from pack.nodes.training_jobs.nodes import TRAININGS, UnderstudyExportTrainingJob
 from support import tiny_model
 from trainer import job
@@ -103,7 +104,7 @@ def test_the_node_has_the_inputs_of_each_train_node():
     for option, node in zip(combo.options, TRAININGS, strict=True):
         names = [widget.id for widget in node.define_schema().inputs]
         assert [widget.id for widget in option.inputs] == [name for name in names if name != "resume_from"]
-        assert {"masks", "mask_floor"} <= set(names)
+        assert {"masks", "mask_floor", "offload", "gradient_checkpointing"} <= set(names)
 
 
 def test_a_video_job_is_written_and_read(target, tmp_path, monkeypatch):
@@ -136,7 +137,31 @@ def test_other_programs_get_their_keys(tmp_path):
     (process,) = read["config"]["process"]
     assert process["train"]["noise_scheduler"] == "flowmatch" and process["network"]["linear"] == 8
     assert [data["is_reg"] for data in process["datasets"]] == [False, True]
-    assert process["train"]["reg_weight"] == 0.5
+    assert process["train"]["reg_weight"] == 0.5 and not any("mask_path" in data for data in process["datasets"])
+    settings["mask_floor"] = 0.25
+    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, settings, True, tmp_path / "masks"))
+    subject, classes = read["config"]["process"][0]["datasets"]
+    assert subject["mask_path"] == str(tmp_path / "masks") and subject["mask_min_value"] == 0.25
+    assert "mask_path" not in classes
+
+
+def test_what_other_programs_do_not_get_is_told(target):
+    values = {
+        "images": [torch.zeros(3, 8, 8, 3)], "masks": [torch.ones(1, 8, 8)], "model": [tiny_model.picture()],
+    }
+    settings = {"rank": 2, "steps": 4, "batch_size": 1, "learning_rate": 1e-4, "prior_weight": 1.0}
+
+    def told(program, data, **changes):
+        return "\n".join(job_nodes._written_for(program, target, {**values, **changes}, data, settings))
+
+    data = {"images": "images", "masks": "masks"}
+    lines = told(other_trainers.AI_TOOLKIT, data)
+    assert "ai-toolkit gets no class pictures" in lines and "connect one for each picture" in lines
+    lines = told(other_trainers.AI_TOOLKIT, {**data, "class_images": "classes"}, masks=[torch.ones(3, 8, 8)])
+    assert lines.endswith("ai_toolkit.json is for ai-toolkit")
+    (process,) = json.loads((target.path / "ai_toolkit.json").read_text())["config"]["process"]
+    assert process["datasets"][0]["mask_path"] == str(target.input / "masks")
+    assert "musubi-tuner gets no masks" in told(other_trainers.MUSUBI, data, masks=[torch.ones(3, 8, 8)])
 
 
 def test_data_in_files_is_read_when_it_is_looked_at():

@@ -7,10 +7,11 @@ import pytest
 import torch
 from pack.nodes import extension
 from pack.nodes.fusion_embedding import files as fusion_files
-from pack.nodes.training import parallel
+from pack.nodes.training import checkpoints, parallel
 from pack.nodes.training_jobs import conditionings, folder
 from pack.nodes.video_identity import files as adapter_files
-from support import fusions, tiny_model
+from pack.nodes.video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
+from support import every_training, fusions, tiny_model
 from trainer import job
 from trainer.encodings import Encodings
 
@@ -35,7 +36,8 @@ def target(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "output" / "loras")], {FILE}))
+    for name in ("loras", "training_checkpoints"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path / "output" / name)], {FILE}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Tiny", Tiny)
     extension.register_folders()
@@ -62,23 +64,55 @@ class Sharing(parallel.Engine):
         return stored
 
 
-def test_an_adapter_s_job_trains_from_files_and_loads(target, tmp_path):
+SETTINGS = {"rank": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 1, "mask_floor": 0.5}
+
+
+def video_job(target, steps):
+    """An adapter's job, and its data as a graph has them."""
     latents = [torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    texts = [tiny_model.conditioning(i) for i in range(3)]
     target.write_tensors("latents", [({"samples": latent}, {}) for latent in latents])
     target.write_tensors("references", [({"samples": latents[0][:, :, :1]}, {})])
-    texts = [conditionings.packed(tiny_model.conditioning(i), "positive") for i in range(3)]
-    target.write_tensors("positive", texts)
+    target.write_tensors("positive", [conditionings.packed(text, "positive") for text in texts])
     target.write_pictures("masks", [torch.ones(1, 32, 32)])
     Tiny.things = {"wan": tiny_model.wan(num_layers=2)}
-    described = {
-        "node": "UnderstudyTrainVideoIdentityAdapter", "name": "clip", "models": {"model": loader("wan")},
-        "settings": {"steps": 2, "rank": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 1, "mask_floor": 0.5},
-        "data": {name: name for name in ("latents", "references", "positive", "masks")},
+    data = {
+        "latents": [{"samples": latent} for latent in latents], "references": [{"samples": latents[0][:, :, :1]}],
+        "positive": texts, "masks": [torch.ones(1, 32, 32)],
     }
-    save, name = job.train(described, target.path, "none")
+    return {
+        "node": "UnderstudyTrainVideoIdentityAdapter", "name": "clip", "models": {"model": loader("wan")},
+        "settings": {"steps": steps, **SETTINGS}, "data": {name: name for name in data},
+    }, data
+
+
+def trained_adapter(described, target, tmp_path, resume_from="none"):
+    save, name = job.train(described, target.path, resume_from)
     save()
-    (path,) = (tmp_path / "output" / "loras").glob("clip*.safetensors")
-    assert name.startswith("Train Video Identity Adapter") and len(adapter_files.load(path.name).tensors()) == 12
+    assert name.startswith("Train Video Identity Adapter")
+    folder_paths.filename_list_cache.clear()
+    return adapter_files.load(max(path.name for path in (tmp_path / "output" / "loras").glob("clip*"))).tensors()
+
+
+def test_an_adapter_s_job_trains_from_files_and_loads(target, tmp_path):
+    assert len(trained_adapter(video_job(target, 2)[0], target, tmp_path)) == 12
+
+
+def test_a_checkpoint_of_the_node_goes_on_in_the_job(target, tmp_path):
+    """Same settings, same data, same file: the end is that of a job that ran through."""
+    described, data = video_job(target, 3)
+    whole = trained_adapter(described, target, tmp_path)
+    values = {"model": Tiny.things["wan"], **SETTINGS, "steps": 1, "checkpoint_every": 1, "resume_from": "none"}
+    with torch.inference_mode():
+        UnderstudyTrainVideoIdentityAdapter.execute(**data, **{name: [value] for name, value in values.items()})
+    folder_paths.filename_list_cache.clear()
+    checkpoint = checkpoints.choices()[-1]
+    assert checkpoint.startswith("video_identity_adapter")
+    continued = trained_adapter(described, target, tmp_path, checkpoint)
+    assert all(torch.equal(continued[key], whole[key]) for key in whole)
+    described["settings"]["seed"] = 2
+    with pytest.raises(ValueError, match="was made with seed 1 and this run has 2"):
+        job.train(described, target.path, checkpoint)
 
 
 def test_a_generator_s_pairs_are_encoded_once_and_shared(target, tmp_path):
@@ -105,12 +139,16 @@ def test_a_generator_s_pairs_are_encoded_once_and_shared(target, tmp_path):
     assert fusion_files.load(path.name)[0].generator
 
 
-def test_an_action_refuses_shares_in_words(target):
-    class Two(parallel.Engine):
-        processes = 2
+class Two(parallel.Engine):
+    processes = 2
 
-    with parallel.driven_by(Two()):
-        with pytest.raises(ValueError, match="an action is trained by one process.*here are 2"):
-            parallel.only_whole_batches("an action", "since a step compares three pictures of one draw")
-        with pytest.raises(ValueError, match="batch_size is 3 for 2 processes"):
-            parallel.check_contrast(3)
+
+@pytest.mark.parametrize("name", ["action", "pair"])
+def test_action_and_pair_refuse_shares_in_words(name):
+    with parallel.driven_by(Two()), pytest.raises(ValueError, match=f"an? {name} is trained by one process.*are 2"):
+        every_training.trained(name)
+
+
+def test_a_contrast_of_unequal_parts_is_refused_in_words():
+    with parallel.driven_by(Two()), pytest.raises(ValueError, match="batch_size is 3 for 2 processes"):
+        parallel.check_contrast(3)
