@@ -6,6 +6,7 @@
 goes on from the checkpoint. The result goes to FOLDER/result.safetensors.
 """
 
+import json
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ def main(folder: Path, fault: str) -> int:
         if fault == "wait":
             time.sleep(0.2)
         if step == FAULT and accelerator.process_index == 1 and fault == "die":
+            (folder / "died.json").write_text(json.dumps(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         scale = float("nan") if step == FAULT and accelerator.process_index == 1 and fault == "nan" else 1.0
         return parallel.in_shares(6, lambda part: scale * ((x[part] @ weight.T).relu() - 1).square().mean(1)).mean()

@@ -1,8 +1,9 @@
-"""A process that trains small models of each method for 20 steps in double precision, alone or beside others.
+"""A process that trains small models of each method for 20 steps, alone or beside others.
 
-    python tests/support/parallel_runs.py FOLDER ACCUMULATION METHOD ...
+    python tests/support/parallel_runs.py FOLDER ACCUMULATION STOP METHOD ... [--fp32]
 
-Started by `accelerate launch` as well. Each result goes to FOLDER/METHOD.safetensors.
+Started by `accelerate launch` as well. Each result goes to FOLDER/METHOD.safetensors. Unless STOP is 0, a run ends
+after so many steps, and another goes on from its checkpoint. In double precision, if not asked otherwise.
 """
 
 import sys
@@ -16,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.remove(str(Path(__file__).parent))
 sys.path += [str(ROOT / "tests"), str(ROOT / "workflows")]
 
-# AdamW amplifies rounding: all that computes in fp32, in ComfyUI and in the pack, computes in double precision here.
-torch.float32 = torch.float = torch.float64
-torch.Tensor.float = torch.Tensor.double
-torch.set_default_dtype(torch.float64)
+PRECISION = torch.float32
+if "--fp32" not in sys.argv:
+    # AdamW amplifies rounding: all that is fp32 in ComfyUI and in the pack is in double precision here.
+    PRECISION = torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
 
 from launcher import scripts  # noqa: E402
 
@@ -28,6 +31,8 @@ scripts.alias_pack()
 from trainer import engine  # noqa: E402
 
 STEPS = 20
+RUN = {"steps": STEPS, "checkpoint_every": 0}
+RESUME = {"resume_from": "none"}
 
 
 def prior(pack):
@@ -37,7 +42,7 @@ def prior(pack):
 
     classes = training.ClassPictures(["a cat", "a dog"], latents(2, seed=10))
     weights, losses = training.train(
-        tiny_model.picture(dtype=torch.float64), tiny_clip.clip(), None, latents(3), ["a red cat", "a", "a sks dog"],
+        tiny_model.picture(dtype=PRECISION), tiny_clip.clip(), None, latents(3), ["a red cat", "a", "a sks dog"],
         classes, IdentityPriorConfig(rank=2), config(batch_size=3), **untold(pack),
         weights=[torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)],
     )
@@ -61,7 +66,7 @@ def trained_combiner(pack, vision, pairs):
     return training.train_combiner(vision, pairs, config(batch_size=4), settings, **untold(pack))
 
 
-def generator(pack):
+def generator(pack, masks=None, **options):
     from pack.nodes.fusion_embedding import training
     from pack.nodes.fusion_embedding.config import GeneratorConfig
     from pack.nodes.fusion_embedding.method import Fusion
@@ -69,12 +74,21 @@ def generator(pack):
     from support.fusion_trainings import data
 
     vision = doubled(fusions.vision())
-    settings = GeneratorConfig(hidden=8, rank=2, pose_channels=(4, 6, 8, 10))
+    settings = GeneratorConfig(hidden=8, rank=2, pose_channels=(4, 6, 8, 10), **options)
     fusion, losses = training.train_generator(
-        fusions.model(dtype=torch.float64), fusions.autoencoder(), vision, data(4), Fusion(fusions.combiner()),
-        vision, config(batch_size=3), settings, **untold(pack),
+        fusions.model(dtype=PRECISION), fusions.autoencoder(), vision, data(4), Fusion(fusions.combiner()),
+        vision, config(batch_size=3), settings, masks=masks, mask_floor=0.25, **untold(pack),
     )
     return {**fusion.generator, **fusion.unet}, losses
+
+
+def generator_by_paths(pack):
+    """All that is newer: tokens of the embedding, rates and clipping of paths, early drops, masks."""
+    masks = [torch.rand(1, 64, 64, 1, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    return generator(
+        pack, masks, embedding_tokens=2, embedding_rate=3.0, clip_by_path=True, early_source_drop=0.9,
+        early_steps=STEPS // 2,
+    )
 
 
 def adapter(pack):
@@ -85,8 +99,9 @@ def adapter(pack):
     references = latents(3, (1, 16, 1, 4, 4), seed=10)
     texts = [tiny_model.conditioning(i) for i in range(3)]
     trained, losses = training.train(
-        tiny_model.wan(num_layers=2, dtype=torch.float64), videos, references, texts, config(batch_size=3), 2,
-        **untold(pack),
+        tiny_model.wan(num_layers=2, dtype=PRECISION), videos, references, texts, config(batch_size=3), 2,
+        weights=[torch.rand(1, 1, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)],
+        loss_weighting="bell", **untold(pack),
     )
     return trained.tensors(), losses
 
@@ -98,38 +113,49 @@ def latents(count, shape=(1, 4, 8, 8), seed=0):
 def config(**settings):
     from pack.nodes.training.config import TrainingConfig
 
-    return TrainingConfig(steps=STEPS, learning_rate=1e-3, seed=3, checkpoint_every=0, **settings)
+    return TrainingConfig(learning_rate=1e-3, seed=3, **RUN, **settings)
 
 
 def untold(pack):
     from pack.nodes.training.checkpoints import Checkpoints
 
-    return {"checkpoints": Checkpoints("test", {}), "resume_from": "none"}
+    return {"checkpoints": Checkpoints("test", {}), **RESUME}
 
 
 def doubled(vision):
-    vision.model.double()
-    vision.dtype = torch.float64
+    vision.model.to(PRECISION)
+    vision.dtype = PRECISION
     return vision
 
 
-def main(folder: Path, accumulation: int, methods: list[str]) -> None:
+def main(folder: Path, accumulation: int, stop: int, methods: list[str]) -> None:
     accelerator = engine.accelerator(folder, accumulation)
-    scripts.add_comfy_path(folder / f"comfyui-{accelerator.process_index}")
+    scripts.add_comfy_path(folder / "comfyui")
     import pack
-    from pack.nodes.training import parallel
+    from pack.nodes.training import checkpoints, parallel
 
-    with parallel.driven_by(engine.Parallel(accelerator, folder / "cache")):
-        for name in methods:
-            with torch.no_grad():
-                weights, losses = globals()[name](pack)
-            if accelerator.is_main_process:
-                tensors = {**weights, "losses": torch.tensor(losses["loss"])}
-                assert all(value.dtype == torch.float64 for value in tensors.values())
-                safetensors.torch.save_file(
-                    {key: value.detach().contiguous().clone() for key, value in tensors.items()},
-                    folder / f"{name}.safetensors",
-                )
+    checkpoints.FOLDER.register()
+    driver = engine.Parallel(accelerator, folder / "cache")
+
+    def trained(name: str, steps: int, checkpoint_every: int = 0, resume_from: str = "none"):
+        RUN.update(steps=steps, checkpoint_every=checkpoint_every)
+        RESUME.update(resume_from=resume_from)
+        with torch.no_grad(), parallel.driven_by(driver):
+            return globals()[name](pack)
+
+    for name in methods:
+        resume_from = "none"
+        if stop:
+            trained(name, stop, checkpoint_every=stop)
+            resume_from = driver.agreed(checkpoints.choices()[-1])  # the newest, which the main process wrote
+        weights, losses = trained(name, STEPS, resume_from=resume_from)
+        if accelerator.is_main_process:
+            tensors = {**weights, "losses": torch.tensor(losses["loss"])}
+            assert all(value.dtype == PRECISION for value in tensors.values())
+            safetensors.torch.save_file(
+                {key: value.detach().contiguous().clone() for key, value in tensors.items()},
+                folder / f"{name}.safetensors",
+            )
 
 
-main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [name for name in sys.argv[4:] if name != "--fp32"])

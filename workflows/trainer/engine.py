@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from .encodings import Encodings
 
-# What shards the weights themselves, which the methods read by name outside of a module's forward pass.
+# What divides weights or AdamW's moments among processes, which the trainings read by parameter: TRAINING.md.
 _REFUSED = {
-    DistributedType.FSDP: "FSDP", DistributedType.MEGATRON_LM: "Megatron-LM", DistributedType.XLA: "XLA",
+    DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.MEGATRON_LM: "Megatron-LM",
+    DistributedType.XLA: "XLA",
 }
 
 
@@ -43,14 +44,11 @@ def accelerator(folder: Path, accumulation: int | None) -> Accelerator:
     made = Accelerator(
         gradient_accumulation_steps=steps, log_with="tensorboard", project_dir=str(folder), kwargs_handlers=[ddp]
     )
-    kind = _REFUSED.get(made.distributed_type)
-    deepspeed = made.state.deepspeed_plugin
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        kind = "DeepSpeed ZeRO 3"
-    if kind:
+    if kind := _REFUSED.get(made.distributed_type):
         raise ValueError(
-            f"{kind} divides the weights that are trained, which the methods read whole: use DDP (accelerate's "
-            "MULTI_GPU or MULTI_CPU), or DeepSpeed ZeRO 1 or 2"
+            f"{kind} divides what is trained among the processes, and steps, checkpoints and results need it whole: "
+            "use accelerate's MULTI_GPU or MULTI_CPU, and for less memory the node's offload and "
+            "gradient_checkpointing"
         )
     if made.mixed_precision not in ("no", "bf16"):
         raise ValueError(
