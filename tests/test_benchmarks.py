@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -90,6 +91,59 @@ def test_the_kit_can_be_carried(tmp_path, monkeypatch):
     assert {"commit", "comfyui/main.py", "comfyui/comfy/sd.py", "site/comfy_kitchen/__init__.py"} <= set(names)
     with kit.unpack(ROOT) as folder:
         assert (tmp_path / folder / "comfyui" / "execution.py").is_file()
+
+
+# On the path of every Python that the test below starts: nothing of what a machine without a network may lack.
+WITHOUT = """
+import importlib.machinery, socket, sys
+
+class Without(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        found = super().find_spec(name, path, target)
+        kit = found and "understudy-kit-" in f"{found.origin} {found.submodule_search_locations}"
+        return None if name.partition(".")[0] in {missing} and not kit else found
+
+def connect(*_):
+    raise OSError("there is no network here")
+
+sys.meta_path[:] = [Without if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+socket.socket.connect = connect
+"""
+
+
+def test_the_kit_is_enough_where_nothing_else_is(tmp_path, monkeypatch):
+    """A copy of the tree without ComfyUI, and a Python without the packages that have stand-ins or are in the kit."""
+    tree, blocked = tmp_path / "tree", tmp_path / "blocked"
+    for folder in ("kernels", "nodes", "tests/benchmarks", "tests/support", "workflows/launcher"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("__init__.py", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / file, tree / file)
+    monkeypatch.setattr(kit, "ARCHIVE", tree / kit.ARCHIVE)
+    kit.ARCHIVE.parent.mkdir()
+    kit.make(ROOT)
+    blocked.mkdir()
+    missing = {*kit.STAND_INS, *kit.PACKAGES, "comfyui_frontend_package"}
+    (blocked / "sitecustomize.py").write_text(WITHOUT.replace("{missing}", repr(missing)))
+    variables = {name: value for name, value in os.environ.items() if name != "COMFYUI_PATH"}
+    script = tree / "tests" / "benchmarks" / "run.py"
+    command = [sys.executable, str(script), "--patience", "20", "--parts", "kernels"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**variables, "PYTHONPATH": str(blocked)}, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tree / run.RESULTS).read_text(encoding="utf-8"))
+    assert results["parts"]["kernels"]["state"] == "done"
+    assert {"PIL", "aiohttp", "scipy"} <= set(results["machine"]["without"])
+
+
+def test_the_guide_s_table_is_the_command_s():
+    """A row of it; the others take minutes."""
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "training_needs.py"), "SD 1.5"]
+    printed = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
+    guide = (ROOT / "workflows" / "TRAINING.md").read_text(encoding="utf-8").splitlines()
+    head, _, row = (line for line in printed.splitlines() if line.startswith("|"))
+    assert head in guide and row in guide and row.startswith("| prior, SD 1.5")
 
 
 def test_a_stand_in_is_good_for_a_place_and_not_for_a_call():

@@ -103,6 +103,14 @@ def copied_bytes(shape: Shape) -> int:
     return 2 * buffer_bytes(shape) * shape.layers
 
 
+def merged_bytes(shape: Shape) -> int:
+    """Moved in all blocks where two segments are merged instead, without their log-sum-exps.
+
+    The queries once more, the second result written, both read and one written.
+    """
+    return 5 * shape.n * shape.width * shape.bytes * shape.layers
+
+
 def extra_peak_bytes(shape: Shape) -> float:
     """What a step takes beyond a plain one: cache, adapter, and the part of the buffers above its peak.
 
@@ -120,7 +128,7 @@ def arithmetic(shape: Shape) -> list[str]:
     n, r = shape.n, shape.r
     plain, with_reference = step_flops(shape), step_flops(shape, reference=True)
     kernel = [step_flops(shape, ATTENTION_RATE, reference) for reference in (True, False)]
-    copying = BALANCE * copied_bytes(shape)
+    copying, merging = (BALANCE * moved(shape) for moved in (copied_bytes, merged_bytes))
     joint = attention_flops(shape) + reference_flops(shape)
     branch = with_reference + prefill_flops(shape)
     base = cache_bytes(shape) + adapter_bytes(shape)
@@ -128,7 +136,7 @@ def arithmetic(shape: Shape) -> list[str]:
         f"{shape.title}: {n} + {r} tokens, {shape.heads} x 128, {shape.layers} blocks, by arithmetic",
         f"  R1  {with_reference / plain:.4f} in FLOPs ({plain:.4g} plain), {kernel[0] / kernel[1]:.4f} with "
         f"attention at {ATTENTION_RATE} of the rate; copying K and V ({copied_bytes(shape) / 2**20:.0f} MiB) adds "
-        f"{copying / plain:.4f} at {BALANCE} FLOPs a byte",
+        f"{copying / plain:.4f} at {BALANCE} FLOPs a byte, merging two segments {merging / plain:.4f}",
         f"  R2  1 for the same copies; without any {joint / (joint + copying):.4f} at {BALANCE} FLOPs a byte",
         f"  R3  {n / (n + r):.4f} in FLOPs of a mask, {n * (n + r) / (n * (n + r) + r * r):.4f} of flex",
         f"  R4  {(with_reference + prefill_flops(shape) / CALLS) / branch:.4f} in FLOPs ({CALLS} calls; prefill "

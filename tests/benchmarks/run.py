@@ -102,7 +102,8 @@ def main() -> int:
     if carried:
         unpacked = kit.unpack(ROOT)
         variables["COMFYUI_PATH"] = str(Path(unpacked.name) / "comfyui")
-        variables["PYTHONPATH"] = str(Path(unpacked.name) / "site")
+        paths = [str(Path(unpacked.name) / "site"), os.environ.get("PYTHONPATH", "")]
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         variables[COMMIT] = (Path(unpacked.name) / kit.COMMIT).read_text(encoding="utf-8")
     results = {} if arguments.again else read(arguments.results)
     chosen = arguments.parts or list(PARTS)

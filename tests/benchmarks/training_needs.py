@@ -1,6 +1,7 @@
 """GPU memory and operations of each training at its published size, by arithmetic: a table for TRAINING.md.
 
-    python tests/benchmarks/training_needs.py
+    python tests/benchmarks/training_needs.py             # all rows
+    python tests/benchmarks/training_needs.py "SD 1.5"    # those of this model
 
 The real models run forward on the meta device, which computes nothing: what autograd would keep for the backward pass
 is counted in bytes, and multiplications by PyTorch's counter. By arithmetic; nobody has measured these on a GPU.
@@ -201,11 +202,11 @@ HEADER = (
 )
 
 
-def main() -> None:
+def main(models: list[str]) -> None:
     print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
-    for case in CASES:
+    for case in (case for case in CASES if not models or case.model in models):
         print("| " + " | ".join(measured(case)) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
