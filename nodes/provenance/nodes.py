@@ -165,7 +165,8 @@ class UnderstudyReadLabel(CheckedNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
-        known = file is None or files.find_media(file)  # one that a link brings is checked when it is there
+        # One that a link brings is checked when it is there.
+        known = file is None or isinstance(file, str) and files.find_media(file)
         return True if known else f"file is {file!r}: choose a picture or video of the list"
 
     @classmethod

@@ -114,6 +114,14 @@ def _problem(check, *values) -> str | None:
     return None
 
 
+def _no_text(**given: object) -> str | None:
+    """ComfyUI asks `validate_inputs` before a node checks what it is given."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, str):
+            return f"{name} is of type {type(value).__name__}: type or connect a text"
+    return None
+
+
 class UnderstudyPuppet(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -154,7 +162,8 @@ class UnderstudyPuppet(CheckedNode):
     @classmethod
     def validate_inputs(cls, identity=None, action=None, framing="full") -> bool | str:
         """Each is None while it comes from another node."""
-        return (_problem(lambda name: check_name("action", name, ALL_ACTIONS), *_given(action))
+        return (_no_text(identity=identity)
+                or _problem(lambda name: check_name("action", name, ALL_ACTIONS), *_given(action))
                 or _problem(lambda name: check_name("framing", name, FRAMINGS), *_given(framing))
                 or (_problem(lambda name: check_framing(action, name), *_given(framing)) if action else None)
                 or _problem(lambda words: _identity(words, 0), *_given(identity)) or True)
@@ -214,6 +223,8 @@ class UnderstudyPuppetSet(CheckedNode):
     @classmethod
     def validate_inputs(cls, identities=None, actions=None, scenes=None, framing="full") -> bool | str:
         """Each is None while it comes from another node."""
+        if problem := _no_text(identities=identities, actions=actions, scenes=scenes):
+            return problem
         check_action = (lambda name: check_framing(name, framing)) if framing else (
             lambda name: check_name("action", name, ALL_ACTIONS))
         return (_problem(lambda name: check_name("framing", name, FRAMINGS), *_given(framing))

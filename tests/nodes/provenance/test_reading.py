@@ -343,6 +343,7 @@ def test_the_list_and_names_outside_it(folders, certificate):
     node = labels.UnderstudyReadLabel
     assert node.define_schema().inputs[0].options == ["a.png", "made/x_00001_.png [output]"]
     assert node.validate_inputs("a.png") is True and "choose" in node.validate_inputs("../a.png")
+    assert "choose" in node.validate_inputs([])
     (folders.input / "a.png").unlink()
     for gone in ("a.png", "../secret.png", "a.txt"):
         with pytest.raises(ValueError, match="which is gone"):

@@ -161,6 +161,13 @@ def test_linked_inputs_are_not_validated_early():
     assert UnderstudyPuppetSet.validate_inputs(actions="nodding", framing=None) is True
 
 
+@pytest.mark.parametrize("value", ([], ["a bear"], 3, {}))
+def test_what_is_no_text_is_named_before_the_run(value):
+    assert UnderstudyPuppet.validate_inputs(identity=value).startswith("identity is of type ")
+    for name in ("identities", "actions", "scenes"):
+        assert UnderstudyPuppetSet.validate_inputs(**{name: value}).startswith(f"{name} is of type ")
+
+
 @pytest.mark.parametrize(("node", "inputs", "outputs"), [
     (UnderstudyPuppet, ["identity", "action", "scene", "frames", "seed"],
      ["IMAGE", "MASK", "IMAGE", "STRING"]),
