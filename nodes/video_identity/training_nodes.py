@@ -84,7 +84,8 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
         videos = inputs.single_latents(latents, "latents")
         pictures = inputs.single_latents(references, "references")
         _check_references(pictures)
-        for name, connected in (("latents", latents), ("references", references)):
+        of_video = values["model"].model.latent_format.latent_dimensions == 3  # others are refused by their name
+        for name, connected in (("latents", latents), ("references", references)) if of_video else ():
             for latent in () if is_stored(connected) else connected:
                 check_frames(latent["samples"], name)
         if len(pictures) == 1 < len(videos):

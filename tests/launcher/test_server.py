@@ -105,6 +105,7 @@ def test_a_port_in_use_is_named_before_anything_starts(comfy_path, tmp_path):
 def test_a_talkative_client_does_not_block(server, tmp_path, monkeypatch):
     flood = [sys.executable, "-c", "import sys; sys.stderr.write('x' * 500_000 + 'the end'); sys.exit(1)"]
     monkeypatch.setattr(execution, "_command", lambda *_: flood)
+    (tmp_path / "any.json").write_text('{"nodes": []}')
     assert execution.run(server, tmp_path / "any.json").error.endswith("the end")
 
 

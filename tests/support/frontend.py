@@ -78,8 +78,8 @@ SHRINK = """() => {
         if (!node.flags.collapsed) node.setSize([node.size[0], node.computeSize()[1]])
 }"""
 PENDING_MEDIA = """ids => ids.filter(id => {
-    const node = app.graph.getNodeById(Number(id))
-    return !(node.imgs?.length || node.videoContainer || node.widgets?.some(one => /preview/.test(one.name)))
+    const node = app.graph.getNodeById(Number(id))  // none for one that a node has added to its run
+    return node && !(node.imgs?.length || node.videoContainer || node.widgets?.some(one => /preview/.test(one.name)))
 }).concat([...document.querySelectorAll('[data-node-id] img, [data-node-id] video, .dom-widget video')]
     .filter(one => one.tagName === 'IMG' ? !one.complete : one.readyState < 1).map(one => one.src))"""
 # A node that shows a video grows with the video, a while after it has loaded.

@@ -30,7 +30,9 @@ CONTRACT = {
         ["model", "adapter", "reference", "strength", "start_percent", "end_percent", "blocks", "mask",
          "reference_guidance"], ["MODEL"],
     ),
-    UnderstudySaveVideoIdentityAdapter: (["adapter", "filename_prefix", "consent", "preview"], []),
+    UnderstudySaveVideoIdentityAdapter: (
+        ["adapter", "filename_prefix", "consent", "preview", "tags", "author"], [],
+    ),
 }
 
 
@@ -43,9 +45,8 @@ def test_schemas_keep_the_contract(node):
     assert [widget.id for widget in schema.inputs] == inputs
     assert [output.io_type for output in schema.outputs] == outputs
     assert all(widget.tooltip for widget in schema.inputs) and len(schema.search_aliases) >= 3
-    assert [widget.id for widget in schema.inputs if widget.optional] == [
-        name for name in inputs if name in ("mask", "bboxes", "purpose", "consent", "preview", "reference_guidance")
-    ]
+    optional = "mask", "bboxes", "purpose", "consent", "preview", "tags", "author", "reference_guidance"
+    assert [widget.id for widget in schema.inputs if widget.optional] == [name for name in inputs if name in optional]
 
 
 def test_widgets_start_with_the_published_settings():
