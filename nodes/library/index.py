@@ -51,12 +51,15 @@ def version(path: str | os.PathLike) -> Version | None:
 def entries_of(paths: Mapping[str, Version], read: Callable[[Path], Entry]) -> dict[str, Entry]:
     """The entry of each path, remembered or read now; what is remembered of deleted files is forgotten."""
 
-    def remembered(database: sqlite3.Connection) -> dict[str, str]:
-        rows = database.execute("SELECT path, size, modified, changed, entry FROM files")
-        return {path: text for path, *times, text in rows if paths.get(path) == tuple(times)}
+    def remembered(database: sqlite3.Connection) -> list[tuple[str, int, int, int, str]]:
+        return database.execute("SELECT path, size, modified, changed, entry FROM files").fetchall()
 
-    known = {}
-    for path, text in _with_index(remembered, {}).items():
+    known, gone = {}, []
+    for path, *times, text in _with_index(remembered, []):
+        if path not in paths and not os.path.exists(path):
+            gone.append((path,))
+        if paths.get(path) != tuple(times):
+            continue
         with contextlib.suppress(ValueError, TypeError):  # written by another version of the pack
             known[path] = entries.from_json(text)
     added = {path: read(Path(path)) for path in paths if path not in known}
@@ -64,11 +67,9 @@ def entries_of(paths: Mapping[str, Version], read: Callable[[Path], Entry]) -> d
 
     def remember(database: sqlite3.Connection) -> None:
         database.executemany(_REMEMBER, rows)
-        listed = [path for (path,) in database.execute("SELECT path FROM files")]
-        gone = [(path,) for path in listed if path not in paths and not os.path.exists(path)]
         database.executemany("DELETE FROM files WHERE path = ?", gone)
 
-    if rows:
+    if rows or gone:
         _with_index(remember, None)
     return known | added
 
@@ -123,6 +124,7 @@ def _with_index(work: Callable[[sqlite3.Connection], Result], otherwise: Result)
 
 def _in_database(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Result:
     with contextlib.closing(sqlite3.connect(path, timeout=_WAIT)) as database, database:
+        database.execute("PRAGMA secure_delete = ON")  # what is forgotten is not left in the file
         database.execute("PRAGMA synchronous = OFF")  # a cache: what a crash damages is made again
         if database.execute("PRAGMA user_version").fetchone()[0] != _FORMAT:
             database.execute("DROP TABLE IF EXISTS files")

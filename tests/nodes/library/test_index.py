@@ -69,10 +69,13 @@ def test_it_holds_no_names_and_notes_and_forgets_what_was_deleted(saving):
     saving.identity("b", token="tok")
     listing.all_files()
     assert database().is_file() and b"Secret" not in database().read_bytes()
-    path.unlink()
-    saving.identity("c")
-    listing.all_files()
-    assert b"a_00001_" not in database().read_bytes() or str(path) not in remembered()
+    other = path.with_name("b_00001_.safetensors")
+    for gone, kept in ((path, [str(other)]), (other, [])):
+        gone.unlink()
+        folder_paths.filename_list_cache.clear()
+        listing.all_files()
+        assert remembered() == kept
+        assert gone.name.encode() not in database().read_bytes(), "nor in pages that are free"
 
 
 def remembered() -> list[str]:
