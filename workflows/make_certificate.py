@@ -4,6 +4,7 @@
     python workflows/make_certificate.py "Anna's studio" --folder DIR   for another one: its user/__understudy
 
 It writes certificate.pem, private_key.pem and trusted.pem, which lets Read Label on this machine trust the authority.
+Without --folder, `run.py` signs with them as well.
 What such a certificate is not worth: it says whatever name you typed, and nobody has checked it. Everybody else's
 programs show its signer as unknown. It proves only that a file is as it was when the holder of the key signed it. For
 more, ask an authority on C2PA's trust list for a certificate and put it in the same place.
@@ -24,9 +25,9 @@ from pathlib import Path
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 sys.path.append(str(ROOT / "workflows"))
 
-from launcher import environment, source  # noqa: E402
+from launcher import certificates, environment  # noqa: E402
 
-FILES = ("certificate.pem", "private_key.pem", "trusted.pem")
+FILES = certificates.FILES
 MOST_DAYS = 3650
 
 
@@ -91,13 +92,6 @@ def write(contents: dict[str, bytes], folder: Path) -> None:
             file.write(content)
 
 
-def default_folder() -> Path:
-    """Where the ComfyUI that the pack is in, or COMFYUI_PATH, has them; else the one of `run.py --serve`."""
-    comfyui = source.find(ROOT)
-    base = comfyui if comfyui and comfyui != source.cached(ROOT) else ROOT / ".cache" / "serve"
-    return base / "user" / "__understudy"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="the signer's name, which everybody can read in what it signs")
@@ -109,7 +103,7 @@ def main() -> int:
     if not 1 <= len(options.name) <= 64:
         parser.error(f"the name has {len(options.name)} characters: use 1 to 64, as certificates do")
     environment.enter(ROOT)
-    folder = options.folder or default_folder()
+    folder = options.folder or certificates.folder(ROOT)
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
     try:
         write(make(options.name, options.days, now), folder)

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 sys.path.append(str(ROOT / "workflows"))
 
-from launcher import environment, execution, gallery, source, workflow_files  # noqa: E402
+from launcher import certificates, environment, execution, gallery, source, workflow_files  # noqa: E402
 from launcher.server import Server, ServerError  # noqa: E402
 
 CACHE = ROOT / ".cache"
@@ -202,6 +202,8 @@ def run(options: argparse.Namespace, workflows: list[workflow_files.Workflow], c
     # A run's pictures and trained files do not pile up: they are deleted when the server has stopped.
     try:
         with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as base:
+            if lent := certificates.lend(ROOT, Path(base)):
+                print(f"Label Media signs with the certificate in {lent}.")
             print("Starting ComfyUI", flush=True)
             with Server(comfyui, Path(base), models=models, cpu=options.cpu or None) as server:
                 description = machine(server)
