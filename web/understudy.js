@@ -19,8 +19,8 @@ app.registerExtension({
       category: ["Understudy", "Consent", "Require"],
       name: "Require consent",
       tooltip:
-        "Stops Load and Train nodes, instead of warning, where a file's consent record is missing, out of date or " +
-        "for another purpose. The environment variable UNDERSTUDY_REQUIRE_CONSENT overrides this setting.",
+        "Stops Load and Train nodes and Label Media, instead of warning, where a consent record is missing, out of " +
+        "date or for another purpose. The environment variable UNDERSTUDY_REQUIRE_CONSENT overrides this setting.",
       type: "boolean",
       defaultValue: false,
     },

@@ -44,7 +44,7 @@ class UnderstudyLoadActionIdentifier(widgets.LoadNode):
     @classmethod
     def execute(cls, action_name, placeholder="", purpose=gate.UNSPECIFIED) -> io.NodeOutput:
         action = files.load(action_name, placeholder.strip())
-        gate.check_loaded("Load Action Identifier", action.consent, purpose)
+        gate.check_used("Load Action Identifier", action.consent, purpose)
         return io.NodeOutput(action)
 
 

@@ -38,21 +38,25 @@ def with_consent(node: str, carrier: Any, connected: ConsentRecord | None) -> An
     return dataclasses.replace(carrier, consent=_replaced(node, connected, carrier.consent))
 
 
-def check_loaded(node: str, consent: ConsentRecord | None, purpose: str) -> None:
-    """Show the record of a loaded file, and what it does not cover. Raises ConsentError where consent is required."""
+def check_used(
+    node: str, consent: ConsentRecord | None, purpose: str, otherwise: str = "load another file"
+) -> None:
+    """Show the record of a loaded file or a result, and what it does not cover. Raises ConsentError where consent is
+    required; `otherwise` is what to do then, beside choosing another purpose.
+    """
     lines = warnings(consent, purpose)
     if consent:
         tell(node, [record.describe(consent)])
     if lines and is_required():
         raise ConsentError(
-            f"{'; '.join(lines)}: load another file, choose the purpose that holds, or switch off the setting, since "
+            f"{'; '.join(lines)}: {otherwise}, choose the purpose that holds, or switch off the setting, since "
             f"{_SWITCH}"
         )
     tell(node, lines, logging.WARNING)
 
 
 def warnings(consent: ConsentRecord | None, purpose: str) -> list[str]:
-    """What a file's record does not cover today. A file without one is no news where nobody said a purpose."""
+    """What a record does not cover today. That there is none is no news where nobody said a purpose."""
     if is_required():
         unspecified = purpose == UNSPECIFIED and not (consent and consent.is_no_person)
         return record.problems(consent, purpose, _now()) + [_PURPOSE] * unspecified
@@ -81,7 +85,7 @@ def check_training(
 ) -> ConsentRecord | None:
     """The record that goes with what is trained; the node says what it does not cover.
 
-    `inherited` is that of what the training continues. Raises ConsentError as `check_loaded`.
+    `inherited` is that of what the training continues. Raises ConsentError as `check_used`.
     """
     consent = _replaced(node, connected, inherited)
     required = is_required()

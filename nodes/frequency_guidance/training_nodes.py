@@ -63,7 +63,7 @@ class UnderstudyTrainSourceDrivingPair(CheckedNode):
                 widgets.whole_unet(False, "rank then has no effect.", optional=True, advanced=True),
                 *widgets.masks("of source and driving picture, in this order, or one for both"),
                 widgets.offload(),
-                widgets.consent(),
+                widgets.consent(kept=False),
             ],
             outputs=[
                 widgets.LORA_MODEL.Output(

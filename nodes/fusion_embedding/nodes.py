@@ -54,7 +54,7 @@ class UnderstudyLoadFusion(widgets.LoadNode):
     def execute(cls, fusion_name, purpose=gate.UNSPECIFIED) -> io.NodeOutput:
         fusion, report = files.load(fusion_name)
         tell("Load Fusion", report)
-        gate.check_loaded("Load Fusion", fusion.consent, purpose)
+        gate.check_used("Load Fusion", fusion.consent, purpose)
         return io.NodeOutput(fusion, ui={"text": tuple(report)})
 
 

@@ -96,7 +96,7 @@ class UnderstudyLoadIdentityPrior(widgets.LoadNode):
     @classmethod
     def execute(cls, model, lora_name, strength, purpose=gate.UNSPECIFIED) -> io.NodeOutput:
         tensors, subject = files.load(lora_name)
-        gate.check_loaded("Load Identity Prior", subject.consent, purpose)
+        gate.check_used("Load Identity Prior", subject.consent, purpose)
         patched = files.apply(model, tensors, subject, strength, lora_name)
         return io.NodeOutput(patched, subject, subject.trigger)
 

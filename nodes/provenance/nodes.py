@@ -14,7 +14,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_api.latest import io, ui
 
 from ..consent import gate, record
-from ..consent.widgets import CONSENT
+from ..consent.widgets import CONSENT, purpose
 from ..files import contents
 from ..files.names import normalise_prefix
 from ..files.publishing import save_content
@@ -65,7 +65,7 @@ class UnderstudyLabelMedia(CheckedNode):
                 CONSENT.Input(
                     "consent", optional=True,
                     tooltip="From Consent Record, for who is shown: it goes into the file, where everybody can read "
-                    "it; its note only with the workflow. The node warns where it is out of date.",
+                    "it; its note only with the workflow. What it does not cover, the node says: see purpose.",
                 ),
                 io.String.Input(
                     "sources", default="", multiline=True, optional=True,
@@ -77,6 +77,7 @@ class UnderstudyLabelMedia(CheckedNode):
                     tooltip="Of pictures. png: lossless; jpeg, webp: smaller, at a quality of 95. ComfyUI opens the "
                     "workflow of png and webp. Videos are MP4.",
                 ),
+                purpose("the consent record"),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -91,13 +92,14 @@ class UnderstudyLabelMedia(CheckedNode):
 
     @classmethod
     def execute(
-        cls, filename_prefix, label, sign, images=None, video=None, consent=None, sources="", format="png"
+        cls, filename_prefix, label, sign, images=None, video=None, consent=None, sources="", format="png",
+        purpose=record.UNSPECIFIED,
     ) -> io.NodeOutput:
         if (images is None) == (video is None):
             found = "neither images nor video is" if images is None else "images and video are both"
             raise ValueError(f"{found} connected: connect one of them")
         now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-        agreed = _agreed(consent, now)
+        gate.check_used("Label Media", consent, purpose, "connect a Consent Record that holds to consent")
         signer, unsigned = _signer(now) if sign else (None, [])
         traced = method.trace(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         gathered = gather(traced, sources, signed=signer is not None)
@@ -108,7 +110,9 @@ class UnderstudyLabelMedia(CheckedNode):
         ingredients = [each for each, _ in gathered.ingredients]
         packet = xmp.write(label, ingredients, record.describe(consent) if consent else "")
         prefix = normalise_prefix(filename_prefix)
-        definition = method.manifest(Path(prefix).name, label, traced, len(ingredients), now.isoformat(), agreed)
+        definition = method.manifest(
+            Path(prefix).name, label, traced, len(ingredients), now.isoformat(), _agreed(consent)
+        )
 
         def write(content: bytes, kind: str, name: str, size: tuple[int, int]) -> ui.SavedResult:
             throw_exception_if_processing_interrupted()
@@ -122,7 +126,11 @@ class UnderstudyLabelMedia(CheckedNode):
             *_write_pictures(cls, images, files.FORMATS[format], packet, prefix, write)
         ]
         how = f"signed by {signer.signer}" if signer else "not signed"
-        tell("Label Media", [f"labelled as {label}, {how}", *gathered.notes])
+        marked = [
+            f"the manifest says that {name} puts a watermark into the picture, which is known by its name alone: "
+            "give it another title if it does not" for name in traced.watermarks if signer is not None
+        ]
+        tell("Label Media", [f"labelled as {label}, {how}", *gathered.notes, *marked])
         warnings = [f"{name} takes a mark out of the picture" for name in traced.removers]
         tell("Label Media", [*unsigned, *gathered.warnings, *warnings], logging.WARNING)
         shown = ui.PreviewVideo(saved) if images is None else ui.SavedImages(saved)
@@ -204,18 +212,10 @@ def read(path: Path) -> tuple[report.Verdict, list[str]]:
     return judged, [*lines, *described]
 
 
-def _agreed(consent: record.ConsentRecord | None, now: datetime.datetime) -> dict[str, Any]:
-    """What the file says of consent; the node says what it does not cover.
-
-    Raises ConsentError for a connected record that does not hold, where consent is required.
-    """
-    if not consent:
-        return {}
-    lines = record.problems(consent, record.UNSPECIFIED, now)
-    if lines and gate.is_required():
-        raise record.ConsentError(f"{'; '.join(lines)}: connect a Consent Record that holds to consent")
-    tell("Label Media", lines, logging.WARNING)
-    return {name: value for name, value in dataclasses.asdict(consent).items() if value and name != "note"}
+def _agreed(consent: record.ConsentRecord | None) -> dict[str, Any]:
+    """What the file says of consent: all but the note."""
+    values = dataclasses.asdict(consent) if consent else {}
+    return {name: value for name, value in values.items() if value and name != "note"}
 
 
 def _signer(now: datetime.datetime) -> tuple[signing.Credentials | None, list[str]]:

@@ -116,7 +116,7 @@ class UnderstudyLoadVideoIdentityAdapter(widgets.LoadNode):
     @classmethod
     def execute(cls, adapter_name, purpose=gate.UNSPECIFIED) -> io.NodeOutput:
         adapter = files.load(adapter_name)
-        gate.check_loaded("Load Video Identity Adapter", adapter.consent, purpose)
+        gate.check_used("Load Video Identity Adapter", adapter.consent, purpose)
         return io.NodeOutput(adapter)
 
 

@@ -1,8 +1,12 @@
 """Consent in labelled files: all but the note, in manifest and metadata, and what is said where it does not hold."""
 
+import datetime
+import json
+
 import pytest
-from pack.nodes.consent.record import ConsentError, ConsentRecord
-from pack.nodes.provenance import nodes
+from launcher.scripts import ROOT
+from pack.nodes.consent import gate, record
+from pack.nodes.consent.record import NO_PERSON, ConsentError, ConsentRecord
 from support import labels
 
 RECORD = ConsentRecord(
@@ -59,16 +63,42 @@ def test_no_record_or_the_empty_one_says_nothing(folders, certificate, record):
     assert len(labels.manifests(path)[0]["assertions"]) == 1
 
 
+OLD = ConsentRecord("Anna", ("private",), expires="2020-01-01")
+NOBODY = ConsentRecord("a paper puppet", (NO_PERSON,))
+ENDED, OTHER = "consent of Anna ended with 2020-01-01", "is for editorial, training, and not for commercial"
+
+
+@pytest.mark.parametrize("consent, purpose, warned, stopped", [
+    (OLD, "unspecified", ENDED, ENDED), (OLD, "private", ENDED, ENDED), (RECORD, "commercial", OTHER, OTHER),
+    (RECORD, "editorial", "", ""), (RECORD, "unspecified", "", "purpose is unspecified"),
+    (None, "unspecified", "", record.MISSING), (None, "editorial", record.MISSING, record.MISSING),
+    (NOBODY, "unspecified", "", ""), (NOBODY, "commercial", "", ""),
+])
 @pytest.mark.parametrize("required", [True, False])
-def test_a_record_that_does_not_hold_warns_or_stops(folders, certificate, required, monkeypatch):
-    told = []
-    monkeypatch.setattr(nodes, "tell", lambda _node, some, *_level: told.extend(some))
+def test_what_a_record_does_not_cover_warns_or_stops(
+    folders, consent, purpose, warned, stopped, required, monkeypatch, caplog
+):
+    """Labelling is publishing: it asks for a purpose, and for a record where one is required, as the loaders do."""
     monkeypatch.setenv("UNDERSTUDY_REQUIRE_CONSENT", str(int(required)))
-    old = ConsentRecord("Anna", ("private",), expires="2020-01-01")
-    if required:
-        with pytest.raises(ConsentError, match="ended with 2020-01-01: connect a Consent Record that holds"):
-            labels.label(folders, consent=old)
+    if required and stopped:
+        with pytest.raises(ConsentError, match=f"{stopped}.*: connect a Consent Record that holds to consent"):
+            labels.label(folders, consent=consent, purpose=purpose, sign=False)
         assert list(folders.output.rglob("*.png")) == []
-    else:
-        assert labels.label(folders, consent=old)
-        assert "consent of Anna ended with 2020-01-01" in told
+        return
+    assert labels.label(folders, consent=consent, purpose=purpose, sign=False)
+    assert warned in caplog.text if warned else not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_purpose_is_the_last_input_and_asks_for_nothing_by_itself():
+    last = labels.UnderstudyLabelMedia.define_schema().inputs[-1]
+    assert (last.id, last.optional, last.default) == ("purpose", True, "unspecified")
+
+
+def test_the_template_s_consent_covers_all_that_it_does():
+    workflow = json.loads((ROOT / "workflows" / "Puppets-7a-Consent-to-label.json").read_text(encoding="utf-8"))
+    nodes = {node["type"]: node["widgets_values"] for node in workflow["nodes"]}
+    agreed = ConsentRecord(nodes["UnderstudyConsentRecord"][0], tuple(nodes["UnderstudyConsentRecord"][1]))
+    purpose = nodes["UnderstudyLabelMedia"][-1]
+    assert purpose == "editorial"
+    for used in (purpose, gate.TRAINING):
+        assert record.problems(agreed, used, datetime.datetime.now(datetime.timezone.utc)) == []

@@ -193,6 +193,19 @@ def test_watermarks_are_named_and_removers_warned_of(folders, certificate, told)
     (path,) = labels.label(folders, prompt=prompt)
     marks = [each["softwareAgent"]["name"] for each in actions(path) if each["action"].startswith("c2pa.watermarked")]
     assert marks == ["Watermark"] and "RemoveWatermark takes a mark out of the picture" in told
+    assert any("that Watermark puts a watermark into the picture, which is known by its name" in t for t in told)
+
+
+def test_a_title_that_makes_a_claim_is_told(folders, certificate, told):
+    prompt = graph()
+    prompt["blur"] = {"class_type": "Blur", "inputs": {"image": ["method", 0]}, "_meta": {"title": "No watermark"}}
+    prompt["label"]["inputs"]["images"] = ["blur", 0]
+    labels.label(folders, prompt=prompt)
+    (line,) = [line for line in told if "watermark into" in line]
+    assert "that Blur (No watermark) puts" in line and "give it another title" in line
+    told.clear()
+    labels.label(folders, prompt=prompt, sign=False)
+    assert not any("watermark into" in line for line in told), "without a manifest nothing is claimed"
 
 
 def test_folders_and_graphs_without_history_are_told(folders, certificate, told):
