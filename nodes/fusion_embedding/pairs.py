@@ -44,6 +44,9 @@ class Pairs(Protocol):
 
     def __getitem__(self, index: int) -> Pair: ...
 
+    def target(self, index: int) -> torch.Tensor:
+        """The target alone."""
+
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target in pixels, without reading its pixels."""
 
@@ -75,6 +78,10 @@ class ListedPairs:
         ))
         check_poses(pair.pose, f"pose {index + 1}")
         return pair
+
+    def target(self, index: int) -> torch.Tensor:
+        targets = self.pictures[2]
+        return colour(targets[index % len(targets)], ROLES[2], FusionError)
 
     def size(self, index: int) -> tuple[int, int]:
         target = self.pictures[2]
@@ -115,6 +122,9 @@ class FolderPairs:
         pair = Pair(*(_read(path) for path in self.files[index]))
         check_poses(pair.pose, str(self.files[index][1]))
         return pair
+
+    def target(self, index: int) -> torch.Tensor:
+        return _read(self.files[index][2])
 
     def size(self, index: int) -> tuple[int, int]:
         with _open_picture(self.files[index][2]) as image:
@@ -161,6 +171,9 @@ class MaskedPairs:
         inside = torch.nn.functional.interpolate(mask, tuple(pair.target.shape[1:3]), mode="area").movedim(1, -1)
         weight = self.floor + (1 - self.floor) * inside.clamp(0, 1)
         return pair._replace(target=pair.target * weight + _GREY * (1 - weight))
+
+    def target(self, index: int) -> torch.Tensor:
+        return self[index].target
 
     def size(self, index: int) -> tuple[int, int]:
         return self.pairs.size(index)

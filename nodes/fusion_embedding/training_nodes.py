@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_api.latest import io
 
 from ..consent import gate
@@ -27,7 +29,9 @@ from .nodes import CATEGORY, FUSION
 
 _COMBINER = CombinerConfig()
 _GENERATOR = GeneratorConfig()
-_POSES_CHECKED = 8  # of all, spread evenly: reading more from a folder takes time
+# Of all pairs, spread evenly, since reading from a folder takes time: whose poses and light are looked at, and whose
+# targets are compared with each other.
+_LOOKED_AT, _COMPARED = 8, 500
 
 
 def _pictures() -> list[io.Image.Input]:
@@ -136,9 +140,8 @@ class UnderstudyTrainFusionCombiner(_TrainedOnPairs):
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
-        masks = lists.pop("masks", None)
-        values, data = _values_and_pairs(lists, "Train Fusion Combiner", CombinerConfig.budgets)
-        if (masks := _masks(masks, data)) is not None:
+        values, data, masks = _values_and_pairs(lists, "Train Fusion Combiner", CombinerConfig.budgets)
+        if masks is not None:
             data = pairs.MaskedPairs(data, masks, values.get("mask_floor", 0.0))
         consent = gate.check_training("Train Fusion Combiner", values.get("consent"))
         combiner = CombinerConfig(
@@ -251,9 +254,8 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
 
     @classmethod
     def execute(cls, **lists) -> io.NodeOutput:
-        masks = lists.pop("masks", None)
-        values, data = _values_and_pairs(lists, "Train Fusion Generator", GeneratorConfig.budgets)
-        masks, floor = _masks(masks, data), values.get("mask_floor", 0.0)
+        values, data, masks = _values_and_pairs(lists, "Train Fusion Generator", GeneratorConfig.budgets)
+        floor = values.get("mask_floor", 0.0)
         generator = GeneratorConfig(**{
             field.name: values[field.name] for field in dataclasses.fields(GeneratorConfig) if field.name in values
         })
@@ -303,26 +305,45 @@ def _masks(masks: list | None, data: pairs.Pairs):
     return loss_masks.pictures(masks, len(data))
 
 
-def _values_and_pairs(lists: dict, node: str, budgets: Budgets) -> tuple[dict, pairs.Pairs]:
-    """The settings of a node whose every input is a list, and the pairs, of which a few poses are looked at."""
-    pictures = {name: lists.pop(name, None) for name in pairs.ROLES}
+def _values_and_pairs(lists: dict, node: str, budgets: Budgets) -> tuple[dict, pairs.Pairs, Sequence | None]:
+    """The settings of a node whose every input is a list, the pairs and their masks; the node says what it finds."""
+    pictures, masks = {name: lists.pop(name, None) for name in pairs.ROLES}, lists.pop("masks", None)
     values = inputs.single_values(lists)
     data = pairs.open_pairs(pictures, values.get("dataset_folder", pairs.NONE))
     if chosen := within_budget(budget := values.get("budget", CUSTOM), budgets, len(data)):
         values |= chosen
         tell(node, [f"budget {budget}: {', '.join(f'{name} {value}' for name, value in chosen.items())}"])
-    checked = sorted({i * len(data) // _POSES_CHECKED for i in range(_POSES_CHECKED)})
+    masks = _masks(masks, data)
+    if len(data) > _COMPARED:
+        tell(node, [f"{_COMPARED} of {len(data)} targets, spread evenly, are compared for near-duplicates"])
+    tell(node, _findings(values, data, masks), logging.WARNING)
+    return values, data, masks
+
+
+def _findings(values: dict, data: pairs.Pairs, masks: Sequence | None) -> list[str]:
+    """What these pairs will teach badly, and poses that may be none."""
+    checked, compared = _spread(len(data), _LOOKED_AT), _spread(len(data), _COMPARED)
     some = {i: data[i] for i in checked}
-    warnings = [line for i, pair in some.items() for line in pose_warnings(pair.pose, f"pose {i + 1}")]
+    poses = [line for i, pair in some.items() for line in pose_warnings(pair.pose, f"pose {i + 1}")]
     targets = [pair.target for pair in some.values()]
+    small = []
+    for i in compared:
+        throw_exception_if_processing_interrupted()
+        small.append(doctor.features(data.target(i)))
     model = values.get("model")
     findings = [
         *doctor.of_strangers(targets, "target", model, values.get("vae"), checked),
-        *doctor.of_copies([doctor.features(target) for target in targets], "target", checked),
-        *doctor.of_light(targets, "target"), *doctor.of_sizes(targets, "target", doctor.native_size(model)),
+        *doctor.of_copies(small, "target", compared), *doctor.of_light(targets, "target"),
+        *doctor.of_sizes([data.size(i)[::-1] for i in compared], "target", doctor.native_size(model)),
+        *doctor.of_masks(() if masks is None else (masks[i][0, ..., 0] for i in compared), compared),
+        *doctor.of_model(model),
     ]
-    tell(node, [*warnings, *doctor.lines(findings)], logging.WARNING)
-    return values, data
+    return [*poses, *doctor.lines(findings)]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` places, evenly."""
+    return sorted({i * count // most for i in range(most)})
 
 
 class UnderstudySaveFusion(CheckedNode):

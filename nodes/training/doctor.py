@@ -72,8 +72,8 @@ def examine(
     masks = [mask[0, ..., 0] if mask.ndim == 4 else mask for mask in masks or ()]
     findings = [
         *of_copies([features(picture) for picture in pictures], images), *of_light(pictures, images),
-        *of_sizes(pictures, images, native_size(model)), *of_masks(masks), *of_captions(captions, texts, learned),
-        *of_model(model), *of_strangers(pictures, images, model, vae),
+        *of_sizes(sizes(pictures), images, native_size(model)), *of_masks(masks),
+        *of_captions(captions, texts, learned), *of_model(model), *of_strangers(pictures, images, model, vae),
     ]
     return sorted(findings, key=lambda finding: not finding.serious)
 
@@ -156,11 +156,18 @@ def _light(picture: torch.Tensor) -> torch.Tensor:
     return torch.stack([grey.mean(), grey.std(), red - green, blue - green, lean])
 
 
-def of_sizes(pictures: Sequence[torch.Tensor], name: str, native: int | None) -> Iterator[Finding]:
-    """Sizes that the model was not trained at, very long shapes, and a set of many sizes."""
-    sizes = sorted({(picture.shape[2], picture.shape[1]) for picture in pictures})
-    for width, height in sizes:
-        size = f"{name}: a picture of {width} x {height} pixels"
+def sizes(pictures: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Width and height of each picture [1, H, W, 3]."""
+    return [(picture.shape[2], picture.shape[1]) for picture in pictures]
+
+
+def of_sizes(
+    of: Sequence[tuple[int, int]], name: str, native: int | None, kind: str = "picture"
+) -> Iterator[Finding]:
+    """Sizes that the model was not trained at, very long shapes, and a set of many sizes; `of` as from `sizes`."""
+    different = sorted(set(of))
+    for width, height in different:
+        size = f"{name}: a {kind} of {width} x {height} pixels"
         if max(width, height) > _LONGEST * min(width, height):
             yield Finding(f"{size} is very long: crop it to the subject")
         area = (width * height) ** 0.5
@@ -174,41 +181,48 @@ def of_sizes(pictures: Sequence[torch.Tensor], name: str, native: int | None) ->
                 f"{size} is large for a model of {native} x {native}, which sees a part of it at a time and takes "
                 f"longer: scale it to about {native * native:,} pixels"
             )
-    if len(sizes) > max(_FEW, len(pictures) // 2):
+    if len(different) > max(_FEW, len(of) // 2):
         yield Finding(
-            f"{name}: {len(pictures)} pictures have {len(sizes)} sizes, and a batch takes pictures of one size: "
-            "scale them to a few sizes"
+            f"{name}: {len(of)} {kind}s have {len(different)} sizes, and a batch takes {kind}s of one size: scale "
+            "them to a few sizes"
         )
 
 
-def of_masks(masks: Sequence[torch.Tensor]) -> Iterator[Finding]:
-    """Masks [H, W] that show no subject, no background, or the subject always on one side."""
-    if not masks:
+def of_masks(
+    masks: Iterable[torch.Tensor], numbers: Sequence[int] = (), kind: str = "picture"
+) -> Iterator[Finding]:
+    """Masks [H, W] that show no subject, no background, or the subject always on one side; each is read once.
+
+    `numbers` as in `of_copies`.
+    """
+    measures = [(float(mask.float().mean()), _middle(mask.float())) for mask in masks]
+    if not measures:
         return
-    shares = [float(mask.float().mean()) for mask in masks]
+    count = len(measures)
+    numbers = numbers or range(count)
     for limit, are, what in (
-        (lambda share: share < _EMPTY_MASK, "empty", "so nothing of these pictures is learned"),
+        (lambda share: share < _EMPTY_MASK, "empty", f"so nothing of these {kind}s is learned"),
         (lambda share: share > _FULL_MASK, "nearly all 1", "so the background is learned as well"),
     ):
-        numbers = [str(i + 1) for i, share in enumerate(shares) if limit(share)]
-        if numbers:
+        found = [str(number + 1) for number, (share, _) in zip(numbers, measures, strict=True) if limit(share)]
+        if found:
             yield Finding(
-                f"masks: {_listed(numbers)} of {len(masks)} {'is' if len(numbers) == 1 else 'are'} {are}, {what}: "
-                "draw 1 where the subject is and 0 elsewhere, or leave the picture out",
+                f"masks: {_listed(found)} of {count} {'is' if len(found) == 1 else 'are'} {are}, {what}: draw 1 "
+                f"where the subject is and 0 elsewhere, or leave the {kind} out",
                 serious=are == "empty",
             )
-    middles = [_middle(mask.float()) for mask, share in zip(masks, shares, strict=True) if share > 0]
+    middles = [middle for share, middle in measures if share > 0]
     for side, beside in (("left", [middle < _OFF_CENTRE for middle in middles]),
                          ("right", [middle > 1 - _OFF_CENTRE for middle in middles])):
         if len(middles) >= _FEW and all(beside):
             yield Finding(
-                f"masks: the subject is on the {side} of every picture, so its place is learned: crop the pictures "
+                f"masks: the subject is on the {side} of every {kind}, so its place is learned: crop the {kind}s "
                 "in other ways, or add mirrored ones"
             )
 
 
 def _middle(mask: torch.Tensor) -> float:
-    """Where the mask's centre is, as a fraction of the width."""
+    """Where the mask's centre is, as a fraction of the width; NaN for an empty one."""
     columns = mask.sum(0)
     places = (torch.arange(len(columns), device=mask.device) + 0.5) / len(columns)
     return float((columns * places).sum() / columns.sum())

@@ -65,6 +65,14 @@ def _can_sample(denoiser: ModelDenoiser, shape: Sequence[int]) -> bool:
     return management.get_free_memory(denoiser.device) > 1.1 * max(needed, management.minimum_inference_memory())
 
 
+def in_colours(model: Any, latent: torch.Tensor) -> torch.Tensor:
+    """A latent [B, C, (T,) H, W] in rough colours, [B, (T,) H, W, 3] about 0..1, by its BaseModel's factors."""
+    factors = torch.tensor(model.latent_format.latent_rgb_factors)
+    bias = torch.tensor(model.latent_format.latent_rgb_factors_bias or [0.0] * 3)
+    channels = model.process_latent_in(latent).movedim(1, -1).float().cpu()
+    return (channels @ factors + bias + 1) / 2
+
+
 def _picture(vae: Any, latent: torch.Tensor, denoiser: ModelDenoiser) -> Image.Image:
     """Decoded where the VAE fits beside the training; elsewhere the latent's channels, mapped to colours."""
     needed = vae.memory_used_decode(latent.shape, vae.vae_dtype) + vae.patcher.model_size()
@@ -72,11 +80,7 @@ def _picture(vae: Any, latent: torch.Tensor, denoiser: ModelDenoiser) -> Image.I
     if comfy.model_management.get_free_memory(vae.device) > 1.5 * needed:
         pixels = vae.decode(latent)
     else:
-        latent_format = denoiser.model.latent_format
-        factors = torch.tensor(latent_format.latent_rgb_factors)
-        bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0] * 3)
-        channels = denoiser.model.process_latent_in(latent).movedim(1, -1).float().cpu()
-        pixels = (channels @ factors + bias + 1) / 2
+        pixels = in_colours(denoiser.model, latent)
     frame = pixels.reshape(-1, *pixels.shape[-3:])[0]
     image = Image.fromarray((frame.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8))
     side = max(image.size)

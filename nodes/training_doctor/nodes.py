@@ -1,4 +1,4 @@
-"""The node that looks at training data without training on it; every Train node runs the same checks by itself."""
+"""The node that looks at training data without training on it; every Train node checks its own by itself."""
 
 import logging
 from collections.abc import Sequence

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -12,7 +13,7 @@ from ..fingerprint import fingerprint
 from ..inputs.checked import CheckedNode
 from ..inputs.latents import check_frames, check_not_zero
 from ..messages import tell
-from ..training import doctor, inputs, loss_masks, previews, widgets
+from ..training import doctor, drawing, inputs, loss_masks, previews, widgets
 from ..training.checkpoints import Checkpoints
 from ..training.stored import is_stored
 from . import files, training
@@ -95,9 +96,10 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
             raise ValueError("positive holds an empty conditioning: connect CLIP Text Encode")
         texts = inputs.one_each(positive, len(videos), "positive", kind="items", each="video")
         consent = gate.check_training("Train Video Identity Adapter", values.get("consent"))
-        tell("Train Video Identity Adapter", doctor.lines(_findings(videos, pictures, texts)), logging.WARNING)
         config, weighting = widgets.config(values), values.get("loss_weighting", _DEFAULT.loss_weighting)
         masks, floor = loss_masks.videos(masks, len(videos)), values.get("mask_floor", 0.0)
+        findings = _findings(values["model"], videos, pictures, texts, masks)
+        tell("Train Video Identity Adapter", doctor.lines(findings), logging.WARNING)
         settings = {
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
             "texts": inputs.conditioning_digest(texts), "rank": values["rank"], "loss_weighting": weighting,
@@ -113,19 +115,36 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
         return io.NodeOutput(adapter, loss_map)
 
 
-def _findings(videos: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], texts: Sequence[list]) -> list:
-    """What these latents and CONDITIONINGs will teach badly."""
+def _findings(
+    model: Any, videos: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], texts: Sequence[list],
+    masks: Sequence[torch.Tensor] | None,
+) -> list[doctor.Finding]:
+    """What these latents, CONDITIONINGs and masks [F, H, W] will teach badly."""
     if is_stored(videos):  # a job's, which is examined in the graph
         return []
     findings = [*doctor.of_copies([doctor.features(video) for video in videos], "latents")]
     if len({id(picture) for picture in pictures}) > 1:
         findings += doctor.of_copies([doctor.features(picture) for picture in pictures], "references")
+        findings += _of_light(model, pictures, "references")
+    scale = model.model.latent_format.spacial_downscale_ratio
+    sizes = [(video.shape[-1] * scale, video.shape[-2] * scale) for video in videos]
+    findings += [*_of_light(model, videos, "latents"), *doctor.of_sizes(sizes, "latents", None, "video")]
+    findings += [*doctor.of_masks((mask.mean(0) for mask in masks or ()), kind="video"), *doctor.of_model(model)]
     if len(videos) > 1 and len({inputs.conditioning_digest([text]) for text in texts}) == 1:
         findings.append(doctor.Finding(
             f"positive: all {len(videos)} videos have the same text, so what differs between them is learned as "
             "well: describe each video"
         ))
     return findings
+
+
+def _of_light(model: Any, latents: Sequence[torch.Tensor], name: str) -> Iterator[doctor.Finding]:
+    """One light, in the rough colours of latents [1, C, T, H, W], where ComfyUI has some; a video's frames as one."""
+    space = model.model.latent_format
+    if space.latent_rgb_factors is None or any(latent.shape[1] != space.latent_channels for latent in latents):
+        return  # training refuses those of another model
+    colours = (drawing.in_colours(model.model, latent).clamp(0, 1) for latent in latents)
+    yield from doctor.of_light([colour.flatten(1, 2) for colour in colours], name)
 
 
 def _check_references(pictures: Sequence[torch.Tensor]) -> None:

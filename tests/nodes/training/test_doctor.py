@@ -72,6 +72,25 @@ def test_a_photograph_among_the_targets_of_a_fusion_is_noticed_by_its_number(loa
     assert "target: 13 is no puppet, and these small models know puppets only" in caplog.text
 
 
+def test_all_pairs_of_a_fusion_are_compared_and_their_masks_looked_at(pictures, caplog, monkeypatch):
+    """Two copies and an empty mask, none of them among the pairs whose light is looked at."""
+    monkeypatch.setattr(training_nodes, "_LOOKED_AT", 1)
+    (_, _, pose, _) = UnderstudyPuppet.execute(WHO, "waving", "beach", 1, 0).result
+    targets = [*pictures[:3], pictures[1]]
+    drawn = [mask(5, 15)[None], mask(5, 15)[None], torch.zeros(1, 20, 20), mask(5, 15)[None]]
+    lists = {"source": pictures[:1], "target": targets, "pose": [pose] * 4}
+    _, data, masks = training_nodes._values_and_pairs({**lists, "masks": drawn}, "Train Fusion Combiner", {})
+    assert (len(data), len(masks)) == (4, 4)
+    assert "target: pictures 2 and 4 are nearly the same" in caplog.text
+    assert "masks: 3 of 4 is empty" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(training_nodes, "_COMPARED", 3)
+    with caplog.at_level("INFO"):
+        training_nodes._values_and_pairs(dict(lists), "Train Fusion Combiner", {})
+    assert "3 of 4 targets, spread evenly, are compared for near-duplicates" in caplog.text
+    assert "nearly the same" not in caplog.text, "the fourth, a copy of the second, is left out"
+
+
 def enlarged(picture):
     return torch.nn.functional.interpolate(picture.movedim(-1, 1), (200, 200), mode="bicubic").movedim(1, -1)
 
@@ -119,15 +138,16 @@ def test_light_from_one_side_is_found(side, flip):
 
 def test_sizes_are_those_of_the_model():
     def of(width, height, native=512):
-        return texts(doctor.of_sizes([torch.zeros(1, height, width, 3)], "images", native))
+        return texts(doctor.of_sizes([(width, height)], "images", native))
 
     assert of(512, 512) == [] and of(640, 448) == [] and of(100, 100, None) == []
     assert "200 x 200 pixels is small for a model of 512" in of(200, 200)[0]
     assert "1024 x 1024 pixels is large" in of(1024, 1024)[0]
     assert "very long" in of(1200, 300)[0]
-    serious = [finding.serious for finding in doctor.of_sizes([torch.zeros(1, 300, 300, 3)], "images", 512)]
+    serious = [finding.serious for finding in doctor.of_sizes([(300, 300)], "images", 512)]
     assert serious == [False], "not half of it yet"
-    many = [torch.zeros(1, 64, 64 + 8 * i, 3) for i in range(5)]
+    many = doctor.sizes([torch.zeros(1, 64, 64 + 8 * i, 3) for i in range(5)])
+    assert many[1] == (72, 64)
     assert any("5 sizes" in line for line in texts(doctor.of_sizes(many, "images", None)))
 
 
@@ -143,6 +163,8 @@ def test_masks_without_a_subject_or_background_are_found():
     assert any("masks: 3 of 3 is nearly all 1" in line for line in lines)
     assert texts(doctor.of_masks([mask(5, 15), mask(0, 8), mask(12, 20)])) == []
     assert "on the left of every picture" in texts(doctor.of_masks([mask(0, 7), mask(1, 8), mask(0, 5)]))[0]
+    read_once = iter([mask(5, 15), torch.zeros(20, 20)])
+    assert "masks: 8 of 2 is empty" in texts(doctor.of_masks(read_once, [3, 7], "video"))[0]
 
 
 @pytest.mark.parametrize(("captions", "words", "serious"), [

@@ -172,7 +172,8 @@ def node(model, latents, references, positive, **settings):
     values |= settings
     with torch.inference_mode():
         return UnderstudyTrainVideoIdentityAdapter.execute(
-            latents, references, positive, model=[model], **{key: [value] for key, value in values.items()}
+            latents, references, positive, model=[model],
+            **{key: value if isinstance(value, list) else [value] for key, value in values.items()},
         ).result
 
 
@@ -239,6 +240,23 @@ def test_what_training_ignores_or_repeats_is_logged(caplog):
     with caplog.at_level(logging.INFO):
         node(shown(model, person(adapter=adapter)), videos, [one], [text], checkpoint_every=0)
     assert "one reference is trained with all 2 videos" in caplog.text and "ignores the references" in caplog.text
+
+
+def test_light_shapes_and_masks_of_videos_are_looked_at(caplog):
+    """Three equally lit videos of noise, one far too long, with masks of the left half, of nothing and of all."""
+    text, one = tiny_model.conditioning(0), {"samples": draw(50, 1, 16, 1, 4, 4)}
+    videos = [{"samples": draw(i, 1, 16, 2, 4, 4 if i else 12) * 0} for i in range(3)]
+    masks = [torch.zeros(5, 32, 32) for _ in range(3)]
+    masks[0][..., :16], masks[2][:] = 1, 1
+    node(wan(), videos, [one], [text], masks=masks, mask_floor=0.1, steps=1, checkpoint_every=0)
+    assert "latents: all 3 pictures have the same brightness" in caplog.text
+    assert "latents: a video of 96 x 32 pixels is very long" in caplog.text
+    assert "masks: 2 of 3 is empty, so nothing of these videos is learned" in caplog.text
+    assert "masks: 3 of 3 is nearly all 1" in caplog.text
+    caplog.clear()
+    lit = [{"samples": video["samples"] + (i - 1) * 2.0} for i, video in enumerate(videos)]
+    node(wan(), lit, [one], [text], steps=1, checkpoint_every=0)
+    assert "same brightness" not in caplog.text and "masks:" not in caplog.text
 
 
 def test_the_node_takes_batches_and_lists_and_one_for_all():
