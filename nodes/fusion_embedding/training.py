@@ -11,13 +11,13 @@ import torch
 
 from ..fingerprint import fingerprint, weights_fingerprint
 from ..messages import tell
-from ..training import drawing, inputs, loop, loss_masks
+from ..training import drawing, inputs, loop, loss_masks, memory
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from ..training.differentiable import no_training
-from ..training.lora import lora_model, trainable
+from ..training.lora import lora_model, parameter_count, trainable
 from ..training.objective import Denoising
-from ..training.parallel import check_contrast, engine
+from ..training.parallel import check_contrast, check_shares, engine, largest_share
 from ..training.reference_loss import ReferenceLoss
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
@@ -40,7 +40,6 @@ _PATHS = {
 }
 _OF_EMBEDDING = ("class embedding", "embedding tokens")
 _STARVED = 0.01
-_ACTIVATIONS = 4 << 30  # ours: bytes for an image encoder's backward pass
 
 
 # Stage 1
@@ -60,7 +59,8 @@ def train_combiner(
     check_contrast(min(config.batch_size, len(pairs)))
     resume = checkpoints.resume(resume_from)
     width = encoding.embeddings(clip_vision, pairs[0].source).shape[-1]
-    with _loaded_encoder(clip_vision, config, combiner.train_encoder) as (module, trained):
+    pictures = 3 * largest_share(min(config.batch_size, len(pairs)))
+    with _loaded_encoder(clip_vision, config, combiner.train_encoder, pictures) as (module, trained):
         generator = torch.Generator().manual_seed(seed_for(config.seed, "combiner"))
         initial = layout.new_combiner(width, combiner.projection, combiner.hidden, generator)
         weights = _parameters(initial, clip_vision.load_device)
@@ -84,14 +84,16 @@ def train_combiner(
 
 @contextlib.contextmanager
 def _loaded_encoder(
-    clip_vision: Any, config: TrainingConfig, train: bool
+    clip_vision: Any, config: TrainingConfig, train: bool, pictures: int
 ) -> Iterator[tuple[Any, WholeNetwork | None]]:
-    """The encoder's module, loaded, and its trainable copies, attached, or None if it is frozen."""
+    """The encoder's module, loaded for so many pictures, and its trainable copies, attached, or None if it is frozen.
+    """
     if not train:
         with torch.inference_mode(False), torch.enable_grad():
             yield clip_vision.model, None
         return
-    with encoder_session(clip_vision.patcher, _ACTIVATIONS, config) as module:
+    activations = memory.of_encoder(pictures, clip_vision.config, config.gradient_checkpointing)
+    with encoder_session(clip_vision.patcher, activations, config) as module:
         trained = WholeNetwork(module, "switch train_encoder off", in_main_memory=config.offload)
         with trained.attached():
             yield module, trained
@@ -242,6 +244,7 @@ def train_generator(
     No model or encoder is modified. Raises TrainingDiverged, FusionError, ValueError as `session` does, and
     ComfyUI's interruption.
     """
+    check_shares(config.batch_size, len(pairs))
     resume = checkpoints.resume(resume_from)
     latent_format = model.model.latent_format
     ratio = latent_format.spacial_downscale_ratio
@@ -257,11 +260,15 @@ def train_generator(
     patchers = {id(part): part.patcher for part in (vae, appearance, encoder) if part is not None}
     encoders = list(patchers.values()) if encoded.shared is None and len(encoded.cache) < len(pairs) else []
     patched = sampling.with_fusion_patches(model)
-    with session(patched, shape, config, whole=generator.whole_unet, other_models=encoders) as denoiser:
-        seeded = torch.Generator().manual_seed(seed_for(config.seed, "generator"))
+    seeded = torch.Generator().manual_seed(seed_for(config.seed, "generator"))
+    with torch.inference_mode(False):  # they are trained
         initial = layout.new_generator(sizes, generator.hidden, generator.pose_channels, seeded)
+    lora = None if generator.whole_unet else LoraConfig(rank=generator.rank)
+    count = sum(tensor.numel() for tensor in initial.values())
+    count += parameter_count(model.get_model_object("diffusion_model"), lora)
+    options = {"whole": lora is None, "other_models": encoders, "extra_parameters": count}
+    with session(patched, shape, config, **options) as denoiser:
         weights = _parameters(initial, denoiser.device)
-        lora = None if generator.whole_unet else LoraConfig(rank=generator.rank)
         trained = trainable(denoiser.network, lora, config.seed, denoiser.device)
         denoising = Denoising(FusionDenoiser(denoiser, weights), config)
         objective = method.PoseTransferObjective(denoising, encoded, config.batch_size, generator)

@@ -9,13 +9,16 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ..fingerprint import fingerprint
 from ..inputs.model_fit import check_encoded
 from ..inputs.words import entries
+from ..patching.changes import call_changes, weight_changes
 from ..subject_tokens import Subject
 from ..training import drawing, inputs, picture_training
 from ..training.checkpoints import Checkpoints
 from ..training.config import LoraConfig, TrainingConfig
 from ..training.objective import Batches
+from ..training.parallel import check_shares, engine
 from ..training.runs import LossMap
 from ..training.seeds import seed_for
 from ..training.stored import Stored, chained, digest, is_stored
@@ -48,6 +51,7 @@ def train(
     Raises what picture_training.train_on_pictures raises.
     """
     picture_training.check_family(model, LoraConfig(rank=prior.rank))
+    check_shares(config.batch_size, len(latents) + len(classes.texts))
     checkpoints.resume(resume_from)  # one that does not fit is refused before the model draws
     *conditionings, empty = picture_training.encode_texts(clip, [*texts, *classes.texts, ""])
     check_encoded(conditionings, chained(latents, classes.latents), model)  # also before the model draws
@@ -137,14 +141,26 @@ def class_pictures(
 
 def draw_class_pictures(
     model: Any, conditionings: Sequence[list], negative: list, shape: torch.Size, seed: int
-) -> list[torch.Tensor]:
-    """One latent of `shape` [1, C, ...] for each CONDITIONING, drawn by the base model, as a VAE would encode it."""
-    latents = []
+) -> Sequence[torch.Tensor]:
+    """One latent of `shape` [1, C, ...] for each CONDITIONING, drawn by the base model, as a VAE would encode it.
+
+    In a job they are drawn once, shared by its processes, and kept for its next start.
+    """
     progress = comfy.utils.ProgressBar(len(conditionings))
-    for i, conditioning in enumerate(conditionings):
+
+    def draw(i: int) -> torch.Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         logging.info("[Understudy] drawing class picture %d of %d", i + 1, len(conditionings))
         picture_seed = seed_for(seed, "class picture", i)
-        latents.append(drawing.sample(model, conditioning, negative, shape, picture_seed, _CLASS_STEPS).cpu())
+        latent = drawing.sample(model, conditionings[i], negative, shape, picture_seed, _CLASS_STEPS).cpu()
         progress.update(1)
-    return latents
+        return latent
+
+    def key() -> str:
+        prompts = inputs.conditioning_digest([*conditionings, negative])
+        return digest(
+            fingerprint(model), weight_changes(model), call_changes(model), prompts, tuple(shape), seed, _CLASS_STEPS
+        )
+
+    shared = engine().encoded("class_pictures", key, len(conditionings), draw)
+    return list(map(draw, range(len(conditionings)))) if shared is None else shared

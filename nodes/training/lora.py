@@ -47,6 +47,14 @@ def chosen_layers(network: torch.nn.Module, config: LoraConfig) -> dict[str, tor
     }
 
 
+def parameter_count(network: torch.nn.Module, config: LoraConfig | None) -> int:
+    """How many parameters a LoRA of the network has; 0 where `config` is None."""
+    if config is None:
+        return 0
+    layers = chosen_layers(network, config).values()
+    return sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
 class LoraLayers:
     """One LoraLayer for each chosen linear layer of `network`, by the layer's name.
 

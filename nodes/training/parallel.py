@@ -123,6 +123,26 @@ def driven_by(chosen: Engine) -> Iterator[None]:
         _engine.reset(token)
 
 
+def check_shares(batch: int, samples: int) -> None:
+    """Raise ValueError where a step of `batch` of these `samples` has too few for a part in every process."""
+    driver = engine()
+    parts = driver.processes * driver.accumulation
+    divided = (
+        f"a step is divided into {parts} parts, {driver.accumulation} in each of {driver.processes} processes, some "
+        "of which would compute nothing"
+    )
+    fewer = "use fewer processes or less gradient accumulation"
+    if batch < parts:
+        raise ValueError(f"batch_size is {batch}, and {divided}: set batch_size to {parts} or more, or {fewer}")
+    if samples < parts:
+        raise ValueError(f"there are {samples} samples to train on, and {divided}: {fewer}, or add samples")
+
+
+def largest_share(batch: int) -> int:
+    """How many samples of a batch a process computes at once, where it has the most."""
+    return -(-batch // (engine().processes * engine().accumulation))
+
+
 def only_whole_batches(what: str, why: str) -> None:
     """Raise ValueError where batches are divided: `what` is trained by one process without accumulation, `why`."""
     driver = engine()

@@ -19,7 +19,7 @@ from .checkpoints import Checkpoints
 from .config import LoraConfig, TrainingConfig
 from .drawing import ModelPreview
 from .loop import Objective
-from .lora import chosen_layers, lora_model, trainable
+from .lora import chosen_layers, lora_model, parameter_count, trainable
 from .objective import WEIGHTS, Denoising, DenoisingObjective, Sample, prediction_kind, samples_of
 from .parallel import engine
 from .reference_loss import ReferenceLoss
@@ -86,7 +86,8 @@ def train_on_pictures(
     resume = checkpoints.resume(resume_from)
     largest = max(latents, key=lambda latent: latent.numel())
     shape = [forward_batch or config.batch_size, *largest.shape[1:]]
-    with session(model, shape, config, whole=lora is None) as denoiser:
+    count = parameter_count(model.get_model_object("diffusion_model"), lora)
+    with session(model, shape, config, whole=lora is None, extra_parameters=count) as denoiser:
         samples = samples_of(
             (latents, conditionings, *([] if weights is None else [weights])),
             latent=lambda latent, *_: denoiser.model.process_latent_in(latent.clone()).float(),

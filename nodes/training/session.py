@@ -15,9 +15,9 @@ from comfy.ldm.lightricks.model import LTXBaseModel
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..inputs.families import family
-from ..messages import tell
 from ..patching import models
 from ..patching.wan_blocks import OVERRIDE
+from . import memory
 from .config import TrainingConfig
 from .differentiable import (
     checkpointed_blocks,
@@ -35,8 +35,6 @@ _UNTRAINED = {"hooks": "hooks, such as a scheduled LoRA", "control": "a ControlN
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # More bytes than any device has: ComfyUI then loads no weight for good.
 _ALL_MEMORY = 1e20
-# Ours: a backward pass needs activations that ComfyUI's estimate for sampling does not count.
-_MEMORY_FACTOR = 3
 
 
 class ModelDenoiser:
@@ -124,7 +122,7 @@ def session(
     model: comfy.model_patcher.ModelPatcher, shape: Sequence[int], config: TrainingConfig, *, whole: bool = False,
     other_models: Sequence[comfy.model_patcher.ModelPatcher] = (), extra_parameters: int = 0,
 ) -> Iterator[ModelDenoiser]:
-    """Load `model` for batches of `shape` and make it differentiable; nothing of it stays when the block ends.
+    """Load `model` for a process's share of batches of `shape` and make it differentiable; nothing stays afterwards.
 
     Weights are neither merged nor copied. `whole` leaves room for fp32 copies of them all, and lets the model
     compute with such copies in its own type. `other_models`, such as text encoders, are loaded and made
@@ -141,10 +139,9 @@ def session(
         parameters += sum(weight.numel() for weight in patcher.model.diffusion_model.parameters())
         if config.offload:
             raise ValueError("offload is for weights that are not trained, and whole_unet trains all: switch one off")
-    activations = patcher.memory_required(list(shape)) * _MEMORY_FACTOR
-    _tell_needs(patcher, activations, BYTES_PER_PARAMETER * parameters, config, fp8=not whole)
-    required = activations + BYTES_PER_PARAMETER * parameters
-    with _loaded([patcher, *other_models], required, config.offload), contextlib.ExitStack() as stack:
+    needs = memory.of_session(patcher, other_models, shape, BYTES_PER_PARAMETER * parameters, config)
+    memory.tell_needs(needs, patcher, config, fp8=not whole)
+    with _loaded([patcher, *other_models], needs.beside_weights, config.offload), contextlib.ExitStack() as stack:
         stack.callback(patcher.cleanup)
         patcher.pre_run()
         stack.enter_context(_differentiable([patcher, *other_models], encoders=other_models))
@@ -167,24 +164,6 @@ def session(
         yield ModelDenoiser(patcher)
 
 
-def _tell_needs(patcher: Any, activations: float, trained: int, config: TrainingConfig, fp8: bool) -> None:
-    """How much memory the run will need, by ComfyUI's estimate for sampling, and what would lower it.
-
-    `fp8` is whether a model in fp8 can be trained this way.
-    """
-    weights = 0 if config.offload else patcher.model_size()
-    cures = {
-        "offload": not config.offload, "gradient_checkpointing": not config.gradient_checkpointing,
-        "a smaller batch_size": config.batch_size > 1,
-        "a model in fp8": fp8 and weights and getattr(patcher.model_dtype(), "itemsize", 1) > 1,
-    }
-    parts = {"weights": weights, "activations": activations, "what is trained": trained}
-    told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-    line = f"needs about {sum(parts.values()) / 2**30:.1f} GB by estimate: {told}"
-    lower = ", ".join(name for name, helps in cures.items() if helps)
-    tell("training", [f"{line}; {lower} would lower it" if lower else line])
-
-
 @contextlib.contextmanager
 def encoder_session(
     patcher: comfy.model_patcher.ModelPatcher, activations: int, config: TrainingConfig
@@ -197,8 +176,9 @@ def encoder_session(
     patcher = clone_without_streaming(patcher)
     encoder, offload = patcher.model, config.offload
     copies = 0 if offload else BYTES_PER_PARAMETER * sum(weight.numel() for weight in encoder.parameters())
-    _tell_needs(patcher, activations, copies, config, fp8=False)
-    loaded = _loaded([patcher], activations + copies, offload)
+    needs = memory.Needs(0 if offload else patcher.model_size(), activations, copies)
+    memory.tell_needs(needs, patcher, config, fp8=False)
+    loaded = _loaded([patcher], needs.beside_weights, offload)
     differentiable = _differentiable([patcher], [patcher])
     with loaded, differentiable, contextlib.ExitStack() as stack:
         if offload:

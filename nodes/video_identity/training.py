@@ -17,6 +17,7 @@ from ..patching import models
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from ..training.objective import WEIGHTS, DenoisingObjective, Sample, samples_of
+from ..training.parallel import check_shares
 from ..training.reference_loss import ReferenceLoss
 from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
@@ -61,6 +62,7 @@ def prepared(
 ) -> Iterator[tuple[method.VideoAdapter, list[Sample], WithReferences]]:
     """An untrained adapter, its samples, and the model with it, ready for the objective; arguments as `train`."""
     network = sampling.wan_network(model)
+    check_shares(config.batch_size, len(latents))
     if models.attachment(model, sampling.KEY):
         warning = "training ignores the references on this model: connect the model without them"
         tell("Train Video Identity Adapter", [warning], logging.WARNING)

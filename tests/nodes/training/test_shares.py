@@ -6,7 +6,32 @@ from pack.nodes.identity_prior.method import PriorObjective
 from pack.nodes.training import parallel
 from pack.nodes.training.config import TrainingConfig
 from pack.nodes.training.objective import Batches, Denoising, DenoisingObjective, LaterSample
-from support import tiny_model
+from support import every_training, tiny_model
+
+
+class Driver(parallel.Engine):
+    """Processes and shares that are only counted."""
+
+    def __init__(self, processes, accumulation=1):
+        self.processes, self.accumulation = processes, accumulation
+
+
+@pytest.mark.parametrize(("batch", "samples", "told"), [
+    (1, 800, "batch_size is 1, and a step is divided into 8 parts, 2 in each of 4 processes.*set batch_size to 8 or"),
+    (7, 800, "batch_size is 7, .*into 8 parts"), (8, 5, "there are 5 samples to train on, .*into 8 parts"),
+])
+def test_a_step_with_fewer_samples_than_parts_is_refused_in_words(batch, samples, told):
+    parallel.check_shares(batch, samples)  # one process
+    with parallel.driven_by(Driver(4, 2)):
+        parallel.check_shares(8, 8)
+        with pytest.raises(ValueError, match=told):
+            parallel.check_shares(batch, samples)
+
+
+@pytest.mark.parametrize("name", ["prior", "generator", "adapter"])
+def test_every_divided_training_refuses_spare_processes(name):
+    with parallel.driven_by(Driver(64)), pytest.raises(ValueError, match="a step is divided into 64 parts"):
+        every_training.trained(name)
 
 
 class Scaled:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pack.nodes import extension
 from pack.nodes.fusion_embedding import files as fusion_files
+from pack.nodes.identity_prior import training as prior_training
 from pack.nodes.training import checkpoints, parallel
 from pack.nodes.training_jobs import conditionings, folder
 from pack.nodes.video_identity import files as adapter_files
@@ -152,3 +153,23 @@ def test_action_and_pair_refuse_shares_in_words(name):
 def test_a_contrast_of_unequal_parts_is_refused_in_words():
     with parallel.driven_by(Two()), pytest.raises(ValueError, match="batch_size is 3 for 2 processes"):
         parallel.check_contrast(3)
+
+
+def test_class_pictures_are_drawn_once_in_a_job(tmp_path):
+    model, shape = tiny_model.as_loaded(tiny_model.picture()), (1, 4, 8, 8)
+    texts, negative = [tiny_model.conditioning(1), tiny_model.conditioning(2)], tiny_model.conditioning(3)
+    driver = Sharing(tmp_path)
+
+    def drawn(prompts=texts, seed=1):
+        return list(prior_training.draw_class_pictures(model, prompts, negative, shape, seed))
+
+    with torch.inference_mode():
+        alone = drawn()
+        with parallel.driven_by(driver):
+            for _ in range(2):
+                assert all(torch.equal(a, b) for a, b in zip(drawn(), alone, strict=True))
+            assert driver.made == 2
+            drawn(seed=2)
+            assert driver.made == 4, "of another seed"
+            drawn([texts[0], negative])
+            assert driver.made == 6, "of other words"
