@@ -13,13 +13,14 @@ from ..fusion_embedding import pairs
 from ..fusion_embedding.training_nodes import UnderstudyTrainFusionCombiner, UnderstudyTrainFusionGenerator
 from ..identity_prior.training_nodes import UnderstudyTrainIdentityPrior
 from ..inputs.checked import CheckedNode, allowed
+from ..inputs.families import family
 from ..messages import tell
 from ..subject_tokens import Subject
 from ..training import inputs
 from ..training.objective import prediction_kind
 from ..video_identity.training_nodes import UnderstudyTrainVideoIdentityAdapter
 from . import conditionings, other_trainers
-from .folder import SAMPLES, JobFolder
+from .folder import INPUT, SAMPLES, JobFolder
 from .loaders import loader
 
 TRAININGS = (
@@ -76,7 +77,7 @@ class UnderstudyExportTrainingJob(CheckedNode):
                     "also_for", options=list(other_trainers.TRAINERS), default=other_trainers.NONE, optional=True,
                     advanced=True,
                     tooltip="Of an identity prior: also a configuration of another program, for the same pictures. "
-                    "none writes no other, musubi-tuner its data set's, ai-toolkit its job.",
+                    "none writes no other, musubi-tuner its data set's and training's, ai-toolkit its job.",
                 ),
             ],
             outputs=[],
@@ -199,24 +200,51 @@ def _written_for(program: str, target: JobFolder, values: dict, data: dict, sett
     """Write another program's configuration; returns what to tell of it, with what it leaves out."""
     if program == other_trainers.NONE:
         return []
-    folders = target.input / data["images"], target.input / data["class_images"] if "class_images" in data else None
+
+    def place(name: str) -> str | None:
+        return f"{INPUT}/{data[name]}" if name in data else None
+
     pictures = inputs.pictures(values["images"], "images")
     lines = []
-    if folders[1] is None and settings["prior_weight"]:
+    if "class_images" not in data and settings["prior_weight"]:
         lines.append(f"{program} gets no class pictures, which this training draws itself: connect class_images")
-    masks = target.input / data["masks"] if len(_masks(values.get("masks", []))) == len(pictures) else None
+    masks = place("masks") if len(_masks(values.get("masks", []))) == len(pictures) else None
     if "masks" in data and (program == other_trainers.MUSUBI or masks is None):
         fix = "it has none" if program == other_trainers.MUSUBI else "connect one for each picture"
         lines.append(f"{program} gets no masks and learns from whole pictures: {fix}")
     if program == other_trainers.MUSUBI:
-        path, text = target.path / "musubi_dataset.toml", other_trainers.musubi(*folders, pictures)
-    else:
-        sampling = values["model"][0].get_model_object("model_sampling")
-        flow = prediction_kind(sampling, "training") == "flow"
-        path = target.path / "ai_toolkit.json"
-        text = other_trainers.ai_toolkit(target.name, *folders, pictures, settings, flow, masks)
+        return [*_written_for_musubi(target, values["model"][0], place, pictures, settings), *lines]
+    sampling = values["model"][0].get_model_object("model_sampling")
+    flow = prediction_kind(sampling, "training") == "flow"
+    text = other_trainers.ai_toolkit(
+        target.name, place("images"), place("class_images"), pictures, settings, flow, masks
+    )
+    path = target.path / "ai_toolkit.json"
     path.write_text(text, encoding="utf-8")
-    return [f"{path} is for {program}", *lines]
+    return [f"{path} is for {program}: write the model's path into it, and start run.py in the job's folder", *lines]
+
+
+def _written_for_musubi(
+    target: JobFolder, model: Any, place: Callable[[str], str | None], pictures: list, settings: dict
+) -> list[str]:
+    """Write musubi-tuner's data set, and its training where it trains this family; returns what to tell of them."""
+    path = target.path / other_trainers.MUSUBI_DATA
+    text = other_trainers.musubi(place("images"), place("class_images"), pictures, settings["batch_size"])
+    path.write_text(text, encoding="utf-8")
+    training = other_trainers.musubi_training(family(model), Path(target.name).name, settings)
+    if training is None:
+        return [
+            f"{path} is a data set alone: by its documentation {other_trainers.MUSUBI} trains no {family(model)} on "
+            f"pictures; choose {other_trainers.AI_TOOLKIT}, or train the job with workflows/train.py"
+        ]
+    text, script = training
+    (target.path / other_trainers.MUSUBI_TRAINING).write_text(text, encoding="utf-8")
+    return [
+        f"{path} and {other_trainers.MUSUBI_TRAINING} are for {other_trainers.MUSUBI}: fill in what the second "
+        f"has in capitals, and start in the job's folder {script}_cache_latents.py and "
+        f"{script}_cache_text_encoder_outputs.py with --dataset_config, then {script}_train_network.py with "
+        f"--config_file {other_trainers.MUSUBI_TRAINING}"
+    ]
 
 
 NODES = [UnderstudyExportTrainingJob]

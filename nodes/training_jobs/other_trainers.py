@@ -1,11 +1,11 @@
 """A prior's data and settings as other programs read them: a LoRA trained there loads like any other.
 
-Keys and values are those of musubi-tuner's dataset configuration and of ai-toolkit's job files, which may be JSON.
+Keys and values are those of musubi-tuner's data set and training configurations and of ai-toolkit's job files, which
+may be JSON. Folders are relative to the job's, in which both programs are to be started: they read them from there.
 """
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +16,55 @@ NONE, MUSUBI, AI_TOOLKIT = "none", "musubi-tuner", "ai-toolkit"
 TRAINERS = (NONE, MUSUBI, AI_TOOLKIT)
 
 
-def musubi(images: Path, classes: Path | None, pictures: Sequence[torch.Tensor]) -> str:
+# What musubi-tuner's documentation names for each family on still pictures: how its scripts' names begin, the module
+# of its LoRA, how to sample noise levels, with their shift, and the model's version. It has none for UNets.
+_MUSUBI = {
+    "Qwen-Image": ("qwen_image", "networks.lora_qwen_image", "shift", 2.2, "original"),
+    "Z-Image": ("zimage", "networks.lora_zimage", "shift", 2.0, None),
+    "Flux.2": ("flux_2", "networks.lora_flux_2", "flux2_shift", None, "VERSION OF THE MODEL"),
+    "Krea 2": ("krea2", "networks.lora_krea2", "shift", 2.5, None),
+}
+MUSUBI_DATA, MUSUBI_TRAINING = "musubi_dataset.toml", "musubi_training.toml"
+
+
+def musubi_training(family: str, name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
+    """musubi-tuner's options for its --config_file, as TOML without the models' paths, and how its scripts' names
+    begin. None for a family, as inputs.families names it, that it does not train on pictures.
+    """
+    if family not in _MUSUBI:
+        return None
+    script, module, sampling, shift, version = _MUSUBI[family]
+    model = {"dit": "PATH OF THE MODEL", "vae": "PATH OF THE VAE", "text_encoder": "PATH OF THE TEXT ENCODER"}
+    training = {
+        "model_version": version, "dataset_config": MUSUBI_DATA, "network_module": module,
+        "network_dim": settings["rank"], "network_alpha": float(settings["rank"]),
+        "max_train_steps": settings["steps"], "learning_rate": settings["learning_rate"],
+        "optimizer_type": "AdamW", "lr_scheduler": "constant",
+        "seed": settings["seed"] % 2**32, "mixed_precision": "bf16", "sdpa": True, "gradient_checkpointing": True,
+        "timestep_sampling": sampling, "discrete_flow_shift": shift, "weighting_scheme": "none",
+        "save_every_n_steps": max(1, settings["steps"] // 4), "output_dir": "output", "output_name": name,
+    }
+    return toml({**model, **training}), script
+
+
+def musubi(images: str, classes: str | None, pictures: Sequence[torch.Tensor], batch_size: int) -> str:
     """musubi-tuner's data sets, as TOML: it has no weight for a class, whose pictures are a second one."""
     height, width = pictures[0].shape[1:3]
     general = {
-        "resolution": [width, height], "caption_extension": ".txt", "batch_size": 1, "enable_bucket": True,
+        "resolution": [width, height], "caption_extension": ".txt", "batch_size": batch_size, "enable_bucket": True,
         "bucket_no_upscale": True,
     }
     text = toml({"general": general})
     for folder in (images, classes):
         if folder is not None:
-            cache = folder.with_name(f"{folder.name}_cache")
-            data = {"image_directory": str(folder), "cache_directory": str(cache), "num_repeats": 1}
+            data = {"image_directory": folder, "cache_directory": f"{folder}_cache", "num_repeats": 1}
             text += f"\n[[datasets]]\n{toml(data)}"
     return text
 
 
 def ai_toolkit(
-    name: str, images: Path, classes: Path | None, pictures: Sequence[torch.Tensor], settings: dict[str, Any],
-    flow: bool, masks: Path | None = None,
+    name: str, images: str, classes: str | None, pictures: Sequence[torch.Tensor], settings: dict[str, Any],
+    flow: bool, masks: str | None = None,
 ) -> str:
     """ai-toolkit's job as JSON, without the model's path. `flow` is whether the model predicts velocity.
 
@@ -42,12 +72,12 @@ def ai_toolkit(
     """
     side = max(max(picture.shape[1:3]) for picture in pictures)
     datasets = [
-        {"folder_path": str(folder), "caption_ext": "txt", "resolution": [side], "shuffle_tokens": False,
+        {"folder_path": folder, "caption_ext": "txt", "resolution": [side], "shuffle_tokens": False,
          "caption_dropout_rate": 0.0, "cache_latents_to_disk": True, "is_reg": folder is classes}
         for folder in (images, classes) if folder is not None
     ]
     if masks is not None:
-        datasets[0] |= {"mask_path": str(masks), "mask_min_value": settings.get("mask_floor", 0.0)}
+        datasets[0] |= {"mask_path": masks, "mask_min_value": settings.get("mask_floor", 0.0)}
     rank, steps = settings["rank"], settings["steps"]
     process = {
         "type": "sd_trainer", "training_folder": "output", "device": "cuda:0",

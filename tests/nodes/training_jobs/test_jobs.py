@@ -126,42 +126,62 @@ def test_a_video_job_is_written_and_read(target, tmp_path, monkeypatch):
     assert files == {"latents", "references", "positive", "masks"}
 
 
-def test_other_programs_get_their_keys(tmp_path):
-    pictures, folders = [torch.zeros(1, 96, 64, 3)], (tmp_path / "images", tmp_path / "classes")
-    sets = tomllib.loads(other_trainers.musubi(*folders, pictures))
+SETTINGS = {"rank": 8, "steps": 40, "batch_size": 2, "learning_rate": 1e-4, "prior_weight": 0.5, "seed": 3}
+
+
+def test_other_programs_get_their_keys():
+    pictures, folders = [torch.zeros(1, 96, 64, 3)], ("input/images", "input/classes")
+    sets = tomllib.loads(other_trainers.musubi(*folders, pictures, 2))
     assert sets["general"]["resolution"] == [64, 96] and sets["general"]["caption_extension"] == ".txt"
-    assert [data["image_directory"] for data in sets["datasets"]] == [str(path) for path in folders]
+    assert sets["general"]["batch_size"] == 2
+    assert [data["image_directory"] for data in sets["datasets"]] == list(folders)
     assert len({data["cache_directory"] for data in sets["datasets"]}) == 2
-    settings = {"rank": 8, "steps": 40, "batch_size": 2, "learning_rate": 1e-4, "prior_weight": 0.5}
-    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, settings, flow=True))
+    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, SETTINGS, flow=True))
     (process,) = read["config"]["process"]
     assert process["train"]["noise_scheduler"] == "flowmatch" and process["network"]["linear"] == 8
     assert [data["is_reg"] for data in process["datasets"]] == [False, True]
     assert process["train"]["reg_weight"] == 0.5 and not any("mask_path" in data for data in process["datasets"])
-    settings["mask_floor"] = 0.25
-    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, settings, True, tmp_path / "masks"))
+    settings = {**SETTINGS, "mask_floor": 0.25}
+    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, settings, True, "input/masks"))
     subject, classes = read["config"]["process"][0]["datasets"]
-    assert subject["mask_path"] == str(tmp_path / "masks") and subject["mask_min_value"] == 0.25
+    assert subject["mask_path"] == "input/masks" and subject["mask_min_value"] == 0.25
     assert "mask_path" not in classes
 
 
-def test_what_other_programs_do_not_get_is_told(target):
+def test_musubi_tuner_gets_a_training_of_the_families_that_it_knows():
+    text, script = other_trainers.musubi_training("Qwen-Image", "anna", SETTINGS)
+    read = tomllib.loads(text)
+    assert script == "qwen_image" and read["network_module"] == "networks.lora_qwen_image"
+    asked = {"network_dim": 8, "network_alpha": 8.0, "max_train_steps": 40, "learning_rate": 1e-4, "seed": 3}
+    assert asked.items() <= read.items() and read["dataset_config"] == "musubi_dataset.toml"
+    text, _ = other_trainers.musubi_training("Flux.2", "anna", SETTINGS)
+    assert "discrete_flow_shift" not in tomllib.loads(text)
+    assert other_trainers.musubi_training("SDXL", "anna", SETTINGS) is None
+
+
+def test_what_other_programs_do_not_get_is_told(target, monkeypatch):
     values = {
         "images": [torch.zeros(3, 8, 8, 3)], "masks": [torch.ones(1, 8, 8)], "model": [tiny_model.picture()],
     }
-    settings = {"rank": 2, "steps": 4, "batch_size": 1, "learning_rate": 1e-4, "prior_weight": 1.0}
 
     def told(program, data, **changes):
-        return "\n".join(job_nodes._written_for(program, target, {**values, **changes}, data, settings))
+        return "\n".join(job_nodes._written_for(program, target, {**values, **changes}, data, SETTINGS))
 
     data = {"images": "images", "masks": "masks"}
     lines = told(other_trainers.AI_TOOLKIT, data)
     assert "ai-toolkit gets no class pictures" in lines and "connect one for each picture" in lines
     lines = told(other_trainers.AI_TOOLKIT, {**data, "class_images": "classes"}, masks=[torch.ones(3, 8, 8)])
-    assert lines.endswith("ai_toolkit.json is for ai-toolkit")
-    (process,) = json.loads((target.path / "ai_toolkit.json").read_text())["config"]["process"]
-    assert process["datasets"][0]["mask_path"] == str(target.input / "masks")
-    assert "musubi-tuner gets no masks" in told(other_trainers.MUSUBI, data, masks=[torch.ones(3, 8, 8)])
+    assert lines.endswith("start run.py in the job's folder")
+    written = (target.path / "ai_toolkit.json").read_text()
+    (process,) = json.loads(written)["config"]["process"]
+    assert process["datasets"][0]["mask_path"] == "input/masks"
+    lines = told(other_trainers.MUSUBI, data, masks=[torch.ones(3, 8, 8)])
+    assert "musubi-tuner gets no masks" in lines and "musubi-tuner trains no SD 1.5 on pictures" in lines
+    assert not (target.path / "musubi_training.toml").exists()
+    monkeypatch.setattr(job_nodes, "family", lambda _model: "Z-Image")
+    assert "zimage_train_network.py with --config_file musubi_training.toml" in told(other_trainers.MUSUBI, data)
+    written += "".join(path.read_text() for path in target.path.glob("musubi_*.toml"))
+    assert str(target.path) not in written, "a job is moved to another machine"
 
 
 def test_data_in_files_is_read_when_it_is_looked_at():
