@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 import pytest
+import torch
 from benchmarks import kit, run
 from launcher.scripts import ROOT
 
@@ -66,6 +67,24 @@ def test_parts_that_die_or_take_too_long_leave_what_they_found(tmp_path, capsys)
     assert any(line.startswith("video: ended") for line in lines)
 
 
+def test_no_part_is_begun_when_the_time_is_used_up_and_another_start_goes_on(tmp_path, capsys):
+    path, results = tmp_path / "results.json", {}
+
+    def measuring(parts: list[str]) -> run.Measuring:
+        return run.Measuring([sys.executable, "-c", SAYS], dict(os.environ), 1, parts)
+
+    results["parts"] = {"kernels": {"state": "failed", "found": []}}
+    chosen = ["kernels", "capture", "maps", "gradients"]
+    for done, left in (1, "maps, gradients, kernels"), (2, "gradients, kernels"):
+        run.supervise(chosen, path, results, measuring, limit=0)
+        states = [part["state"] for part in json.loads(path.read_text(encoding="utf-8"))["parts"].values()]
+        assert states == ["failed", *["done"] * done]
+        assert f"Left are {left};" in capsys.readouterr().out
+    run.supervise(chosen, path, results, measuring)
+    assert all(results["parts"][name]["state"] == "done" for name in chosen)
+    assert "Left are" not in capsys.readouterr().out
+
+
 def test_results_of_another_machine_are_not_mixed(tmp_path):
     path, results = tmp_path / "results.json", {"machine": {"device": "cuda"}}
     with pytest.raises(SystemExit, match="device was cuda and is cpu"):
@@ -81,6 +100,29 @@ def test_results_of_another_machine_are_not_mixed(tmp_path):
 def test_what_a_figure_says(changes, expected):
     figure = {"values": [1.25], "goal": "≤ 1.2", "decides": True, "least": False, "counted": None}
     assert run.verdict(figure | changes) == expected
+
+
+def test_every_node_that_changes_a_model_or_a_sampler_is_measured():
+    from benchmarks import apply_nodes
+    from comfy_api.latest import io
+    from pack.nodes import extension
+
+    changing = {
+        node.define_schema().display_name.split(" (")[0] for node in [*extension.METHOD_NODES, *extension.ADDED_NODES]
+        if any(isinstance(output, io.Model.Output | io.Sampler.Output) for output in node.define_schema().outputs)
+    }
+    assert changing == set(apply_nodes.NODES) and len(changing) > 6
+    families = ["SD 1.5", "SDXL", "Wan 2.1 14B", "Flux.1"]
+    assert all(any(apply_nodes.takes(node, family) for family in families) for node in apply_nodes.NODES.values())
+
+
+def test_reference_weight_is_measured_beside_the_same_reference():
+    from benchmarks import apply_nodes
+    from support import benchmark
+
+    found = []
+    apply_nodes.measure_flux(benchmark.Report(torch.device("cpu"), torch.float32, True, 1, found.append))
+    assert [figure["name"] for figure in found] == 2 * ["plain", "Reference Weight"]
 
 
 def test_the_kit_can_be_carried(tmp_path, monkeypatch):

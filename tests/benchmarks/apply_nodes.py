@@ -29,6 +29,7 @@ from pack.nodes.identity_prior import nodes as prior_nodes
 from pack.nodes.identity_prior.inversion import Inversion
 from pack.nodes.identity_prior.method import Trajectory
 from pack.nodes.patching import wan_blocks
+from pack.nodes.reference_weight import nodes as reference_nodes
 from pack.nodes.subject_tokens import SUBJECT_TOKENS, Subject
 from pack.nodes.training.config import LoraConfig
 from pack.nodes.training.lora import chosen_layers
@@ -39,6 +40,8 @@ from support.random_models import RandomModel
 
 FP8 = torch.float8_e4m3fn
 RANK = 16
+# Families in which a reference picture is in the sequence, for the one node that is for nothing else.
+EDITING = ("Flux.1",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,16 @@ def video_identity(made: RandomModel) -> Applied:
     return Applied(node.execute(made.model, adapter, reference, 1.0, 0.0, 1.0, "all").result[0])
 
 
+def reference_weight(made: RandomModel) -> Applied:
+    node = reference_nodes.UnderstudyReferenceWeight
+    return Applied(node.execute(made.model, 0, 0.5, 0.0, 1.0, "all").result[0], positive=_shown(made))
+
+
+def _shown(made: RandomModel) -> Any:
+    """A prompt with a reference picture, for a family that takes one; None is the plain one."""
+    return made.conditioning(1, reference_latents=[made.noise(30)]) if made.family in EDITING else None
+
+
 NODES: dict[str, Callable[[RandomModel], Applied]] = {
     "Frequency Guidance Sampler": frequency_guidance,
     "Load Identity Prior": identity_prior,
@@ -130,33 +143,43 @@ NODES: dict[str, Callable[[RandomModel], Applied]] = {
     "Apply Action Identifier": action_identifier,
     "Apply Fusion": fusion,
     "Apply Video Identity": video_identity,
+    "Reference Weight": reference_weight,
 }
+
+
+def takes(node: Callable[[RandomModel], Applied], family: str) -> bool:
+    """Whether it is measured on this family."""
+    if family in EDITING or node is reference_weight:
+        return family in EDITING and node is reference_weight
+    wan = family.startswith("Wan")
+    return not (node is fusion and wan) and not (node is video_identity and not wan)
 
 
 def measure_family(report: Report, family: str) -> None:
     """All nodes of this family in both precisions."""
     for stored in (torch.bfloat16, FP8):
         made = RandomModel(family, report.device, stored, torch.bfloat16 if stored == FP8 else None, report.small)
-        wan = wan_blocks.is_wan(made.network)
+        alone = wan_blocks.is_wan(made.network) or family in EDITING
         shape = f"{family}, {str(stored).removeprefix('torch.')}, {' x '.join(map(str, made.latent))}"
-        plain, _ = _step(report, made, Applied(), wan)
-        plain, _ = _step(report, made, Applied(), wan, shape, "plain")  # warm
+        base = Applied(positive=_shown(made))
+        plain, _ = _step(report, made, base, alone)
+        plain, _ = _step(report, made, base, alone, shape, "plain")  # warm
         for name, node in NODES.items():
-            if (node is fusion and wan) or (node is video_identity and not wan):
+            if not takes(node, family):
                 continue
-            result, peak = _step(report, made, node(made), wan, shape, name)
+            result, _ = _step(report, made, node(made), alone, shape, name)
             if torch.equal(result, plain):
                 raise WrongResultError(f"{shape}: {name} changed nothing")
         del made
         release(report.device)
 
 
-def _step(report: Report, made: RandomModel, applied: Applied, wan: bool, shape: str = "", name: str = ""):
+def _step(report: Report, made: RandomModel, applied: Applied, alone: bool, shape: str = "", name: str = ""):
     with peak_memory(report.device) as peak:
         begin = time.perf_counter()
-        # One half of CFG of a video is long enough.
+        # Of a large model one half of CFG is long enough.
         result = made.sample(
-            applied.model, applied.sampler, applied.positive, applied.negative, cfg=1.0 if wan else 2.0
+            applied.model, applied.sampler, applied.positive, applied.negative, cfg=1.0 if alone else 2.0
         )
         seconds = time.perf_counter() - begin
     if not result.isfinite().all():
@@ -199,3 +222,7 @@ def measure_sdxl(report: Report) -> None:
 
 def measure_wan(report: Report) -> None:
     measure_family(report, "Wan 2.1 14B")
+
+
+def measure_flux(report: Report) -> None:
+    measure_family(report, "Flux.1")

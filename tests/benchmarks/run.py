@@ -7,7 +7,8 @@
 On a GPU the models have their published shapes and random weights. On a CPU they are small: everything runs once, and
 the figures decide nothing; the table says which wait for a GPU. Every output is checked before it is timed, against
 fp32 or fp64. A part that fails, or takes longer than it may, leaves what it has found, and the next one follows.
-Figures go to `--results` as they come, with machine, versions and commit; a second start does what is missing.
+After ten minutes on a GPU, or two on a CPU, no further part is begun, and what is left is told. Figures go to
+`--results` as they come, with machine, versions and commit; a second start does what is missing.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ PARTS = {
     "nodes, Wan": Part("apply_nodes", "measure_wan", 90, "Wan 14B through every Apply node, bf16 and fp8"),
     "nodes, SDXL": Part("apply_nodes", "measure_sdxl", 45, "SDXL through every Apply node, bf16 and fp8"),
     "nodes, SD 1.5": Part("apply_nodes", "measure_sd15", 30, "SD 1.5 through every Apply node, bf16 and fp8"),
+    "nodes, Flux.1": Part("apply_nodes", "measure_flux", 60, "Reference Weight on Flux.1, bf16 and fp8"),
     "compiling": Part("compiling", "measure", 90, "TorchCompileModel without recompiling"),
     "offloading": Part("offloading", "measure", 60, "weights off the device, in sampling and training"),
     "gradients": Part("spectral_guidance", "measure_gradients", 20, "R6 of the gradients"),
@@ -75,6 +77,11 @@ PARTS = {
 }
 SECONDS_ON_CPU = 60
 SECONDS_TO_START = 120
+SECONDS_IN_ALL = {"cuda": 600, "cpu": 120}  # after which a start begins no further part
+
+
+class OutOfTimeError(Exception):
+    """A part is about to begin, and the time of this start is used up."""
 
 
 def main() -> int:
@@ -85,6 +92,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="forget what the results hold")
     parser.add_argument("--rounds", type=int, help="of what is timed, in turn")
     parser.add_argument("--patience", type=float, default=1.0, help="how many times as long each part may take")
+    parser.add_argument("--limit", type=float, help="seconds after which no further part is begun")
     parser.add_argument("--kit", action="store_true", help="write the archive for a machine without a network")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -110,7 +118,7 @@ def main() -> int:
     rounds = ["--rounds", str(arguments.rounds)] if arguments.rounds else []
     command = [sys.executable, os.path.abspath(__file__), *rounds, "--measure"]
     measuring = functools.partial(Measuring, command, variables, arguments.patience)
-    supervise(chosen, arguments.results, results, measuring)
+    supervise(chosen, arguments.results, results, measuring, arguments.limit)
     print(table(results))
     return 0 if all(results["parts"].get(name, {}).get("state") in ("done", "waits") for name in chosen) else 1
 
@@ -126,19 +134,35 @@ def write(path: Path, results: dict) -> None:
     os.replace(scratch, path)
 
 
-def supervise(chosen: list[str], path: Path, results: dict, measuring: Callable[[list[str]], Measuring]) -> None:
-    """Have a process measure what is missing, and a new one wherever it ends or takes too long."""
+def supervise(
+    chosen: list[str], path: Path, results: dict, measuring: Callable[[list[str]], Measuring],
+    limit: float | None = None,
+) -> None:
+    """Have a process measure what is missing, and a new one wherever it ends or takes too long.
+
+    After `limit` seconds, or SECONDS_IN_ALL, no part but the first is begun.
+    """
     tried: set[str] = set()
+    began = time.monotonic()
     results.setdefault("parts", {})
 
     def missing() -> list[str]:
         done = {name for name, part in results["parts"].items() if part["state"] in ("done", "waits")}
-        return [name for name in chosen if name not in tried | done]
+        # First those that no start has tried, so that one that fails again leaves them their time.
+        return sorted((name for name in chosen if name not in tried | done), key=results["parts"].__contains__)
+
+    def late(allowed: float) -> bool:
+        return bool(tried) and time.monotonic() - began >= (allowed if limit is None else limit)
 
     while left := missing():
         process = measuring(left)
         try:
-            tried.update(process.follow(path, results))
+            for name in process.follow(path, results, late):
+                tried.add(name)
+        except OutOfTimeError:
+            told = f"The time is used up. Left are {', '.join(missing())}; the same command goes on with them."
+            print(told, flush=True)
+            return
         finally:
             process.stop()
         if not tried & set(left):  # it never came to a part
@@ -167,8 +191,11 @@ class Measuring:
         self.process.kill()
         self.process.wait()
 
-    def follow(self, path: Path, results: dict) -> Iterator[str]:
-        """Put into the results what it finds, part by part; yields each that is begun."""
+    def follow(self, path: Path, results: dict, late: Callable[[float], bool]) -> Iterator[str]:
+        """Put into the results what it finds, part by part; yields each that is begun.
+
+        Raises OutOfTimeError where one would begin and late(seconds that all parts may take) is true.
+        """
         part, on_cpu, limit = None, False, self.patience * SECONDS_TO_START
         while True:
             try:
@@ -186,6 +213,8 @@ class Measuring:
                 on_cpu = said["machine"]["device"] == "cpu"
             elif "begin" in said:
                 name = said["begin"]
+                if late(self.patience * SECONDS_IN_ALL["cpu" if on_cpu else "cuda"]):
+                    raise OutOfTimeError
                 limit = self.patience * (SECONDS_ON_CPU if on_cpu else PARTS[name].seconds)
                 part = results["parts"][name] = {"state": "begun", "began": time.monotonic(), "found": []}
                 print(f"{name}: {PARTS[name].gives}", flush=True)

@@ -31,7 +31,7 @@ from pack.nodes.training import differentiable  # noqa: E402
 from pack.nodes.training.config import LoraConfig  # noqa: E402
 from pack.nodes.training.lora import trainable  # noqa: E402
 from pack.nodes.training.whole_network import BYTES_PER_PARAMETER  # noqa: E402
-from support.real_configurations import REAL_CONFIGURATIONS, RealConfiguration  # noqa: E402
+from support.real_configurations import FLUX, REAL_CONFIGURATIONS, RealConfiguration  # noqa: E402
 
 META = torch.device("meta")
 GIB = 2**30
@@ -55,12 +55,7 @@ class Case:
 # As published, in their `config.json`; the tests need no more of them than this table.
 CONFIGURATIONS = {
     **REAL_CONFIGURATIONS,
-    "Flux.1": RealConfiguration(comfy.supported_models.Flux, {
-        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 768,
-        "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19,
-        "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True,
-        "guidance_embed": True, "txt_ids_dims": [],
-    }, 11.9),
+    "Flux.1": FLUX,
     "Qwen-Image": RealConfiguration(comfy.supported_models.QwenImage, {"image_model": "qwen_image"}, 20.4),
 }
 CASES = (

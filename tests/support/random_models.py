@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.samplers
 import torch
-from support.real_configurations import REAL_CONFIGURATIONS
+from support.real_configurations import FLUX, REAL_CONFIGURATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,14 @@ SHAPES = {
     "SDXL": Shape(
         (4, 128, 128), 77, {"model_channels": 32, "num_head_channels": 16, "context_dim": 32}, (4, 16, 16), 1280
     ),
+    "Flux.1": Shape(
+        (16, 128, 128), 512,
+        {
+            "hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "context_in_dim": 32,
+            "axes_dim": [16, 56, 56],
+        },
+        (16, 16, 16), 768,
+    ),
     "Wan 2.1 14B": Shape(
         (16, 21, 60, 104), 512,
         {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2, "text_dim": 32, "freq_dim": 32}, (16, 3, 8, 8),
@@ -43,11 +51,11 @@ class RandomModel:
         narrow: bool = False, offload: torch.device | None = None, **changes: Any,
     ):
         """Stored in `dtype` and computed in `compute`, if that differs; on `offload` until it is loaded."""
-        shape, real = SHAPES[family], REAL_CONFIGURATIONS[family]
+        shape, real = SHAPES[family], {**REAL_CONFIGURATIONS, "Flux.1": FLUX}[family]
         self.family, self.tokens, self.pooled = family, shape.tokens, shape.pooled
         self.latent = shape.narrow_latent if narrow else shape.latent
         config = {**real.unet_config, **(shape.narrow if narrow else {}), **changes, "dtype": dtype}
-        self.width = config.get("context_dim") or config["text_dim"]
+        self.width = next(config[key] for key in ("context_dim", "text_dim", "context_in_dim") if key in config)
         host = real.host_class(config)
         host.set_inference_dtype(dtype, compute)
         model = host.get_model({}, device=offload or device).eval()

@@ -97,6 +97,19 @@ REAL_CONFIGURATIONS = {
 }
 
 
+# Flux.1 dev and Kontext, whose guidance and pooled text ComfyUI adds: for what needs no file of theirs.
+FLUX = RealConfiguration(
+    comfy.supported_models.Flux,
+    {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 768,
+        "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19,
+        "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True,
+        "guidance_embed": True, "txt_ids_dims": [],
+    },
+    11.9,
+)
+
+
 def build(name: str, dtype: torch.dtype = torch.float16) -> comfy.model_base.BaseModel:
     """ComfyUI's model of `REAL_CONFIGURATIONS[name]`, with every parameter on the meta device."""
     real = REAL_CONFIGURATIONS[name]
