@@ -2,10 +2,14 @@
 
     python workflows/train.py JOB/job.toml
     accelerate launch --multi_gpu --num_processes 8 workflows/train.py JOB/job.toml
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 workflows/train.py JOB/job.toml
 
+The job's batch_size is that of all processes together: at least their number times --gradient-accumulation. The
+third line starts two on CPUs; --cpu would start one.
 Started again, it goes on from the last checkpoint. Results are in JOB/output, losses for TensorBoard in JOB/runs,
 encodings in JOB/cache. Models are those of COMFYUI_PATH, or of --models. A Python without accelerate makes an
-environment at the first start, in .cache.
+environment at the first start, in .cache; that of accelerate launch must hold what three files list:
+workflows/launcher/requirements.txt, requirements.txt, and ComfyUI's own requirements.txt.
 Exit code: 0 if the training is done, 1 if it cannot be or failed, 130 if it was stopped and can go on.
 """
 
@@ -49,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.WARNING, format="%(message)s")
+    if accelerator.is_main_process:
+        print(*engine.started(accelerator), sep="\n", file=sys.stderr)
     comfyui = scripts.add_comfy_path(folder, cpu=accelerator.device.type == "cpu")
     _use_models(options.models, comfyui)
     from pack.nodes import extension

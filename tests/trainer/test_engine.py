@@ -4,6 +4,8 @@ import json
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 import types
 
@@ -12,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.utils import DistributedType
+from launcher.scripts import ROOT
 from support import processes
 from trainer import engine
 
@@ -84,13 +87,40 @@ def test_two_machines_train_what_one_process_does(alone, tmp_path):
 def test_what_divides_what_is_trained_is_refused_in_words(kind, monkeypatch, tmp_path):
     made = types.SimpleNamespace(distributed_type=DistributedType[kind], mixed_precision="no")
     monkeypatch.setattr(engine, "Accelerator", lambda **_: made)
-    with pytest.raises(ValueError, match="divides what is trained.*use accelerate's MULTI_GPU"):
+    with pytest.raises(ValueError, match="divides what is trained.*use accelerate's MULTI_GPU, and"):
         engine.accelerator(tmp_path, None)
     made.distributed_type = DistributedType.MULTI_GPU
     assert engine.accelerator(tmp_path, None) is made
     made.mixed_precision = "fp16"
     with pytest.raises(ValueError, match="mixed_precision is fp16, in which small gradients vanish"):
         engine.accelerator(tmp_path, None)
+
+
+def test_the_start_tells_how_many_processes_there_are_and_that_more_were_asked_for():
+    made = types.SimpleNamespace(num_processes=1, gradient_accumulation_steps=2, device=torch.device("cpu"))
+    launched = {"ACCELERATE_MIXED_PRECISION": "no"}
+    (line,) = engine.started(made, launched)
+    assert line == "Processes: 1, on cpu; parts of a step in each: 2"
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    _, warning = engine.started(made, launched | port)
+    assert "asked for more and started one process: add --multi_gpu" in warning
+    assert len(engine.started(made, port)) == 1, "started by others"
+    made.num_processes = 2
+    assert len(engine.started(made, launched | port | {"WORLD_SIZE": "2"})) == 1
+
+
+def test_accelerate_starts_one_process_of_two_without_multi_gpu_and_the_start_tells(tmp_path):
+    """By accelerate's own launcher, since its variables are what is looked at."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT / 'workflows')!r}]\n"
+        "from launcher import scripts; scripts.alias_pack()\n"
+        "from trainer import engine\n"
+        "print(*engine.started(engine.accelerator(sys.argv[1], None)), sep='\\n')\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
+    said = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    assert "Processes: 1, on cpu" in said and "started one process: add --multi_gpu" in said
 
 
 @pytest.fixture(scope="module")

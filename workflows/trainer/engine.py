@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,7 @@ def accelerator(folder: Path, accumulation: int | None) -> Accelerator:
     if kind := _REFUSED.get(made.distributed_type):
         raise ValueError(
             f"{kind} divides what is trained among the processes, and steps, checkpoints and results need it whole: "
-            "use accelerate's MULTI_GPU or MULTI_CPU, and for less memory the node's offload and "
-            "gradient_checkpointing"
+            "use accelerate's MULTI_GPU, and for less memory the node's offload and gradient_checkpointing"
         )
     if made.mixed_precision not in ("no", "bf16"):
         raise ValueError(
@@ -56,6 +55,21 @@ def accelerator(folder: Path, accumulation: int | None) -> Accelerator:
             "node's own dtype"
         )
     return made
+
+
+def started(made: Accelerator, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What to say of the processes at the start; accelerate starts a single one where it was asked for more without
+    --multi_gpu, as with --cpu, and then sets a port at which nobody else will come.
+    """
+    count, steps = made.num_processes, made.gradient_accumulation_steps
+    lines = [f"Processes: {count}, on {made.device.type}; parts of a step in each: {steps}"]
+    launched = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment
+    if count == 1 and launched and "WORLD_SIZE" not in environment:
+        lines.append(
+            "accelerate was asked for more and started one process: add --multi_gpu, on CPUs with "
+            "ACCELERATE_USE_CPU=true before the command instead of --cpu"
+        )
+    return lines
 
 
 class Parallel(Engine):
