@@ -215,13 +215,14 @@ def _written_for(program: str, target: JobFolder, values: dict, data: dict, sett
     if program == other_trainers.MUSUBI:
         return [*_written_for_musubi(target, values["model"][0], place, pictures, settings), *lines]
     sampling = values["model"][0].get_model_object("model_sampling")
-    flow = prediction_kind(sampling, "training") == "flow"
+    kind = prediction_kind(sampling, "training")
     text = other_trainers.ai_toolkit(
-        target.name, place("images"), place("class_images"), pictures, settings, flow, masks
+        target.name, place("images"), place("class_images"), pictures, settings, family(values["model"][0]), kind,
+        masks,
     )
     path = target.path / "ai_toolkit.json"
     path.write_text(text, encoding="utf-8")
-    return [f"{path} is for {program}: write the model's path into it, and start run.py in the job's folder", *lines]
+    return [f"{path} is for {program}: fill in what it has in capitals, and start run.py in the job's folder", *lines]
 
 
 def _written_for_musubi(
@@ -234,8 +235,8 @@ def _written_for_musubi(
     training = other_trainers.musubi_training(family(model), Path(target.name).name, settings)
     if training is None:
         return [
-            f"{path} is a data set alone: by its documentation {other_trainers.MUSUBI} trains no {family(model)} on "
-            f"pictures; choose {other_trainers.AI_TOOLKIT}, or train the job with workflows/train.py"
+            f"{path} is a data set alone, since this node knows no training of {family(model)} in "
+            f"{other_trainers.MUSUBI}: choose {other_trainers.AI_TOOLKIT}, or train the job with workflows/train.py"
         ]
     text, script = training
     (target.path / other_trainers.MUSUBI_TRAINING).write_text(text, encoding="utf-8")

@@ -136,14 +136,18 @@ def test_other_programs_get_their_keys():
     assert sets["general"]["batch_size"] == 2
     assert [data["image_directory"] for data in sets["datasets"]] == list(folders)
     assert len({data["cache_directory"] for data in sets["datasets"]}) == 2
-    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, SETTINGS, flow=True))
+    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, SETTINGS, "Flux.1", "flow"))
     (process,) = read["config"]["process"]
     assert process["train"]["noise_scheduler"] == "flowmatch" and process["network"]["linear"] == 8
+    assert process["model"]["arch"] == "flux" and not process["model"]["is_v_pred"]
     assert [data["is_reg"] for data in process["datasets"]] == [False, True]
     assert process["train"]["reg_weight"] == 0.5 and not any("mask_path" in data for data in process["datasets"])
     settings = {**SETTINGS, "mask_floor": 0.25}
-    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, settings, True, "input/masks"))
-    subject, classes = read["config"]["process"][0]["datasets"]
+    read = json.loads(other_trainers.ai_toolkit("anna", *folders, pictures, settings, "SDXL", "v", "input/masks"))
+    (process,) = read["config"]["process"]
+    assert process["model"]["arch"] == "sdxl" and process["model"]["is_v_pred"]
+    assert process["train"]["noise_scheduler"] == "ddpm"
+    subject, classes = process["datasets"]
     assert subject["mask_path"] == "input/masks" and subject["mask_min_value"] == 0.25
     assert "mask_path" not in classes
 
@@ -156,6 +160,8 @@ def test_musubi_tuner_gets_a_training_of_the_families_that_it_knows():
     assert asked.items() <= read.items() and read["dataset_config"] == "musubi_dataset.toml"
     text, _ = other_trainers.musubi_training("Flux.2", "anna", SETTINGS)
     assert "discrete_flow_shift" not in tomllib.loads(text)
+    text, script = other_trainers.musubi_training("Wan 2.1", "anna", SETTINGS)
+    assert script == "wan" and {"task", "t5"} < tomllib.loads(text).keys()
     assert other_trainers.musubi_training("SDXL", "anna", SETTINGS) is None
 
 
@@ -176,7 +182,7 @@ def test_what_other_programs_do_not_get_is_told(target, monkeypatch):
     (process,) = json.loads(written)["config"]["process"]
     assert process["datasets"][0]["mask_path"] == "input/masks"
     lines = told(other_trainers.MUSUBI, data, masks=[torch.ones(3, 8, 8)])
-    assert "musubi-tuner gets no masks" in lines and "musubi-tuner trains no SD 1.5 on pictures" in lines
+    assert "musubi-tuner gets no masks" in lines and "knows no training of SD 1.5 in musubi-tuner" in lines
     assert not (target.path / "musubi_training.toml").exists()
     monkeypatch.setattr(job_nodes, "family", lambda _model: "Z-Image")
     assert "zimage_train_network.py with --config_file musubi_training.toml" in told(other_trainers.MUSUBI, data)
