@@ -90,7 +90,7 @@ def _option(widget: io.Combo.Input, value: Any) -> Any:
 
 
 def _options(widget: io.MultiCombo.Input, value: Any) -> list:
-    if isinstance(value, str):  # of an API, and of a workflow for comfy-cli, which knows no lists
+    if isinstance(value, str):  # of an API
         value = [value]
     if not isinstance(value, list | tuple):
         raise _refused(widget, value, f"use a list of {_names(widget.options)}")

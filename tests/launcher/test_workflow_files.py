@@ -2,10 +2,9 @@
 
 import json
 import re
-import shutil
 
 import pytest
-from launcher import execution, source, workflow_files
+from launcher import several_choices, source, workflow_files
 
 MODEL = {"name": "sd.safetensors", "url": "https://example.org/sd.safetensors", "directory": "checkpoints"}
 
@@ -105,15 +104,14 @@ def test_other_files_are_refused(tmp_path, text):
         workflow_files.find(tmp_path, ["bad"])
 
 
-def test_one_of_several_choices_goes_to_comfy_cli_as_a_text(tmp_path):
-    """Its own check knows no lists; what has none is run as it lies there."""
-    nodes = [{"widgets_values": ["x", ["training"], ["a", "b"], [[0, 0], [1, 1]]]}, {"widgets_values": {"y": 1}}, {}]
-    path = tmp_path / "chosen.json"
-    path.write_text(json.dumps({"nodes": nodes}))
-    prepared = execution._prepared(path)
-    assert prepared != path and prepared.name == path.name
-    values = json.loads(prepared.read_text())["nodes"][0]["widgets_values"]
-    assert values == ["x", "training", ["a", "b"], [[0, 0], [1, 1]]]
-    shutil.rmtree(prepared.parent)
-    path.write_text(json.dumps({"nodes": nodes[1:]}))
-    assert execution._prepared(path) == path
+@pytest.mark.parametrize(("scopes", "codes"), [
+    ({"__value__": ["training", "editorial"]}, []), ({"__value__": ["training"]}, []), ("training", []),
+    ("sale", ["unknown_enum_value"]), ({"training": True}, ["shape_mismatch"]),
+])
+def test_several_choices_pass_comfy_cli_and_its_other_checks_stay(scopes, codes):
+    """A list reaches it as its own converter wraps it."""
+    options = {"options": ["training", "editorial"], "multiselect": True}
+    known = {"Record": {"input": {"required": {"scopes": ["COMBO", options]}}, "output": [], "output_node": True}}
+    graph = several_choices.engine.Graph.from_object_info(known)
+    found = graph.validate_workflow({"1": {"class_type": "Record", "inputs": {"scopes": scopes}}})
+    assert [error["code"] for error in found["errors"]] == codes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,9 +40,8 @@ def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambd
     envelope: dict = {}
     started = time.monotonic()
     problems = tempfile.TemporaryFile()  # a pipe would fill up, since nobody reads it meanwhile
-    prepared = _prepared(workflow)
     process = subprocess.Popen(
-        _command(server, prepared),
+        _command(server, workflow),
         env=_environment(server),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -71,8 +69,6 @@ def run(server: Server, workflow: Path, on_event: Callable[[dict], None] = lambd
         problems.seek(0)
         complaint = problems.read().decode(errors="replace").strip()
         problems.close()
-        if prepared != workflow:
-            shutil.rmtree(prepared.parent)
     # The time of the run without comfy-cli's start, if comfy-cli reports it.
     result.seconds = (envelope.get("data") or {}).get("elapsed_seconds", time.monotonic() - started)
     if not server.alive():
@@ -100,26 +96,6 @@ def describe(error: dict, titles: dict[str, str]) -> str:
     return "\n".join(lines) or " ".join(part for part in (error["message"], error.get("hint")) if part)
 
 
-def _prepared(workflow: Path) -> Path:
-    """The workflow, or where a widget holds one of several choices, a copy in a new folder in which that is a text:
-    comfy-cli's own check knows no lists, and the screen shows a text as so many choices as it has letters.
-    """
-    content = json.loads(workflow.read_text(encoding="utf-8"))
-    lists = [values for node in content["nodes"] if isinstance(values := node.get("widgets_values"), list)]
-    chosen = [(values, i) for values in lists for i, value in enumerate(values) if _is_one_choice(value)]
-    if not chosen:
-        return workflow
-    for values, i in chosen:
-        (values[i],) = values[i]
-    copy = Path(tempfile.mkdtemp()) / workflow.name
-    copy.write_text(json.dumps(content), encoding="utf-8")
-    return copy
-
-
-def _is_one_choice(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
-
-
 def _place(file: dict) -> tuple[str, str, str]:
     return file["type"], file["subfolder"], file["filename"]
 
@@ -131,8 +107,7 @@ def _label(node: str, content: dict) -> str:
 def _command(server: Server, workflow: Path) -> list[str]:
     return [
         sys.executable,
-        "-m",
-        "comfy_cli",
+        str(Path(__file__).with_name("several_choices.py")),
         "--skip-prompt",
         "--no-enable-telemetry",
         "--json-stream",
