@@ -35,7 +35,7 @@ import torch
 from pack.nodes.puppets import theatre, world
 
 CHECKPOINT = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
-UNET_STAGES = ("unet", "unet2", "unet3", "unet4", "unet5")
+UNET_STAGES = ("unet", "unet2", "unet3", "unet4", "unet5", "unet6")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Config:
     unet_lr: float = 6e-4
     unet_ema: float = 0.999
     unet_decay: float = 0.02  # Muon's weight decay: without it gates of feed-forward layers close for good
+    unet_text: int = 1  # 0: the text encoder stays as the stage before left it, and so does what else reads with it
+    unet_words: str = ""  # "waving=pointing": a word that the UNet does not heed begins anew as one that it does
     min_snr: float = 5.0
     drop_caption: float = 0.1
 
@@ -100,8 +102,7 @@ def _run_autoencoder(name, autoencoder, schedule, rate, folder, config, minutes,
 def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: float = 15.0) -> bool:
     """On the latents of the training pictures. True after the last step.
 
-    Stages after the first begin with the averaged weights of the one before, and leave the text encoder as it is: by
-    then the video model reads with it, too.
+    Stages after the first begin with the averaged weights of the one before.
     """
     torch.manual_seed(config.seed)
     images = pictures.stills(folder, "train", config.pictures, config.size)
@@ -111,7 +112,8 @@ def train_unet(folder: Path, config: Config, minutes: float, sheet_minutes: floa
     if config.unet_stage > 1:
         if not runner.trained(denoiser, folder, UNET_STAGES[config.unet_stage - 2]):
             raise SystemExit(f"{folder} holds no UNet of stage {config.unet_stage - 1}: train that first")
-        denoiser.text.requires_grad_(False)
+        denoiser.text.requires_grad_(bool(config.unet_text))
+        text_encoder.renew(denoiser.text, dict(pair.split("=") for pair in config.unet_words.split()))
         probe = sd_unet.drawer(data, takes, config.unet_batch, 0.0)(np.random.default_rng(config.seed), 0)
         for name in sd_unet.revive(denoiser, *probe):
             print(f"revived {name}")

@@ -1,5 +1,6 @@
 """The theatre's text encoder in training: transformers' CLIP, and the captions it reads."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,18 @@ def tokens(texts: list[str]) -> torch.Tensor:
     return tokenizer.build()(
         texts, padding="max_length", max_length=tokenizer.MAX_TOKENS, truncation=True, return_tensors="pt"
     )["input_ids"]
+
+
+def renew(text: CLIPTextModel, words: Mapping[str, str]) -> None:
+    """Gives words the embeddings of others.
+
+    Words that end up beside each other early are read as one, and hardly a gradient parts them again; one that is
+    read as a word which the denoiser heeds is parted from it soon.
+    """
+    table = text.get_input_embeddings().weight
+    with torch.no_grad():
+        for word, other in words.items():
+            table[tokens([word])[0, 1]] = table[tokens([other])[0, 1]]
 
 
 def trained(checkpoint: Path, device) -> CLIPTextModel:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import shutil
 import sys
 
 import comfy.sd
@@ -191,6 +192,13 @@ def test_an_untrained_unet_predicts_nothing_and_guidance_leaves_noise():
 # Captions
 
 
+def test_a_word_begins_anew_as_another():
+    text = text_encoder.make_text_encoder().eval()
+    read = [text(text_encoder.tokens([f"a {what} bear"])).last_hidden_state for what in ("red", "blue")]
+    text_encoder.renew(text, {"red": "blue"})
+    assert not torch.equal(*read)
+    assert torch.equal(text(text_encoder.tokens(["a red bear"])).last_hidden_state, read[1])
+
 def test_captions_are_sometimes_empty_and_sometimes_have_a_free_word():
     rng, take = np.random.default_rng(0), world.still_take(6)
     texts = [text_encoder.training_text(take, rng, 0.1) for _ in range(400)]
@@ -262,20 +270,27 @@ def test_the_decoder_goes_on_and_the_encoder_stays(trained):
     assert all(torch.equal(found[key], after[key]) for key in after)
 
 
-def test_a_later_stage_goes_on_with_the_average_and_the_text_encoder_stays(trained, monkeypatch):
-    folder, _ = trained
+@pytest.mark.parametrize("reads", [0, 1])
+def test_a_later_stage_goes_on_with_the_average_and_the_text_stays_if_told(trained, monkeypatch, tmp_path, reads):
+    folder = shutil.copytree(trained[0], tmp_path / "stages")
     monkeypatch.setattr(sd_unet, "SHOWN", 2)
     with pytest.raises(SystemExit, match="stage 2"):
         puppets_sd.train_unet(folder, dataclasses.replace(TINY, unet_stage=3), math.inf)
     decays, run = [], runner.run
     monkeypatch.setattr(runner, "run", lambda stage, *rest: decays.append(stage.matrix_decay) or run(stage, *rest))
-    assert puppets_sd.train_unet(folder, dataclasses.replace(TINY, unet_stage=2, unet_steps=1), math.inf)
+    words = {"unet_text": reads, "unet_words": "waving=pointing" if reads else ""}
+    assert puppets_sd.train_unet(folder, dataclasses.replace(TINY, unet_stage=2, unet_steps=1, **words), math.inf)
     assert decays == [TINY.unet_decay] != [0]
     before, after = (load_file(folder / name / "average.safetensors") for name in ("unet", "unet2"))
     for key in before:
         change = (after[key] - before[key]).abs().max()
-        assert change == 0 if key.startswith("text.") else change < 0.05, key
-    assert any((after[key] != before[key]).any() for key in before)
+        if "token_embedding" in key and reads:
+            waving, pointing, bear = (tokenizer.WORDS.index(word) for word in ("waving", "pointing", "bear"))
+            torch.testing.assert_close(after[key][waving], before[key][pointing], rtol=0, atol=0.01)
+            torch.testing.assert_close(after[key][bear], before[key][bear], rtol=0, atol=0.01)
+        else:
+            assert change == 0 if key.startswith("text.") and not reads else change < 0.05, key
+    assert any((after[key] != before[key]).any() for key in before if key.startswith("text.") == bool(reads))
 
 
 def test_latents_are_kept(trained):
