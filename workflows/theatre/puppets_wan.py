@@ -39,6 +39,7 @@ from pack.nodes.training.differentiable import host_in_training
 ENCODER = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
 TRANSFORMER = entry.MODELS / "diffusion_models" / "puppets_wan.safetensors"
 AUTOENCODER = entry.MODELS / "vae" / "puppets_wan_vae.safetensors"
+TRANSFORMER_STAGES = ("transformer", "transformer2")
 _CHECKED = 48  # held-out frames, or clips at a quarter, for the figures while it trains
 _FITTED = 48  # clips to fit the preview's colours to
 
@@ -61,6 +62,7 @@ class Config:
     clips_cool_down: int = 1_500
     clips_batch: int = 4  # never 1: PyTorch then takes a convolution that is several times slower on a CPU
     clips_crop: int = 48
+    transformer_stage: int = 1  # each later one begins with the weights of the one before
     transformer_steps: int = 20_000
     transformer_cool_down: int = 2_000
     transformer_lr: float = 1e-3
@@ -119,12 +121,18 @@ def training_latents(folder: Path, config: Config) -> dict[str, np.ndarray]:
 
 
 def train_transformer(folder: Path, config: Config, minutes: float, sheet_minutes: float = 15.0) -> bool:
-    """On latents of clips and of single frames by turns. True after the last step."""
+    """On latents of clips and of single frames by turns. True after the last step.
+
+    Stages after the first begin with the averaged weights of the one before, and read with the text encoder of today.
+    """
     torch.manual_seed(config.seed)
     data = training_latents(folder, config)
     mean, deviation = wan_transformer.statistics(data["clips"])
+    denoiser = wan_transformer.VideoDenoiser(text_encoder.trained(ENCODER, "cpu"))
+    if config.transformer_stage > 1:
+        load_transformer(denoiser, folder, config.transformer_stage - 1)
     stage = runner.Stage(
-        "transformer", wan_transformer.VideoDenoiser(text_encoder.trained(ENCODER, "cpu")),
+        TRANSFORMER_STAGES[config.transformer_stage - 1], denoiser,
         wan_transformer.drawer(
             {kind: wan_transformer.normalised(part, mean, deviation) for kind, part in data.items()},
             {"frames": config.frame_batch, "clips": config.clip_batch},
@@ -138,14 +146,21 @@ def train_transformer(folder: Path, config: Config, minutes: float, sheet_minute
         return runner.run(stage, folder, minutes, sheet_minutes)
 
 
+def load_transformer(denoiser: wan_transformer.VideoDenoiser, folder: Path, stage: int) -> None:
+    """The averaged weights of a stage, but for the text encoder's, which stay those of `denoiser`."""
+    reads = copy.deepcopy(denoiser.text.state_dict())
+    if not runner.trained(denoiser, folder, TRANSFORMER_STAGES[stage - 1]):
+        raise SystemExit(f"{folder} holds no transformer of stage {stage}: train that first")
+    denoiser.text.load_state_dict(reads)
+
+
 def export(folder: Path, config: Config, transformer: Path, autoencoder: Path) -> None:
     """Writes both files from what was trained in `folder`, and prints what theatre.py says of them."""
     denoiser = wan_transformer.VideoDenoiser(text_encoder.trained(ENCODER, "cpu"))
-    if not runner.trained(denoiser, folder, "transformer"):
-        raise SystemExit(f"{folder} holds no trained transformer: run the stage `transformer` first")
+    load_transformer(denoiser, folder, config.transformer_stage)
     clips = training_latents(folder, config)["clips"]
     mean, deviation = wan_transformer.statistics(clips)
-    training = runner.record(folder, ("frames", "clips", "transformer"))
+    training = runner.record(folder, ("frames", "clips", *TRANSFORMER_STAGES[: config.transformer_stage]))
     training["text_encoder"] = half_files.sha256(ENCODER)
     save_autoencoder(autoencoder, wan_autoencoder.trained(folder, "cpu").vae, mean, deviation, training)
     save_transformer(transformer, denoiser.transformer.state_dict(), training)

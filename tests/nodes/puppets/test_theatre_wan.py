@@ -328,6 +328,20 @@ def test_latents_are_normal_and_the_exported_files_are_what_was_trained(trained)
     assert all(torch.equal(exported[name], average[f"transformer.{name}"].half()) for name in names)
 
 
+def test_a_later_transformer_begins_with_the_one_before_and_reads_with_the_text_encoder_of_today(trained, encoder):
+    folder, _ = trained
+    denoiser = wan_transformer.VideoDenoiser(text_encoder.trained(encoder, CPU))
+    reads = denoiser.text.get_input_embeddings().weight
+    changed = reads.add_(1).clone()
+    puppets_wan.load_transformer(denoiser, folder, 1)
+    average = load_file(folder / "transformer" / "average.safetensors")
+    assert torch.equal(reads, changed)
+    found = denoiser.transformer.state_dict()
+    assert all(torch.equal(value, average[f"transformer.{key}"]) for key, value in found.items())
+    with pytest.raises(SystemExit, match="stage 2"):
+        puppets_wan.load_transformer(denoiser, folder, 2)
+
+
 # The adapter
 
 
