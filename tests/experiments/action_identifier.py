@@ -167,7 +167,7 @@ class Bench:
             if arm.truth:
                 pictures = self.theatre.decode(self.theatre.encode(cases.pictures([take])))
             else:
-                pictures = self._sampled(arm.learning, action, case, take)
+                pictures = self.sampled(arm.learning, action, case, take)
             takes = [take] * len(pictures)
             seen = zip(metrics.compositions(pictures, takes), leaks(pictures, takes), pictures, strict=True)
             for noise, (row, leak, picture) in enumerate(seen):
@@ -179,7 +179,7 @@ class Bench:
                 made[f"{case}_{noise}"] = picture
         return rows, made
 
-    def _sampled(self, learning: Learning | None, action: str, case: int, take: Take) -> np.ndarray:
+    def sampled(self, learning: Learning | None, action: str, case: int, take: Take) -> np.ndarray:
         model, positive = self._reading(learning, action)
         first = cases.noise_seed(cases.ACTION, case, self.development)
         seeds = [first + 100_000 * noise for noise in range(cases.NOISES)]

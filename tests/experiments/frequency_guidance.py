@@ -105,9 +105,9 @@ class Bench:
             made = cases.pictures([getattr(case, arm.shown) for case in found])
             made = self.theatre.decode(self.theatre.encode(made)) if arm.shown == "truth" else made
         elif arm.rate:  # what is learned differs from case to case
-            made = np.concatenate([self._sampled(arm, [i], [c]) for i, c in zip(chosen, found, strict=True)])
+            made = np.concatenate([self.sampled(arm, [i], [c]) for i, c in zip(chosen, found, strict=True)])
         else:
-            made = self._sampled(arm, chosen, found)
+            made = self.sampled(arm, chosen, found)
         return self._rows(chosen, found, made), {str(i): picture for i, picture in zip(chosen, made, strict=True)}
 
     def _latents(self, found: list[cases.Transfer], name: str) -> torch.Tensor:
@@ -129,7 +129,7 @@ class Bench:
         key = (found.source, found.driver, rate, ITERATIONS, RANK, case, self.digest)
         return self.theatre.with_lora(sampling.learned(self.folder, key, train))
 
-    def _sampled(self, arm: Arm, chosen: list[int], found: list[cases.Transfer]) -> np.ndarray:
+    def sampled(self, arm: Arm, chosen: list[int], found: list[cases.Transfer]) -> np.ndarray:
         from pack.nodes.frequency_guidance import nodes
 
         theatre = self.theatre

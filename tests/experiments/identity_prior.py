@@ -127,7 +127,7 @@ class Bench:
             own = [case for case in chosen if case // cases.EDITS == subject]
             own = [case for case in own if edits[case % cases.EDITS].mirrored or not arm.mirrored]
             if own:
-                found, shown = self._edited(arm, subject, own, [edits[case % cases.EDITS] for case in own])
+                found, shown = self.edited(arm, subject, own, [edits[case % cases.EDITS] for case in own])
                 rows += found
                 made |= {str(case): picture for case, picture in zip(own, shown, strict=True)}
         return rows, made
@@ -174,7 +174,7 @@ class Bench:
             [Encode.execute(self.theatre.clip, subject, prompt(take, begins)).result[0][0] for take in takes]
         )
 
-    def _edited(self, arm: Arm, index: int, chosen: list[int], edits: list) -> tuple[list[dict], np.ndarray]:
+    def edited(self, arm: Arm, index: int, chosen: list[int], edits: list) -> tuple[list[dict], np.ndarray]:
         from pack.nodes.identity_prior import method, nodes
         from pack.nodes.identity_prior import sampling as blending
 
