@@ -60,10 +60,10 @@ def main() -> int:
 
 def _run(found: dict, beginnings: tuple[str, ...]) -> int:
     """Fill `found`, {family: {"by": how, column: [outcome, how]}}; how many cells failed."""
-    from support import capability_checks, families, family_models
+    from support import capability_checks, family_models, family_relatives
 
     failed = 0
-    for family in families.FAMILIES:
+    for family in family_relatives.EVERY:
         if beginnings and not family.name.startswith(beginnings):
             continue
         cells = found.setdefault(family.name, {})
@@ -91,14 +91,14 @@ def _run(found: dict, beginnings: tuple[str, ...]) -> int:
 
 def table(found: dict) -> str:
     """The section's text below its heading."""
-    from support import capability_checks, families
+    from support import capability_checks, family_relatives
 
     columns = list(capability_checks.CHECKS)
     lines = [
         "| Family | Found by | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns),
     ]
     counts = {capability_checks.WORKS: 0, capability_checks.REFUSES: 0}
-    for family in families.FAMILIES:
+    for family in family_relatives.EVERY:
         cells = found[family.name]
         outcomes = [cells[name][0] for name in columns]
         for outcome in outcomes:
@@ -110,8 +110,8 @@ def table(found: dict) -> str:
         told = [cells[name][1] for cells in found.values() if cells[name][0] == capability_checks.WORKS]
         checked[name] = max(set(told), key=told.count) if told else "none works"
     how = [f"- **{name}:** {text}." for name, text in checked.items()]
-    total = f"{counts['works']} cells work and {counts['refuses']} refuse, of {len(families.FAMILIES)} families."
-    left = [f"- **{reason}:** {', '.join(names)}." for reason, names in families.NOT_TRIED.items()]
+    total = f"{counts['works']} cells work and {counts['refuses']} refuse, of {len(family_relatives.EVERY)} families."
+    left = [f"- **{reason}:** {', '.join(names)}." for reason, names in family_relatives.NOT_TRIED.items()]
     return "\n".join([_INTRODUCTION, *lines, "", total, "", *how, "", _LEFT, "", *left, ""])
 
 

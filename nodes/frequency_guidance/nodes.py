@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
 from ..inputs import strangers, widgets
 from ..inputs.checked import CheckedNode
+from ..inputs.families import check_makes_pictures
 from ..messages import tell
 from ..patching import samplers
 from . import method
@@ -150,6 +151,7 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
         )
 
         def begin(model, shape):
+            check_makes_pictures(model.model_config, "frequency guidance")
             guide = guidance.begin(model, shape)
             for name, latent in guidance.latents.items():
                 lines = strangers.warnings(latent, name, model.model_config)

@@ -58,7 +58,7 @@ def apply(
         subject_tokens.require_subject(*((positive, "positive") if mask_text is None else (mask_text, "mask_text")))
         if not layers:
             raise ValueError(
-                f"model is {family(model)}, which has no cross-attention to find the subject by: connect your own "
+                f"model is {family(model)}, which has no cross-attention to read the subject from: connect your own "
                 "`mask`, for example from ComfyUI's SAM3 Detect"
             )
         attention.chosen_layers(layers, masks, max(clean.shape[-2:]))

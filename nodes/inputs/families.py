@@ -22,8 +22,13 @@ _NAMES = {
     "WAN21_Vace": "Wan VACE", "WAN21_FunControl2V": "Wan Fun Control", "WAN21_Camera": "Wan Camera",
     "WAN22_Animate": "Wan Animate", "WAN21_HuMo": "Wan HuMo", "WAN21_SCAIL": "Wan SCAIL",
     "WAN21_SCAIL2": "Wan SCAIL 2", "WAN22_WanDancer": "WanDancer", "HunyuanVideoI2V": "Hunyuan Video I2V",
-    "SDXLRefiner": "SDXL Refiner",
-    "SD15_instructpix2pix": "InstructPix2Pix",
+    "SDXLRefiner": "SDXL Refiner", "SD15_instructpix2pix": "InstructPix2Pix",
+    "SDXL_instructpix2pix": "SDXL InstructPix2Pix", "CosmosI2V": "Cosmos 1", "CogVideoX_Inpaint": "CogVideoX",
+    "HunyuanVideoSkyreelsI2V": "SkyReels I2V", "WAN22_Camera": "Wan Camera", "WAN21_FlowRVS": "Wan FlowRVS",
+    "WAN21_CausalAR_T2V": "Wan Causal Forcing", "HiDreamO1": "HiDream O1", "SD_X4Upscaler": "SD x4 Upscaler",
+    "LotusD": "Lotus", "Stable_Zero123": "Zero123", "SV3D_u": "SV3D", "SV3D_p": "SV3D",
+    "Stable_Cascade_B": "Stable Cascade", "HunyuanVideo15_SR_Distilled": "Hunyuan Video 1.5 SR",
+    "HunyuanImage21Refiner": "Hunyuan Image 2.1 Refiner",
 }
 # Those in which pictures can enter as tokens beside the sampled one; Reference Weight knows the rows of the first.
 _WEIGHABLE = ("Flux", "FluxSchnell", "Flux2", "LongCatImage", "QwenImage", "Krea2", "MageFlow")
@@ -37,7 +42,12 @@ _FEW_STEPS = re.compile(
 
 def family(model: Any) -> str:
     """The family of a MODEL as people name it, or ComfyUI's name of its class."""
-    name = _class_name(model)
+    return family_of_class(model.model.model_config)
+
+
+def family_of_class(model_config: Any) -> str:
+    """As `family`, where a run has only the model's configuration."""
+    name = type(model_config).__name__
     return _NAMES.get(name, name)
 
 
@@ -61,6 +71,15 @@ def check_one_latent(model: Any, what: str) -> None:
         raise ValueError(
             f"model is {family(model)}, whose latents are video and sound in one, and {what} is for pictures or "
             f"videos alone: {identity_instead(model)}"
+        )
+
+
+def check_makes_pictures(model_config: Any, what: str) -> None:
+    """Raises ValueError, naming the family and what to use instead, where a video goes in and its mask comes out."""
+    if type(model_config).__name__ == "WAN21_FlowRVS":
+        raise ValueError(
+            f"model is {family_of_class(model_config)}, which turns a video into a mask, and {what} is for pictures "
+            "and videos: use one that makes them, such as Wan 2.1"
         )
 
 

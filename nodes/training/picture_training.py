@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 from comfy.ldm.ernie.model import ErnieImageModel
+from comfy.ldm.hidream_o1.model import HiDreamO1Transformer
 from comfy.ldm.joyimage.model import JoyImageTransformer3DModel
 from comfy.ldm.pixeldit.model import PixDiT_T2I
 
@@ -113,6 +114,11 @@ def check_family(model: Any, lora: LoraConfig | None) -> None:
     network = model.get_model_object("diffusion_model")
     check_one_latent(model, "training")
     prediction_kind(model.get_model_object("model_sampling"), "training", family(model))
+    if isinstance(network, HiDreamO1Transformer):
+        raise ValueError(
+            f"model is {family(model)}, which keeps what it computed of a text from step to step, so that training "
+            "would not reach it: use SD, SDXL, Flux, Qwen-Image, Z-Image or Wan"
+        )
     if isinstance(network, _WITHOUT_GRADIENTS):
         raise ValueError(
             f"model is {family(model)}, whose attention has no backward pass in this ComfyUI, so it cannot be "

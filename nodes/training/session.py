@@ -75,7 +75,7 @@ class ModelDenoiser:
         noise = torch.zeros_like(latent, device=self.device)
         # Also as the latent image: inpainting models make their mask and picture of it, here empty ones.
         processed = comfy.samplers.process_conds(
-            self.model, noise, {"positive": entries}, self.device, latent_image=noise
+            self.model, noise, {"positive": entries}, self.device, latent_image=noise, seed=0  # of upscalers' noise
         )
         entries = processed["positive"]
         conditions = {key: copy.copy(value) for key, value in entries[0]["model_conds"].items()}

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from ...kernels.restricted_attention import Reference
+from ..inputs.families import family
 from ..inputs.model_fit import check_latents, check_texts
 from ..messages import tell
 from ..patching import models
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
-from ..training.objective import WEIGHTS, DenoisingObjective, Sample, samples_of
+from ..training.objective import WEIGHTS, DenoisingObjective, Sample, prediction_kind, samples_of
 from ..training.parallel import check_shares
 from ..training.reference_loss import ReferenceLoss
 from ..training.runs import LossMap, run
@@ -63,6 +64,7 @@ def prepared(
     """An untrained adapter, its samples, and the model with it, ready for the objective; arguments as `train`."""
     network = sampling.wan_network(model)
     check_shares(config.batch_size, len(latents))
+    prediction_kind(model.get_model_object("model_sampling"), "training", family(model))
     if models.attachment(model, sampling.KEY):
         warning = "training ignores the references on this model: connect the model without them"
         tell("Train Video Identity Adapter", [warning], logging.WARNING)

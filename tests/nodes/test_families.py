@@ -6,13 +6,13 @@ import pytest
 from launcher import source
 from launcher.scripts import ROOT
 from pack.nodes.extension import METHOD_NODES
-from support import capability_checks, families, family_models
+from support import capability_checks, family_models, family_relatives
 
 # One that reads pictures as tokens, one that makes sound beside its video, one of each kind of cross-attention.
 FEW = {"Qwen-Image", "LTX 2", "SD 1.5", "Wan 2.1, 2.2 14B"}
 CASES = {
     family.name: capability_checks.Case(family, family_models.build(family))
-    for family in families.FAMILIES if family.name in FEW
+    for family in family_relatives.EVERY if family.name in FEW
 }
 
 
@@ -22,6 +22,13 @@ def test_a_node_works_on_a_family_or_refuses_it_in_words(name, column):
     """And as the table says."""
     outcome, _ = capability_checks.outcome(CASES[name], column)
     assert _cells()[name][column] == {"works": "+", "refuses": "–"}[outcome]
+
+
+@pytest.mark.parametrize("column", ["Frequency guidance", "its training"])
+def test_a_model_that_turns_a_video_into_a_mask_is_refused(column):
+    (family,) = (family for family in family_relatives.EVERY if family.host_class == "WAN21_FlowRVS")
+    case = capability_checks.Case(family, family_models.build(family))
+    assert capability_checks.outcome(case, column)[0] == capability_checks.REFUSES
 
 
 def test_a_late_or_nameless_refusal_is_no_refusal(monkeypatch):
@@ -52,7 +59,7 @@ def test_every_node_that_takes_a_model_is_in_the_table():
 
 def test_the_table_has_every_family_and_column():
     cells = _cells()
-    assert list(cells) == [family.name for family in families.FAMILIES]
+    assert list(cells) == [family.name for family in family_relatives.EVERY]
     assert all(list(row)[1:] == list(capability_checks.CHECKS) for row in cells.values())
 
 
@@ -60,12 +67,12 @@ def test_every_class_that_comfyui_detects_is_in_the_table_or_named_beside_it(com
     """A newer ComfyUI may detect more; the table is of 0.30.0."""
     kinds = comfy.supported_models.models
     detected = {kind.__name__ for kind in kinds if kind.__module__ == "comfy.supported_models"}
-    named = [family.host_class for family in families.FAMILIES]
-    others = [name for names in families.NOT_TRIED.values() for name in names]
+    named = [family.host_class for family in family_relatives.EVERY]
+    others = [name for names in family_relatives.NOT_TRIED.values() for name in names]
     assert set(named) | set(others) <= detected and not set(named) & set(others)
     if source.version_of(comfy_path) == "0.30.0":
         assert detected <= set(named) | set(others)
-    for name in families.NOT_TRIED["a family of the table in another size"]:
+    for name in family_relatives.NOT_TRIED["a family of the table in another size"]:
         host_class = getattr(comfy.supported_models, name)
         assert host_class.__base__.__name__ in named and "get_model" not in vars(host_class)
 

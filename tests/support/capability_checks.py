@@ -127,9 +127,10 @@ def frequency_guidance(case: Case) -> str:
         node = frequency_nodes.UnderstudyFrequencyGuidanceSampler
         return node.execute(plain_sampler, source, driving, **settings).result[0]
 
-    plain = case.sample()
     idle = guided(start_percent=0.4001, end_percent=0.4002)
-    assert idle is not plain_sampler and same(case.sample(sampler=idle), plain), "an idle guide changed bits"
+    unguided = case.sample(sampler=idle)  # or it refuses
+    plain = case.sample()
+    assert idle is not plain_sampler and same(unguided, plain), "an idle guide changed bits"
     inside = case.model.model.process_latent_in
     target = spectral_guidance.prepare(*(inside(latent["samples"].clone()) for latent in (source, driving)))
     for term in ("amplitude", "phase"):

@@ -398,23 +398,3 @@ FAMILIES = (
     Family("CogVideoX", "CogVideoX_T2V", _COG, (16, 2, 4, 4), 24),
     Family("CogVideoX I2V", "CogVideoX_I2V", {**_COG, "in_channels": 32}, (16, 2, 4, 4), 24),
 )
-
-# The other classes of comfy.supported_models, by why they have no model here.
-NOT_TRIED = {
-    "no picture or video is sampled": (
-        "ACEStep", "ACEStep15", "StableAudio", "StableAudio3", "Hunyuan3Dv2", "Hunyuan3Dv2mini", "Hunyuan3Dv2_1",
-        "TripoSplat", "DepthAnything3", "RT_DETR_v4", "SAM3", "SAM31",
-    ),
-    "a family of the table in another size": (
-        "KOALA_1B", "KOALA_700M", "SSD1B", "Segmind_Vega", "SD21UnclipH", "SD21UnclipL", "HunyuanDiT1",
-    ),
-    "they enlarge, decode, turn or measure a picture": (
-        "SD_X4Upscaler", "SeedVR2", "HunyuanImage21Refiner", "HunyuanVideo15_SR_Distilled", "PiD",
-        "Stable_Cascade_B", "SV3D_u", "SV3D_p", "Stable_Zero123", "LotusD",
-    ),
-    "relatives of families of the table, not tried": (
-        "SDXL_instructpix2pix", "CosmosI2V", "CogVideoX_Inpaint", "HunyuanVideoSkyreelsI2V", "WAN21_CausalAR_T2V",
-        "WAN21_FlowRVS", "WAN22_Camera",
-    ),
-    "not tried": ("HiDreamO1",),
-}

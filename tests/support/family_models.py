@@ -9,6 +9,7 @@ import comfy.model_patcher
 import comfy.nested_tensor
 import comfy.supported_models
 import torch
+from comfy.ldm.hidream_o1.model import TMS_TOKEN_ID
 from support.families import TOKENS, Family
 
 CPU = torch.device("cpu")
@@ -54,6 +55,9 @@ def conditioning(family: Family, seed: int, tokens: int = TOKENS, **more: Any) -
     def value(shape):
         if shape == "ones":
             return torch.ones(1, tokens, dtype=torch.long)
+        if shape == "ids":  # of a tokenizer, whose last marks the place of the time step
+            words = torch.randint(0, 1000, (1, tokens - 1), generator=generator)
+            return torch.cat([words, torch.tensor([[TMS_TOKEN_ID]])], 1)
         return torch.randn(shape, generator=generator) if isinstance(shape, tuple) else shape
 
     options = {name: value(shape) for name, shape in family.options.items()}

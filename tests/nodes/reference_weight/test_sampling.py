@@ -74,9 +74,9 @@ def defined(patcher, weights):
     return patched
 
 
-def matrix(family, weights_of_references, count=2, places=None):
+def matrix(family, weights_of_references, count=2, places=None, text=None):
     """[N, M]: 1, but each reference's columns weigh so much for every row but its own; `places` [P] is a mask."""
-    text, tokens, references = rows_of(family, count)
+    text, tokens, references = rows_of(family, count, text)
     total = text + tokens + sum(references)
     result = torch.ones(total, total)
     start = text + tokens
@@ -195,9 +195,30 @@ def test_a_text_mask_of_the_model_holds():
     close(sample(patched, family, padded), sample(defined(model("Qwen-Image"), weights), family, padded))
 
 
-@pytest.mark.parametrize(("dtype", "compute", "tolerance"), [
-    (torch.bfloat16, None, 3e-2), (torch.float8_e4m3fn, torch.bfloat16, 3e-2),  # bf16 has 8 bits
-], ids=["bf16", "fp8"])
+LOW = [(torch.bfloat16, None, 3e-2), (torch.float8_e4m3fn, torch.bfloat16, 3e-2)]  # bf16 has 8 bits
+
+
+@pytest.mark.parametrize("tokens", [families.TOKENS, 3], ids=["one call", "two calls"])
+@pytest.mark.parametrize(
+    ("dtype", "compute", "tolerance"), [(torch.float32, None, 1e-4), *LOW], ids=["fp32", "bf16", "fp8"]
+)
+@pytest.mark.parametrize(("name", "weights"), [("Flux.1", (2.0,)), ("Qwen-Image", (0.0, 2.0, 2.0))])
+def test_both_halves_of_cfg_at_any_number_and_precision(name, weights, dtype, compute, tolerance, tokens):
+    """The first of three is off, the others count twice and in a part of the picture; so in both halves."""
+    family, count, mask = SHOWN[name], len(weights), torch.zeros(1, 4, 4)
+    mask[:, :2] = 1.0
+    plain = family_models.build(family, dtype=dtype, compute=compute, operations=compute and comfy.ops.manual_cast)
+    patched = weighed(plain, 0, 2.0, mask) if count == 1 else weighed(weighed(plain, 1, 0.0), 0, 2.0, mask)
+
+    def half(prompt, text):
+        return sample(defined(plain, matrix(family, weights, count, mask.flatten(), text)), family, prompt)
+
+    texts = prompt(family, count), prompt(family, count, seed=2, tokens=tokens)
+    positive, negative = half(texts[0], families.TOKENS), half(texts[1], tokens)
+    close(sample(patched, family, *texts, cfg=2.0), negative + 2.0 * (positive - negative), 2 * tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "compute", "tolerance"), LOW, ids=["bf16", "fp8"])
 @pytest.mark.parametrize("name", ["Flux.1", "Flux.2", "Qwen-Image", "Krea 2"])
 def test_half_and_quarter_precision(name, dtype, compute, tolerance):
     family = SHOWN[name]

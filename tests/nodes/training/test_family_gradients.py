@@ -6,13 +6,15 @@ from pack.nodes.training import picture_training
 from pack.nodes.training.checkpoints import Checkpoints
 from pack.nodes.training.config import LoraConfig, TrainingConfig
 from pack.nodes.training.session import session
-from support import families, family_gradients, family_models
+from support import family_gradients, family_models, family_relatives
 
-FAMILIES = {family.name: family for family in families.FAMILIES}
+FAMILIES = {family.name: family for family in family_relatives.EVERY}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("name", ["Flux.1", "Flux.2", "Chroma", "Hunyuan Video", "Krea 2", "SD 3.5", "LTX-Video"])
+@pytest.mark.parametrize("name", [
+    "Flux.1", "Flux.2", "Chroma", "Hunyuan Video", "Krea 2", "SD 3.5", "LTX-Video", "SD x4 Upscaler",
+])
 def test_gradients_are_the_differences_of_the_loss(name, checkpointing):
     family = FAMILIES[name]
     if name == "LTX-Video" and checkpointing:
@@ -25,6 +27,7 @@ def test_gradients_are_the_differences_of_the_loss(name, checkpointing):
 
 
 @pytest.mark.parametrize(("name", "message"), [
+    ("HiDream O1", "model is HiDream O1.*keeps what it computed"), ("Wan FlowRVS", "such as Wan FlowRVS"),
     ("ERNIE-Image", "model is ERNIE-Image.*no backward pass"), ("Anima", "model is Anima.*no backward pass"),
     ("PixelDiT", "model is PixelDiT.*no backward pass"), ("LTX 2", "model is LTX 2.*video and sound in one"),
     ("CogVideoX", "such as CogVideoX"),
