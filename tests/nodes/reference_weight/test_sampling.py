@@ -195,15 +195,13 @@ def test_a_text_mask_of_the_model_holds():
     close(sample(patched, family, padded), sample(defined(model("Qwen-Image"), weights), family, padded))
 
 
-LOW = [(torch.bfloat16, None, 3e-2), (torch.float8_e4m3fn, torch.bfloat16, 3e-2)]  # bf16 has 8 bits
+LOW = [(torch.bfloat16, None), (torch.float8_e4m3fn, torch.bfloat16)]
 
 
 @pytest.mark.parametrize("tokens", [families.TOKENS, 3], ids=["one call", "two calls"])
-@pytest.mark.parametrize(
-    ("dtype", "compute", "tolerance"), [(torch.float32, None, 1e-4), *LOW], ids=["fp32", "bf16", "fp8"]
-)
+@pytest.mark.parametrize(("dtype", "compute"), [(torch.float32, None), *LOW], ids=["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize(("name", "weights"), [("Flux.1", (2.0,)), ("Qwen-Image", (0.0, 2.0, 2.0))])
-def test_both_halves_of_cfg_at_any_number_and_precision(name, weights, dtype, compute, tolerance, tokens):
+def test_both_halves_of_cfg_at_any_number_and_precision(name, weights, dtype, compute, tokens):
     """The first of three is off, the others count twice and in a part of the picture; so in both halves."""
     family, count, mask = SHOWN[name], len(weights), torch.zeros(1, 4, 4)
     mask[:, :2] = 1.0
@@ -213,19 +211,21 @@ def test_both_halves_of_cfg_at_any_number_and_precision(name, weights, dtype, co
     def half(prompt, text):
         return sample(defined(plain, matrix(family, weights, count, mask.flatten(), text)), family, prompt)
 
+    # The 8 bits of bf16 leave half a percent of the largest number; half the weight changes five times as much.
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     texts = prompt(family, count), prompt(family, count, seed=2, tokens=tokens)
     positive, negative = half(texts[0], families.TOKENS), half(texts[1], tokens)
-    close(sample(patched, family, *texts, cfg=2.0), negative + 2.0 * (positive - negative), 2 * tolerance)
+    close(sample(patched, family, *texts, cfg=2.0), negative + 2.0 * (positive - negative), tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "compute", "tolerance"), LOW, ids=["bf16", "fp8"])
+@pytest.mark.parametrize(("dtype", "compute"), LOW, ids=["bf16", "fp8"])
 @pytest.mark.parametrize("name", ["Flux.1", "Flux.2", "Qwen-Image", "Krea 2"])
-def test_half_and_quarter_precision(name, dtype, compute, tolerance):
+def test_half_and_quarter_precision(name, dtype, compute):
     family = SHOWN[name]
     plain = family_models.build(family, dtype=dtype, compute=compute, operations=compute and comfy.ops.manual_cast)
     patched = weighed(weighed(plain, 1, 0.4), 2, 2.0)
     result = sample(patched, family)
-    close(result, sample(defined(plain, matrix(family, (0.4, 2.0))), family), tolerance)
+    close(result, sample(defined(plain, matrix(family, (0.4, 2.0))), family), 3e-2)  # Krea 2 errs most
     assert (result - sample(plain, family)).abs().max() > 0.01 * result.abs().max()
 
 
