@@ -116,6 +116,16 @@ def test_every_node_that_changes_a_model_or_a_sampler_is_measured():
     assert all(any(apply_nodes.takes(node, family) for family in families) for node in apply_nodes.NODES.values())
 
 
+def test_a_step_with_a_recorder_is_checked_against_whole_maps():
+    from benchmarks import token_attention
+    from support import benchmark
+
+    found = []
+    report = benchmark.Report(torch.device("cpu"), torch.float32, True, 1, found.append)
+    token_attention.Step("SD 1.5", report).check(report, "SD 1.5")
+    assert [check["limit"] for check in found] == [1e-4]
+
+
 def test_reference_weight_is_measured_beside_the_same_reference():
     from benchmarks import apply_nodes
     from support import benchmark

@@ -29,12 +29,13 @@ ATTENTIONS = {
 }
 
 
-def whole_map(q: torch.Tensor, k: torch.Tensor, heads: int, columns) -> torch.Tensor:
+def whole_map(q: torch.Tensor, k: torch.Tensor, heads: int, columns, added=None) -> torch.Tensor:
     """The same shares from all probabilities, as an attention that returns them would give."""
     width = q.shape[-1] // heads
     exact = torch.promote_types(q.dtype, torch.float32)
     q, k = (x.unflatten(-1, (heads, width)).transpose(1, 2).to(exact) for x in (q, k))
-    return ((q @ k.mT) * width**-0.5).softmax(-1)[..., list(columns)].sum(-1).mean(1)
+    scores = (q @ k.mT) * width**-0.5
+    return (scores if added is None else scores + added).softmax(-1)[..., list(columns)].sum(-1).mean(1)
 
 
 class Step:
