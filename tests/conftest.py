@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ _THREADS = max(1, min(4, (os.cpu_count() or 2) // _SHARE))
 torch.set_num_threads(_THREADS)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = str(_THREADS)  # for the servers that tests start
+SLOW = ("workflows", "trainer", "faults", "launcher")  # folders of tests
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
@@ -38,6 +40,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        # The files that start servers and browsers first, then the longer ones, so that the processes end together.
+        count = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.parent.name not in SLOW, -count[item.path], item.path))
     if config.getoption("--soak"):
         return
     soak = [item for item in items if item.get_closest_marker("soak")]

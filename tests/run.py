@@ -19,7 +19,7 @@ _ALONE = ("-n", "-s", "--pdb", "--trace")  # set the number of processes, or nee
 def side_by_side(arguments: list[str]) -> list[str]:
     """Options that make pytest run the whole suite in parallel; none if tests or a number of processes are named."""
     named = any(not argument.startswith("-") or argument.startswith(_ALONE) for argument in arguments)
-    return [] if named else ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    return [] if named else ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 if __name__ == "__main__":

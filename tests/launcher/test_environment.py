@@ -3,6 +3,7 @@
 import ast
 import collections
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -103,6 +104,15 @@ def test_a_failing_pip_shows_its_last_lines(tmp_path):
         environment.install(sys.executable, [requirements], tmp_path / "setup.log")
 
 
+def test_what_pip_leaves_uncompiled_is_compiled_and_no_python_is_no_error(tmp_path):
+    (tmp_path / "package").mkdir()
+    modules = [tmp_path / "package" / "good.py", tmp_path / "package" / "template.py"]
+    for module, text in zip(modules, ("x = 1\n", "def {{ name }}:\n"), strict=True):
+        module.write_text(text)
+    environment.compile_all(sys.executable, str(tmp_path))
+    assert [os.path.exists(importlib.util.cache_from_source(str(module))) for module in modules] == [True, False]
+
+
 def test_a_python_without_venv_is_told_what_to_install(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho ensurepip is not available; exit 1\n")
@@ -133,4 +143,5 @@ def test_the_whole_suite_runs_on_every_core_and_what_is_named_in_one_process(arg
     suite = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(suite)
     monkeypatch.setattr(suite.os, "cpu_count", lambda: 6)
-    assert suite.side_by_side(arguments) == ([] if alone else ["-n", "4", "--dist", "loadfile"])
+    together = ["-n", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
+    assert suite.side_by_side(arguments) == ([] if alone else together)

@@ -134,7 +134,8 @@ def check_disk(cache: Path, folder: Path) -> None:
 
 def install(python: Path, files: list[Path], log: Path) -> None:
     """Install the requirement files together; pip's output goes to `log`, its last line to the terminal."""
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off"]
+    options = ["--disable-pip-version-check", "--progress-bar=off", "--no-compile"]
+    command = [str(python), "-m", "pip", "install", *options]
     for file in files:
         command += ["-r", str(file)]
     width = shutil.get_terminal_size().columns - 1
@@ -153,3 +154,16 @@ def install(python: Path, files: list[Path], log: Path) -> None:
             f"{last}\npip could not install the requirements (its full output: {log}). Check the network, "
             "pip's settings and the free disk space, then start this again: it goes on where it stopped."
         )
+    compile_all(python)
+
+
+def compile_all(python: Path, folder: str = "") -> None:
+    """Compile the modules in `folder`, or every package of this Python, on all cores: pip uses one.
+
+    What is compiled already is left; templates that are no Python stay as they are.
+    """
+    script = (
+        "import compileall, sys, sysconfig; "
+        "compileall.compile_dir(sys.argv[1] or sysconfig.get_paths()['purelib'], quiet=2, workers=0)"
+    )
+    subprocess.call([str(python), "-c", script, folder])
