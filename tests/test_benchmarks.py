@@ -53,7 +53,7 @@ def test_parts_that_die_or_take_too_long_leave_what_they_found(tmp_path, capsys)
     chosen, path, results = ["kernels", "video", "guidance", "capture"], tmp_path / "results.json", {}
 
     def measuring(parts: list[str]) -> run.Measuring:
-        return run.Measuring([sys.executable, "-c", SAYS], dict(os.environ), 20 / run.SECONDS_ON_CPU, parts)
+        return run.Measuring([sys.executable, "-c", SAYS], dict(os.environ), 8 / run.SECONDS_ON_CPU, parts)
 
     run.supervise(chosen, path, results, measuring)
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
