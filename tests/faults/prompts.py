@@ -22,7 +22,7 @@ def node(class_type: str, **inputs) -> dict:
 def defaults(server: Server, class_type: str) -> dict:
     """The values that a new node shows in its required widgets."""
     values = {}
-    for name, (kind, *options) in server.object_info()[class_type]["input"]["required"].items():
+    for name, (kind, *options) in server.node_info(class_type)["input"]["required"].items():
         options = options[0] if options else {}
         if "default" in options:
             values[name] = options["default"]

@@ -105,7 +105,7 @@ def test_a_training_resumed_from_its_checkpoint_equals_the_whole_one(fault_serve
     whole = trained(fault_server, training(fault_server, steps=6))
     trained(fault_server, training(fault_server, steps=5, checkpoint_every=4))
     (state,) = checkpoints(fault_server)
-    options = fault_server.object_info()["UnderstudyTrainSourceDrivingPair"]["input"]["required"]["resume_from"]
+    options = fault_server.node_info("UnderstudyTrainSourceDrivingPair")["input"]["required"]["resume_from"]
     assert state.name in str(options), "the node does not list it"
     assert same(trained(fault_server, training(fault_server, steps=6, resume_from=state.name)), whole)
     refused = fault_server.queue(training(fault_server, steps=6, rank=3, resume_from=state.name))

@@ -23,8 +23,8 @@ from .scripts import ROOT
 PACK_NAME = "ComfyUI-Understudy"
 READY_SECONDS = 300
 LOG_LINES = 40
-# Polls in a row that may fail, a tenth of a second apart: a server short of memory drops connections for a while.
-LOST_POLLS = 300
+# Polls in a row that may fail, in 30 seconds: a server short of memory drops connections for a while.
+POLL_SECONDS, LOST_POLLS = 0.03, 1000
 # A server on this machine is never reached through a proxy.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -248,6 +248,10 @@ class Server:
         """Every node of the server: {node id: schema}."""
         return self.get("/object_info")
 
+    def node_info(self, node_id: str) -> dict:
+        """The schema of one node."""
+        return self.get("/object_info/" + urllib.parse.quote(node_id))[node_id]
+
     def node_ids(self) -> list[str]:
         """The ids of the pack's nodes, sorted."""
         module = "custom_nodes." + self.name
@@ -290,7 +294,7 @@ class Server:
                     raise ServerError(f"ComfyUI runs and gives no answer ({error}):\n{self.tail()}") from error
             if entry:
                 return entry
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
         raise ServerError(f"The prompt did not end within {timeout:.0f} seconds:\n{self.tail()}")
 
     def queue(self, prompt: dict, timeout: float = 600) -> dict:
