@@ -143,12 +143,30 @@ def test_its_template_has_a_picture(path):
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-def test_it_runs_and_shows_something(path, server):
+def trainings(content):
+    """The widgets of its nodes that train an identity prior; the fourth is the number of steps."""
+    nodes = (node for node in content["nodes"] if node["type"] == "UnderstudyTrainIdentityPrior" and not node["mode"])
+    return [node["widgets_values"] for node in nodes]
+
+
+def without_repetition(path, folder):
+    """The workflow, but a training that a later one runs whole, to the letter, ends after its first preview."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    later = [json.loads(other.read_text(encoding="utf-8")) for other in FILES[FILES.index(path) + 1:]]
+    repeated = [widgets for widgets in trainings(content) if any(widgets in trainings(other) for other in later)]
+    for widgets in repeated:
+        widgets[3] = 60
+    copy = folder / path.name
+    copy.write_text(json.dumps(content), encoding="utf-8")
+    return copy
+
+
+def test_it_runs_and_shows_something(path, server, tmp_path):
     workflow = workflow_files.Workflow(path)
     missing = [model["name"] for model in server.missing(workflow.models())]
     if missing:
         pytest.skip("needs " + ", ".join(missing))
-    result = execution.run(server, path)
+    result = execution.run(server, without_repetition(path, tmp_path))
     assert result.error is None
     pictures = [file for file in result.files if file["filename"].endswith(".png")]
     assert [file for file in pictures if file["type"] == "output"], "something is saved"
