@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from launcher.server import Server
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, TimeoutError, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
@@ -33,8 +33,12 @@ SETTINGS = {
 SHOWS_SOMETHING = ("PreviewImage", "SaveImage")  # shown alike; only one of them may have been run
 PATIENCE = 240  # seconds, for a run on a busy machine
 # The frontend draws as often as it can, which on a CPU takes its time from the run.
-DRAW_SELDOM = "window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 200)"
+DRAW_SELDOM = "window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), window.pause ?? 200)"
+PAUSE = "milliseconds => { window.pause = milliseconds }"
+DRAWN = "async times => { while (times--) await new Promise(requestAnimationFrame) }"
 
+# In Nodes 2.0 if true, else in the classic renderer.
+RENDER = "modern => app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', modern)"
 # Keeps the last message of each kind for each type of node: what a node shows after a run.
 LISTEN = """() => {
     window.shown = {}
@@ -116,7 +120,7 @@ class Frontend:
 
     def open(self, content: dict, shrunk: bool = False) -> None:
         """Open a workflow in the classic renderer; if `shrunk`, its nodes are as low as they can be."""
-        self._render(modern=False)
+        self.page.evaluate(RENDER, False)
         self.page.evaluate("content => app.loadGraphData(content)", copy.deepcopy(content))
         self.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(content["nodes"]))
         if shrunk:
@@ -140,15 +144,15 @@ class Frontend:
 
     def pretend(self) -> None:
         """Show on every node of the open workflow what its type showed in an earlier run."""
-        self.page.evaluate(REPLAY, list(SHOWS_SOMETHING))
-        # A preview that is replayed without its run may stay out, and then nothing says that it is done.
-        self.page.wait_for_timeout(3000)
+        pictured = self.page.evaluate(REPLAY, list(SHOWS_SOMETHING))
+        with contextlib.suppress(TimeoutError):  # a preview that is replayed without its run may stay out
+            self._wait_for_media(pictured, timeout=3000)
         self._wait_for_media([])
 
     def rectangles(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """The nodes' rectangles, title bars included, in the classic renderer and in Nodes 2.0."""
         classic = self._settle(CLASSIC)
-        self._render(modern=True)
+        self.page.evaluate(RENDER, True)
         self._wait_for_media([])
         return classic, self._settle(NODES_2)
 
@@ -156,21 +160,20 @@ class Frontend:
         """The groups' rectangles, and the widths of their titles."""
         return self.page.evaluate(GROUPS), self.page.evaluate(TITLES)
 
-    def _render(self, modern: bool) -> None:
-        script = "on => app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', on)"
-        self.page.evaluate(script, modern)
-
-    def _wait_for_media(self, nodes: list[str]) -> None:
-        self.page.wait_for_function(f"ids => !({PENDING_MEDIA})(ids).length", arg=nodes)
+    def _wait_for_media(self, nodes: list[str], **timeout: int) -> None:
+        self.page.wait_for_function(f"ids => !({PENDING_MEDIA})(ids).length", arg=nodes, **timeout)
 
     def _settle(self, script: str) -> dict[str, list[float]]:
-        """The rectangles that the script reads, as soon as they stay the same for a second."""
+        """The rectangles that the script reads, as soon as they stay the same over two dozen drawings."""
         seen = []
         deadline = time.monotonic() + PATIENCE
+        self.page.evaluate(PAUSE, 25)
+        self.page.evaluate(DRAWN, 10)  # until the last long pause is over
         while len(seen) < 4 or any(one != seen[-1] or None in one.values() for one in seen[-4:]):
             assert time.monotonic() < deadline, f"the nodes never come to rest: {seen[-2:]}"
-            self.page.wait_for_timeout(350)
+            self.page.evaluate(DRAWN, 6)
             seen.append(self.page.evaluate(script))
+        self.page.evaluate(PAUSE, 200)
         return seen[-1]
 
 

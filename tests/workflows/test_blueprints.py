@@ -48,7 +48,8 @@ def test_comfyui_lists_them_and_serves_them(server):
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_it_is_one_node_whose_links_lead_from_slot_to_slot(path, server):
-    graph, info = subgraph(path), server.object_info()
+    graph = subgraph(path)
+    info = {inner["type"]: server.node_info(inner["type"]) for inner in graph["nodes"]}
     (node,) = content(path)["nodes"]
     assert node["type"] == graph["id"] and node["title"] == graph["name"] == path.stem
     assert len(graph["description"]) > 40

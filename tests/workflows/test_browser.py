@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import urllib.request
 
 import numpy as np
@@ -16,6 +17,11 @@ FILES = sorted((scripts.ROOT / "workflows").glob("*.json"))
 QUICKEST = "Puppets-2a-Action-from-a-picture"
 SCREENSHOTS = scripts.ROOT / ".cache" / "browser"
 
+# What the frontend does with a template's name in its address.
+OPEN_TEMPLATE = """async ([source, stem]) => {
+    const answer = await fetch(app.api.apiURL(`/workflow_templates/${source}/${stem}.json`))
+    await app.loadGraphData(await answer.json(), true, true, stem, {openSource: 'template'})
+}"""
 MISSING_NODES = """() => app.graph.nodes
     .filter(node => !(node.type in LiteGraph.registered_node_types) && !node.subgraph)
     .map(node => node.type)"""
@@ -32,12 +38,17 @@ def browser():
         yield running
 
 
-@pytest.fixture
-def page(browser, server):
-    """The frontend of the running server, past its greeting for new users."""
+def new_page(browser, server):
+    """A page for the frontend of the running server, past its greeting for new users."""
     server.post("/settings", {"Comfy.TutorialCompleted": True})
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     page.set_default_timeout(120_000)
+    return page
+
+
+@pytest.fixture
+def page(browser, server):
+    page = new_page(browser, server)
     yield page
     page.close()
 
@@ -49,14 +60,24 @@ def open_template(page, server, stem):
     page.wait_for_function("count => window.app?.graph?.nodes?.length === count", arg=count)
 
 
+@pytest.fixture(scope="module")
+def gallery(browser, server):
+    """A page that opens one template after the other, since starting the frontend takes longer than opening one."""
+    page = new_page(browser, server)
+    open_template(page, server, QUICKEST)
+    yield page
+    page.close()
+
+
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_the_frontend_opens_it_with_every_node_and_widget(path, page, server):
-    open_template(page, server, path.stem)
+def test_the_frontend_opens_it_with_every_node_and_widget(path, gallery):
+    assert re.fullmatch(r"[\w.-]+", path.stem, re.ASCII), "the frontend takes no other name from its address"
+    gallery.evaluate(OPEN_TEMPLATE, [PACK_NAME, path.stem])
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{path.stem}.png")
-    assert page.evaluate(MISSING_NODES) == []
-    assert page.get_by_text("Missing node").count() == 0
-    shown = page.evaluate(WIDGETS)
+    gallery.screenshot(path=SCREENSHOTS / f"{path.stem}.png")
+    assert gallery.evaluate(MISSING_NODES) == []
+    assert gallery.get_by_text("Missing node").count() == 0
+    shown = gallery.evaluate(WIDGETS)
     for node in workflow_files.Workflow(path).content["nodes"]:
         saved, values = node.get("widgets_values") or [], shown.pop(str(node["id"]))
         # A newer ComfyUI's own nodes may have more widgets, at the end.
@@ -88,25 +109,23 @@ DRIVING_TEXT, TARGET_TEXT, SWITCH = ["7", 0], ["8", 0], "10"  # of the nodes in 
 
 
 @pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes 2.0"])
-def test_a_prompt_switch_saved_with_driving_first_keeps_its_links(modern, page, server):
+def test_a_prompt_switch_saved_with_driving_first_keeps_its_links(modern, gallery):
     """Sockets of a saved workflow go by name: the order of the inputs was changed after it was saved."""
-    server.post("/settings", {"Comfy.VueNodes.Enabled": modern})
+    gallery.evaluate(frontend.RENDER, modern)
     try:
-        page.goto(server.url)
-        page.wait_for_function("() => window.app?.graph?.nodes")
-        page.evaluate("graph => app.loadGraphData(graph)", json.loads(SAVED.read_text(encoding="utf-8")))
-        page.wait_for_function("id => app.graph.getNodeById(Number(id))?.inputs?.[0].name === 'target'", arg=SWITCH)
-        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        gallery.evaluate("graph => app.loadGraphData(graph)", json.loads(SAVED.read_text(encoding="utf-8")))
+        gallery.wait_for_function(
+            "id => app.graph.getNodeById(Number(id))?.inputs?.[0].name === 'target'", arg=SWITCH
+        )
+        prompt = gallery.evaluate("async () => (await app.graphToPrompt()).output")
     finally:
-        server.post("/settings", {"Comfy.VueNodes.Enabled": False})
+        gallery.evaluate(frontend.RENDER, False)
     inputs = prompt[SWITCH]["inputs"]
     assert (inputs["target"], inputs["driving"]) == (TARGET_TEXT, DRIVING_TEXT)
 
 
-def test_several_scopes_of_consent_are_chosen_and_sent_as_a_list(page, server):
-    page.goto(server.url)
-    page.wait_for_function("() => window.app?.graph?.nodes")
-    prompt = page.evaluate(
+def test_several_scopes_of_consent_are_chosen_and_sent_as_a_list(gallery):
+    prompt = gallery.evaluate(
         """async () => {
             const node = LiteGraph.createNode("UnderstudyConsentRecord")
             app.graph.add(node)
@@ -121,10 +140,8 @@ def test_several_scopes_of_consent_are_chosen_and_sent_as_a_list(page, server):
     assert prompt[2] == ["subject", "scopes", "granted_by", "granted_on", "expires", "note"]
 
 
-def test_words_of_a_sheet_connect_to_lists_and_texts(page, server):
-    page.goto(server.url)
-    page.wait_for_function("() => window.app?.graph?.nodes")
-    linked = page.evaluate(
+def test_words_of_a_sheet_connect_to_lists_and_texts(gallery):
+    linked = gallery.evaluate(
         """async () => {
             const [sheet, puppet] = ["UnderstudyCastingSheet", "UnderstudyPuppet"].map(type => {
                 const node = LiteGraph.createNode(type)
@@ -140,9 +157,9 @@ def test_words_of_a_sheet_connect_to_lists_and_texts(page, server):
     assert linked == [0, 2, 3]
 
 
-def test_a_bypassed_prompt_switch_keeps_the_target(page, server):
-    open_template(page, server, SAVED_AS_TEMPLATE)
-    prompt = page.evaluate(
+def test_a_bypassed_prompt_switch_keeps_the_target(gallery):
+    gallery.evaluate(OPEN_TEMPLATE, [PACK_NAME, SAVED_AS_TEMPLATE])
+    prompt = gallery.evaluate(
         "async id => { app.graph.getNodeById(Number(id)).mode = 4; return (await app.graphToPrompt()).output }",
         SWITCH,
     )
