@@ -88,7 +88,7 @@ def sign_of_few_steps(model: Any) -> str:
 
     The weights themselves do not tell: what counts is the family, and the name of the file as ComfyUI loaded it.
     """
-    if _class_name(model) == "FluxSchnell":
+    if _class_name(model) in ("FluxSchnell", "HunyuanVideo15_SR_Distilled"):
         return f"{family(model)} needs few steps"
     if model.model.model_config.unet_config.get("meanflow"):
         return "it has a layer that tells it how far a step goes"

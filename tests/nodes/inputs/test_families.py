@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 from pack.nodes.inputs.families import sign_of_few_steps
 from pack.nodes.training import doctor
-from support import families, family_models, tiny_model
+from support import family_models, family_relatives, tiny_model
 
 
 @pytest.mark.parametrize(("name", "distilled"), [
@@ -39,8 +39,9 @@ def test_comfyui_s_loader_tells_the_file_and_training_is_warned(tmp_path):
 
 
 def test_families_for_few_steps_are_known_without_a_file():
-    named = {family.name: family for family in families.FAMILIES}
-    assert sign_of_few_steps(family_models.build(named["Flux.1 schnell"])) == "Flux.1 schnell needs few steps"
+    named = {family.name: family for family in family_relatives.EVERY}
+    for name in ("Flux.1 schnell", "Hunyuan Video 1.5 SR"):
+        assert sign_of_few_steps(family_models.build(named[name])) == f"{name} needs few steps"
     plain = family_models.build(named["Flux.1"])
     assert sign_of_few_steps(plain) == ""
     plain.model.model_config.unet_config["meanflow"] = True
