@@ -45,6 +45,7 @@ def state(tmp_path, monkeypatch):
     """A folder of a run's state, in which its checkpoints stay, with image encoder and model of random weights."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})  # of an earlier test's folders
     torch.manual_seed(0)
     path = tmp_path / "puppets_sd.safetensors"
     tensors = puppets_sd.checkpoint_tensors(sd_unet.Denoiser(5.0), sd_autoencoder.NarrowTAESD())

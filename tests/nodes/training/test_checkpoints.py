@@ -20,6 +20,7 @@ def saved(tmp_path, monkeypatch):
     """A checkpoint of seven steps, in a temporary folder."""
     known = copy.deepcopy(folder_paths.folder_names_and_paths)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     checkpoints.FOLDER.register()
     run = checkpoints.Checkpoints("name", SETTINGS)

@@ -19,6 +19,7 @@ def folder(tmp_path, monkeypatch):
     """Where trainings are kept, with checkpoints every second step in an output folder of its own."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", copy.deepcopy(folder_paths.folder_names_and_paths))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     return tmp_path / "trained_0123"
 
 
