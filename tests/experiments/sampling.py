@@ -25,7 +25,9 @@ def sha256(path: Path) -> str:
 def training_pictures(path: Path) -> int:
     """How many renders the checkpoint was trained on, as its metadata says; 0 where they do not."""
     with safe_open(str(path), "pt") as file:
-        return json.loads((file.metadata() or {}).get("config", "{}")).get("training", {}).get("pictures", 0)
+        training = json.loads((file.metadata() or {}).get("config", "{}")).get("training", {})
+    stages = [training, *(stage for stage in training.values() if isinstance(stage, dict))]
+    return max(stage.get("pictures", 0) for stage in stages)
 
 
 def widgets(node, **given) -> dict:

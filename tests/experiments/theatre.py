@@ -36,6 +36,8 @@ SPLITS = {"seen": "validation", "unseen": "unseen"}
 SEED = 1_000_000  # of the first case's noise
 SAMPLER, BATCH = "dpmpp_2m", 32
 NEIGHBOUR_CASES = 48
+TRAINING_TAKES = 6_000  # of which colours and lights are drawn for `as_said`
+GARMENTS = ("shirt", "pattern_colour", "trousers", "headwear_colour")
 MEASURES = (
     "worn_error",
     "identity",
@@ -59,6 +61,31 @@ def cases(arm: str, count: int, framing: str = "full") -> list[Take]:
             takes.append(dataclasses.replace(take, identity=worded(take.identity)))
         seed += 1
     return takes
+
+
+@functools.cache
+def colours() -> dict[tuple[str, str], list]:
+    """The training colours of each garment that a name stands for."""
+    found: dict[tuple[str, str], list] = {}
+    for index in range(TRAINING_TAKES):
+        who = world.still_take(index).identity
+        for garment in GARMENTS:
+            colour = getattr(who, garment)
+            found.setdefault((garment, captions.colour_name(colour)), []).append(colour)
+    return found
+
+
+def as_said(takes: list[Take]) -> list[Take]:
+    """What else their captions say: colours of the same names and any light, both as training has them."""
+    rng, found = np.random.default_rng(SEED), []
+    for take in takes:
+        names = {garment: captions.colour_name(getattr(take.identity, garment)) for garment in GARMENTS}
+        who = dataclasses.replace(take.identity, **{
+            garment: world.pick(rng, colours()[garment, name]) for garment, name in names.items()
+        })
+        light = world.still_take(int(rng.integers(TRAINING_TAKES))).light
+        found.append(dataclasses.replace(take, identity=who, light=light))
+    return found
 
 
 def rows_of(arm: str, takes: list[Take], pictures: np.ndarray) -> list[dict]:
@@ -124,7 +151,9 @@ def sampled(
 def pictures_of(
     theatre: sampling.Theatre, kept: report.Pictures, takes: dict[str, list[Take]], steps: int, cfg: float
 ) -> dict[str, np.ndarray]:
-    """Every arm's pictures: true renders, those through the autoencoder, and the prompts of both splits."""
+    """Every arm's pictures: true renders, those through the autoencoder, the prompts of both splits, and renders of
+    what else those could mean, which is what a perfect model would draw.
+    """
     truth = np.stack([render.render(take).image for take in takes["seen"]])
     decode = functools.partial(theatre.round_trip, truth)
     name = f"autoencoder_{report.fingerprint(takes['seen'])}"
@@ -134,6 +163,8 @@ def pictures_of(
         run = functools.partial(sampled, theatre, texts, steps, cfg)
         name = f"{arm}_{report.fingerprint(texts, steps, cfg, SAMPLER, sampling.SCHEDULER, SEED)}"
         found[arm] = kept.get(name, len(texts), BATCH, run)
+    for arm in SPLITS:
+        found[f"{arm}, as said"] = np.stack([render.render(take).image for take in as_said(takes[arm])])
     return found
 
 
@@ -162,7 +193,7 @@ def main() -> None:
     rows: list[dict] = []
     sheets: dict[str, list[tuple[str, np.ndarray]]] = {}
     for arm, shown in pictures.items():
-        found = rows_of(arm, takes.get(arm, takes["seen"]), shown)
+        found = rows_of(arm, takes.get(arm.partition(",")[0], takes["seen"]), shown)
         if arm == "autoencoder":
             for row, picture, truth in zip(found, shown, pictures["render"], strict=True):
                 row["psnr"] = metrics.psnr(picture, truth)
@@ -176,7 +207,8 @@ def main() -> None:
         report.contact_sheet(kept.folder / f"{arm}.jpg", sheets[arm], budget=4_000_000)
         print(arm, report.summary(found, MEASURES), flush=True)
     report.write_csv(report.RESULTS / f"{arguments.name}.csv", rows)
-    best = [row for arm, sheet in sheets.items() for row in sheet[: 2 if arm in SPLITS else 1]]
+    looked_at = {"render": 1, "autoencoder": 1} | dict.fromkeys(SPLITS, 2)
+    best = [row for arm, count in looked_at.items() for row in sheets[arm][:count]]
     report.contact_sheet(report.RESULTS / f"{arguments.name}.jpg", best)
     summary = {
         "command": report.command("theatre.py"),
