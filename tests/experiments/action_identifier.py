@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +25,7 @@ scripts.alias_pack()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from experiments import cases, report, runs, sampling  # noqa: E402
+from experiments import cases, panels, report, runs, sampling  # noqa: E402
 from experiments.measuring import eye, metrics  # noqa: E402
 from pack.nodes.puppets import captions  # noqa: E402
 from pack.nodes.puppets.config import COLOURS, UNNAMED_ACTIONS, Take  # noqa: E402
@@ -271,8 +271,22 @@ def tables(rows: list[dict]) -> dict:
     }
 
 
+def picture(bench: Bench, rows: Callable[[str], list[dict]]) -> list[np.ndarray]:
+    """Pictures of an action, one word for it on six puppets, and below what a LoRA makes of the same prompts."""
+    (action,) = panels.middle(rows(OURS), "composition", of="asked")
+    takes = cases.performers(action)
+    first = {take.identity.species: i for i, take in reversed(list(enumerate(takes)))}
+    begin = cases.TEST_ACTIONS.index(action) * len(takes)
+    learned, rival = (
+        [bench.sampled(ARMS[arm].learning, action, begin + i, takes[i])[0] for i in sorted(first.values())[:6]]
+        for arm in (OURS, LORA)
+    )
+    return [panels.grid([list(cases.pictures(cases.exemplars(action)[:4])), learned, rival])]
+
+
 if __name__ == "__main__":
     runs.main(
         __doc__, "action_identifier", ARMS, DEVELOPMENT,
         (len(cases.TEST_ACTIONS) * cases.PUPPETS, len(cases.DEVELOPMENT_ACTIONS) * cases.PUPPETS // 2), Bench, tables,
+        picture,
     )

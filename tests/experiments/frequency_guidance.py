@@ -9,6 +9,7 @@ As PROTOCOL.md says; options are in runs.py. What development chose stands below
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,7 @@ scripts.alias_pack()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from experiments import cases, report, runs, sampling  # noqa: E402
+from experiments import cases, panels, report, runs, sampling  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
 from pack.nodes.puppets import captions  # noqa: E402
 
@@ -176,5 +177,23 @@ def tables(rows: list[dict]) -> dict:
     }
 
 
+def picture(bench: Bench, rows: Callable[[str], list[dict]]) -> list[np.ndarray]:
+    """Rows are three sources, columns three drivers of other scenes; beside them the same by img2img."""
+    chosen = [int(case) for case in panels.middle(rows(OURS), "identity_error", 3)]
+    found = [cases.transfer(case) for case in chosen]
+
+    def made(arm: Arm) -> list[list[np.ndarray]]:
+        return [
+            [bench.sampled(arm, [case], [dataclasses.replace(one, driver=other.driver)])[0] for other in found]
+            for case, one in zip(chosen, found, strict=True)
+        ]
+
+    sources, drivers = (list(cases.pictures([getattr(one, name) for one in found])) for name in ("source", "driver"))
+    beside = zip(sources, made(ARMS[OURS]), made(ARMS["img2img from the driver, 0.65"]), strict=True)
+    return [panels.grid([
+        [None, *drivers, None, *drivers], *([one, *ours, None, *theirs] for one, ours, theirs in beside),
+    ])]
+
+
 if __name__ == "__main__":
-    runs.main(__doc__, "frequency_guidance", ARMS, DEVELOPMENT, (120, 12), Bench, tables)
+    runs.main(__doc__, "frequency_guidance", ARMS, DEVELOPMENT, (120, 12), Bench, tables, picture)

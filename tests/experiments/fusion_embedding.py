@@ -10,6 +10,7 @@ that of the next puppet, put in the source's place.
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from experiments import cases, report, runs, sampling  # noqa: E402
+from experiments import cases, panels, report, runs, sampling  # noqa: E402
 from experiments import fusion_arms as arms  # noqa: E402
 from experiments.fusion_arms import CLASS, EMBEDDING, TOKENS, Training  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
@@ -37,6 +38,7 @@ from pack.nodes.puppets.config import ACTIONS, SCENES, Take  # noqa: E402
 NAME, COUNTS, TURNS = "fusion_embedding", (144, 12), 6
 SAMPLER, STEPS = "dpmpp_2m", 20
 SOURCE, TRUTH = "source", "truth"
+FRAMES = 10  # of a cycle, in the picture that moves
 
 # `rate`, times the node's: to be the best of RATES on development for each, before a test case is made; the full
 # method has what helped it there, too.
@@ -208,5 +210,20 @@ def tables(rows: list[dict]) -> dict:
     return {"arms": report.table(rows, names, MEASURES, "puppet"), "claims": report.claims(rows, CLAIMS, "puppet")}
 
 
+def picture(bench: Bench, rows: Callable[[str], list[dict]]) -> list[np.ndarray]:
+    """A moving pose above the puppet in it, beside who it is; halfway only the source changes."""
+    index, training = int(panels.middle(rows(FULL), "identity_error")[0]), TRAININGS[FULL]
+    one, (fusion, _) = case(index), arms.learned(bench.theatre, bench.folder, training)
+    moving = [dataclasses.replace(one.truth, action="dancing", phase=i / FRAMES) for i in range(FRAMES)]
+    pose = np.stack([render.draw_pose(cases.drawn(take).joints, 128) for take in moving])
+    seeds, frames = [cases.noise_seed(cases.FUSION, index)] * len(pose), []  # one noise: only the pose differs
+    for take in (one.source, one.other):
+        source = cases.pictures([take]).repeat(len(pose), 0)
+        drawn = bench.drawn(training, fusion, {TOKENS: source, EMBEDDING: source}, pose, seeds)
+        parts = zip(source, pose, drawn, strict=True)
+        frames += [panels.grid([[who, skeleton], [None, puppet]]) for who, skeleton, puppet in parts]
+    return frames
+
+
 if __name__ == "__main__":
-    runs.main(__doc__, NAME, ARMS, development(), COUNTS, Bench, tables)
+    runs.main(__doc__, NAME, ARMS, development(), COUNTS, Bench, tables, picture)

@@ -10,6 +10,7 @@ As PROTOCOL.md says; options are in runs.py. What development chose stands below
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -24,11 +25,12 @@ scripts.alias_pack()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from experiments import cases, report, runs, sampling  # noqa: E402
+from experiments import cases, panels, report, runs, sampling  # noqa: E402
 from experiments.measuring import eye, metrics  # noqa: E402
 from pack.nodes.puppets import captions  # noqa: E402
 
 SAMPLER, CFG, FRESH_NOISE = "ddim", 3.0, 0.6
+DIFFERENCE = 3  # how many times brighter a map of differences is
 TOKEN, NOBODY = "sks", "a"  # "a cat" is the subject of a model without a prior
 MASK = {"threshold_method": "fraction", "threshold": 0.25}
 THRESHOLDS = {
@@ -278,5 +280,21 @@ def tables(rows: list[dict]) -> dict:
     }
 
 
+def picture(bench: Bench, rows: Callable[[str], list[dict]]) -> list[np.ndarray]:
+    """A photograph and three edits; under each what changed; below, the same without the prior."""
+    index = int(panels.middle(rows(OURS), "worn_error", of="subject")[0])
+    subject = cases.subject(index)
+    source, learned = subject.edits[0].source, {take.action for take in subject.learned}
+    new = [action for action in ("waving", "sitting", "handstand", "cheering", "kicking") if action not in learned]
+    edits = [cases.Edit(source, dataclasses.replace(source, action=action)) for action in new[:3]]
+    own = [index * cases.EDITS + i for i in range(len(edits))]
+    ours, without = (bench.edited(ARMS[arm], index, own, edits)[1] for arm in (OURS, NONE))
+    shown = cases.pictures([source])[0]
+    changed = np.abs(ours.astype(int) - shown).max(-1, keepdims=True) * DIFFERENCE
+    maps = changed.clip(0, 255).astype(np.uint8).repeat(3, -1)
+    return [panels.grid([[shown, *ours], [None, *maps], [None, *without]])]
+
+
 if __name__ == "__main__":
-    runs.main(__doc__, "identity_prior", ARMS, DEVELOPMENT, (cases.SUBJECTS * cases.EDITS, 12), Bench, tables)
+    counts = cases.SUBJECTS * cases.EDITS, 12
+    runs.main(__doc__, "identity_prior", ARMS, DEVELOPMENT, counts, Bench, tables, picture)

@@ -16,6 +16,7 @@ Of every script:
 
     --arm NAME [NAME ...]     rows to .cache/experiments/METHOD/test; all: every arm; "rank *": those
     --report                  rows to results/METHOD.csv, tables and claims to results/METHOD.json
+    --picture                 results/METHOD.jpg, or .webp if it moves, of the cases at the median
     --development --arm ...   development arms, or those of the test, on development cases: printed alone
     --cases N                 the first N cases
 """
@@ -31,7 +32,7 @@ import numpy as np
 from launcher import scripts
 from PIL import Image
 
-from . import report, sampling
+from . import panels, report, sampling
 
 STATE = scripts.ROOT / ".cache" / "experiments"
 
@@ -116,9 +117,11 @@ def run(kept: Rows, cases: Sequence[int], batch: int, make: Callable) -> None:
 
 def main(
     doc: str, name: str, arms: dict, development: dict, counts: tuple[int, int], bench: Callable,
-    tables: Callable[[list[dict]], dict],
+    tables: Callable[[list[dict]], dict], picture: panels.Picture | None = None,
 ) -> None:
-    """The command line of a script. counts: test and development cases; tables(rows) is what --report writes."""
+    """The command line of a script. counts: test and development cases; tables(rows) is what --report writes,
+    picture(bench, rows) what --picture does.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", nargs="+", default=[], help=f"all, or patterns of names: {'; '.join(arms)}. For "
                         f"development: {'; '.join(development)}")
@@ -126,7 +129,12 @@ def main(
     parser.add_argument("--cases", type=int, help="the first so many; by default as the protocol says")
     parser.add_argument("--checkpoint", type=Path, default=sampling.CHECKPOINT)
     parser.add_argument("--report", action="store_true", help="write what there is to results")
+    if picture:
+        parser.add_argument("--picture", action="store_true", help="one for readers, of the cases at the median")
     options = parser.parse_args()
+    drawing = picture and options.picture
+    if drawing and options.development:
+        parser.error("--picture is of test cases: leave out --development")
     known = development | arms if options.development else arms
     asked = list(development if options.development else arms)
     if options.arm != ["all"]:
@@ -136,12 +144,17 @@ def main(
         asked = [name for _, names in found for name in names]
     folder = STATE / name / ("development" if options.development else "test")
     count = options.cases or counts[options.development]
-    stage = bench(options, folder) if asked else None
+    stage = bench(options, folder) if asked or drawing else None
     for arm in asked:
         kept = Rows(folder, arm, (known[arm], stage.settings))
         if hasattr(stage, "prepare") and kept.left(range(count)):
             stage.prepare(known[arm])
         run(kept, range(count), stage.batch, lambda some, arm=arm: stage.make(known[arm], some))
+    if drawing:
+        def rows_of(arm: str) -> list[dict]:
+            return newest(folder, arm) or parser.error(f'there are no rows yet: run --arm "{arm}" first')
+
+        panels.save(report.RESULTS / name, picture(stage, rows_of))
     if not (options.report or options.development):
         return
     rows = [row for arm in known for row in newest(folder, arm) if row["case"] < count]

@@ -12,6 +12,7 @@ as true.
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,7 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from experiments import cases, report, runs, sampling, theatre_wan  # noqa: E402
+from experiments import cases, panels, report, runs, sampling, theatre_wan  # noqa: E402
 from experiments import video_arms as arms  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
 from experiments.video_arms import Training  # noqa: E402
@@ -199,8 +200,8 @@ def video_theatre() -> sampling.VideoTheatre:
 
 
 def digests() -> tuple[str, ...]:
-    """Of the models: the text encoder, in the pictures' checkpoint, stays as it is while its UNet learns on."""
-    return tuple(sampling.sha256(path) for path in (TRANSFORMER, AUTOENCODER))
+    """Of the models; the pictures' checkpoint holds the text encoder."""
+    return tuple(sampling.sha256(path) for path in (TRANSFORMER, AUTOENCODER, sampling.CHECKPOINT))
 
 
 def truths(chosen: list[Case]) -> np.ndarray:
@@ -238,5 +239,19 @@ def tables(rows: list[dict]) -> dict:
     return {"arms": report.table(rows, names, MEASURES, "puppet"), "claims": report.claims(rows, CLAIMS, "puppet")}
 
 
+def picture(bench: Bench, rows: Callable[[str], list[dict]]) -> list[np.ndarray]:
+    """One prompt and noise, three references; below, without a reference."""
+    index = int(panels.middle(rows(arms.RESTRICTED), "identity_error")[0])
+    one, everybody = case(index), cases.people()
+    people = [everybody[(one.puppet + step) % cases.PEOPLE] for step in (0, 8, 16)]  # of one species
+    shown = [arms.reference_image(dataclasses.replace(one.reference, identity=who)) for who in people]
+    ours, without = (
+        bench.clips(ARMS[arm], [index] * len(shown), [one] * len(shown), shown) for arm in (arms.RESTRICTED, NONE)
+    )
+    references = [as_bytes(image)[0] for image in shown]
+    frames = [panels.grid([references, list(ours[:, t]), list(without[:, t])]) for t in range(ours.shape[1])]
+    return frames + frames[-2:0:-1]
+
+
 if __name__ == "__main__":
-    runs.main(__doc__, NAME, ARMS, development(), COUNTS, Bench, tables)
+    runs.main(__doc__, NAME, ARMS, development(), COUNTS, Bench, tables, picture)

@@ -1,8 +1,13 @@
 """Cases of the experiments: development apart from test, seeds that say everything, truths that nothing copies."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
-from experiments import cases
+import safetensors.torch
+import torch
+from experiments import cases, sampling, theatre
 from pack.nodes.puppets import captions, world
 from pack.nodes.puppets.config import ACTION_TABLE, SPECIES, UNNAMED_ACTIONS
 
@@ -82,3 +87,27 @@ def test_exemplars_share_what_no_performer_has(action):
 
 def test_development_actions_are_no_test_actions():
     assert {*cases.TEST_ACTIONS, *cases.DEVELOPMENT_ACTIONS} == {*UNNAMED_ACTIONS} and len(cases.TEST_ACTIONS) == 6
+
+
+def test_what_else_the_words_could_mean_has_the_same_words_and_other_colours_and_lights(monkeypatch):
+    monkeypatch.setattr(theatre, "TRAINING_TAKES", 1_500)
+    theatre.colours.cache_clear()
+    takes = theatre.cases("seen", 24)
+    found = theatre.as_said(takes)
+    theatre.colours.cache_clear()
+    assert [captions.caption(take) for take in found] == [captions.caption(take) for take in takes]
+    assert sum(one.identity.shirt != two.identity.shirt for one, two in zip(found, takes, strict=True)) > 20
+    assert 4 < sum(take.light == "day" for take in found) < 20
+    for one, two in zip(found, takes, strict=True):
+        worn = {garment: getattr(two.identity, garment) for garment in theatre.GARMENTS}
+        same = dataclasses.replace(one.identity, **worn)
+        assert dataclasses.replace(one, identity=same, light=two.light) == two, "nothing else differs"
+
+
+@pytest.mark.parametrize(("training", "count"), [
+    ({"pictures": 5}, 5), ({"autoencoder": {"pictures": 7, "steps": 3}, "unet": {"steps": 1}}, 7), ({}, 0),
+])
+def test_the_training_pictures_of_a_checkpoint_are_found_in_its_metadata(tmp_path, training, count):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"config": json.dumps({"training": training})})
+    assert sampling.training_pictures(path) == count
