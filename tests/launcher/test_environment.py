@@ -22,6 +22,11 @@ def make_pack(root):
     return comfyui
 
 
+def free(monkeypatch, size):
+    usage = collections.namedtuple("usage", "free")(size)
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage)
+
+
 @pytest.fixture
 def pack(tmp_path, monkeypatch):
     """A pack with a cached ComfyUI and an empty environment, and a list of what pip was asked to install."""
@@ -30,6 +35,7 @@ def pack(tmp_path, monkeypatch):
     installed = []
     monkeypatch.setattr(environment, "works", lambda python: True)
     monkeypatch.setattr(environment, "install", lambda python, files, log: installed.append(files))
+    free(monkeypatch, 10**12)  # nothing is installed, so the machine's own disk does not matter
     (tmp_path / ".cache" / "env").mkdir()
     return tmp_path, installed
 
@@ -90,8 +96,7 @@ def test_a_broken_environment_is_created_again(pack, monkeypatch):
 
 def test_a_full_disk_is_named_before_anything_is_installed(pack, monkeypatch):
     root, installed = pack
-    usage = collections.namedtuple("usage", "free")(11 * 10**9)
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage)
+    free(monkeypatch, 11 * 10**9)
     with pytest.raises(source.SetupError, match="11.0 GB free and 12 GB are needed"):
         environment.ensure(root)
     assert not installed
