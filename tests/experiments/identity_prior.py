@@ -127,11 +127,11 @@ class Bench:
         for subject in sorted({case // cases.EDITS for case in chosen}):
             edits = cases.subject(subject, self.development).edits
             own = [case for case in chosen if case // cases.EDITS == subject]
-            own = [case for case in own if edits[case % cases.EDITS].mirrored or not arm.mirrored]
-            if own:
-                found, shown = self.edited(arm, subject, own, [edits[case % cases.EDITS] for case in own])
-                rows += found
-                made |= {str(case): picture for case, picture in zip(own, shown, strict=True)}
+            found, shown = self.edited(arm, subject, own, [edits[case % cases.EDITS] for case in own])
+            # All four are made, for each to have the fresh noise that it has in the other arms.
+            kept = {case for case in own if edits[case % cases.EDITS].mirrored or not arm.mirrored}
+            rows += [row for row in found if row["case"] in kept]
+            made |= {str(case): picture for case, picture in zip(own, shown, strict=True) if case in kept}
         return rows, made
 
     def _model(self, arm: Arm, index: int):

@@ -65,6 +65,8 @@ class Rows:
         self.arm, self.folder = arm, folder / f"{slug(arm)}_{report.fingerprint(settings)}"
         self.path = self.folder / "rows.csv"
         self.found = read_rows(self.path)
+        if self.found:
+            self._report_these()
 
     def left(self, cases: Sequence[int]) -> list[int]:
         """The cases that have no row yet."""
@@ -78,7 +80,10 @@ class Rows:
             Image.fromarray(picture).save(self.folder / f"{name}.png")
         self.found += [{"arm": self.arm, **row} for row in rows]
         report.write_csv(self.path, self.found)
-        # The newest settings of an arm are those that are reported.
+        self._report_these()
+
+    def _report_these(self) -> None:
+        """Of an arm's settings those that were asked for last are reported, also where nothing was left to make."""
         report.replace(self.folder.parent / f"{slug(self.arm)}.newest", self.folder.name.encode())
 
 

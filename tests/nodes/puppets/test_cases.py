@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from experiments import cases, sampling, theatre
+from experiments import cases, identity_prior, sampling, theatre
 from pack.nodes.puppets import captions, world
 from pack.nodes.puppets.config import ACTION_TABLE, SPECIES, UNNAMED_ACTIONS
 
@@ -68,6 +68,21 @@ def test_no_edit_asks_for_what_was_learned(index):
         assert edit.source.scene == edit.truth.scene and edit.source.light == edit.truth.light
         source, truth = cases.pictures([edit.source, edit.truth]).astype(float)
         assert np.abs(source - truth).mean() > 1
+
+
+def test_a_mirrored_view_is_made_beside_the_edits_that_other_arms_make_it_beside():
+    made = []
+
+    def edited(_arm, subject, chosen, edits):
+        made.append((subject, chosen, [edit.mirrored for edit in edits]))
+        return [{"case": case} for case in chosen], np.zeros((len(chosen), 1, 1, 3), np.uint8)
+
+    bench = object.__new__(identity_prior.Bench)
+    bench.development, bench.edited = False, edited
+    rows, pictures = bench.make(identity_prior.ARMS["mirrored, fresh noise 1"], [4, 5, 6, 7])
+    assert made == [(1, [4, 5, 6, 7], [False, False, False, True])]
+    assert rows == [{"case": 7}] and list(pictures) == ["7"]
+    assert len(bench.make(identity_prior.ARMS[identity_prior.OURS], [4, 5, 6, 7])[0]) == 4
 
 
 @pytest.mark.parametrize("action", UNNAMED_ACTIONS)

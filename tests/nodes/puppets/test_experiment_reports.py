@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from experiments import report, runs
+from experiments import frequency_guidance, report, runs
 from scipy import stats
 
 CASES = 40
@@ -92,3 +92,25 @@ def test_a_killed_run_makes_only_what_is_left(tmp_path):
     assert found[1]["error"] == pytest.approx(1 / 3, abs=1e-4)
     assert found[1]["arm"] == "an arm" and found[1]["seen"] == "cat" and "seconds" in found[1]
     assert runs.Rows(tmp_path, "an arm", "other settings").left(range(3)) == [0, 1, 2]
+
+
+def test_settings_that_are_asked_for_again_are_the_ones_reported(tmp_path):
+    for settings, error in (("first", 1.0), ("second", 2.0)):
+        kept = runs.Rows(tmp_path, "an arm", settings)
+        kept.add([{"case": 0, "error": error}], {})
+    runs.run(runs.Rows(tmp_path, "an arm", "first"), [0], 1, None)
+    assert [row["error"] for row in runs.newest(tmp_path, "an arm")] == [1.0]
+
+
+def test_frequency_guidance_resamples_puppets_and_not_their_cases():
+    per_puppet = RNG.normal(0, 1, 24)
+    rows = [
+        {"arm": arm, "case": i, "driver_view": "far", "background_error": (arm == frequency_guidance.OURS) * value}
+        for arm in (frequency_guidance.OURS, frequency_guidance.LEARNED)
+        for i, value in enumerate(np.tile(per_puppet, 5))
+    ]
+    found = frequency_guidance.tables(rows)
+    expected = report.bootstrap(per_puppet, np.arange(24))
+    assert found["arms"][frequency_guidance.OURS]["background_error"] == pytest.approx(expected)
+    (claim,) = found["claims"]
+    assert claim["too much"] == pytest.approx([round(value, 4) for value in expected])
