@@ -4,7 +4,7 @@
     python tests/experiments/action_identifier.py --arm "ours, intersection"
     python tests/experiments/action_identifier.py --report
 
-As PROTOCOL.md says; options are in runs.py. What development chose stands below as TOKEN_RATE and LORA_RATE.
+As PROTOCOL.md says; options are in runs.py. What development chose stands below as the rates and as OURS.
 """
 
 import contextlib
@@ -31,7 +31,9 @@ from pack.nodes.puppets import captions  # noqa: E402
 from pack.nodes.puppets.config import COLOURS, UNNAMED_ACTIONS, Take  # noqa: E402
 
 SAMPLER = "ddim"
-TOKEN_RATE, LORA_RATE = 0.012, 3e-3
+# Ours; what is learned without masks, by layer and as one token; LoRA's.
+TOKEN_RATE, LAYER_RATE, ONE_RATE, LORA_RATE = 0.012, 0.012, 0.012, 3e-3
+RATES = 0.004, 0.012, 0.04
 PLACEHOLDER, INITIAL_WORD, RARE_WORD = "<action>", "dancing", "vkt"
 PERMUTATION = 0xC0
 MEASURES = ("composition", "action", "identity", "leak", "identity_error")
@@ -70,9 +72,9 @@ class Arm:
     truth: bool = False
 
 
-def tokens(**changes) -> Arm:
+def tokens(rate: float, **changes) -> Arm:
     """Without triples and masks, as P+ or textual inversion have them."""
-    return Arm(Learning(triples=False, **changes))
+    return Arm(Learning(rate, triples=False, **changes))
 
 
 ARMS = {
@@ -81,15 +83,17 @@ ARMS = {
     UNION: Arm(Learning(merge="union")),
     "ours, fixed norm": Arm(Learning(fixed_norm=True)),
     PERMUTED: Arm(Learning(permuted=True)),
-    "tokens by layer, one picture": tokens(batch=1),
-    "tokens by layer, three pictures": tokens(),
-    "one token": tokens(layer_wise=False),
-    "one token, fixed norm": tokens(layer_wise=False, fixed_norm=True),
+    "tokens by layer, one picture": tokens(LAYER_RATE, batch=1),
+    "tokens by layer, three pictures": tokens(LAYER_RATE),
+    "one token": tokens(ONE_RATE, layer_wise=False),
+    "one token, fixed norm": tokens(ONE_RATE, layer_wise=False, fixed_norm=True),
     LORA: Arm(Learning(LORA_RATE, triples=False, lora=True)),
     "truth": Arm(None, truth=True),
 }
 DEVELOPMENT = {
-    **{f"rate {rate:g}": Arm(Learning(rate)) for rate in (0.004, 0.012, 0.04)},
+    **{f"rate {rate:g}": Arm(Learning(rate)) for rate in RATES},
+    **{f"tokens by layer, rate {rate:g}": tokens(rate) for rate in RATES},
+    **{f"one token, rate {rate:g}": tokens(rate, layer_wise=False) for rate in RATES},
     "union": Arm(Learning(merge="union")),
     **{f"LoRA rate {rate:g}": Arm(Learning(rate, triples=False, lora=True)) for rate in (1e-3, 3e-3, 1e-2)},
 }

@@ -201,11 +201,14 @@ def exemplar_scene(action: str) -> str:
 
 
 def performers(action: str, development: bool = False) -> list[Take]:
-    """Twelve puppets (six in development) as words say them, in the action: no bear, no red shirt, other scenes."""
+    """Twelve puppets (six in development) as words say them, in the action: no bear, no red shirt, other scenes.
+
+    All in daylight: no word could ask for another light, and under it the same cloth has another colour.
+    """
     index, takes = UNNAMED_ACTIONS.index(action), []
     for who in people(development):
         if who.species != "bear" and captions.colour_name(who.shirt) != "red":
             rng = generator(ACTION, PUPPETS * index + len(takes), development)
             scene = another(rng, SCENES, exemplar_scene(action))
-            takes.append(world.staged(worded(who), action, scene, rng))
+            takes.append(world.staged(worded(who), action, scene, rng, light="day"))
     return takes[:PUPPETS // 2 if development else PUPPETS]

@@ -29,6 +29,7 @@ TOKENS, EMBEDDING, CLASS = PATHS = "tokens", "e_f's tokens", "class embedding"
 SIZE, AT_ONCE, CLOSE_UPS = 128, 500, 0.25
 STOPS = 600, 2_000  # steps after which a training is kept, too
 EMBEDDING_TOKENS, HIDDEN, POSE_CHANNELS = 4, 256, (8, 16, 32, 64)
+FIXED = report.fingerprint(SIZE, CLOSE_UPS, EMBEDDING_TOKENS, HIDDEN, POSE_CHANNELS)  # of every training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Bench:
 
     def __init__(self, options, folder: Path):
         self.develop, self.theatre = options.development, sampling.Theatre(options.checkpoint, runs.STATE)
-        digests = sampling.sha256(options.checkpoint), sampling.sha256(vision.FILE)
+        digests = sampling.sha256(options.checkpoint), sampling.sha256(vision.FILE), arms.FIXED
         self.folder = folder.parent / f"trained_{report.fingerprint(digests)}"
         self.settings = SAMPLER, STEPS, GUIDANCE, digests
 

@@ -5,8 +5,8 @@
 
 A take has 49 frames and six actions in turn. In ComfyUI's Context Windows every window has 9 frames, of which it
 shares one latent frame with its neighbour, and a text of its own. Chained, each window is made for itself, from the
-last frame of the one before, which a noise mask holds. A window is judged by three of its frames that are no other
-window's: the second, the fifth and the last.
+last frame of the one before, which a noise mask holds. A window is judged by three of the eight frames that it adds:
+the first, the fourth and the last, which in Context Windows is of the latent frame that the next window has, too.
 """
 
 import dataclasses
@@ -96,11 +96,11 @@ class Case:
 
 
 def case(index: int, develop: bool = False) -> Case:
-    """Case `index`, a puppet's: the actions that a close-up has, in turn."""
+    """Case `index`, a puppet's: the actions that a close-up has, in turn, in daylight."""
     everybody, rng = cases.people(develop), cases.generator(cases.LONG_TAKE, index, develop)
     who = everybody[index % cases.PEOPLE]
     actions = [str(action) for action in rng.permutation(arms.allowed(who))]
-    first = world.staged(who, actions[0], world.pick(rng, SCENES), rng, "close_up")
+    first = world.staged(who, actions[0], world.pick(rng, SCENES), rng, "close_up", light="day")
     windows = tuple(dataclasses.replace(first, action=actions[i % len(actions)]) for i in range(WINDOWS))
     reference = arms.reference_take(first, rng)
     second = dataclasses.replace(reference, identity=everybody[(index + 8) % cases.PEOPLE])

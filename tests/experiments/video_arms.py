@@ -35,6 +35,7 @@ FIRST_CLIP, AT_ONCE = 1_000_000, 250  # the clips that the base was trained on, 
 BARE = 0.1  # share of the texts that are left out, for CFG
 STOPS = 600, 1_200  # steps after which a training is kept, too
 FLOOR = 0.2  # of the loss outside masks
+FIXED = report.fingerprint(REFERENCE, FIRST_CLIP, BARE, FLOOR)  # of every training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,12 +118,12 @@ class Case:
 
 
 def case(index: int, develop: bool = False) -> Case:
-    """Case `index`: puppets in turn, each in three named actions."""
+    """Case `index`: puppets in turn, each in three named actions, in daylight, since no input could tell another."""
     puppet, turn = index % cases.PEOPLE, index // cases.PEOPLE
     everybody = cases.people(develop)
     order = cases.generator(cases.VIDEO, 1_000 + puppet, develop).permutation(arms.allowed(everybody[puppet]))
     rng = cases.generator(cases.VIDEO, index, develop)
-    truth = world.staged(everybody[puppet], str(order[turn]), world.pick(rng, SCENES), rng, "close_up")
+    truth = world.staged(everybody[puppet], str(order[turn]), world.pick(rng, SCENES), rng, "close_up", light="day")
     reference = arms.reference_take(truth, rng)
     # Of people, species come in turn, eight of them.
     other = dataclasses.replace(reference, identity=everybody[(puppet + 8) % cases.PEOPLE])
@@ -200,8 +200,8 @@ def video_theatre() -> sampling.VideoTheatre:
 
 
 def digests() -> tuple[str, ...]:
-    """Of the models; the pictures' checkpoint holds the text encoder."""
-    return tuple(sampling.sha256(path) for path in (TRANSFORMER, AUTOENCODER, sampling.CHECKPOINT))
+    """Of the models, the pictures' checkpoint for its text encoder, and of what all trainings share."""
+    return *(sampling.sha256(path) for path in (TRANSFORMER, AUTOENCODER, sampling.CHECKPOINT)), arms.FIXED
 
 
 def truths(chosen: list[Case]) -> np.ndarray:

@@ -95,6 +95,7 @@ def test_exemplars_share_what_no_performer_has(action):
     for take in asked:
         assert take.identity.species != "bear" and captions.colour_name(take.identity.shirt) != "red"
         assert take.scene != cases.exemplar_scene(action) and take.identity == cases.worded(take.identity)
+        assert take.light == "day", "no word asks for another light"
     assert {take.identity.species for take in asked} == {*SPECIES} - {"bear"}
     development = {take.identity for take in cases.performers(action, True)}
     assert len(development) == 6 and not development & {cases.worded(who) for who in world.test_identities()}

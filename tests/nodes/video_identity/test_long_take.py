@@ -51,6 +51,7 @@ def test_the_figures_of_true_frames(one):
     """Of one puppet throughout, and of one that becomes the other after half of the windows."""
     own, other = one.windows[0].identity, one.second.identity
     assert own.species == other.species and own != other
+    assert {take.light for take in one.windows} == {"day"} != {one.reference.light}
     whole, turned = (
         experiment.row_of(one, frames_of(one, people)) for people in ([own] * 6, [own] * 3 + [other] * 3)
     )

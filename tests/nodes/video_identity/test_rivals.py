@@ -112,7 +112,7 @@ def test_a_case_shows_another_of_the_species_and_no_action_twice():
         own, other = one.truth.identity, one.other.identity
         assert own == one.reference.identity != other and own.species == other.species
         assert dataclasses.replace(one.other, identity=own) == one.reference
-        assert one.reference.scene != one.truth.scene and one.reference.light != one.truth.light
+        assert one.reference.scene != one.truth.scene and one.reference.light != one.truth.light == "day"
     for puppet in range(3):
         actions = {experiment.case(puppet + 24 * turn).truth.action for turn in range(3)}
         assert len(actions) == 3
