@@ -37,7 +37,7 @@ def test_templates_with_their_pictures_weights_and_their_sources_are_in():
     templates = {path.relative_to(ROOT).with_suffix("") for path in (ROOT / "workflows").glob("*.json")}
     assert len(weights) >= 8 and len(templates) >= 10
     assert {name for name in shipped if PurePosixPath(name).parent.name == "workflows"} == {
-        "workflows/README.md", "workflows/cover.jpg",
+        "workflows/README.md", "workflows/cover.webp",
         *(path.with_suffix(suffix).as_posix() for path in templates for suffix in (".json", ".jpg")),
     }
     assert {PurePosixPath(name).name for name in shipped if name.startswith("workflows/models/")} == {

@@ -182,8 +182,8 @@ def _cell(value: float | Sequence[float]) -> str:
     return "{:.3g} ({:.3g} to {:.3g})".format(*value)
 
 
-def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: int = 200_000) -> None:
-    """Labelled rows of pictures uint8 [N, H, W, 3] as one JPEG of at most `budget` bytes."""
+def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: int = 120_000) -> None:
+    """Labelled rows of pictures uint8 [N, H, W, 3] as one JPEG or WebP of at most `budget` bytes."""
     (height, wide), label = rows[0][1].shape[1:3], 14
     size = wide * max(len(pictures) for _, pictures in rows), len(rows) * (height + label)
     sheet = Image.new("RGB", size, "white")
@@ -195,7 +195,7 @@ def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: in
             sheet.paste(Image.fromarray(picture), (j * wide, top + label))
     for quality in (88, 80, 70, 60, 45, 30):
         file = io.BytesIO()
-        sheet.save(file, "JPEG", quality=quality)
+        sheet.save(file, Image.registered_extensions()[path.suffix], quality=quality)
         if file.tell() <= budget:
             break
     replace(path, file.getvalue())

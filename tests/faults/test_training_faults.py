@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import re
 import time
 
 import pytest
@@ -12,8 +11,6 @@ from faults import prompts, server_memory
 
 TRAIN = "train"
 CHECKPOINTS = "training_checkpoints"
-DEAD = re.compile(r"(input_blocks\.3|middle_block|output_blocks\.0)\..*\.(ff|norm3)\.")
-
 
 NUMBERS = itertools.count()
 
@@ -139,10 +136,7 @@ def test_a_whole_unet_learns_and_leaves_the_model_alone(fault_server):
     whole = trained(fault_server, training(fault_server, steps=3, **settings))
     assert whole and all(key.endswith((".diff", ".diff_b")) for key in whole)
     moved = {key: value.abs().max().item() for key, value in whole.items()}
-    # The feed-forwards of the theatre's inner levels are dead, as models/SOURCES.md says: no gradient reaches them.
-    dead = {key for key in moved if DEAD.search(key)}
-    assert len(dead) < len(moved) / 6
-    wrong = {key: value for key, value in moved.items() if value > 1.3e-5 or value == 0 and key not in dead}
+    wrong = {key: value for key, value in moved.items() if not 0 < value <= 1.3e-5}
     assert wrong == {}, "six steps of Adam at this rate"
     assert torch.equal(prompts.run(fault_server, prompts.plain(seed=4)), plain)
     refused = fault_server.queue(training(fault_server, **settings | {"learning_rate": 1e-3}))

@@ -39,7 +39,7 @@ from pack.nodes.training.differentiable import host_in_training
 ENCODER = entry.MODELS / "checkpoints" / "puppets_sd.safetensors"
 TRANSFORMER = entry.MODELS / "diffusion_models" / "puppets_wan.safetensors"
 AUTOENCODER = entry.MODELS / "vae" / "puppets_wan_vae.safetensors"
-TRANSFORMER_STAGES = ("transformer", "transformer2")
+TRANSFORMER_STAGES = ("transformer", "transformer2", "transformer3")
 _CHECKED = 48  # held-out frames, or clips at a quarter, for the figures while it trains
 _FITTED = 48  # clips to fit the preview's colours to
 
