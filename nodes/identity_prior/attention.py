@@ -30,9 +30,9 @@ from .method import mean_map
 
 KEY = "understudy_token_attention"
 MASK_FIX = "connect a mask_text without clothes, raise the threshold, or connect your own `mask`"
-# Ours: UNets know subjects best in their coarse layers, of so many cells or more. In SD these have 16, as in
-# Prompt-to-Prompt, since only the middle block is coarser; on the theatre 8 overlap better with the true masks.
-_BEST_CELLS = 8
+# As in Prompt-to-Prompt: UNets know subjects best in the coarsest layers that have so many cells. On the theatre their
+# maps overlap with the true masks by 0.65, those of 8 cells by 0.48.
+_BEST_CELLS = 16
 # Ours: SD 1.5 has five such layers, SDXL 60 and Wan 14B 14; recording so many would cost more than they tell.
 _MOST_LAYERS = 5
 

@@ -45,7 +45,7 @@ class MaskConfig:
     threshold: float = 0.5
     # Ours, in latent cells: the model needs room around the subject.
     grow: int = 1
-    # Ours: "auto" is five layers, of a UNet's coarsest that have 8 cells, of the middle third of a transformer's.
+    # Ours: "auto" is five layers, of a UNet's coarsest that have 16 cells, of the middle third of a transformer's.
     layers: str = AUTO
     # Cells on the longer side at which layers are averaged; 0 is the finest layer's.
     resolution: int = 0
