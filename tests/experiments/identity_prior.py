@@ -32,7 +32,7 @@ from pack.nodes.puppets import captions  # noqa: E402
 SAMPLER, CFG, FRESH_NOISE = "ddim", 3.0, 0.6
 DIFFERENCE = 3  # how many times brighter a map of differences is
 TOKEN, NOBODY = "sks", "a"  # "a cat" is the subject of a model without a prior
-MASK = {"threshold_method": "fraction", "threshold": 0.25}
+MASK = {"threshold_method": "quantile", "threshold": 0.7}
 THRESHOLDS = {
     "fraction": (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7), "otsu": (0.5,), "mean_std": (0.3, 0.4, 0.5, 0.6),
     "quantile": (0.6, 0.7, 0.75, 0.8, 0.85),
