@@ -23,6 +23,8 @@ from .config import FrequencyGuidanceConfig
 _SWITCH_OFFSET = 0.00037
 # The narrowest step in percent that every model's percent-to-sigma map resolves in fp32.
 _SWITCH_GAP = 1e-6
+# Of the longer side: how far around a subject its place is filled from.
+_FILL = 0.1
 
 Guide = Callable[[torch.Tensor, float], torch.Tensor]
 
@@ -32,7 +34,8 @@ class FrequencyGuidance:
 
     source, driving: [B, C, H, W] or [B, C, T, H, W] as a VAE encodes them; one whose scale is 0 is ignored.
     With a driving_mask [F, H, W], of any size, the phases are those of its subject alone, and act inside the mask
-    alone; a source_mask says where the subject belongs and how large it is. Both are ours.
+    alone. With a source_mask as well they are those of the source's scene, in which the driving subject stands in the
+    place of the source's. Both are ours.
     Raises ValueError, naming the input, for latents that are empty, all zero, not finite, or nested.
     """
 
@@ -44,8 +47,9 @@ class FrequencyGuidance:
         self._masks = source_mask, driving_mask
         if source_mask is not None and driving_mask is None:
             raise ValueError("source_mask says where the driving subject belongs: connect its driving_mask as well")
-        self._source = source if config.amplitude_scale > 0 or config.detail_bands else None
         self._driving = driving if config.phase_scale > 0 else None
+        placed = self._driving is not None and source_mask is not None
+        self._source = source if config.amplitude_scale > 0 or config.detail_bands or placed else None
         for name, latent in self.latents.items():
             latents.check_picture(latent, name)
 
@@ -72,7 +76,8 @@ class FrequencyGuidance:
         )
         if source_mask is not None:
             driving, mask = aligned(driving, mask, source_mask)
-        if mask is not None:
+            driving, mask = latent_masks.blend(driving, without_subject(source, source_mask), mask), None
+        elif mask is not None:
             driving = alone(driving, mask)
 
         @functools.cache
@@ -187,6 +192,21 @@ def alone(driving: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     mean = (driving * weight).sum((-2, -1), keepdim=True) / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
     shape = *mean.shape[:-2], *driving.shape[-2:]
     return latent_masks.blend(driving.expand(shape), mean.expand(shape), mask)
+
+
+def without_subject(source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A source latent [B, C, (T,) H, W] whose subject, by its mask [B, T, H, W], gives way to what is around it.
+
+    The driving subject is then seen in the scene that is being made: on a ground of one value its outline has phases
+    of its own, and a scene that still holds the source's subject keeps the old pose.
+    """
+    # A latent cell knows something of its neighbours.
+    kept = (F.max_pool2d(mask, 3, 1, 1) == 0).to(source)
+    kept = kept if source.ndim == 4 else kept.unsqueeze(1)
+    deviation = _FILL * max(source.shape[-2:])
+    near = latent_masks.blurred(kept, deviation).clamp(min=torch.finfo(source.dtype).tiny)
+    filled = latent_masks.blurred(source * kept, deviation) / near
+    return torch.where(kept > 0, source, filled)
 
 
 def _foot(mask: torch.Tensor) -> tuple[float, float]:

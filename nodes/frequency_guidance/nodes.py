@@ -124,7 +124,7 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
                 io.Mask.Input(
                     "source_mask", optional=True,
                     tooltip="Where the source's subject is, of any size: the driving subject is moved and scaled to "
-                    "it. It needs driving_mask.",
+                    "it, and its phases are those that it has in the source's scene. It needs driving_mask.",
                 ),
                 io.Mask.Input(
                     "driving_mask", optional=True,

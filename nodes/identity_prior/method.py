@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..inputs.latent_masks import blend
+from ..inputs.latent_masks import blend, blurred
 from ..inputs.ranges import SIGMA_TOLERANCE
 from ..training.objective import same_bucket
 from .config import FRACTION, MEAN_STD, OTSU, QUANTILE, MaskConfig
@@ -176,7 +176,7 @@ def subject_mask(heat: torch.Tensor, size: Sequence[int], config: MaskConfig) ->
     """0 or 1 for each latent cell, [B, T, H, W], from a heat map [B, T, h, w]: blurred, enlarged, its range from
     least to greatest set to 0..1 for each sample, and cut as `threshold_method` says. `grow` is not applied.
     """
-    heat = _resized(_blurred(heat.float(), config.smoothing), size)
+    heat = _resized(blurred(heat.float(), config.smoothing), size)
     low, high = (edge(heat.flatten(1), 1)[..., None, None, None] for edge in (torch.amin, torch.amax))
     # A constant map does not show the subject, which may be anywhere.
     level = torch.where(high > low, (heat - low) / (high - low).clamp(min=1e-12), torch.ones_like(heat))
@@ -239,16 +239,3 @@ def union(source: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
 def _resized(heat: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     size = tuple(size)
     return heat if tuple(heat.shape[-2:]) == size else F.interpolate(heat, size, mode="bilinear", align_corners=False)
-
-
-def _blurred(heat: torch.Tensor, deviation: float) -> torch.Tensor:
-    """A Gaussian over the last two dimensions, its edges repeated; `deviation` in cells."""
-    if deviation == 0:
-        return heat
-    reach = max(1, math.ceil(3 * deviation))
-    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=heat.device) / deviation) ** 2)
-    weights = weights / weights.sum()
-    flat = heat.flatten(0, 1).unsqueeze(1)
-    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), weights.reshape(1, 1, 1, -1))
-    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), weights.reshape(1, 1, -1, 1))
-    return flat.squeeze(1).unflatten(0, heat.shape[:2])

@@ -1,4 +1,6 @@
-"""A user's mask for latents: in their cells, and what is mixed by it."""
+"""Masks of latents: a user's in their cells, what is mixed by one, and what is blurred at its edge."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -31,3 +33,16 @@ def blend(x: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Te
     source = source.to(x)
     mixed = (x * weight + source * (1 - weight)).to(x.dtype)
     return torch.where(weight >= 1, x, torch.where(weight <= 0, source, mixed))
+
+
+def blurred(planes: torch.Tensor, deviation: float) -> torch.Tensor:
+    """Planes [..., H, W] under a Gaussian, their edges repeated; `deviation` in cells, 0 is off."""
+    if deviation == 0:
+        return planes
+    reach = max(1, math.ceil(3 * deviation))
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=planes.device) / deviation) ** 2)
+    weights = weights / weights.sum()
+    flat = planes.reshape(-1, 1, *planes.shape[-2:])
+    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), weights.reshape(1, 1, 1, -1))
+    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), weights.reshape(1, 1, -1, 1))
+    return flat.reshape(planes.shape)

@@ -22,6 +22,7 @@ scripts.alias_pack()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from experiments import cases, panels, report, runs, sampling  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
 from pack.nodes.puppets import captions  # noqa: E402
@@ -30,7 +31,7 @@ SAMPLER, CFG, BATCH = "ddim", 4.0, 8
 ITERATIONS, RANK, RATE = 60, 4, 3e-3
 SWITCH = 0.12  # published: 6 of 50 steps
 Guide = tuple[tuple[str, float], ...]  # inputs of UnderstudyFrequencyGuidanceSampler
-CHOSEN: Guide = (("phase_low", 0.1), ("phase_high", 0.75), ("end_percent", 0.5))
+CHOSEN: Guide = (("amplitude_scale", 1.0), ("phase_low", 0.0), ("phase_high", 0.75), ("end_percent", 0.5))
 MEASURES = ("composition", "action", "identity", "worn_error", "background_error")
 OURS, LEARNED, SWITCHED, WRONG = "masked and aligned", "learned", "learned, switch", "driver in a wrong action"
 
@@ -40,7 +41,7 @@ class Arm:
     """One way of making the result."""
 
     shown: str = ""  # as it is: "source" or "driver"; or "truth", through the autoencoder
-    start: str = ""  # img2img from "source" or "driver" at `denoise`
+    start: str = ""  # img2img from "source", "driver" or "collage" at `denoise`
     denoise: float = 1.0
     rate: float = 0.0  # of learning source and driver, 0 without
     switch: float = 0.0  # the driver's prompt in this share of the schedule
@@ -61,9 +62,13 @@ IMG2IMG = {
     f"img2img from the {start}, {denoise:g}": Arm(start=start, denoise=denoise)
     for start in ("driver", "source") for denoise in (0.5, 0.65, 0.8)
 }
+COLLAGE = {
+    f"img2img from the collage, {denoise:g}": Arm(start="collage", denoise=denoise) for denoise in (0.5, 0.65, 0.8)
+}
 ARMS = {
     "prompt": Arm(),
     **IMG2IMG,
+    **COLLAGE,
     LEARNED: Arm(rate=RATE),
     SWITCHED: Arm(rate=RATE, switch=SWITCH),
     "phase": ours(masks=()),
@@ -74,9 +79,9 @@ ARMS = {
 }
 DEVELOPMENT = {
     **{f"rate {rate:g}": ours(rate=rate) for rate in (1e-3, 3e-3, 1e-2)},
-    "amplitudes of the source": ours(guide=(("amplitude_scale", 1.0),)),
-    "amplitudes of the source, phases from 0": ours(guide=(("amplitude_scale", 1.0), ("phase_low", 0.0))),
-    "phases to 0.3 until 0.4": ours(guide=(("phase_low", 0.0), ("phase_high", 0.3), ("end_percent", 0.4))),
+    "amplitudes by 0.1": ours(guide=(("amplitude_scale", 0.1),)),
+    "amplitudes by 0.1, phases from 0.1": ours(guide=(("amplitude_scale", 0.1), ("phase_low", 0.1))),
+    "phases to 0.3 until 0.4": ours(guide=(("phase_high", 0.3), ("end_percent", 0.4))),
     "with the switch": ours(switch=SWITCH),
 }
 CLAIMS = [
@@ -112,6 +117,15 @@ class Bench:
         return self._rows(chosen, found, made), {str(i): picture for i, picture in zip(chosen, made, strict=True)}
 
     def _latents(self, found: list[cases.Transfer], name: str) -> torch.Tensor:
+        """Of the collage: the picture whose phases act, with the driver in the source's place and scene."""
+        if name == "collage":
+            from pack.nodes.frequency_guidance import method
+
+            source, driver = (self._latents(found, of) for of in ("source", "driver"))
+            takes = ([getattr(case, of) for case in found] for of in ("source", "driver"))
+            at, mask = (F.adaptive_avg_pool2d(torch.from_numpy(cases.masks(t)).float(), 16)[:, None] for t in takes)
+            placed, mask = method.aligned(driver, mask, at)
+            return placed * mask + method.without_subject(source, at) * (1 - mask)
         return self.theatre.encode(cases.pictures([getattr(case, name) for case in found]))
 
     def _learned(self, rate: float, case: int, found: cases.Transfer):

@@ -102,7 +102,35 @@ def test_a_source_mask_moves_the_guidance():
     x, driving = noise(1, *SHAPE), noise(2, *SHAPE)
     at, to = box(1, 5, 1, 5), box(4, 8, 3, 7)
     shifted = torch.roll(driving, (3, 2), (-2, -1))
-    torch.testing.assert_close(guided(x, driving, at, to), guided(x, shifted, to), rtol=0, atol=1e-4)
+    torch.testing.assert_close(guided(x, driving, at, to), guided(x, shifted, to, to), rtol=0, atol=1e-4)
+
+
+def test_the_subject_is_seen_in_the_sources_scene_without_the_sources_subject():
+    x, driving, source = noise(1, *SHAPE), noise(2, *SHAPE), noise(3, *SHAPE)
+    at, to = box(1, 5, 1, 5), box(4, 8, 3, 7)
+    moved = guided(x, driving, at, to, source=source)
+    # What stands in the source's mask, and a cell around it, is not in the phases; what is further away is.
+    cleared = source.clone()
+    cleared[..., 3:8, 2:8] = 7.0
+    assert torch.equal(guided(x, driving, at, to, source=cleared), moved)
+    cleared[..., 0, 0] += 1
+    assert not torch.allclose(guided(x, driving, at, to, source=cleared), moved, atol=0.01)
+    # By hand: the picture whose phases act.
+    placed, mask = method.aligned(0.5 * driving, at[None], to[None])
+    scene = placed * mask + method.without_subject(0.5 * source, to[None]) * (1 - mask)
+    target = spectral_guidance.prepare(None, scene)
+    torch.testing.assert_close(moved, spectral_guidance.update(x, target, 0.0, 1.0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [(), (2,)])
+def test_a_subjects_place_is_filled_from_around_it(frames):
+    level = torch.linspace(-1, 1, 16).expand(1, 1, *frames, 16, 16)
+    filled = method.without_subject(level, box(5, 11, 5, 11, 16)[None])
+    kept = torch.ones(16, 16, dtype=torch.bool)
+    kept[4:12, 4:12] = False
+    assert torch.equal(filled[..., kept], level[..., kept])
+    torch.testing.assert_close(filled, level.contiguous(), rtol=0, atol=0.35)
+    assert torch.isfinite(method.without_subject(level, torch.ones(1, 1, 16, 16))).all()
 
 
 @pytest.mark.parametrize(("masks", "message"), [

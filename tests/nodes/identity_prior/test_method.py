@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.nodes.identity_prior import method
 from pack.nodes.identity_prior.config import IdentityPriorConfig, MaskConfig
+from pack.nodes.inputs import latent_masks
 from pack.nodes.training.objective import Batches, Sample
 
 
@@ -124,11 +125,11 @@ def test_a_spot_is_found_where_it_is_and_enlarged_with_the_latent():
 def test_smoothing_is_a_gaussian_that_keeps_the_mean_of_a_constant():
     heat = torch.zeros(1, 1, 21, 21)
     heat[..., 10, 10] = 1
-    blurred = method._blurred(heat, 1.5)[0, 0]
+    blurred = latent_masks.blurred(heat, 1.5)[0, 0]
     at = torch.exp(-0.5 * (torch.arange(-4, 5) / 1.5) ** 2)
     torch.testing.assert_close(blurred[6:15, 10] / blurred[10, 10], at)
     assert blurred.sum() == pytest.approx(1, abs=1e-3)
-    torch.testing.assert_close(method._blurred(torch.ones(2, 3, 4, 5), 2.0), torch.ones(2, 3, 4, 5))
+    torch.testing.assert_close(latent_masks.blurred(torch.ones(2, 3, 4, 5), 2.0), torch.ones(2, 3, 4, 5))
 
 
 @settings(max_examples=30)
