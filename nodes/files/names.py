@@ -22,19 +22,20 @@ def refused(path: str | os.PathLike, problem: str, fix: str) -> WeightFileError:
     return WeightFileError(f"{os.fspath(path)!r} {problem}. {fix}.")
 
 
-def normalise_prefix(filename_prefix: str) -> str:
-    """The file name prefix as it is used: in NFC, with `/` between folders, safe on every platform.
+def normalise_prefix(filename_prefix: str, of: str = "filename_prefix") -> str:
+    """The file name prefix, of the input `of`, as it is used: in NFC, with `/` between folders, safe everywhere.
 
     Control characters and those that Windows forbids become `_`, dots and spaces at the ends of a part are
     removed, long parts are cut. Raises WeightFileError for absolute paths and `..`.
     """
     text = unicodedata.normalize("NFC", filename_prefix).replace("\\", "/")
+    given = f"{of} {filename_prefix!r}"
     fix = "Use a name such as `anna` or `portraits/anna`, inside the output folder"
     if text.startswith("/") or text[1:2] == ":" or ".." in (part.strip() for part in text.split("/")):
-        raise refused(filename_prefix, "points outside the output folder", fix)
+        raise WeightFileError(f"{given} points outside the output folder. {fix}.")
     parts = [part for part in map(_safe_part, text.split("/")) if part]
     if not parts or len(parts) > MAX_PARTS:
-        raise refused(filename_prefix, f"gives {len(parts)} folder and file names, not 1 to {MAX_PARTS}", fix)
+        raise WeightFileError(f"{given} gives {len(parts)} folder and file names, not 1 to {MAX_PARTS}. {fix}.")
     return "/".join(parts)
 
 

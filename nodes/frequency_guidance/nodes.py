@@ -153,7 +153,8 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
         def begin(model, shape):
             check_makes_pictures(model.model_config, "frequency guidance")
             guide = guidance.begin(model, shape)
-            for name, latent in guidance.latents.items():
+            # Also the one that is off: who puts a photograph there expects to see it.
+            for name, latent in (("source", source["samples"]), ("driving", driving["samples"])):
                 lines = strangers.warnings(latent, name, model.model_config)
                 tell("Frequency Guidance Sampler", lines, logging.WARNING)
             return guide

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..consent import gate
 from ..fingerprint import weights_fingerprint
-from ..inputs import widgets
+from ..inputs import strangers, widgets
 from ..inputs.checked import CheckedNode
 from ..messages import tell
 from . import encoding, files, method, retargeting, sampling
@@ -95,7 +95,8 @@ class UnderstudyCombineFusion(CheckedNode):
             raise FusionError("this fusion has no combiner: train one with Train Fusion Combiner")
         encoder = encoding.encoder_for(fusion, clip_vision)
         method.check_poses(pose)
-        tell("Combine Fusion", method.pose_warnings(pose), logging.WARNING)
+        strange = strangers.of_pictures(source, "source", encoder)
+        tell("Combine Fusion", [*strange, *method.pose_warnings(pose)], logging.WARNING)
         count = method.common_batch_size({"source": len(source), "pose": len(pose)})
         vectors = encoding.fused(
             fusion.combiner, encoder, method.to_batch(source, count), method.to_batch(pose, count)

@@ -33,7 +33,7 @@ class JobFolder:
 
     def __init__(self, name: str):
         root = Path(folder_paths.get_output_directory()) / FOLDER
-        wanted = normalise_prefix(name)
+        wanted = normalise_prefix(name, "folder")
         number = 1
         while True:
             self.name = f"{wanted}_{number:05}"

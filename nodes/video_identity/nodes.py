@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from .. import explanations
 from ..consent import gate
-from ..inputs import widgets
+from ..inputs import strangers, widgets
 from ..inputs.checked import CheckedNode
 from ..inputs.latents import check_frames
 from ..messages import pictures, tell
@@ -179,6 +179,8 @@ class UnderstudyApplyVideoIdentity(CheckedNode):
         video_reference = method.video_reference(adapter, reference["samples"], config, mask)
         patched = sampling.apply(model, video_reference)
         check_frames(reference["samples"], "reference")
+        strange = strangers.warnings(reference["samples"], "reference", model.model.model_config)
+        tell("Apply Video Identity", strange, logging.WARNING)
         return io.NodeOutput(patched)
 
 
