@@ -77,5 +77,5 @@ def of_pictures(pictures: torch.Tensor, name: str, clip_vision: Any) -> list[str
 def _line(name: str, strangers: torch.Tensor) -> list[str]:
     found = [str(i + 1) for i, odd in enumerate(strangers.tolist()) if odd]
     which = f" ({', '.join(found)} of {len(strangers)})" if len(strangers) > 1 else ""
-    line = f"{name}{which} looks like no puppet, and {PUPPETS_ONLY}, so the result will not show it: {FOR_PEOPLE}"
-    return [line] * bool(found)
+    # What to do comes first: a node shows two lines, and the rest when one scrolls.
+    return [f"{name}{which} looks like no puppet: {FOR_PEOPLE}, since {PUPPETS_ONLY}"] * bool(found)

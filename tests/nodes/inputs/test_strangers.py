@@ -53,7 +53,7 @@ def latents(loaded, as_comfyui_runs_nodes):
 def test_puppets_pass_and_a_portrait_is_named_by_its_number(loaded, latents):
     config, batch = loaded[0].model.model_config, torch.cat(latents)
     (line,) = strangers.warnings(batch, "latent", config)
-    assert line.startswith("latent (3 of 3) looks like no puppet") and "open a template whose name begins" in line
+    assert line.startswith("latent (3 of 3) looks like no puppet: for people open a template whose name begins with")
     assert strangers.warnings(batch[:2], "latent", config) == []
     assert strangers.warnings(latents[2], "driving", config)[0].startswith("driving looks like no puppet")
     assert strangers.warnings(latents[2], "latent", tiny_model.picture().model.model_config) == []
