@@ -31,7 +31,7 @@ from .method import mean_map
 KEY = "understudy_token_attention"
 MASK_FIX = "connect a mask_text without clothes, raise the threshold, or connect your own `mask`"
 # As in Prompt-to-Prompt: UNets know subjects best in the coarsest layers that have so many cells. On the theatre the
-# maps of these overlap with the true masks by 0.65, those of layers with 8 cells by 0.48.
+# maps of these overlap with the true masks by 0.69, those of layers with 8 cells by 0.48, each at its best threshold.
 _BEST_CELLS = 16
 # Ours: SD 1.5 has five such layers, SDXL 60 and Wan 14B 14; recording so many would cost more than they tell.
 _MOST_LAYERS = 5

@@ -130,6 +130,8 @@ def test_a_subjects_place_is_filled_from_around_it(frames):
     kept[4:12, 4:12] = False
     assert torch.equal(filled[..., kept], level[..., kept])
     torch.testing.assert_close(filled, level.contiguous(), rtol=0, atol=0.35)
+    even = torch.full_like(filled, 3.0)
+    torch.testing.assert_close(method.without_subject(even, box(5, 11, 5, 11, 16)[None]), even)
     assert torch.isfinite(method.without_subject(level, torch.ones(1, 1, 16, 16))).all()
 
 
