@@ -75,8 +75,7 @@ class FrequencyGuidance:
             for name, mask in zip(("source_mask", "driving_mask"), self._masks, strict=True)
         )
         if source_mask is not None:
-            driving, mask = aligned(driving, mask, source_mask)
-            driving, mask = latent_masks.blend(driving, without_subject(source, source_mask), mask), None
+            driving, mask = collage(source, driving, source_mask, mask), None
         elif mask is not None:
             driving = alone(driving, mask)
 
@@ -180,6 +179,16 @@ def aligned(
         return F.grid_sample(flat, grid, padding_mode=padding, align_corners=False).reshape(planes.shape)
 
     return moved(driving, "border"), moved(mask, "zeros")
+
+
+def collage(
+    source: torch.Tensor, driving: torch.Tensor, source_mask: torch.Tensor, driving_mask: torch.Tensor
+) -> torch.Tensor:
+    """The source's scene with the driving subject in the place of the source's: latents [B, C, (T,) H, W], masks
+    [B, T, H, W].
+    """
+    placed, mask = aligned(driving, driving_mask, source_mask)
+    return latent_masks.blend(placed, without_subject(source, source_mask), mask)
 
 
 def alone(driving: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

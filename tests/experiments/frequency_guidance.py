@@ -123,9 +123,8 @@ class Bench:
 
             source, driver = (self._latents(found, of) for of in ("source", "driver"))
             takes = ([getattr(case, of) for case in found] for of in ("source", "driver"))
-            at, mask = (F.adaptive_avg_pool2d(torch.from_numpy(cases.masks(t)).float(), 16)[:, None] for t in takes)
-            placed, mask = method.aligned(driver, mask, at)
-            return placed * mask + method.without_subject(source, at) * (1 - mask)
+            masks = (F.adaptive_avg_pool2d(torch.from_numpy(cases.masks(t)).float(), 16)[:, None] for t in takes)
+            return method.collage(source, driver, *masks)
         return self.theatre.encode(cases.pictures([getattr(case, name) for case in found]))
 
     def _learned(self, rate: float, case: int, found: cases.Transfer):
