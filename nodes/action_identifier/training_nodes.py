@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ...kernels.channel_mask import MERGES
 from ..consent import gate
+from ..files import publishing
 from ..inputs.checked import CheckedNode
 from ..messages import tell
 from ..training import doctor, drawing, inputs, loss_masks, picture_training, previews, widgets
@@ -213,8 +214,10 @@ def _preview(vae, exemplars: training.Exemplars, action: ActionTrainingConfig, c
     return preview
 
 
-class UnderstudySaveActionIdentifier(CheckedNode):
+class UnderstudySaveActionIdentifier(widgets.SaveNode):
     """An identifier as a file that the loader lists, and for other programs as an embedding."""
+
+    FOLDER = files.FOLDER
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -225,12 +228,17 @@ class UnderstudySaveActionIdentifier(CheckedNode):
         )
         return widgets.save_schema(
             "UnderstudySaveActionIdentifier", "Save Action Identifier (ADI)", CATEGORY,
-            ACTION.Input("action", tooltip="A trained or loaded action."), prefix="action", folder=files.FOLDER,
+            ACTION.Input("action", tooltip="A trained or loaded action."), prefix="action", folder=cls.FOLDER,
             options=[textual_inversion],
             description="Saves a trained action in output/action_identifiers, where Load Action Identifier lists "
             "it.",
             search_aliases=["ADI", "save action", "save embedding", "textual inversion", "export", "保存"],
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None, textual_inversion: bool = False) -> bool | str:
+        other = publishing.obstacle(files.EMBEDDINGS.name, filename_prefix) if textual_inversion else ""
+        return other or super().validate_inputs(filename_prefix)
 
     @classmethod
     def execute(

@@ -4,9 +4,10 @@ After a crash there is a complete file or none, and the next save deletes what t
 """
 
 import contextlib
+import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import folder_paths
@@ -16,9 +17,10 @@ try:
 except ImportError:  # Windows, where an open file cannot be deleted: the sweep needs no lock there
     fcntl = None
 
-from .names import EXTENSION, refused
+from .names import EXTENSION, WeightFileError, normalise_prefix, refused
 
 _TEMPORARY = ".understudy-"
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def save_content(
@@ -32,16 +34,47 @@ def save_content(
     """
     output = folder_paths.get_output_directory()
     root = os.path.join(output, folder)
-    try:
+    with said(prefix, root):
         if not folder_paths.is_within_directory(output, os.path.dirname(os.path.join(root, prefix))):
             raise refused(prefix, "leaves the output folder through a link", "Use another subfolder")
         target, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root, *size)
         sweep(target)
         return publish(content, Path(target), name, counter, check, extension)
+
+
+@contextlib.contextmanager
+def said(name: str, folder: str | os.PathLike) -> Iterator[None]:
+    """Errors of the disk in this block say which file could not be written to which folder, why, and what to do."""
+    try:
+        yield
     except OSError as error:
-        fix = "Free some space or choose another folder, then run the node again; nothing was written"
-        problem = f"{prefix!r} could not be saved in {root!r}: {error.strerror}"
-        raise OSError(error.errno, f"{problem}. {fix}") from error
+        if isinstance(error.__cause__, OSError):  # by a block within this one
+            raise
+        denied = error.errno in _DENIED
+        fix = "Let the user who runs ComfyUI write there" if denied else "Free some space"
+        problem = f"{name!r} could not be saved in {os.fspath(folder)!r}, so nothing was written: {error.strerror}"
+        raise OSError(error.errno, f"{problem}. {fix}, or choose another folder") from error
+
+
+def obstacle(folder: str, filename_prefix: str | None) -> str:
+    """What will keep a file of this prefix out of `output/<folder>`, known before there is one; empty if nothing is.
+
+    Nothing is written. A prefix that a link brings is None, and then the folder alone counts.
+    """
+    try:
+        prefix = normalise_prefix(filename_prefix or "file").removeprefix(f"{folder}/")
+        root = os.path.join(folder_paths.get_output_directory(), folder)
+        place = os.path.dirname(os.path.join(root, prefix))
+        while not os.path.exists(place):  # what is missing is made
+            place = os.path.dirname(place)
+        with said(prefix, root):
+            number = errno.EACCES if os.path.isdir(place) else errno.ENOTDIR
+            effective = os.access in os.supports_effective_ids
+            if number == errno.ENOTDIR or not os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
+                raise OSError(number, f"{os.strerror(number)}: {place}")
+    except (OSError, WeightFileError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def publish(

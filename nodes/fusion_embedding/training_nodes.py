@@ -346,14 +346,16 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({i * count // most for i in range(most)})
 
 
-class UnderstudySaveFusion(CheckedNode):
+class UnderstudySaveFusion(widgets.SaveNode):
     """A trained fusion as a file that the loader lists."""
+
+    FOLDER = files.FOLDER
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return widgets.save_schema(
             "UnderstudySaveFusion", "Save Fusion (FPDM)", CATEGORY,
-            FUSION.Input("fusion", tooltip="A trained or loaded fusion."), prefix="fusion", folder=files.FOLDER,
+            FUSION.Input("fusion", tooltip="A trained or loaded fusion."), prefix="fusion", folder=cls.FOLDER,
             description="Writes a fusion to output/fusion_embeddings, with all its parts. The log names them.",
             search_aliases=["FPDM", "save fusion embedding", "pose transfer", "export", "保存"],
         )

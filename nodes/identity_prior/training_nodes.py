@@ -169,8 +169,10 @@ def _warnings(clip, subject: Subject, count: int) -> list[str]:
     return warnings
 
 
-class UnderstudySaveIdentityPrior(CheckedNode):
+class UnderstudySaveIdentityPrior(widgets.SaveNode):
     """A prior as a LoRA file that says which subject it knows."""
+
+    FOLDER = files.FOLDER
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -178,7 +180,7 @@ class UnderstudySaveIdentityPrior(CheckedNode):
             "UnderstudySaveIdentityPrior", "Save Identity Prior (LIPE)", CATEGORY,
             widgets.LORA_MODEL.Input("lora", tooltip="The trained LoRA."),
             IDENTITY.Input("identity", tooltip="The subject that it knows, from Train Identity Prior."),
-            prefix="identity_prior", folder=files.FOLDER,
+            prefix="identity_prior", folder=cls.FOLDER,
             description="Writes the LoRA to output/loras, with token, class noun, captions and the base model's "
             "fingerprint in its metadata. Load LoRA and other programs can also read it.",
             search_aliases=["LIPE", "save LoRA", "export", "identity", "subject", "保存"],

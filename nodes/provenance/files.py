@@ -18,6 +18,7 @@ import torch
 from comfy_api.latest import Types
 from PIL import Image, PngImagePlugin
 
+from ..files.publishing import said
 from . import xmp
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -64,7 +65,8 @@ def encode_picture(picture: torch.Tensor, media_type: str, chunks: Mapping[str, 
 
 def encode_video(video: Any, metadata: Mapping[str, Any], packet: bytes) -> bytes:
     """A VIDEO as MP4 with ComfyUI's metadata as Save Video writes it, and an XMP packet."""
-    with tempfile.TemporaryDirectory(dir=folder_paths.get_temp_directory()) as folder:
+    temporary = folder_paths.get_temp_directory()
+    with said("the video", temporary), tempfile.TemporaryDirectory(dir=temporary) as folder:
         path = os.path.join(folder, "video.mp4")
         video.save_to(path, format=Types.VideoContainer.MP4, codec=Types.VideoCodec.AUTO, metadata=metadata or None)
         content = Path(path).read_bytes()

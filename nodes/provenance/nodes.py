@@ -17,7 +17,7 @@ from ..consent import gate, record
 from ..consent.widgets import CONSENT, purpose
 from ..files import contents
 from ..files.names import normalise_prefix
-from ..files.publishing import save_content
+from ..files.publishing import obstacle, save_content
 from ..inputs.checked import CheckedNode, File
 from ..inputs.latents import check_finite
 from ..inputs.pictures import check_pictures
@@ -83,6 +83,10 @@ class UnderstudyLabelMedia(CheckedNode):
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        return obstacle("", filename_prefix) or True
 
     @classmethod
     def fingerprint_inputs(cls, sources: str | None = None, **_values: Any) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..consent import widgets as consent_widgets
+from ..files import publishing
 from ..files.folders import WeightFolder
 from ..files.kinds import LONGEST, MOST_TAGS
 from ..fingerprint import clip_fingerprint, fingerprint
-from ..inputs.checked import File
+from ..inputs.checked import CheckedNode, File
 from ..patching.changes import call_changes, weight_changes
 from . import checkpoints
 from .config import DTYPES, TrainingConfig
@@ -152,6 +153,16 @@ def whole_unet(default: bool, note: str, **options: Any) -> io.Boolean.Input:
         tooltip="Trains all weights of the UNet, as published, instead of a LoRA: 16 more bytes of memory per "
         f"weight, 14 GB for SD 2.1, and a file of 3.5 GB. {note}",
     )
+
+
+class SaveNode(CheckedNode):
+    """A node that writes to `FOLDER`; whether it can is known before anything runs, so before a training."""
+
+    FOLDER: WeightFolder
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        return publishing.obstacle(cls.FOLDER.name, filename_prefix) or True
 
 
 def save_schema(

@@ -5,11 +5,12 @@ files in the order of their names, each with a .txt of the same name where it ha
 are safetensors files.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import weights
+from ..files import publishing, weights
 from ..files.names import normalise_prefix
 
 FOLDER = "training_jobs"
@@ -39,11 +40,22 @@ class JobFolder:
             self.name = f"{wanted}_{number:05}"
             self.path = root / self.name
             try:
-                self.path.mkdir(parents=True)
+                with publishing.said(self.name, root):
+                    self.path.mkdir(parents=True)
                 break
             except FileExistsError:
                 number += 1
         self.input = self.path / INPUT
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Where this block cannot write the job to its end, nothing of it stays."""
+        try:
+            with publishing.said(self.name, self.path.parent):
+                yield
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def write_pictures(self, folder: str, pictures: Sequence[torch.Tensor]) -> str:
         """Pictures [1, H, W, 3] or masks [1, H, W] as PNG files, rounded to 8 bits; returns `folder`."""

@@ -100,13 +100,14 @@ class UnderstudyExportTrainingJob(CheckedNode):
             if widget.id in values and _kind(widget) == "model"
         }
         target = JobFolder(folder)
-        data, settings = _written(node, values, target)
-        config = {
-            "node": node.define_schema().node_id, "name": Path(target.name).name, "settings": settings, "data": data,
-            "models": models,
-        }
-        path = target.write_config(config, "Train it with: python workflows/train.py job.toml")
-        others = _written_for(also_for, target, values, data, settings)
+        with target.whole():
+            data, settings = _written(node, values, target)
+            config = {
+                "node": node.define_schema().node_id, "name": Path(target.name).name, "settings": settings,
+                "data": data, "models": models,
+            }
+            path = target.write_config(config, "Train it with: python workflows/train.py job.toml")
+            others = _written_for(also_for, target, values, data, settings)
         tell("Export Training Job", [f"{path} is written: python workflows/train.py {path} trains it", *others])
         return io.NodeOutput()
 

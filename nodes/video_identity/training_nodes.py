@@ -158,15 +158,17 @@ def _check_references(pictures: Sequence[torch.Tensor]) -> None:
         check_not_zero(picture, "references")
 
 
-class UnderstudySaveVideoIdentityAdapter(CheckedNode):
+class UnderstudySaveVideoIdentityAdapter(widgets.SaveNode):
     """The adapter's weights as a file that the loader lists."""
+
+    FOLDER = files.FOLDER
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return widgets.save_schema(
             "UnderstudySaveVideoIdentityAdapter", "Save Video Identity Adapter (Stand-In)", CATEGORY,
             ADAPTER.Input("adapter", tooltip="A trained or loaded adapter."), prefix="video_identity",
-            folder=files.FOLDER,
+            folder=cls.FOLDER,
             description="Writes the adapter under its published key names to output/loras, where it can be loaded.",
             search_aliases=["Stand-In", "save adapter", "export", "save LoRA", "保存"],
         )

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from faults import drives, prompts
+from launcher.server import ServerError
 
 TRAIN, IDENTIFIERS, CHECKPOINTS = "train", "action_identifiers", "training_checkpoints"
 NUMBERS = itertools.count()
@@ -145,3 +146,17 @@ def test_resumed_it_equals_the_whole_run_and_other_settings_are_refused(fault_se
     assert all(torch.equal(tensors[key], tensor) for key, tensor in whole.items())
     other = training(fault_server, steps=4, resume_from=state.name, merge="intersection")
     assert "made with merge 'union' and this run has 'intersection'" in error(fault_server, other)
+
+
+def test_a_training_does_not_begin_whose_file_cannot_be_written(fault_server):
+    """By a file where a folder would be, which not even root can write to."""
+    blocked = fault_server.base / "output" / IDENTIFIERS / "people"
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.touch()
+    prompt = training(fault_server)
+    prompt["save"]["inputs"]["filename_prefix"] = "people/anna"
+    try:
+        with pytest.raises(ServerError, match="'people/anna' could not be saved in .*choose another folder"):
+            fault_server.submit(prompt)
+    finally:
+        blocked.unlink()
