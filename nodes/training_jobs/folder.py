@@ -50,12 +50,10 @@ class JobFolder:
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """Where this block cannot write the job to its end, nothing of it stays."""
-        try:
-            with publishing.said(self.name, self.path.parent):
-                yield
-        except BaseException:
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
+        with contextlib.ExitStack() as undo, publishing.said(self.name, self.path.parent):
+            undo.callback(shutil.rmtree, self.path, ignore_errors=True)
+            yield
+            undo.pop_all()
 
     def write_pictures(self, folder: str, pictures: Sequence[torch.Tensor]) -> str:
         """Pictures [1, H, W, 3] or masks [1, H, W] as PNG files, rounded to 8 bits; returns `folder`."""

@@ -1,4 +1,4 @@
-"""Folders into which ComfyUI may not write, as a user who is not root: said before anything runs, and nothing stays."""
+"""Folders into which ComfyUI may not write, not as root: said before anything runs, and nothing stays."""
 
 import contextlib
 import errno
