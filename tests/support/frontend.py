@@ -64,6 +64,22 @@ REPLAY = """alike => {
     }
     return pictured
 }"""
+# What a photograph brings in the place of a puppet: two lines on the nodes that tell it, and on samplers for wrapped
+# ones. It is not remembered for other workflows.
+NOTED = ("UnderstudyApplyVideoIdentity", "UnderstudyPrepareReference")
+WRAPPERS = ("UnderstudyFrequencyGuidanceSampler",)
+NOTE = """([noted, wrappers]) => {
+    const text = 'reference looks like no puppet: for people open a template whose name begins with Real, since '
+        + 'these small models know puppets only'
+    const kept = window.shown
+    window.shown = {}
+    for (const node of app.graph.nodes) {
+        const before = node.inputs.map((_, slot) => node.getInputNode(slot)?.type)
+        if (noted.includes(node.type) || before.some(type => wrappers.includes(type)))
+            app.api.dispatchCustomEvent('progress_text', {nodeId: String(node.id), text})
+    }
+    window.shown = kept
+}"""
 SHORTEN = """() => {
     for (const node of app.graph.nodes)
         for (const widget of node.widgets ?? [])
@@ -129,7 +145,7 @@ class Frontend:
         self._settle(CLASSIC)
 
     def run(self) -> None:
-        """Run the open workflow with two steps of each sampling and training."""
+        """Run the open workflow with two steps of each sampling and training, then show notes as of a photograph."""
         self.page.evaluate(SHORTEN)
         self.server.free()
         before = set(self.server.get("/history"))
@@ -141,6 +157,7 @@ class Frontend:
         entry = self.server.get("/history")[new.pop()]
         assert entry["status"]["status_str"] == "success", entry["status"]
         self._wait_for_media([node for node, output in entry["outputs"].items() if output.get("images")])
+        self.page.evaluate(NOTE, [NOTED, WRAPPERS])
 
     def pretend(self) -> None:
         """Show on every node of the open workflow what its type showed in an earlier run."""
