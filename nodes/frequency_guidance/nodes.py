@@ -5,7 +5,7 @@ import logging
 from comfy_api.latest import io
 
 from ...kernels.spectral_guidance import DISTANCES, HIGHEST_CUTOFF, RULES
-from ..inputs import strangers, widgets
+from ..inputs import latents, strangers, widgets
 from ..inputs.checked import CheckedNode
 from ..inputs.families import check_makes_pictures
 from ..messages import tell
@@ -156,6 +156,7 @@ class UnderstudyFrequencyGuidanceSampler(CheckedNode):
             # Also the one that is off: who puts a photograph there expects to see it.
             for name, latent in (("source", source["samples"]), ("driving", driving["samples"])):
                 lines = strangers.warnings(latent, name, model.model_config)
+                lines += latents.without_frames(latent, name, len(shape))
                 tell("Frequency Guidance Sampler", lines, logging.WARNING)
             return guide
 

@@ -108,15 +108,19 @@ def test_all_the_way_on_the_estimate_ends_on_the_driving_phase_and_the_source_am
     np.testing.assert_allclose(result.double().numpy(), expected, atol=2e-3)
 
 
-def test_a_video_model():
+def test_a_video_model_told_of_latents_without_frames(caplog):
     video = tiny_model.video()
     shape = (1, 16, 3, 8, 6)
     plain = tiny_model.sample(video, comfy.samplers.sampler_object("uni_pc"), shape=shape)
     for size in ((1, 16, 8, 6), (1, 16, 1, 8, 6), shape):
         for sampler, apply_to in (("uni_pc", "denoised"), ("euler", "latent")):
             wrapped = guided(sampler, latent(1, *size), latent(2, *size), apply_to=apply_to)
+            caplog.clear()
             result = tiny_model.sample(video, wrapped, shape=shape)
             assert torch.isfinite(result).all() and not torch.allclose(result, plain)
+            for name in ("source", "driving"):
+                told = f"{name} has no frames, so the VAE of a picture model made it" in caplog.text
+                assert told == (len(size) == 4)
 
 
 class AudioVideo(torch.nn.Module):

@@ -58,6 +58,15 @@ def test_a_sampling_run_is_the_published_one():
     assert relative(result, base.process_latent_out(x)) < 1e-5
 
 
+@pytest.mark.parametrize(("shape", "told"), [((3, 1), True), ((1, 1), False), ((2, 2), False)])
+def test_a_batch_of_pictures_is_no_video_and_the_node_says_so(shape, told, caplog):
+    caplog.set_level("INFO")
+    size = (shape[0], 16, shape[1], 4, 4)
+    assert sample(shown(), shape=size, steps=1).shape == size
+    note = f"the latents hold {shape[0]} pictures and no video, so each is made by itself"
+    assert (note in caplog.text) == told
+
+
 def test_positions_of_the_reference(monkeypatch):
     seen = []
     embedder = MODEL.model.diffusion_model.rope_embedder
