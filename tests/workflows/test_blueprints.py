@@ -36,12 +36,6 @@ def test_there_is_one_for_each_method():
         assert METHODS[path.stem] in {node["type"] for node in subgraph(path)["nodes"]}
 
 
-@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_it_is_found_by_every_word_that_finds_its_main_node(path, server):
-    words = content(path)["extra"]["BlueprintSearchAliases"]
-    assert words == server.node_info(METHODS[path.stem])["search_aliases"]
-
-
 def test_comfyui_lists_them_and_serves_them(server):
     listed = {
         entry["name"]: number for number, entry in server.get("/global_subgraphs").items()
