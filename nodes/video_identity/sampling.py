@@ -187,12 +187,7 @@ class SamplingReferences:
         self._retained = getattr(model.model_options.get("context_handler"), "latent_retain_index_list", [])
         if len(shape) == 5:
             self._size = tuple(shape[-3:])
-            if shape[0] > 1 and shape[2] == 1:
-                note = (
-                    f"the latents hold {shape[0]} pictures and no video, so each is made by itself: for one video "
-                    "connect an empty latent of a video"
-                )
-                tell("Apply Video Identity", [note])
+            tell("Apply Video Identity", method.doubts(self.references, shape), logging.WARNING)
             # The width, since context windows overwrite the frames; of the whole batch, which shares one cache.
             column = model.model.memory_required([*shape[:-1], 1])
             entries = _most_entries(conds, tuple(noise_shape[-2:]))

@@ -67,6 +67,13 @@ def test_a_batch_of_pictures_is_no_video_and_the_node_says_so(shape, told, caplo
     assert (note in caplog.text) == told
 
 
+@pytest.mark.parametrize(("size", "told"), [((6, 4), ""), ((8, 6), ""), ((8, 8), "2.7 times as large as a frame")])
+def test_a_reference_much_larger_than_the_video_is_told(size, told, caplog):
+    """Beside frames of 6 x 4."""
+    sample(shown(latent=picture_latent(1, *size)), shape=(1, 16, 2, 6, 4), steps=1)
+    assert told in caplog.text and ("times as large" in caplog.text) == bool(told)
+
+
 def test_positions_of_the_reference(monkeypatch):
     seen = []
     embedder = MODEL.model.diffusion_model.rope_embedder
