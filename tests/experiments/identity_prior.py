@@ -5,7 +5,7 @@
     python tests/experiments/identity_prior.py --arm ours
     python tests/experiments/identity_prior.py --report
 
-As PROTOCOL.md says; options are in runs.py. What development chose stands below in Learning, MASK and FRESH_NOISE.
+As PROTOCOL.md says; options are in runs.py. What development chose is Learning, MASK, START, FRESH_NOISE.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from experiments import cases, panels, report, runs, sampling  # noqa: E402
 from experiments.measuring import eye, metrics  # noqa: E402
 from pack.nodes.puppets import captions  # noqa: E402
 
-SAMPLER, CFG, FRESH_NOISE = "ddim", 3.0, 0.6
+SAMPLER, CFG, FRESH_NOISE, START = "ddim", 3.0, 0.6, 0.3
 DIFFERENCE = 3  # how many times brighter a map of differences is
 TOKEN, NOBODY = "sks", "a"  # "a cat" is the subject of a model without a prior
 MASK = {"threshold_method": "quantile", "threshold": 0.7}
@@ -48,7 +48,7 @@ class Learning:
     steps: int = 800
     learning_rate: float = 3e-3
     rank: int = 8
-    prior_weight: float = 0.3
+    prior_weight: float = 0.0
     min_snr_gamma: float = 5.0
     class_actions: str | None = None  # None is the node's default, empty the learned captions
     short: bool = False  # captions
@@ -64,6 +64,7 @@ class Arm:
     another: bool = False  # the prior of another subject of the species
     true_mask: bool = False
     fresh_noise: float = FRESH_NOISE
+    start: float = START  # of the blend, as a share of the schedule
     mirrored: bool = False  # of the four edits the mirrored view alone
     thresholds: bool = False  # rows of every threshold in place of the edit's
 
@@ -73,8 +74,8 @@ ARMS = {
     "class noun alone": Arm(None, inverted=False, blend=False),
     ANOTHER: Arm(another=True),
     "short captions": Arm(Learning(short=True)),
-    "class captions as learned": Arm(Learning(class_actions="")),
-    "no class pictures": Arm(Learning(prior_weight=0.0)),
+    "class pictures": Arm(Learning(prior_weight=0.3)),
+    "class pictures, captions as learned": Arm(Learning(prior_weight=0.3, class_actions="")),
     "inversion alone": Arm(blend=False),
     NONE: Arm(None),
     TRUE_MASK: Arm(true_mask=True),
@@ -82,9 +83,10 @@ ARMS = {
 }
 DEVELOPMENT = {
     "masks": Arm(thresholds=True),
-    **{f"rate {rate:g}": Arm(Learning(learning_rate=rate)) for rate in (1e-3, 3e-3, 1e-2)},
+    **{f"rate {rate:g}": Arm(Learning(learning_rate=rate)) for rate in (1e-3, 2e-3, 3e-3)},
+    **{f"class pictures by {weight:g}": Arm(Learning(prior_weight=weight)) for weight in (0.1, 0.3)},
     **{f"fresh noise {share:g}": Arm(fresh_noise=share) for share in (0.3, 0.9)},
-    "prior weight 1": Arm(Learning(prior_weight=1.0)),
+    **{f"blend from {share:g}": Arm(start=share) for share in (0.0, 0.5)},
 }
 CLAIMS = [
     report.Claim("what is worn is half as wrong as without a prior", OURS, "worn_error", NONE, 0.5),
@@ -204,7 +206,7 @@ class Bench:
                     true = torch.from_numpy(cases.masks(sources) | cases.masks(truths)).float()
                     model = nodes.UnderstudyIdentityMaskBlend.execute(**sampling.widgets(
                         nodes.UnderstudyIdentityMaskBlend, model=model, inversion=inversion, positive=positive,
-                        threshold=MASK["threshold"], fresh_noise=arm.fresh_noise,
+                        threshold=MASK["threshold"], fresh_noise=arm.fresh_noise, start_percent=arm.start,
                         mask=F.max_pool2d(true.unsqueeze(1), 8).squeeze(1) if arm.true_mask else None, **maps,
                     )).result[0]
                 samples = self._sampled(model, positive, seeds, latents, noise)

@@ -6,11 +6,13 @@ clusters are resampled: `cluster` names the column that tells them, such as the 
 
 import csv
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,7 +57,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """One row a case; numbers with five significant digits."""
+    """One row a case; numbers with five significant digits. Compressed where the name ends in .gz."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -67,11 +69,14 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
                 for k, v in row.items()
             }
         )
-    replace(path, text.getvalue().encode())
+    content = text.getvalue().encode()
+    replace(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def write_json(path: Path, content: dict) -> None:
-    replace(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Lists of numbers have a line each."""
+    text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(content, indent=1))
+    replace(path, (text + "\n").encode())
 
 
 def summary(rows: Sequence[dict], measures: Iterable[str]) -> dict:

@@ -15,7 +15,7 @@ A script lists its arms as frozen dataclasses and hands `main` what makes a batc
 Of every script:
 
     --arm NAME [NAME ...]     rows to .cache/experiments/METHOD/test; all: every arm; "rank *": those
-    --report                  rows to results/METHOD.csv, tables and claims to results/METHOD.json
+    --report                  rows to results/METHOD.csv.gz, tables and claims to results/METHOD.json
     --picture                 results/METHOD.jpg, or .webp if it moves, of the cases at the median
     --development --arm ...   development arms, or those of the test, on development cases: printed alone
     --cases N                 the first N cases
@@ -170,5 +170,5 @@ def main(
     found = tables(rows)
     print(report.text(found))
     if not options.development:
-        report.write_csv(report.RESULTS / f"{name}.csv", rows)
+        report.write_csv(report.RESULTS / f"{name}.csv.gz", rows)
         report.write_json(report.RESULTS / f"{name}.json", {"machine": report.machine(), **found})

@@ -3,7 +3,7 @@
     python tests/experiments/theatre.py                 # as PROTOCOL.md says; resumes what is there
     python tests/experiments/theatre.py --cases 8 --checkpoint other.safetensors --name trial
 
-Writes results/theatre.csv (one row a case), theatre.json (means with 95 % intervals) and theatre.webp. Where
+Writes results/theatre.csv.gz (one row a case), theatre.json (means with 95 % intervals) and theatre.webp. Where
 results/theatre_by_eye.csv exists (arm, case, action, species: what a person saw, "reject" where nothing is
 clear), it also reports how often the measuring net agrees. Sheets of all cases to label from lie in
 .cache/experiments.
@@ -206,7 +206,7 @@ def main() -> None:
         sheets[arm] = [(f"{arm}, cases {i} to {i + 11}", shown[i : i + 12]) for i in starts]
         report.contact_sheet(kept.folder / f"{arm}.jpg", sheets[arm], budget=4_000_000)
         print(arm, report.summary(found, MEASURES), flush=True)
-    report.write_csv(report.RESULTS / f"{arguments.name}.csv", rows)
+    report.write_csv(report.RESULTS / f"{arguments.name}.csv.gz", rows)
     looked_at = {"render": 1, "autoencoder": 1} | dict.fromkeys(SPLITS, 2)
     best = [row for arm, count in looked_at.items() for row in sheets[arm][:count]]
     report.contact_sheet(report.RESULTS / f"{arguments.name}.webp", best)

@@ -3,7 +3,7 @@
     python tests/experiments/theatre_wan.py             # as PROTOCOL.md says; resumes what is there
     python tests/experiments/theatre_wan.py --cases 8 --transformer other.safetensors --name trial
 
-Judges the first, the middle and the last frame of every clip. Writes results/theatre_wan.csv (one row a case),
+Judges the first, the middle and the last frame of every clip. Writes results/theatre_wan.csv.gz (one row a case),
 theatre_wan.json (means with 95 % intervals) and theatre_wan.webp. Sheets of all cases lie in .cache/experiments.
 """
 
@@ -163,7 +163,7 @@ def main() -> None:
         report.contact_sheet(kept.folder / f"{arm}.jpg", rows_shown, budget=4_000_000)
         best.extend(rows_shown[: 2 if arm in SPLITS else 1])
         print(arm, report.summary(found, MEASURES), flush=True)
-    report.write_csv(report.RESULTS / f"{options.name}.csv", rows)
+    report.write_csv(report.RESULTS / f"{options.name}.csv.gz", rows)
     report.contact_sheet(report.RESULTS / f"{options.name}.webp", best)
     report.write_json(report.RESULTS / f"{options.name}.json", {
         "command": report.command("theatre_wan.py"),
