@@ -49,11 +49,11 @@ class Training:
 
     paths: tuple[str, ...] = PATHS
     rate: float = 3.0
-    steps: int = 6_000
+    steps: int = 5_000
     embedding_rate: float = 1.0
     clip_by_path: bool = False
     early_steps: int = 0
-    batch: int = 16
+    batch: int = 8
     min_snr_gamma: float = 5.0  # as the theatre's UNet was trained
     seed: int = 0
     combiner: Combiner = Combiner()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from . import report
 
-GAP, BUDGET = 4, 90_000  # pixels between cells; bytes of a picture
+GAP, BUDGET = 4, 60_000  # pixels between cells; bytes of a picture
 MILLISECONDS = 120  # a frame
 Grid = Sequence[Sequence[np.ndarray | None]]
 # (bench, arm -> rows) -> frames uint8 [H, W, 3], one or several
@@ -40,17 +40,14 @@ def grid(cells: Grid) -> np.ndarray:
 
 
 def save(path: Path, frames: Sequence[np.ndarray]) -> None:
-    """One picture as JPEG, several as a WebP that moves; as good as BUDGET allows, and said where it is larger."""
+    """As a WebP, which moves where there are several; as good as BUDGET allows, and said where it is larger."""
     images = [Image.fromarray(frame) for frame in frames]
     for quality in (90, 84, 76, 68, 60, 50, 40):
         file = io.BytesIO()
-        if len(images) == 1:
-            images[0].save(file, "JPEG", quality=quality, optimize=True)
-        else:
-            images[0].save(file, "WEBP", quality=quality, method=6, save_all=True, append_images=images[1:],
-                           duration=MILLISECONDS, loop=0)
+        moving = {"save_all": True, "append_images": images[1:], "duration": MILLISECONDS, "loop": 0}
+        images[0].save(file, "WEBP", quality=quality, method=6, **(moving if images[1:] else {}))
         if file.tell() <= BUDGET:
             break
-    report.replace(path.with_suffix(".jpg" if len(images) == 1 else ".webp"), file.getvalue())
+    report.replace(path.with_suffix(".webp"), file.getvalue())
     over = f", more than {BUDGET}" if file.tell() > BUDGET else ""
     print(f"{path.stem}: {len(images)} of {images[0].width} x {images[0].height}, {file.tell()} bytes{over}")

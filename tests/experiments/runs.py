@@ -16,7 +16,7 @@ Of every script:
 
     --arm NAME [NAME ...]     rows to .cache/experiments/METHOD/test; all: every arm; "rank *": those
     --report                  rows to results/METHOD.csv.gz, tables and claims to results/METHOD.json
-    --picture                 results/METHOD.jpg, or .webp if it moves, of the cases at the median
+    --picture                 results/METHOD.webp, of the cases at the median
     --development --arm ...   development arms, or those of the test, on development cases: printed alone
     --cases N                 the first N cases
 """
