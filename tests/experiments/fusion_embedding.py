@@ -40,7 +40,7 @@ SAMPLER, STEPS = "dpmpp_2m", 20
 SOURCE, TRUTH = "source", "truth"
 FRAMES = 10  # of a cycle, in the picture that moves
 
-# `rate`, times the node's: to be the best of RATES on development, before a test case is made, full's for all but pose
+# `rate`, times the node's: to be the best of RATES on development before a test case is made, full's for all but pose
 # alone; the full method has what helped it there, too.
 TRAININGS = {
     "full": Training(rate=3, early_steps=1_700),
