@@ -51,11 +51,9 @@ def without_frames(latent: torch.Tensor, name: str, dimensions: int) -> list[str
     """A line where a model's latents, of so many dimensions, have frames and this one has none, though it may be read
     as one frame: a picture model's VAE made it, whose channels mean something else.
     """
-    fits = latent.ndim == dimensions or dimensions != 5
-    return [] if fits else [
-        f"{name} has no frames, so the VAE of a picture model made it, and this video model reads another picture in "
-        "it: encode it with the VAE of this model"
-    ]
+    if latent.ndim == dimensions or dimensions != 5:
+        return []
+    return [f"{name} has no frames, as a picture model's VAE makes it: encode it with this video model's VAE"]
 
 
 def check_channels(

@@ -119,7 +119,7 @@ def test_a_video_model_told_of_latents_without_frames(caplog):
             result = tiny_model.sample(video, wrapped, shape=shape)
             assert torch.isfinite(result).all() and not torch.allclose(result, plain)
             for name in ("source", "driving"):
-                told = f"{name} has no frames, so the VAE of a picture model made it" in caplog.text
+                told = f"{name} has no frames, as a picture model's VAE makes it" in caplog.text
                 assert told == (len(size) == 4)
 
 
