@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import comfy.sd
 import entry
 import half_files
-import safetensors.torch
 import torch
 from pack.nodes.action_identifier import files as identifier_files
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
@@ -38,7 +37,7 @@ IDENTITY, SPECIES = "test 11", "bear"
 PRIOR_PUPPETS = IDENTITY, "standing\njumping\nkicking\npointing", "beach\nforest\nstage\nnight", 4, PUPPET_SEED
 PRIOR_SETTINGS = {
     "identity_token": "sks", "class_noun": SPECIES, "steps": 800, "learning_rate": 3e-3, "rank": 8, "batch_size": 1,
-    "seed": 0, "prior_weight": 0.3, "min_snr_gamma": 5.0, "augment": "none", "resume_from": "none",
+    "seed": 0, "prior_weight": 0.0, "min_snr_gamma": 5.0, "augment": "none", "resume_from": "none",
     "checkpoint_every": 0,
 }
 ACTION = "flexing"
@@ -83,8 +82,7 @@ def write(path: Path, saved: Path, settings: dict[str, object]) -> None:
     """Move what the pack saved to `path`, with the settings in its metadata."""
     tensors, metadata = weights.read(saved)
     metadata["config"] = json.dumps({"training": settings})
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    half_files.save_half(path, tensors, metadata)
     saved.unlink()
     print(f"{path.name}: {path.stat().st_size} bytes, sha256 {half_files.sha256(path)}")
 
