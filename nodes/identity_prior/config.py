@@ -41,8 +41,8 @@ class IdentityPriorConfig:
 class MaskConfig:
     """From the cross-attention to the subject's tokens to a mask. Raises ValueError, naming the field."""
 
-    # Ours, as a fraction of the map's range: of those tried on the theatre it overlaps best with the true masks, by 0.63
-    # at the source and 0.50 at the edit.
+    # Ours, as a fraction of the map's range: of those tried on the theatre it overlaps best with the true masks, by
+    # 0.63 at the source and 0.50 at the edit.
     threshold: float = 0.25
     # Ours, in latent cells: the model needs room around the subject.
     grow: int = 1
