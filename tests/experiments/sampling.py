@@ -94,11 +94,11 @@ class Theatre:
         """Pictures `start` to `stop` - 1 through the autoencoder."""
         return self.decode(self.encode(pictures[start:stop]))
 
-    def with_lora(self, weights: dict[str, torch.Tensor]):
-        """A clone of the MODEL with a LoRA at strength 1."""
+    def with_lora(self, weights: dict[str, torch.Tensor], strength: float = 1.0):
+        """A clone of the MODEL with a LoRA."""
         import comfy.sd
 
-        return comfy.sd.load_lora_for_models(self.model, None, weights, 1.0, 0)[0]
+        return comfy.sd.load_lora_for_models(self.model, None, weights, strength, 0)[0]
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
         """Of one picture of `size` pixels square."""
