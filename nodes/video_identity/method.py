@@ -236,7 +236,7 @@ def doubts(references: Sequence[VideoReference], shape: Sequence[int]) -> list[s
     times = max(math.prod(reference.latent.shape[-2:]) for reference in references) / math.prod(shape[-2:])
     if times > _MOST_FRAMES:
         lines.append(
-            f"the reference is {times:.1f} times as large as a frame of the video, which then shows little of "
+            f"the reference is {times:.1f} times as large as a frame of the video, which may then show little of "
             "anybody: set size in Prepare Reference near the video's height or width"
         )
     if shape[0] > 1 and shape[2] == 1:
