@@ -1,5 +1,8 @@
 """Intervals, claims and resumed rows of the experiments, against computations written out here."""
 
+import gzip
+import json
+
 import numpy as np
 import pytest
 from experiments import frequency_guidance, report, runs
@@ -114,3 +117,18 @@ def test_frequency_guidance_resamples_puppets_and_not_their_cases():
     assert found["arms"][frequency_guidance.OURS]["background_error"] == pytest.approx(expected)
     (claim,) = found["claims"]
     assert claim["too much"] == pytest.approx([round(value, 4) for value in expected])
+
+
+def test_compressed_rows_are_the_plain_ones_and_the_same_file_each_time(tmp_path):
+    rows = [{"arm": "ours", "case": 0, "error": 1.5}, {"arm": "ours", "case": 1, "right": True}]
+    for name in ("x.csv", "x.csv.gz", "y.csv.gz"):
+        report.write_csv(tmp_path / name, rows)
+    plain, packed, again = ((tmp_path / name).read_bytes() for name in ("x.csv", "x.csv.gz", "y.csv.gz"))
+    assert gzip.decompress(packed) == plain and packed == again
+
+
+def test_a_summary_has_a_line_for_each_list_and_loses_nothing(tmp_path):
+    content = {"arms": {"ours [best]": {"error": [1.0, 0.5, 1.5], "names": ["a, b", "c"]}}, "empty": []}
+    report.write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == content and any("1.0, 0.5, 1.5" in line for line in text.splitlines())
