@@ -131,7 +131,8 @@ class Frontend:
         self.page, self.server = page, server
         page.add_init_script(DRAW_SELDOM)
         page.goto(server.url)
-        page.wait_for_function("() => window.app?.graph?.nodes")
+        # It opens a workflow of its own when it starts, which must not come after ours.
+        page.wait_for_function("() => window.app?.graph?.nodes?.length")
         page.evaluate(LISTEN)
 
     def open(self, content: dict, shrunk: bool = False) -> None:
