@@ -110,11 +110,7 @@ def subject_positions(tokens: Mapping[str, list], trigger: Mapping[str, list]) -
 
     Raises ValueError for encoders that put the texts of several tokenizers one after the other.
     """
-    if _joined(tokens):
-        raise ValueError(
-            f"this text encoder joins {', '.join(tokens)}, whose token positions are not known: use an SD, SDXL or "
-            "Wan model"
-        )
+    check_side_by_side(tokens)
     return token_positions(tokens[next(iter(tokens))], _ids(trigger))
 
 
@@ -227,6 +223,15 @@ def _empty(clip: Any) -> dict[str, list]:
 def _template(clip: Any, name: str | None = None) -> list:
     """The ids of what the encoder puts around every text: none for CLIP and T5."""
     return _ids(_empty(clip), name)
+
+
+def check_side_by_side(tokens: Mapping[str, list]) -> None:
+    """Raises ValueError for encoders that put the texts of several tokenizers one after the other."""
+    if _joined(tokens):
+        raise ValueError(
+            f"this text encoder joins {', '.join(tokens)}, whose token positions are not known: use an SD, SDXL or "
+            "Wan model"
+        )
 
 
 def _joined(tokens: Mapping[str, list]) -> bool:

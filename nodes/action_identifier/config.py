@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from ...kernels.channel_mask import MERGES
-from ..inputs.ranges import check_choice, check_limits
+from ..inputs.ranges import check_choice, check_limits, check_range
 from ..inputs.words import entries
 
 # Prompts give these a meaning: spaces separate words, brackets and colons weight them.
@@ -35,6 +35,13 @@ class ActionTrainingConfig:
     # Directional Textual Inversion (ICLR 2026) learns the direction of an embedding alone: a norm that grows crowds
     # out the rest of a prompt. Ours is AdamW's step, then turned back to the length of what the masks free.
     fixed_norm: bool = False
+    # Ours, after the textual bypass of NeTI (arXiv 2305.15391): what is learned is added behind the text encoder,
+    # which can make every word harmless before a token says more than it knew.
+    behind_encoder: bool = False
+    # Ours: noise levels are drawn between these fractions of the schedule; ADI draws all of it. How a body stands is
+    # decided at high noise, to which ReVersion (arXiv 2303.13495) gives more weight; the very highest shows nothing.
+    lowest_noise: float = 0.0
+    highest_noise: float = 1.0
     # False: no triples and no masks, as P+ (arXiv 2303.09522) trains tokens for each layer, on batches; for
     # comparisons.
     triples: bool = True
@@ -51,6 +58,12 @@ class ActionTrainingConfig:
             raise ValueError(f"mask_percentile is {self.mask_percentile}: use a number between 0 and 1, say 0.6")
         check_choice(self, merge=MERGES)
         check_limits(self, "context_steps", lowest=1, fix="1 or more")
+        check_limits(self, "lowest_noise", "highest_noise", lowest=0, highest=1, fix="0 to 1")
+        check_range("the range of noise", lowest_noise=self.lowest_noise, highest_noise=self.highest_noise)
+        if self.fixed_norm and self.behind_encoder:
+            raise ValueError(
+                "fixed_norm keeps the length of tokens, and behind_encoder leaves tokens as they are: turn one off"
+            )
 
     @property
     def contrasts(self) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..inputs.words import replace_words, words_pattern
-from ..subject_tokens import SUBJECT, Subject, tag_subject_tokens
+from ..subject_tokens import SUBJECT, Subject, check_side_by_side, tag_subject_tokens
 from .method import ActionError, ActionIdentifier, placeholders
 
 # What ComfyUI's tokenizers return: encoder -> sections of (token id or embedding, weight).
@@ -113,6 +113,17 @@ class Prompt:
                 for section in marked[encoder]
             ]
 
+    def places(self, placeholder: str) -> list[tuple[int, int, float]]:
+        """Of each of the placeholder's tokens in the encoded prompt: its position, its number among the
+        placeholder's, and its weight. Raises ValueError for encoders that put their texts one after the other.
+        """
+        check_side_by_side(self.marked)
+        flat = [entry for section in next(iter(self.marked.values())) for entry in section]
+        return [
+            (position, token.index, weight) for position, (token, weight) in enumerate(flat)
+            if isinstance(token, _Mark) and token.placeholder == placeholder
+        ]
+
     def at_layer(self, tokens: ByPlaceholder, layer: int) -> Tokens:
         """ComfyUI's tokens with those of one layer in their places; where L is 1, all layers have the same."""
 
@@ -199,7 +210,35 @@ def encode(clip: Any, text: str, actions: Sequence[ActionIdentifier]) -> tuple[l
     def entries(joined: Tokens) -> list[torch.Tensor]:
         return [entry[0] for entry in clip.encode_from_tokens_scheduled(joined, show_pbar=False)]
 
-    return plain, encode_each(entries, prompts)
+    contexts = encode_each(entries, prompts)
+    for action in actions:
+        if action.offsets is not None:
+            places = prompt.places(action.placeholder)
+            contexts = [with_offsets(layers, places, action.offsets) for layers in contexts]
+    return plain, contexts
+
+
+def with_offsets(
+    contexts: torch.Tensor, places: Sequence[tuple[int, int, float]], offsets: torch.Tensor
+) -> torch.Tensor:
+    """Contexts [L, T, C] or [1, T, C] with offsets [L, n, C], times their weights, at the `places` of a Prompt.
+
+    Raises ActionError where their widths differ, ValueError for a place behind the encoded tokens.
+    """
+    if contexts.shape[2] != offsets.shape[2]:
+        raise ActionError(
+            f"its offsets are {offsets.shape[2]} wide, and the encoded prompt {contexts.shape[2]}: connect the clip "
+            "of the model that it was trained with"
+        )
+    if places and places[-1][0] >= contexts.shape[1]:
+        raise ValueError(
+            f"the text is longer than the {contexts.shape[1]} tokens that are encoded: name the action earlier"
+        )
+    count = max(len(contexts), len(offsets))
+    positions, numbers, weights = zip(*places, strict=True)
+    added = offsets.to(contexts)[:, list(numbers)] * torch.tensor(weights).to(contexts)[:, None]
+    where = torch.tensor(positions, device=contexts.device)
+    return contexts.repeat(count // len(contexts), 1, 1).index_add(1, where, added.expand(count, -1, -1))
 
 
 def token_counts(tokens: ByPlaceholder) -> dict[str, dict[str, int]]:

@@ -22,6 +22,7 @@ from .method import ANY_ENCODER, ActionError, ActionIdentifier, Place
 EMBEDDINGS = WeightFolder("embeddings")
 _KIND = "understudy action identifier"
 _KEY = "identifier."
+_OFFSETS = "offsets"
 _KINDS = ("input", "middle", "output", "double_block")
 _EMBEDDING_PREFIX = f"{EMBEDDINGS.name}/"
 # SDXL's two encoders in an embedding file, by the names under which ComfyUI tokenizes.
@@ -73,7 +74,8 @@ def load(name: str, placeholder: str = "") -> ActionIdentifier:
 def save(action: ActionIdentifier, filename_prefix: str, tags: str = "", author: str = "") -> Path:
     """Write `output/action_identifiers/<prefix>_00001_.safetensors`; returns its path.
 
-    Each encoder's tokens [places, tokens, width] under its name; the rest is metadata. Raises as made_now and
+    Each encoder's tokens [places, tokens, width] under its name, and `offsets` behind them where there are any; the
+    rest is metadata. Raises as made_now and
     weights.save do.
     """
     metadata = {
@@ -82,6 +84,8 @@ def save(action: ActionIdentifier, filename_prefix: str, tags: str = "", author:
         **made_now(tags, author), **record.to_metadata(action.consent),
     }
     tensors = {f"{_KEY}{encoder}": tokens for encoder, tokens in action.tokens.items()}
+    if action.offsets is not None:
+        tensors[_OFFSETS] = action.offsets
     return weights.save(tensors, metadata, FOLDER.name, filename_prefix)
 
 
@@ -96,6 +100,15 @@ def export(action: ActionIdentifier, filename_prefix: str) -> Path:
         for encoder, tokens in action.tokens.items()
     }
     return weights.save(tensors, record.to_metadata(action.consent), EMBEDDINGS.name, filename_prefix)
+
+
+def check_exportable(action: ActionIdentifier) -> None:
+    """Raises ValueError where an embedding could not hold the action."""
+    if action.offsets is not None:
+        raise ValueError(
+            f"{action.placeholder} was learned behind the text encoder, and an embedding holds only what goes into "
+            "it: turn textual_inversion off, or train without behind_encoder"
+        )
 
 
 def _summary(_shapes: Shapes, metadata: Mapping[str, str]) -> Summary | None:
@@ -118,6 +131,9 @@ KIND = LearnedKind("action", FOLDER, _summary, _misfit)
 
 
 def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ActionIdentifier:
+    # In fp32: numbers of 8 bits cannot say whether they are finite. Whole numbers are refused later.
+    tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    offsets = tensors.pop(_OFFSETS, None)
     foreign = sorted(key for key in tensors if not key.startswith(_KEY))
     if foreign:
         raise ActionError(f"it has {foreign[0]!r} beside its tokens")
@@ -126,14 +142,10 @@ def _identifier(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> A
         check_placeholder(placeholder)
     except ValueError as error:
         raise ActionError(str(error)) from error
-    tokens = {
-        # In fp32: numbers of 8 bits cannot say whether they are finite. Whole numbers are refused later.
-        key.removeprefix(_KEY): tensor.float() if tensor.is_floating_point() else tensor
-        for key, tensor in tensors.items()
-    }
+    tokens = {key.removeprefix(_KEY): tensor for key, tensor in tensors.items()}
     return ActionIdentifier(
         placeholder, metadata.get("initial_word", ""), tokens, _places(metadata.get("layers", "")),
-        metadata.get("base", ""),
+        metadata.get("base", ""), offsets=offsets,
     )
 
 

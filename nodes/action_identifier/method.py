@@ -42,7 +42,8 @@ class ActionIdentifier:
 
     `places` are the L places of the network it was trained for; without any, L is 1 and it fits every network.
     `initial_word` is what the placeholder means at strength 0; `base` is the fingerprint of the model, or empty;
-    `consent` is that to the pictures, if there is a record.
+    `consent` is that to the pictures, if there is a record. `offsets` [L, n, C], where there are any, are added to
+    what the text encoder makes of the n tokens, as the textual bypass of NeTI (arXiv 2305.15391) is.
     Raises ActionError for tokens of another shape or with values that are not finite.
     """
 
@@ -52,6 +53,7 @@ class ActionIdentifier:
     places: tuple[Place, ...] = ()
     base: str = ""
     consent: ConsentRecord | None = None
+    offsets: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -65,6 +67,15 @@ class ActionIdentifier:
                 )
             if not tokens.is_floating_point() or not torch.isfinite(tokens).all():
                 raise ActionError(f"its tokens of encoder {encoder} hold values that are not finite numbers")
+        if self.offsets is not None:
+            counts = {tokens.shape[1] for tokens in self.tokens.values()}
+            if self.offsets.ndim != 3 or self.offsets.shape[0] != layers or {self.offsets.shape[1]} != counts:
+                raise ActionError(
+                    f"its offsets have shape {tuple(self.offsets.shape)}, expected [{layers}, "
+                    f"{' or '.join(map(str, sorted(counts)))}, width]"
+                )
+            if not self.offsets.is_floating_point() or not torch.isfinite(self.offsets).all():
+                raise ActionError("its offsets hold values that are not finite numbers")
 
     def for_encoders(self, widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """The tokens by encoder of a text encoder model with these widths. Raises ActionError where they differ."""

@@ -31,6 +31,8 @@ from .sampling import BatchContexts
 
 _CONTEXT = "<understudy_context>"
 _CONTRAST = "contrast."
+# Among what is trained, offsets behind the text encoder instead of encoders' tokens.
+_OFFSETS = "offsets"
 _CONTRAST_STEPS = 20
 
 Preview = Callable[[ModelDenoiser, Any, list], Image.Image | None]
@@ -83,8 +85,10 @@ def train(
 
         def identifier() -> ActionIdentifier:
             trained = {name: parameter.detach().cpu().clone() for name, parameter in tokens.items()}
-            layers = places if action.layer_wise else ()
-            return ActionIdentifier(action.placeholder, action.initial_word, trained, layers, base)
+            layers, offsets = places if action.layer_wise else (), trained.pop(_OFFSETS, None)
+            if offsets is not None:
+                trained = trainer.word_tokens(len(offsets))
+            return ActionIdentifier(action.placeholder, action.initial_word, trained, layers, base, offsets=offsets)
 
         def show() -> Image.Image | None:
             return preview(denoiser, encoder.clip, [identifier()])
@@ -130,6 +134,7 @@ class _ActionTrainer:
         self.action, self.config = action, config
         self.denoising = Denoising(_PerLayerDenoiser(denoiser.patcher), config)
         self.latents = [self._into(latent) for latent in exemplars.latents]
+        self._encoded: dict[encoding.Prompt, torch.Tensor] = {}
         # What else the model reads of a prompt, such as SDXL's pooled vector, is that of the initial word.
         prompts = [
             self._encode(exemplars.prompt(i, action.initial_word, action.placeholder))
@@ -154,7 +159,15 @@ class _ActionTrainer:
         return encoding.Prompt(self.encoder.clip.tokenize, text, {placeholder: tokens})
 
     def contexts(self, prompt: encoding.Prompt, placeholder: str, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the layers read of a prompt with tokens [L, n, D], [L, T, C]."""
+        """What the layers read of a prompt with tokens [L, n, D], or with offsets [L, n, C] behind the text encoder:
+        [L, T, C].
+        """
+        if _OFFSETS in tokens:
+            if prompt not in self._encoded:  # none of it is trained
+                words = prompt.at_layer({placeholder: self.word_tokens(1)}, 0)
+                with torch.no_grad():
+                    (self._encoded[prompt],) = self.encoder.encode(words)
+            return encoding.with_offsets(self._encoded[prompt], prompt.places(placeholder), tokens[_OFFSETS])
         count = len(next(iter(tokens.values())))
         prompts = [prompt.at_layer({placeholder: tokens}, layer) for layer in range(count)]
         return encoding.encode_each(self.encoder.encode, prompts)[0]
@@ -172,21 +185,33 @@ class _ActionTrainer:
         One forward pass, with the same noise and noise level for all.
         """
         noise = torch.randn(pictures[0].shape, generator=generator).expand(len(pictures), *pictures[0].shape[1:])
-        level = torch.randint(len(self.denoiser.sigmas), (1,), generator=generator).expand(len(pictures))
+        level = self._levels(1, generator).expand(len(pictures))
         conditions = self._with_contexts(exemplar_ids, contexts)
         return self.denoising.loss_at(torch.cat(list(pictures)), conditions, noise, level)
 
+    def _levels(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        table = len(self.denoiser.sigmas)
+        lowest, end = (int(limit * table) for limit in (self.action.lowest_noise, self.action.highest_noise))
+        return torch.randint(lowest, max(end, lowest + 1), (count,), generator=generator)
+
+    def word_tokens(self, count: int) -> dict[str, torch.Tensor]:
+        """The initial word's own embeddings for each of `count` places, [count, n, D]."""
+        words = encoding.word_vectors(self.encoder.clip, self.action.initial_word)
+        return {name: vectors.repeat(count, 1, 1) for name, vectors in words.items()}
+
     def initial_tokens(self, count: int) -> loop.Parameters:
-        """The initial word's own embeddings for each of `count` places, [count, n, D], to be trained."""
-        return {
-            name: torch.nn.Parameter(vectors.to(self.denoiser.device).repeat(count, 1, 1))
-            for name, vectors in encoding.word_vectors(self.encoder.clip, self.action.initial_word).items()
-        }
+        """What is trained, for each of `count` places: the initial word's tokens, or offsets of 0 behind them."""
+        tokens = self.word_tokens(count)
+        if self.action.behind_encoder:
+            width = self._encode(self.action.initial_word)[0][0].shape[-1]
+            tokens = {_OFFSETS: torch.zeros(*next(iter(tokens.values())).shape[:2], width)}
+        return {name: torch.nn.Parameter(values.to(self.denoiser.device)) for name, values in tokens.items()}
 
     def objective(self, tokens: loop.Parameters, contrasts: Sequence[torch.Tensor]):
         """The training loop's objective for the identifier, and its masks or None."""
         name, count = self.action.placeholder, len(self.latents)
-        prompts = [self._prompt(self.exemplars.prompt(i, name, name), tokens, name) for i in range(count)]
+        words = self.word_tokens(1)
+        prompts = [self._prompt(self.exemplars.prompt(i, name, name), words, name) for i in range(count)]
 
         def triple_loss(triple: method.Triple, copies: dict[str, torch.Tensor], generator) -> torch.Tensor:
             exemplar_ids = (triple.anchor, triple.other, triple.anchor)
@@ -201,7 +226,7 @@ class _ActionTrainer:
             contexts = [self.contexts(prompts[i], name, tokens) for i in exemplar_ids]
             conditions = self._with_contexts(exemplar_ids, contexts)
             batch = [Sample(self.latents[i], own) for i, own in zip(exemplar_ids, conditions, strict=True)]
-            return self.denoising.losses(batch, generator)
+            return self.denoising.losses(batch, generator, self._levels)
 
         if not self.action.triples:
             return method.BatchObjective(batch_loss, count, self.config.batch_size), None
@@ -214,7 +239,7 @@ class _ActionTrainer:
 
         def loss_at(index: int, seed: int, place: float) -> torch.Tensor:
             latent = self.latents[index]
-            prompt = self._prompt(self.exemplars.prompt(index, name, name), tokens, name)
+            prompt = self._prompt(self.exemplars.prompt(index, name, name), self.word_tokens(1), name)
             conditions = self._with_contexts([index], [self.contexts(prompt, name, tokens)])
             return self.denoising.loss_at(latent, conditions, *noise_and_level(self.denoising, latent, seed, place))
 

@@ -96,6 +96,24 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     tooltip="Learns the direction of the action's tokens alone and leaves them as long as those of "
                     "the initial word, so that the other words of a prompt keep their weight.",
                 ),
+                io.Boolean.Input(
+                    "behind_encoder", default=_DEFAULT.behind_encoder, optional=True, advanced=True,
+                    tooltip="Learns what to add behind the text encoder where the word stands, instead of the word's "
+                    "own tokens: carries more of the action where the encoder knows few words, and needs fewer "
+                    "steps. Use a learning_rate of 0.02.",
+                ),
+                io.Float.Input(
+                    "lowest_noise", default=_DEFAULT.lowest_noise, min=0.0, max=1.0, step=0.05, round=False,
+                    optional=True, advanced=True,
+                    tooltip="Trains only on noise levels from this fraction of the schedule up. Poses are decided at "
+                    "high noise, so that a range of 0.45 to 0.9 needs fewer steps.",
+                ),
+                io.Float.Input(
+                    "highest_noise", default=_DEFAULT.highest_noise, min=0.0, max=1.0, step=0.05, round=False,
+                    optional=True, advanced=True,
+                    tooltip="Trains only on noise levels below this fraction of the schedule. At the very highest "
+                    "nothing of a pose can be seen.",
+                ),
                 *widgets.masks("one mask per picture, or one for all"),
                 widgets.offload(),
                 widgets.consent(),
@@ -140,7 +158,7 @@ def _action(values: dict) -> ActionTrainingConfig:
     chosen = {name: values[name] for name in names}
     for name in ("placeholder", "initial_word"):
         chosen[name] = chosen[name].strip()
-    for name in ("contrast_words", "fixed_norm"):
+    for name in ("contrast_words", "fixed_norm", "behind_encoder", "lowest_noise", "highest_noise"):
         chosen[name] = values.get(name, getattr(_DEFAULT, name))
     return ActionTrainingConfig(**chosen)
 
@@ -200,6 +218,8 @@ def _settings(action: ActionTrainingConfig, exemplars: training.Exemplars) -> di
         "placeholder": action.placeholder, "initial_word": action.initial_word, "merge": action.merge,
         "context_steps": action.context_steps, "mask_percentile": action.mask_percentile,
         "contrast_words": action.contrasts, "fixed_norm": action.fixed_norm,
+        "behind_encoder": action.behind_encoder, "lowest_noise": action.lowest_noise,
+        "highest_noise": action.highest_noise,
     }
 
 
@@ -244,6 +264,8 @@ class UnderstudySaveActionIdentifier(widgets.SaveNode):
     def execute(
         cls, action, filename_prefix, textual_inversion=False, consent=None, preview=None, tags="", author=""
     ) -> io.NodeOutput:
+        if textual_inversion:
+            files.check_exportable(action)
         action = gate.with_consent("Save Action Identifier", action, consent)
         previews.save_with(
             "Save Action Identifier", lambda: files.save(action, filename_prefix, tags, author), preview

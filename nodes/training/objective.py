@@ -134,12 +134,15 @@ class Denoising:
         self.denoiser, self.level_weight = denoiser, level_weight
         self.prediction_loss = PredictionLoss(denoiser.model.model_sampling, config.min_snr_gamma)
 
-    def losses(self, batch: Sequence[Sample], generator: torch.Generator) -> torch.Tensor:
-        """The loss of each of B samples of one shape, [B], in one forward pass; `generator` draws noise and levels.
+    def losses(
+        self, batch: Sequence[Sample], generator: torch.Generator, levels: Callable | None = None
+    ) -> torch.Tensor:
+        """The loss of each of B samples of one shape, [B], in one forward pass; `generator` draws noise and levels,
+        these by `levels(B, generator)` where it is given.
 
         Those that other processes compute are 0, and but for the first they are not read.
         """
-        noise, level = self.drawn((len(batch), *batch[0].latent.shape[1:]), generator)
+        noise, level = self.drawn((len(batch), *batch[0].latent.shape[1:]), generator, levels)
 
         def computed(part: slice) -> torch.Tensor:
             clean = torch.cat([sample.latent for sample in batch[part]])
@@ -147,9 +150,13 @@ class Denoising:
 
         return in_shares(len(batch), computed)
 
-    def drawn(self, shape: Sequence[int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def drawn(
+        self, shape: Sequence[int], generator: torch.Generator, levels: Callable | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise and noise levels of a batch of latents of this shape."""
         noise = torch.randn(tuple(shape), generator=generator)
+        if levels is not None:
+            return noise, levels(shape[0], generator)
         return noise, torch.randint(len(self.denoiser.sigmas), (shape[0],), generator=generator)
 
     def loss_at(

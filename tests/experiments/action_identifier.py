@@ -31,37 +31,40 @@ from pack.nodes.puppets import captions  # noqa: E402
 from pack.nodes.puppets.config import COLOURS, UNNAMED_ACTIONS, Take  # noqa: E402
 
 SAMPLER = "ddim"
-# Ours; what is learned without masks, by layer and as one token; LoRA's.
-TOKEN_RATE, LAYER_RATE, ONE_RATE, LORA_RATE = 0.012, 0.012, 0.012, 3e-3
-RATES = 0.004, 0.012, 0.04
+# Ours; the same by masks; tokens in the encoder; LoRA's.
+RATE, MASKED_RATE, TOKEN_RATE, LORA_RATE = 0.04, 0.12, 0.012, 3e-3
+RATES = 0.06, 0.12
 PLACEHOLDER, INITIAL_WORD, RARE_WORD = "<action>", "dancing", "vkt"
-PERMUTATION = 0xC0
+PERMUTATION, OFFSETS = 0xC0, "offsets"
 MEASURES = ("composition", "action", "identity", "leak", "identity_error")
-INTERSECTION, UNION = "ours, intersection", "ours, union"
+OURS, INTERSECTION, UNION = "ours", "ours by intersection", "ours by union"
 NO_WORD, PERMUTED, LORA = "no word", "permuted masks", "LoRA"
-OURS = INTERSECTION
 
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
     """One run on an action's exemplars; a step sees three pictures, a triple or a batch, unless `batch` says one."""
 
-    learning_rate: float = TOKEN_RATE
-    steps: int = 300
+    learning_rate: float = RATE
+    steps: int = 600
     layer_wise: bool = True
-    triples: bool = True
+    triples: bool = False
     merge: str = "intersection"
     fixed_norm: bool = False
     mask_percentile: float = 0.6
     context_steps: int = 20
+    behind_encoder: bool = True
+    lowest_noise: float = 0.45
+    highest_noise: float = 0.9
     # Not of ActionTrainingConfig:
     batch: int = 3
+    decay: float = 1.0
     min_snr_gamma: float = 1.0
     permuted: bool = False
     lora: bool = False
 
 
-_ELSEWHERE = ("batch", "min_snr_gamma", "permuted", "lora")
+_ELSEWHERE = ("batch", "decay", "min_snr_gamma", "permuted", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,30 +75,40 @@ class Arm:
     truth: bool = False
 
 
-def tokens(rate: float, **changes) -> Arm:
-    """Without triples and masks, as P+ or textual inversion have them."""
-    return Arm(Learning(rate, triples=False, **changes))
+def masked(merge: str, rate: float = MASKED_RATE, **changes) -> Arm:
+    """By triples, moving the channels that their masks free."""
+    return Arm(Learning(rate, triples=True, merge=merge, **changes))
+
+
+def tokens(rate: float = TOKEN_RATE, **changes) -> Arm:
+    """In the encoder, as published; without triples and masks, as P+ or textual inversion have them."""
+    return Arm(Learning(rate, behind_encoder=False, **changes))
+
+
+def lora(rate: float) -> Arm:
+    """By the pack's trainer, which draws all noise levels."""
+    return Arm(Learning(rate, lora=True, lowest_noise=0.0, highest_noise=1.0))
 
 
 ARMS = {
     NO_WORD: Arm(None),
-    INTERSECTION: Arm(),
-    UNION: Arm(Learning(merge="union")),
-    "ours, fixed norm": Arm(Learning(fixed_norm=True)),
-    PERMUTED: Arm(Learning(permuted=True)),
-    "tokens by layer, one picture": tokens(LAYER_RATE, batch=1),
-    "tokens by layer, three pictures": tokens(LAYER_RATE),
-    "one token": tokens(ONE_RATE, layer_wise=False),
-    "one token, fixed norm": tokens(ONE_RATE, layer_wise=False, fixed_norm=True),
-    LORA: Arm(Learning(LORA_RATE, triples=False, lora=True)),
+    OURS: Arm(),
+    UNION: masked("union"),
+    INTERSECTION: masked("intersection"),
+    PERMUTED: masked("union", permuted=True),
+    "in the encoder by union": tokens(triples=True, merge="union"),
+    "tokens by layer, one picture": tokens(batch=1),
+    "tokens by layer, three pictures": tokens(),
+    "one token": tokens(layer_wise=False),
+    "one token, fixed norm": tokens(layer_wise=False, fixed_norm=True),
+    LORA: lora(LORA_RATE),
     "truth": Arm(None, truth=True),
 }
 DEVELOPMENT = {
-    **{f"rate {rate:g}": Arm(Learning(rate)) for rate in RATES},
-    **{f"tokens by layer, rate {rate:g}": tokens(rate) for rate in RATES},
-    **{f"one token, rate {rate:g}": tokens(rate, layer_wise=False) for rate in RATES},
-    "union": Arm(Learning(merge="union")),
-    **{f"LoRA rate {rate:g}": Arm(Learning(rate, triples=False, lora=True)) for rate in (1e-3, 3e-3, 1e-2)},
+    **{f"union, rate {rate:g}": masked("union", rate) for rate in RATES},
+    **{f"intersection, rate {rate:g}": masked("intersection", rate) for rate in RATES},
+    **{f"rate {rate:g}": Arm(Learning(rate)) for rate in (0.02, 0.04)},
+    **{f"LoRA rate {rate:g}": lora(rate) for rate in (1e-3, 3e-3)},
 }
 CLAIMS = [
     *(report.Claim("both right more often", OURS, "composition", other, at_least=True)
@@ -204,7 +217,9 @@ class Bench:
         if learning.lora:
             return self.theatre.with_lora(weights), lambda take: self.theatre.prompts([text(take, RARE_WORD)])
         places = action_sampling.places(model.get_model_object("diffusion_model")) if learning.layer_wise else ()
-        known = [ActionIdentifier(PLACEHOLDER, INITIAL_WORD, weights, places)]
+        weights = dict(weights)
+        offsets = weights.pop(OFFSETS, None)
+        known = [ActionIdentifier(PLACEHOLDER, INITIAL_WORD, weights, places, offsets=offsets)]
 
         def positive(take: Take) -> list:
             with torch.inference_mode():
@@ -226,7 +241,7 @@ class Bench:
 
         return TrainingConfig(
             learning.steps, learning.learning_rate, UNNAMED_ACTIONS.index(takes[0].action), learning.batch,
-            min_snr_gamma=learning.min_snr_gamma, checkpoint_every=0,
+            decay=learning.decay, min_snr_gamma=learning.min_snr_gamma, checkpoint_every=0,
         )
 
     def _train_tokens(self, learning: Learning, takes: Sequence[Take]) -> dict[str, torch.Tensor]:
@@ -238,10 +253,11 @@ class Bench:
         action = ActionTrainingConfig(placeholder=PLACEHOLDER, initial_word=INITIAL_WORD, **settings)
         given = training.Exemplars(self._latents(takes), [text(take, PLACEHOLDER) for take in takes])
         with permuted_masks() if learning.permuted else contextlib.nullcontext():
-            return dict(training.train(
+            found = training.train(
                 self.theatre.model, self.theatre.clip, given, action, self._config(learning, takes),
                 checkpoints=Checkpoints("action_identifier", {}), resume_from="none",
-            )[0].tokens)
+            )[0]
+        return {**found.tokens, **({} if found.offsets is None else {OFFSETS: found.offsets})}
 
     def _train_lora(self, learning: Learning, takes: Sequence[Take]) -> dict[str, torch.Tensor]:
         from pack.nodes.training import picture_training

@@ -15,7 +15,8 @@ A script lists its arms as frozen dataclasses and hands `main` what makes a batc
 Of every script:
 
     --arm NAME [NAME ...]     rows to .cache/experiments/METHOD/test; all: every arm; "rank *": those
-    --report                  rows to results/METHOD.csv.gz, tables and claims to results/METHOD.json
+    --report                  rows to results/METHOD.csv.gz, tables and claims to results/METHOD.json; arms that were
+                              not made here keep the rows that lie there, if they were of the same settings
     --picture                 results/METHOD.webp, of the cases at the median
     --development --arm ...   development arms, or those of the test, on development cases: printed alone
     --cases N                 the first N cases
@@ -24,6 +25,8 @@ Of every script:
 import argparse
 import csv
 import fnmatch
+import gzip
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +52,7 @@ def read_rows(path: Path) -> list[dict]:
     """Rows as `report.write_csv` wrote them; none where there is no file."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else open(path, newline="") as file:
         return [{k: number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
 
@@ -91,6 +94,27 @@ def newest(folder: Path, arm: str) -> list[dict]:
     """The arm's rows by the settings that ran last."""
     pointer = folder / f"{slug(arm)}.newest"
     return read_rows(folder / pointer.read_text() / "rows.csv") if pointer.exists() else []
+
+
+class Reported:
+    """The rows of a method in a folder of results, which outlive the machine that made them."""
+
+    def __init__(self, results: Path, name: str, known: dict, checkpoint: Path):
+        self.rows_path, self.tables_path = results / f"{name}.csv.gz", results / f"{name}.json"
+        digest = sampling.sha256(checkpoint) if checkpoint.exists() else ""
+        self.settings = {arm: report.fingerprint(setting, digest) for arm, setting in known.items()}
+
+    def rows(self, arm: str) -> list[dict]:
+        """Those of an arm with the settings of now."""
+        made_by = json.loads(self.tables_path.read_text()).get("settings", {}) if self.tables_path.exists() else {}
+        if made_by.get(arm) != self.settings[arm]:
+            return []
+        return [row for row in read_rows(self.rows_path) if row["arm"] == arm]
+
+    def write(self, rows: list[dict], tables: dict) -> None:
+        settings = {arm: self.settings[arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
+        report.write_csv(self.rows_path, rows)
+        report.write_json(self.tables_path, {"machine": report.machine(), **tables, "settings": settings})
 
 
 def sheet(folder: Path, arms: Sequence[str], most: int = 12) -> None:
@@ -155,14 +179,19 @@ def main(
         if hasattr(stage, "prepare") and kept.left(range(count)):
             stage.prepare(known[arm])
         run(kept, range(count), stage.batch, lambda some, arm=arm: stage.make(known[arm], some))
+    earlier = Reported(report.RESULTS, name, {} if options.development else arms, options.checkpoint)
+
+    def found_of(arm: str) -> list[dict]:
+        return newest(folder, arm) or ([] if options.development else earlier.rows(arm))
+
     if drawing:
         def rows_of(arm: str) -> list[dict]:
-            return newest(folder, arm) or parser.error(f'there are no rows yet: run --arm "{arm}" first')
+            return found_of(arm) or parser.error(f'there are no rows yet: run --arm "{arm}" first')
 
         panels.save(report.RESULTS / name, picture(stage, rows_of))
     if not (options.report or options.development):
         return
-    rows = [row for arm in known for row in newest(folder, arm) if row["case"] < count]
+    rows = [row for arm in known for row in found_of(arm) if row["case"] < count]
     if not rows:
         parser.error("there are no rows yet: run arms first")
     sheet(folder, [arm for arm in known if newest(folder, arm)])
@@ -170,5 +199,4 @@ def main(
     found = tables(rows)
     print(report.text(found))
     if not options.development:
-        report.write_csv(report.RESULTS / f"{name}.csv.gz", rows)
-        report.write_json(report.RESULTS / f"{name}.json", {"machine": report.machine(), **found})
+        earlier.write(rows, found)

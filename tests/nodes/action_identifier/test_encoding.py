@@ -1,5 +1,7 @@
 """Prompts with identifiers, against ComfyUI's embeddings in its own prompts."""
 
+import dataclasses
+
 import comfy.hooks
 import pytest
 import safetensors.torch
@@ -61,6 +63,38 @@ def test_tokens_equal_in_all_layers_are_comfyui_s_embeddings(kind, text, clips, 
     _, (actual,) = encoding.encode(clip, text, used)
     (expected, _), = action_identifiers.plain(clip, native)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_offsets_are_added_where_the_placeholder_stands_by_its_weight(kind, text, clips):
+    """Where it stands is found by marks that ComfyUI's tokenizer takes for embeddings."""
+    clip, places = clips[kind], action_identifiers.places(MODEL)
+    action = action_identifiers.identifier(MODEL, kind, placeholder="<one>", count=2)
+    other = action_identifiers.identifier(MODEL, kind, seed=1, placeholder="<two>")
+    used = [one for one in (action, other) if one.placeholder in text]
+    _, (before,) = encoding.encode(clip, text, used)
+    offsets = torch.randn(len(places), 2, before.shape[-1], generator=torch.Generator().manual_seed(2))
+    moved = [dataclasses.replace(one, offsets=offsets) if one is action else one for one in used]
+    _, (actual,) = encoding.encode(clip, text, moved)
+    expected = before.clone()
+    prompt = encoding.Prompt(clip.tokenize, text, {one.placeholder: one.tokens for one in used})
+    position, seen = 0, 0
+    for section in next(iter(prompt.marked.values())):
+        for token, weight in section:
+            if getattr(token, "placeholder", "") == "<one>":
+                expected[:, position] += weight * offsets[:, seen % 2]
+                seen += 1
+            position += 1
+    assert position == before.shape[1] and (seen > 0) == ("<one>" in text)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_offsets_of_another_width_are_refused(clips):
+    action = action_identifiers.identifier(MODEL, placeholder="<one>")
+    action = dataclasses.replace(action, offsets=torch.zeros(4, 1, 5))
+    with pytest.raises(ActionError, match="offsets are 5 wide"):
+        encoding.encode(clips["SD 1.5"], "a <one>", [action])
 
 
 @pytest.mark.parametrize("kind", KINDS)

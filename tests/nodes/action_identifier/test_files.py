@@ -12,6 +12,7 @@ from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from pack.nodes.action_identifier import encoding, files
 from pack.nodes.action_identifier.method import ActionError, ActionIdentifier
 from pack.nodes.action_identifier.nodes import UnderstudyLoadActionIdentifier
+from pack.nodes.action_identifier.training_nodes import UnderstudySaveActionIdentifier
 from pack.nodes.files.names import WeightFileError
 from support import action_identifiers, tiny_clip, tiny_model
 
@@ -46,6 +47,17 @@ def test_a_saved_identifier_is_read_back_bit_for_bit(kind, folders):
     stored = safetensors.torch.load_file(path)
     assert {tuple(v.shape) for v in stored.values()} == {(4, 2, w) for w in tiny_clip.WIDTHS[kind].values()}
     assert files.FOLDER.choices() == ["people/wave_00001_.safetensors"]
+
+
+def test_what_lies_behind_the_encoder_is_read_back_and_no_embedding(folders):
+    action = action_identifiers.identifier(MODEL, count=2)
+    action = dataclasses.replace(action, offsets=torch.randn(4, 2, 8))
+    actual = files.load(files.save(action, "wave").name)
+    equal(actual, action)
+    assert torch.equal(actual.offsets, action.offsets)
+    with pytest.raises(ValueError, match="<action> was learned behind the text encoder.* turn textual_inversion off"):
+        UnderstudySaveActionIdentifier.execute(action, "other", textual_inversion=True)
+    assert len(files.FOLDER.choices()) == 1
 
 
 def test_an_action_is_loaded_under_another_word(folders):

@@ -12,6 +12,15 @@ def test_lengths_that_differ_leave_nothing_between():
     assert blended(torch.zeros(1, 77, 8), torch.ones(4, 154, 8), 1.0).shape == (4, 154, 8)
 
 
+@pytest.mark.parametrize("offsets", [
+    torch.zeros(2, 1, 8), torch.zeros(1, 2, 8), torch.zeros(1, 8), torch.full((1, 1, 8), float("nan")),
+    torch.zeros(1, 1, 8, dtype=torch.int64),
+], ids=["layers", "tokens", "dimensions", "not finite", "whole numbers"])
+def test_offsets_fit_the_tokens(offsets):
+    with pytest.raises(ActionError, match="offsets"):
+        method.ActionIdentifier("<a>", "dancing", {"l": torch.zeros(1, 1, 4)}, offsets=offsets)
+
+
 def test_contexts_are_trained_one_exemplar_after_the_other():
     objective = method.ContextObjective(lambda i, _generator: torch.tensor([float(i)]), 3)
     assert [float(objective(step, torch.Generator())) for step in range(5)] == [0, 1, 2, 0, 1]

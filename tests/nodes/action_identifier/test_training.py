@@ -195,6 +195,67 @@ def test_previews_read_the_tokens_and_change_nothing():
     assert len(seen) == 2 and not torch.equal(*seen)
 
 
+@pytest.mark.parametrize("kind", ["SD 1.5", "SD 2.1", "SDXL", "Wan"])
+def test_behind_the_encoder_offsets_are_learned_and_the_word_stays(kind):
+    shape = (1, 16, 1, 4, 4) if kind == "Wan" else (1, 4, 8, 8)
+    model = {"SDXL": tiny_model.xl, "Wan": tiny_model.wan}.get(kind, tiny_model.picture)()
+    model = tiny_model.as_loaded(action_identifiers.reading(model) if kind != "Wan" else model)
+    clip = tiny_clip.as_loaded(tiny_clip.clip(kind if kind in tiny_clip.WIDTHS else "SD 1.5"))
+    settings = action(behind_encoder=True, lowest_noise=0.5)
+    actual, _ = train(model, clip, exemplars(shape=shape), settings, steps=2)
+    places, first = action_identifiers.places(model), encoding.word_vectors(clip, "dancing")
+    assert all(torch.equal(tokens, first[name].expand_as(tokens)) for name, tokens in actual.tokens.items())
+    plain = action_identifiers.plain(clip, "a")[0][0]
+    assert actual.offsets.shape == (len(places), len(next(iter(first.values()))), plain.shape[-1])
+    assert actual.offsets.flatten(1).any(1).all(), "a layer learned nothing"
+
+
+def test_a_prompt_is_read_in_training_as_it_will_be_in_use():
+    run, settings = config(), action(behind_encoder=True)
+    encoder = training.TextEncoder(CLIP)
+    learned = train(settings=settings, steps=3)[0]
+    with session(sampling.apply(MODEL, 1.0), (3, 4, 8, 8), run, other_models=[encoder.patcher]) as denoiser:
+        trainer = training._ActionTrainer(denoiser, encoder, exemplars(), settings, run)
+        prompt = trainer._prompt("a (red <action>:1.4) robot", trainer.word_tokens(1), "<action>")
+        expected = trainer.contexts(prompt, "<action>", {"offsets": learned.offsets})
+    _, (actual,) = encoding.encode(CLIP, "a (red <action>:1.4) robot", [learned])
+    torch.testing.assert_close(actual, expected.cpu(), rtol=1e-5, atol=1e-5)
+
+
+def test_behind_the_encoder_a_resumed_run_equals_the_whole_one_and_the_loss_falls():
+    settings = action(behind_encoder=True, lowest_noise=0.5)
+    whole, losses = train(settings=settings, steps=30, learning_rate=0.1)
+    assert sum(losses["loss"][20:]) < sum(losses["loss"][:10])
+    saved = MemoryCheckpoints()
+    train(settings=settings, steps=20, learning_rate=0.1, checkpoints=saved, checkpoint_every=15)
+    resumed, again = train(
+        settings=settings, steps=30, learning_rate=0.1, checkpoints=MemoryCheckpoints(saved.states[0])
+    )
+    assert torch.equal(resumed.offsets, whole.offsets) and losses["loss"] == again["loss"]
+
+
+@pytest.mark.parametrize("triples", [True, False])
+def test_noise_is_drawn_from_the_range_that_is_asked_for(triples, monkeypatch):
+    seen, original = [], training.Denoising.loss_at
+
+    def loss_at(self, clean, conditions, noise, level):
+        if torch.is_grad_enabled():  # a step
+            seen.extend(level.tolist())
+        return original(self, clean, conditions, noise, level)
+
+    monkeypatch.setattr(training.Denoising, "loss_at", loss_at)
+    train(settings=action(triples=triples, lowest_noise=0.5, highest_noise=0.75), steps=40, batch_size=3)
+    count = len(MODEL.model.model_sampling.sigmas)
+    assert 0.5 * count <= min(seen) < 0.55 * count and 0.7 * count < max(seen) < 0.75 * count
+
+
+def test_what_cannot_be_learned_together_is_refused():
+    with pytest.raises(ValueError, match="fixed_norm .* behind_encoder .* turn one off"):
+        action(behind_encoder=True, fixed_norm=True)
+    with pytest.raises(ValueError, match="the range of noise is empty: set lowest_noise .0.5. below highest_noise"):
+        action(lowest_noise=0.5, highest_noise=0.5)
+
+
 def test_the_base_is_the_fingerprint_that_apply_compares():
     actual, _ = train(steps=1)
     assert actual.base == sampling.apply(MODEL, 1.0).get_attachment(sampling.KEY).base

@@ -132,3 +132,16 @@ def test_a_summary_has_a_line_for_each_list_and_loses_nothing(tmp_path):
     report.write_json(tmp_path / "x.json", content)
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text) == content and any("1.0, 0.5, 1.5" in line for line in text.splitlines())
+
+
+def test_arms_of_another_machine_keep_their_rows_until_their_settings_change(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.write_bytes(b"weights")
+    arms = {"ours": "first", "none": "as ever"}
+    made = [{"arm": arm, "case": i, "error": i / 2, "seen": "cat"} for arm in arms for i in range(3)]
+    runs.Reported(tmp_path, "x", arms, checkpoint).write(made, {"arms": {}})
+    assert runs.Reported(tmp_path, "x", arms, checkpoint).rows("ours") == made[:3]
+    changed = runs.Reported(tmp_path, "x", arms | {"ours": "second"}, checkpoint)
+    assert changed.rows("ours") == [] and changed.rows("none") == made[3:]
+    checkpoint.write_bytes(b"others")
+    assert runs.Reported(tmp_path, "x", arms, checkpoint).rows("none") == []
