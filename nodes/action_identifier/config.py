@@ -11,6 +11,9 @@ from ..inputs.words import entries
 _FORBIDDEN = re.compile(r"[\s():\\{}]")
 HIGHEST_STRENGTH = 2.0
 MINIMUM_EXEMPLARS = 2
+# Beside the MERGES: no triples and no masks, as P+ (arXiv 2303.09522) trains tokens for each layer, on batches.
+EVERY = "every channel"
+PICTURES_A_STEP = 3  # a triple's; as many in a batch
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class ActionTrainingConfig:
     steps: int = 3000
     learning_rate: float = 1e-4
     mask_percentile: float = 0.6
-    # Ours: the merge that moves more channels.
+    # Ours: the merge that moves more channels; EVERY moves all, and compares nothing.
     merge: str = MERGES[0]
     # Ours: trained briefly, so that the context's token does not learn the action as well.
     context_steps: int = 100
@@ -42,9 +45,6 @@ class ActionTrainingConfig:
     # decided at high noise, to which ReVersion (arXiv 2303.13495) gives more weight; the very highest shows nothing.
     lowest_noise: float = 0.0
     highest_noise: float = 1.0
-    # False: no triples and no masks, as P+ (arXiv 2303.09522) trains tokens for each layer, on batches; for
-    # comparisons.
-    triples: bool = True
     # False: one token for all layers, as textual inversion (arXiv 2208.01618) has; for comparisons.
     layer_wise: bool = True
 
@@ -56,7 +56,7 @@ class ActionTrainingConfig:
             raise ValueError("contrast_words is empty: name actions other than the one to learn, separated by commas")
         if not 0 < self.mask_percentile < 1:
             raise ValueError(f"mask_percentile is {self.mask_percentile}: use a number between 0 and 1, say 0.6")
-        check_choice(self, merge=MERGES)
+        check_choice(self, merge=(*MERGES, EVERY))
         check_limits(self, "context_steps", lowest=1, fix="1 or more")
         check_limits(self, "lowest_noise", "highest_noise", lowest=0, highest=1, fix="0 to 1")
         check_range("the range of noise", lowest_noise=self.lowest_noise, highest_noise=self.highest_noise)
@@ -64,6 +64,11 @@ class ActionTrainingConfig:
             raise ValueError(
                 "fixed_norm keeps the length of tokens, and behind_encoder leaves tokens as they are: turn one off"
             )
+
+    @property
+    def triples(self) -> bool:
+        """Whether a step compares three pictures, rather than learning from each of a batch."""
+        return self.merge != EVERY
 
     @property
     def contrasts(self) -> list[str]:

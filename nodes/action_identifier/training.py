@@ -25,7 +25,7 @@ from ..training.runs import LossMap, run
 from ..training.seeds import seed_for
 from ..training.session import ModelDenoiser, clone_without_streaming, session
 from . import encoding, method, sampling
-from .config import ActionTrainingConfig
+from .config import PICTURES_A_STEP, ActionTrainingConfig
 from .method import ActionIdentifier
 from .sampling import BatchContexts
 
@@ -74,7 +74,7 @@ def train(
     resume = checkpoints.resume(resume_from)
     base = fingerprint(model)
     encoder = TextEncoder(clip)
-    count = 3 if action.triples else config.batch_size
+    count = PICTURES_A_STEP if action.triples else config.batch_size
     shape = [count, *exemplars.latents[0].shape[1:]]
     # With the patch of Apply Action Identifier, so that previews read the tokens as a user's run does.
     patched = sampling.apply(model, 1.0)

@@ -16,7 +16,7 @@ from ..training import doctor, drawing, inputs, loss_masks, picture_training, pr
 from ..training.checkpoints import Checkpoints
 from ..training.config import TrainingConfig
 from . import encoding, files, sampling, training
-from .config import MINIMUM_EXEMPLARS, ActionTrainingConfig
+from .config import EVERY, MINIMUM_EXEMPLARS, PICTURES_A_STEP, ActionTrainingConfig
 from .nodes import ACTION, CATEGORY
 
 _DEFAULT = ActionTrainingConfig()
@@ -72,9 +72,9 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     "as independent of the surroundings, and fewer as the action's.",
                 ),
                 io.Combo.Input(
-                    "merge", options=list(MERGES), default=_DEFAULT.merge,
+                    "merge", options=[*MERGES, EVERY], default=_DEFAULT.merge,
                     tooltip="Which channels a step may change: union takes those that pass either comparison, "
-                    "intersection only those that pass both.",
+                    "intersection only those that pass both. Every channel compares nothing and draws no contrasts.",
                 ),
                 widgets.seed("action"),
                 io.Image.Input(
@@ -96,11 +96,13 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     tooltip="Learns the direction of the action's tokens alone and leaves them as long as those of "
                     "the initial word, so that the other words of a prompt keep their weight.",
                 ),
+                *widgets.masks("one mask per picture, or one for all"),
+                widgets.offload(),
                 io.Boolean.Input(
                     "behind_encoder", default=_DEFAULT.behind_encoder, optional=True, advanced=True,
                     tooltip="Learns what to add behind the text encoder where the word stands, instead of the word's "
                     "own tokens: carries more of the action where the encoder knows few words, and needs fewer "
-                    "steps. Use a learning_rate of 0.02.",
+                    "steps. Use a learning_rate of 0.04, which then falls to 0.",
                 ),
                 io.Float.Input(
                     "lowest_noise", default=_DEFAULT.lowest_noise, min=0.0, max=1.0, step=0.05, round=False,
@@ -114,8 +116,6 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     tooltip="Trains only on noise levels below this fraction of the schedule. At the very highest "
                     "nothing of a pose can be seen.",
                 ),
-                *widgets.masks("one mask per picture, or one for all"),
-                widgets.offload(),
                 widgets.consent(),
             ],
             outputs=[
@@ -129,7 +129,7 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
         values = inputs.single_values(lists)
         action = _action(values)
         consent = gate.check_training("Train Action Identifier", values.get("consent"))
-        config = widgets.config(values)
+        config = widgets.config(values, **_run(action))
         exemplars = _exemplars(values["vae"], images, subjects, contrast_images)
         masks, floor = loss_masks.pictures(masks, len(exemplars.latents)), values.get("mask_floor", 0.0)
         findings = [
@@ -161,6 +161,13 @@ def _action(values: dict) -> ActionTrainingConfig:
     for name in ("contrast_words", "fixed_norm", "behind_encoder", "lowest_noise", "highest_noise"):
         chosen[name] = values.get(name, getattr(_DEFAULT, name))
     return ActionTrainingConfig(**chosen)
+
+
+def _run(action: ActionTrainingConfig) -> dict:
+    """What the method decides of the run."""
+    batch = {} if action.triples else {"batch_size": PICTURES_A_STEP}
+    # Behind the encoder a rate that stays high wanders, and the last step decides what was found.
+    return batch | ({"decay": 1.0} if action.behind_encoder else {})
 
 
 def _exemplars(vae, images, subjects, contrast_images) -> training.Exemplars:

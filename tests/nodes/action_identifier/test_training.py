@@ -6,6 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 from pack.nodes.action_identifier import encoding, sampling, training
+from pack.nodes.action_identifier.config import EVERY
 from pack.nodes.training import loop
 from pack.nodes.training.session import session
 from support import action_identifiers, tiny_clip, tiny_model
@@ -77,7 +78,7 @@ def test_every_kind_of_model_learns(kind):
 
 
 def test_it_learns_with_and_without_triples():
-    for settings in (action(), action(triples=False), action(triples=False, layer_wise=False)):
+    for settings in (action(), action(merge=EVERY), action(merge=EVERY, layer_wise=False)):
         actual, loss_map = train(settings=settings, steps=30, learning_rate=0.1)
         first, last = (torch.tensor(loss_map["loss"][part]).mean() for part in (slice(0, 10), slice(20, 30)))
         assert last < first
@@ -96,7 +97,7 @@ def test_without_triples_a_step_is_one_pass_of_a_batch(asked, taken, monkeypatch
         return original(self, clean, conditions, noise, level)
 
     monkeypatch.setattr(training.Denoising, "loss_at", loss_at)
-    train(settings=action(triples=False), steps=2, batch_size=asked)
+    train(settings=action(merge=EVERY), steps=2, batch_size=asked)
     assert sizes == [taken] * 2
 
 
@@ -234,8 +235,8 @@ def test_behind_the_encoder_a_resumed_run_equals_the_whole_one_and_the_loss_fall
     assert torch.equal(resumed.offsets, whole.offsets) and losses["loss"] == again["loss"]
 
 
-@pytest.mark.parametrize("triples", [True, False])
-def test_noise_is_drawn_from_the_range_that_is_asked_for(triples, monkeypatch):
+@pytest.mark.parametrize("merge", ["union", EVERY])
+def test_noise_is_drawn_from_the_range_that_is_asked_for(merge, monkeypatch):
     seen, original = [], training.Denoising.loss_at
 
     def loss_at(self, clean, conditions, noise, level):
@@ -244,7 +245,7 @@ def test_noise_is_drawn_from_the_range_that_is_asked_for(triples, monkeypatch):
         return original(self, clean, conditions, noise, level)
 
     monkeypatch.setattr(training.Denoising, "loss_at", loss_at)
-    train(settings=action(triples=triples, lowest_noise=0.5, highest_noise=0.75), steps=40, batch_size=3)
+    train(settings=action(merge=merge, lowest_noise=0.5, highest_noise=0.75), steps=40, batch_size=3)
     count = len(MODEL.model.model_sampling.sigmas)
     assert 0.5 * count <= min(seen) < 0.55 * count and 0.7 * count < max(seen) < 0.75 * count
 
