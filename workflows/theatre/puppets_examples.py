@@ -22,6 +22,7 @@ import entry
 import half_files
 import torch
 from pack.nodes.action_identifier import files as identifier_files
+from pack.nodes.action_identifier.config import EVERY
 from pack.nodes.action_identifier.training_nodes import UnderstudyTrainActionIdentifier
 from pack.nodes.files import weights
 from pack.nodes.identity_prior import files as prior_files
@@ -44,9 +45,9 @@ ACTION = "flexing"
 IDENTIFIER = entry.MODELS / "action_identifiers" / f"puppets_{ACTION}.safetensors"
 ACTION_PUPPETS = "", ACTION, "", 5, PUPPET_SEED
 ACTION_SETTINGS = {
-    "placeholder": f"<{ACTION}>", "initial_word": "standing", "steps": 400, "context_steps": 20,
-    "learning_rate": 0.02, "mask_percentile": 0.6, "merge": "union", "min_snr_gamma": 1.0, "seed": 0,
-    "resume_from": "none", "checkpoint_every": 0,
+    "placeholder": f"<{ACTION}>", "initial_word": "dancing", "steps": 600, "context_steps": 20,
+    "learning_rate": 0.04, "mask_percentile": 0.6, "merge": EVERY, "min_snr_gamma": 1.0, "seed": 0,
+    "behind_encoder": True, "lowest_noise": 0.45, "highest_noise": 0.9, "resume_from": "none", "checkpoint_every": 0,
 }
 
 
