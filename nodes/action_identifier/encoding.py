@@ -95,6 +95,16 @@ class _Mark(NamedTuple):
     index: int
 
 
+class OffsetPlace(NamedTuple):
+    """One of a placeholder's tokens in an encoded prompt: its position there, its number among the placeholder's, and
+    its weight.
+    """
+
+    position: int
+    index: int
+    weight: float
+
+
 class Prompt:
     """A tokenized text whose placeholders take vectors of any value, as many as the tokens that it is made with.
 
@@ -113,14 +123,12 @@ class Prompt:
                 for section in marked[encoder]
             ]
 
-    def places(self, placeholder: str) -> list[tuple[int, int, float]]:
-        """Of each of the placeholder's tokens in the encoded prompt: its position, its number among the
-        placeholder's, and its weight. Raises ValueError for encoders that put their texts one after the other.
-        """
+    def places(self, placeholder: str) -> list[OffsetPlace]:
+        """Those of the placeholder, in order. Raises ValueError for encoders that join their texts end to end."""
         check_side_by_side(self.marked)
         flat = [entry for section in next(iter(self.marked.values())) for entry in section]
         return [
-            (position, token.index, weight) for position, (token, weight) in enumerate(flat)
+            OffsetPlace(position, token.index, weight) for position, (token, weight) in enumerate(flat)
             if isinstance(token, _Mark) and token.placeholder == placeholder
         ]
 
@@ -205,7 +213,10 @@ def encode(clip: Any, text: str, actions: Sequence[ActionIdentifier]) -> tuple[l
     # A clip with scheduled LoRAs gives several entries.
     plain = clip.encode_from_tokens_scheduled(clip.tokenize(plain_text(text, actions)), show_pbar=False)
     prompt = Prompt(clip.tokenize, text, tokens)
-    prompts = [prompt.at_layer(tokens, layer) for layer in range(common_layers(actions))]
+    layers = common_layers(actions)
+    if all(action.offsets is not None and _same_everywhere(action) for action in actions):
+        layers = 1  # as trained, these tokens are the initial word's in every layer
+    prompts = [prompt.at_layer(tokens, layer) for layer in range(layers)]
 
     def entries(joined: Tokens) -> list[torch.Tensor]:
         return [entry[0] for entry in clip.encode_from_tokens_scheduled(joined, show_pbar=False)]
@@ -214,31 +225,35 @@ def encode(clip: Any, text: str, actions: Sequence[ActionIdentifier]) -> tuple[l
     for action in actions:
         if action.offsets is not None:
             places = prompt.places(action.placeholder)
-            contexts = [with_offsets(layers, places, action.offsets) for layers in contexts]
+            contexts = [with_offsets(each, places, action.placeholder, action.offsets) for each in contexts]
     return plain, contexts
 
 
+def _same_everywhere(action: ActionIdentifier) -> bool:
+    return all(torch.equal(tokens, tokens[:1].expand_as(tokens)) for tokens in action.tokens.values())
+
+
 def with_offsets(
-    contexts: torch.Tensor, places: Sequence[tuple[int, int, float]], offsets: torch.Tensor
+    contexts: torch.Tensor, places: Sequence[OffsetPlace], placeholder: str, offsets: torch.Tensor
 ) -> torch.Tensor:
-    """Contexts [L, T, C] or [1, T, C] with offsets [L, n, C], times their weights, at the `places` of a Prompt.
+    """Contexts [L or 1, T, C] with a placeholder's offsets [L or 1, n, C], times their weights, at its places.
 
     Raises ActionError where their widths differ, ValueError for a place behind the encoded tokens.
     """
     if contexts.shape[2] != offsets.shape[2]:
         raise ActionError(
-            f"its offsets are {offsets.shape[2]} wide, and the encoded prompt {contexts.shape[2]}: connect the clip "
-            "of the model that it was trained with"
+            f"the offsets of {placeholder} are {offsets.shape[2]} wide, and the encoded prompt {contexts.shape[2]}: "
+            "connect the clip of the model that it was trained with"
         )
-    if places and places[-1][0] >= contexts.shape[1]:
+    if places[-1].position >= contexts.shape[1]:
         raise ValueError(
-            f"the text is longer than the {contexts.shape[1]} tokens that are encoded: name the action earlier"
+            f"the text is longer than the {contexts.shape[1]} tokens that are encoded: name {placeholder} earlier"
         )
+    weights = torch.tensor([place.weight for place in places]).to(contexts)[:, None]
+    added = offsets.to(contexts)[:, [place.index for place in places]] * weights
+    where = torch.tensor([place.position for place in places], device=contexts.device)
     count = max(len(contexts), len(offsets))
-    positions, numbers, weights = zip(*places, strict=True)
-    added = offsets.to(contexts)[:, list(numbers)] * torch.tensor(weights).to(contexts)[:, None]
-    where = torch.tensor(positions, device=contexts.device)
-    return contexts.repeat(count // len(contexts), 1, 1).index_add(1, where, added.expand(count, -1, -1))
+    return contexts.expand(count, -1, -1).index_add(1, where, added.expand(count, -1, -1))
 
 
 def token_counts(tokens: ByPlaceholder) -> dict[str, dict[str, int]]:

@@ -75,8 +75,7 @@ def save(action: ActionIdentifier, filename_prefix: str, tags: str = "", author:
     """Write `output/action_identifiers/<prefix>_00001_.safetensors`; returns its path.
 
     Each encoder's tokens [places, tokens, width] under its name, and `offsets` behind them where there are any; the
-    rest is metadata. Raises as made_now and
-    weights.save do.
+    rest is metadata. Raises as made_now and weights.save do.
     """
     metadata = {
         "kind": _KIND, "method": "ADI action identifier (arXiv 2311.15841)", "placeholder": action.placeholder,

@@ -134,6 +134,10 @@ class _ActionTrainer:
         self.action, self.config = action, config
         self.denoising = Denoising(_PerLayerDenoiser(denoiser.patcher), config)
         self.latents = [self._into(latent) for latent in exemplars.latents]
+        name, words = action.placeholder, self.word_tokens(1)
+        self.prompts = [
+            self._prompt(exemplars.prompt(i, name, name), words, name) for i in range(len(exemplars.latents))
+        ]
         self._encoded: dict[encoding.Prompt, torch.Tensor] = {}
         # What else the model reads of a prompt, such as SDXL's pooled vector, is that of the initial word.
         prompts = [
@@ -167,7 +171,8 @@ class _ActionTrainer:
                 words = prompt.at_layer({placeholder: self.word_tokens(1)}, 0)
                 with torch.no_grad():
                     (self._encoded[prompt],) = self.encoder.encode(words)
-            return encoding.with_offsets(self._encoded[prompt], prompt.places(placeholder), tokens[_OFFSETS])
+            places = prompt.places(placeholder)
+            return encoding.with_offsets(self._encoded[prompt], places, placeholder, tokens[_OFFSETS])
         count = len(next(iter(tokens.values())))
         prompts = [prompt.at_layer({placeholder: tokens}, layer) for layer in range(count)]
         return encoding.encode_each(self.encoder.encode, prompts)[0]
@@ -210,8 +215,7 @@ class _ActionTrainer:
     def objective(self, tokens: loop.Parameters, contrasts: Sequence[torch.Tensor]):
         """The training loop's objective for the identifier, and its masks or None."""
         name, count = self.action.placeholder, len(self.latents)
-        words = self.word_tokens(1)
-        prompts = [self._prompt(self.exemplars.prompt(i, name, name), words, name) for i in range(count)]
+        prompts = self.prompts
 
         def triple_loss(triple: method.Triple, copies: dict[str, torch.Tensor], generator) -> torch.Tensor:
             exemplar_ids = (triple.anchor, triple.other, triple.anchor)
@@ -239,8 +243,7 @@ class _ActionTrainer:
 
         def loss_at(index: int, seed: int, place: float) -> torch.Tensor:
             latent = self.latents[index]
-            prompt = self._prompt(self.exemplars.prompt(index, name, name), self.word_tokens(1), name)
-            conditions = self._with_contexts([index], [self.contexts(prompt, name, tokens)])
+            conditions = self._with_contexts([index], [self.contexts(self.prompts[index], name, tokens)])
             return self.denoising.loss_at(latent, conditions, *noise_and_level(self.denoising, latent, seed, place))
 
         return ReferenceLoss(len(self.latents), loss_at)

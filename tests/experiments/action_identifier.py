@@ -1,7 +1,7 @@
 """Method 3, action identifier: five red striped bears share an action without a word; others do it by one.
 
     python tests/experiments/action_identifier.py --development --arm all
-    python tests/experiments/action_identifier.py --arm "ours, intersection"
+    python tests/experiments/action_identifier.py --arm "ours by union"
     python tests/experiments/action_identifier.py --report
 
 As PROTOCOL.md says; options are in runs.py. What development chose stands below as the rates and as OURS.

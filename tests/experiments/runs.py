@@ -19,7 +19,7 @@ Of every script:
                               not made here keep the rows that lie there, if they were of the same settings
     --picture                 results/METHOD.webp, of the cases at the median
     --development --arm ...   development arms, or those of the test, on development cases: printed alone
-    --cases N                 the first N cases
+    --cases N                 the first N cases, without --report
 """
 
 import argparse
@@ -97,15 +97,17 @@ def newest(folder: Path, arm: str) -> list[dict]:
 
 
 class Reported:
-    """The rows of a method in a folder of results, which outlive the machine that made them."""
+    """The rows of a method in a folder of results, which outlive the machine that made them.
 
-    def __init__(self, results: Path, name: str, known: dict, checkpoint: Path):
+    settings: of each arm all that decides its pictures; rows of others are not its rows.
+    """
+
+    def __init__(self, results: Path, name: str, settings: dict[str, object]):
         self.rows_path, self.tables_path = results / f"{name}.csv.gz", results / f"{name}.json"
-        digest = sampling.sha256(checkpoint) if checkpoint.exists() else ""
-        self.settings = {arm: report.fingerprint(setting, digest) for arm, setting in known.items()}
+        self.settings = {arm: report.fingerprint(setting) for arm, setting in settings.items()}
 
     def rows(self, arm: str) -> list[dict]:
-        """Those of an arm with the settings of now."""
+        """Those that lie there of an arm."""
         made_by = json.loads(self.tables_path.read_text()).get("settings", {}) if self.tables_path.exists() else {}
         if made_by.get(arm) != self.settings[arm]:
             return []
@@ -117,6 +119,11 @@ class Reported:
         report.write_json(self.tables_path, {"machine": report.machine(), **tables, "settings": settings})
 
 
+def fuller(here: list[dict], there: list[dict]) -> list[dict]:
+    """The rows of more cases: those of this machine, unless a killed run left fewer of them."""
+    return here if len({row["case"] for row in here}) >= len({row["case"] for row in there}) else there
+
+
 def sheet(folder: Path, arms: Sequence[str], most: int = 12) -> None:
     """The first pictures of every arm, to look at: sheet.jpg beside the rows, not among the results."""
     rows = []
@@ -124,7 +131,9 @@ def sheet(folder: Path, arms: Sequence[str], most: int = 12) -> None:
         paths = sorted((folder / (folder / f"{slug(arm)}.newest").read_text()).glob("*.png"), key=_by_numbers)[:most]
         if paths:
             rows.append((arm, np.stack([np.asarray(Image.open(path)) for path in paths])))
-    report.contact_sheet(folder / "sheet.jpg", rows, budget=4_000_000)
+    if rows:
+        report.contact_sheet(folder / "sheet.jpg", rows, budget=4_000_000)
+        print(f"to look at: {folder / 'sheet.jpg'}")
 
 
 def _by_numbers(path: Path) -> list[int]:
@@ -162,6 +171,8 @@ def main(
         parser.add_argument("--picture", action="store_true", help="one for readers, of the cases at the median")
     options = parser.parse_args()
     drawing = picture and options.picture
+    if options.report and options.cases:
+        parser.error("--report is of all cases: leave out --cases")
     if drawing and options.development:
         parser.error("--picture is of test cases: leave out --development")
     known = development | arms if options.development else arms
@@ -173,16 +184,19 @@ def main(
         asked = [name for _, names in found for name in names]
     folder = STATE / name / ("development" if options.development else "test")
     count = options.cases or counts[options.development]
-    stage = bench(options, folder) if asked or drawing else None
+    stage = bench(options, folder) if asked or drawing or options.report else None
     for arm in asked:
         kept = Rows(folder, arm, (known[arm], stage.settings))
         if hasattr(stage, "prepare") and kept.left(range(count)):
             stage.prepare(known[arm])
         run(kept, range(count), stage.batch, lambda some, arm=arm: stage.make(known[arm], some))
-    earlier = Reported(report.RESULTS, name, {} if options.development else arms, options.checkpoint)
+    settings = {arm: (known[arm], stage.settings) for arm in known} if stage else {}
+    kept_there = Reported(report.RESULTS, name, settings)
 
     def found_of(arm: str) -> list[dict]:
-        return newest(folder, arm) or ([] if options.development else earlier.rows(arm))
+        if options.development:
+            return newest(folder, arm)
+        return fuller(Rows(folder, arm, settings[arm]).found, kept_there.rows(arm))
 
     if drawing:
         def rows_of(arm: str) -> list[dict]:
@@ -195,8 +209,7 @@ def main(
     if not rows:
         parser.error("there are no rows yet: run arms first")
     sheet(folder, [arm for arm in known if newest(folder, arm)])
-    print(f"to look at: {folder / 'sheet.jpg'}")
     found = tables(rows)
     print(report.text(found))
     if not options.development:
-        earlier.write(rows, found)
+        kept_there.write(rows, found)

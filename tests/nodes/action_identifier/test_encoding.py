@@ -65,11 +65,16 @@ def test_tokens_equal_in_all_layers_are_comfyui_s_embeddings(kind, text, clips, 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+# What the brackets round <one> make of its weight.
+WEIGHTS = dict(zip(TEXTS, [(1.0,), (1.0,), (1.3,), (1.21,), (1.0,), (1.0,)], strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_offsets_are_added_where_the_placeholder_stands_by_its_weight(kind, text, clips):
-    """Where it stands is found by marks that ComfyUI's tokenizer takes for embeddings."""
+def test_offsets_are_added_where_the_placeholder_stands_by_its_weight(kind, text, clips, folder):
+    """Where it stands is what moves first in a causal encoder when one of its tokens is another."""
     clip, places = clips[kind], action_identifiers.places(MODEL)
+    write(folder, "other", {e: torch.ones(1, width) for e, width in tiny_clip.WIDTHS[kind].items()})
     action = action_identifiers.identifier(MODEL, kind, placeholder="<one>", count=2)
     other = action_identifiers.identifier(MODEL, kind, seed=1, placeholder="<two>")
     used = [one for one in (action, other) if one.placeholder in text]
@@ -77,23 +82,29 @@ def test_offsets_are_added_where_the_placeholder_stands_by_its_weight(kind, text
     offsets = torch.randn(len(places), 2, before.shape[-1], generator=torch.Generator().manual_seed(2))
     moved = [dataclasses.replace(one, offsets=offsets) if one is action else one for one in used]
     _, (actual,) = encoding.encode(clip, text, moved)
-    expected = before.clone()
-    prompt = encoding.Prompt(clip.tokenize, text, {one.placeholder: one.tokens for one in used})
-    position, seen = 0, 0
-    for section in next(iter(prompt.marked.values())):
-        for token, weight in section:
-            if getattr(token, "placeholder", "") == "<one>":
-                expected[:, position] += weight * offsets[:, seen % 2]
-                seen += 1
-            position += 1
-    assert position == before.shape[1] and (seen > 0) == ("<one>" in text)
-    torch.testing.assert_close(actual, expected)
+    added = actual - before
+    if action not in used:
+        assert not added.any()
+        return
+    for number in range(2):
+        tokens = {e: vectors.clone() for e, vectors in action.tokens.items()}
+        for vectors in tokens.values():
+            vectors[:, number] *= -1
+        _, (changed,) = encoding.encode(clip, text, [
+            dataclasses.replace(one, tokens=tokens) if one is action else one for one in used
+        ])
+        first = int((changed - before).abs().amax((0, 2)).gt(1e-4).nonzero()[0])
+        weight = added[0, first, 0] / offsets[0, number, 0]
+        torch.testing.assert_close(added[:, first], weight * offsets[:, number], rtol=1e-3, atol=1e-4)
+        assert any(abs(weight - known) < 1e-3 for known in WEIGHTS[text]), weight
+    elsewhere = added.abs().amax((0, 2)).gt(1e-6).sum()
+    assert elsewhere == 2 * text.count("<one>")
 
 
 def test_offsets_of_another_width_are_refused(clips):
     action = action_identifiers.identifier(MODEL, placeholder="<one>")
     action = dataclasses.replace(action, offsets=torch.zeros(4, 1, 5))
-    with pytest.raises(ActionError, match="offsets are 5 wide"):
+    with pytest.raises(ActionError, match="offsets of <one> are 5 wide"):
         encoding.encode(clips["SD 1.5"], "a <one>", [action])
 
 

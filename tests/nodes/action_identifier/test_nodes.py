@@ -92,6 +92,27 @@ def test_the_noise_levels_weight_reaches_the_training():
     assert torch.equal(plain, train()[0].tokens["l"]) and not torch.equal(plain, weighed)
 
 
+def test_what_is_learned_behind_the_encoder_is_asked_for_by_the_node(monkeypatch):
+    runs, original = [], training.train
+
+    def watched(model, clip, exemplars, action, config, *, checkpoints, **others):
+        runs.append((action, config, checkpoints.settings))
+        return original(model, clip, exemplars, action, config, checkpoints=checkpoints, **others)
+
+    monkeypatch.setattr(training, "train", watched)
+    plain = train()[0]
+    behind = train(
+        behind_encoder=[True], lowest_noise=[0.45], highest_noise=[0.9], merge=["every channel"], steps=[3]
+    )[0]
+    assert plain.offsets is None and behind.offsets.any()
+    (_, before, old), (action, after, new) = runs
+    assert (before.batch_size, before.decay) == (1, 0) and (after.batch_size, after.decay) == (3, 1)
+    assert (action.lowest_noise, action.highest_noise) == (0.45, 0.9)
+    later = {"behind_encoder", "lowest_noise", "highest_noise", "steps"}
+    assert not later & set(old), "checkpoints from before go on"
+    assert later <= set(new)
+
+
 @pytest.mark.parametrize(("values", "message"), [
     ({"images": [images(1)], "subjects": ["a cat"]}, "images holds 1 picture: give at least 2"),
     ({"subjects": ["a cat\na dog"]}, "subjects has 2 texts for 3 pictures"),

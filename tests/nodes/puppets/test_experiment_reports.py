@@ -135,13 +135,50 @@ def test_a_summary_has_a_line_for_each_list_and_loses_nothing(tmp_path):
 
 
 def test_arms_of_another_machine_keep_their_rows_until_their_settings_change(tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.write_bytes(b"weights")
-    arms = {"ours": "first", "none": "as ever"}
+    arms = {"ours": ("first", "model"), "none": ("as ever", "model")}
     made = [{"arm": arm, "case": i, "error": i / 2, "seen": "cat"} for arm in arms for i in range(3)]
-    runs.Reported(tmp_path, "x", arms, checkpoint).write(made, {"arms": {}})
-    assert runs.Reported(tmp_path, "x", arms, checkpoint).rows("ours") == made[:3]
-    changed = runs.Reported(tmp_path, "x", arms | {"ours": "second"}, checkpoint)
+    runs.Reported(tmp_path, "x", arms).write(made, {"arms": {}})
+    assert runs.Reported(tmp_path, "x", arms).rows("ours") == made[:3]
+    changed = runs.Reported(tmp_path, "x", arms | {"ours": ("second", "model")})
     assert changed.rows("ours") == [] and changed.rows("none") == made[3:]
-    checkpoint.write_bytes(b"others")
-    assert runs.Reported(tmp_path, "x", arms, checkpoint).rows("none") == []
+
+
+class _Bench:
+    """Makes nothing but numbers."""
+
+    batch, settings = 2, "a model"
+
+    def __init__(self, _options, _folder):
+        pass
+
+    def make(self, arm, some):
+        return [{"case": i, "error": arm + i} for i in some], {}
+
+
+def reported(monkeypatch, tmp_path, machine, *arguments, arms=None):
+    """What `--report` leaves in results after a run on a machine with a state of its own."""
+    monkeypatch.setattr(runs, "STATE", tmp_path / machine)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr("sys.argv", ["x", *arguments, "--report"])
+    arms = arms or {"one": 1, "two": 2}
+    runs.main("", "x", arms, {}, (6, 2), _Bench, lambda rows: {"arms": {}})
+    rows = runs.read_rows(tmp_path / "results" / "x.csv.gz")
+    return {arm: [row["error"] for row in rows if row["arm"] == arm] for arm in arms}
+
+
+def test_a_report_gathers_the_arms_of_all_machines(monkeypatch, tmp_path):
+    assert reported(monkeypatch, tmp_path, "a", "--arm", "one") == {"one": [1, 2, 3, 4, 5, 6], "two": []}
+    both = {"one": [1, 2, 3, 4, 5, 6], "two": [2, 3, 4, 5, 6, 7]}
+    assert reported(monkeypatch, tmp_path, "b", "--arm", "two") == both
+    assert reported(monkeypatch, tmp_path, "c") == both, "a machine without rows of its own"
+    kept = runs.Rows(tmp_path / "d" / "x" / "test", "one", (1, "a model"))
+    kept.add([{"case": 0, "error": 1}], {})
+    assert reported(monkeypatch, tmp_path, "d") == both, "one that was killed early"
+    changed = reported(monkeypatch, tmp_path, "b", arms={"one": 1, "two": 9})
+    assert changed == {"one": both["one"], "two": []}, "rows of other settings"
+
+
+def test_a_report_of_some_cases_would_lose_the_others(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        reported(monkeypatch, tmp_path, "a", "--arm", "one", "--cases", "2")
+    assert "--report is of all cases" in capsys.readouterr().err
