@@ -39,7 +39,7 @@ class ActionTrainingConfig:
     # out the rest of a prompt. Ours is AdamW's step, then turned back to the length of what the masks free.
     fixed_norm: bool = False
     # Ours, after the textual bypass of NeTI (arXiv 2305.15391): what is learned is added behind the text encoder,
-    # which can make every word harmless before a token says more than it knew.
+    # which lets through only what is near to words that it knows.
     behind_encoder: bool = False
     # Ours: noise levels are drawn between these fractions of the schedule; ADI draws all of it. How a body stands is
     # decided at high noise, to which ReVersion (arXiv 2303.13495) gives more weight; the very highest shows nothing.
