@@ -103,7 +103,8 @@ class UnderstudyTrainActionIdentifier(CheckedNode):
                     "behind_encoder", default=_DEFAULT.behind_encoder, optional=True, advanced=True,
                     tooltip="Learns what to add behind the text encoder where the word stands, instead of the word's "
                     "own tokens. On the theatre, whose encoder knows few words, it carries more of the action and "
-                    "keeps less of the subject; not measured elsewhere. The learning_rate falls to 0 at the last step; there it was 0.06.",
+                    "keeps less of the subject; not measured elsewhere. The learning_rate falls to 0 at the last "
+                    "step; there it was 0.06.",
                 ),
                 io.Float.Input(
                     "lowest_noise", default=_DEFAULT.lowest_noise, min=0.0, max=1.0, step=0.05, round=False,
