@@ -65,5 +65,6 @@ def test_what_the_exemplars_show_is_leakage_and_the_truth_has_none():
 
 
 def test_what_is_tested_was_among_what_development_compared():
-    for arm in (action_identifier.OURS, action_identifier.UNION, action_identifier.INTERSECTION, action_identifier.LORA):
-        assert action_identifier.ARMS[arm] in action_identifier.DEVELOPMENT.values()
+    ours = action_identifier
+    for arm in (ours.OURS, ours.UNION, ours.INTERSECTION, ours.LORA):
+        assert ours.ARMS[arm] in ours.DEVELOPMENT.values()
