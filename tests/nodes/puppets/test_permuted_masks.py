@@ -65,6 +65,6 @@ def test_what_the_exemplars_show_is_leakage_and_the_truth_has_none():
 
 
 def test_what_is_tested_was_among_what_development_compared():
-    ours = action_identifier
-    for arm in (ours.OURS, ours.UNION, ours.INTERSECTION, ours.LORA):
-        assert ours.ARMS[arm] in ours.DEVELOPMENT.values()
+    script = action_identifier
+    for arm in (script.OURS, script.UNION, script.INTERSECTION, script.LORA):
+        assert script.ARMS[arm] in script.DEVELOPMENT.values()
