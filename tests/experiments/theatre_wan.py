@@ -122,12 +122,12 @@ def clips_of(theatre, kept: report.Pictures, takes: dict[str, list[Take]], optio
 
 
 def sheet(arm: str, clips: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Rows of four clips, each by its judged frames."""
+    """Rows of three clips, each by its judged frames."""
     shown = clips[:, list(judged(clips.shape[1]))]
     return [
-        (f"{arm}, cases {i} to {min(i + 3, len(clips) - 1)}: first, middle and last frame",
-         shown[i:i + 4].reshape(-1, *clips.shape[2:]))
-        for i in range(0, len(clips), 4)
+        (f"{arm}, cases {i} to {min(i + 2, len(clips) - 1)}: first, middle and last frame",
+         shown[i:i + 3].reshape(-1, *clips.shape[2:]))
+        for i in range(0, len(clips), 3)
     ]
 
 
