@@ -4,6 +4,9 @@ All are trained by the pack's own `fusion_embedding.training`, on the same pairs
 pair is in another scene, light and view than the target, so that neither embedding nor tokens can tell a target by
 its surroundings. What an arm does not read it never sees: without tokens the encoder's states are one row of zeros,
 without e_f there is no combiner.
+
+All begin where the shipped fusion's UNet and pose path are: from the checkpoint on, 5,000 steps of AdamW would not
+get far enough in any of them to tell one from another. What reads the source begins anew in each.
 """
 
 import dataclasses
@@ -14,21 +17,25 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import safetensors.torch
 import torch
-from experiments import report, trainings
+from experiments import report, sampling, trainings
 from pack.nodes.fingerprint import weights_fingerprint
-from pack.nodes.fusion_embedding import encoding, files, training
+from pack.nodes.fusion_embedding import encoding, files, layout, training
+from pack.nodes.fusion_embedding import sampling as running
 from pack.nodes.fusion_embedding.config import CombinerConfig, GeneratorConfig
 from pack.nodes.fusion_embedding.method import Fusion
 from pack.nodes.fusion_embedding.pairs import Pair
 from pack.nodes.puppets import render, vision, world
 from pack.nodes.puppets.config import LIGHTS, SCENES, Take, actions_of
 from pack.nodes.training.config import TrainingConfig
+from safetensors import safe_open
 
 TOKENS, EMBEDDING, CLASS = PATHS = "tokens", "e_f's tokens", "class embedding"
 SIZE, AT_ONCE, CLOSE_UPS = 128, 500, 0.25
-STOPS = 600, 2_000  # steps after which a training is kept, too
+STOPS = (600,)  # steps after which a training is kept, too
 EMBEDDING_TOKENS, HIDDEN, POSE_CHANNELS = 4, 256, (8, 16, 32, 64)
+START = sampling.CHECKPOINT.parents[1] / "fusion_embeddings" / "puppets_fusion.safetensors"
 FIXED = report.fingerprint(SIZE, CLOSE_UPS, EMBEDDING_TOKENS, HIDDEN, POSE_CHANNELS)  # of every training
 
 
@@ -48,7 +55,7 @@ class Training:
     """Stage 2, the whole UNet, with these PATHS beside that of the pose; `rate` is times the node's default."""
 
     paths: tuple[str, ...] = PATHS
-    rate: float = 3.0
+    rate: float = 3
     steps: int = 5_000
     embedding_rate: float = 1.0
     clip_by_path: bool = False
@@ -57,6 +64,7 @@ class Training:
     min_snr_gamma: float = 5.0  # as the theatre's UNet was trained
     seed: int = 0
     combiner: Combiner = Combiner()
+    start: str = sampling.sha256(START)
 
 
 # --------------------------------------------------------------------------------------------------------- pairs
@@ -216,13 +224,15 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
             steps, generator.learning_rate, setting.seed, setting.batch, min_snr_gamma=setting.min_snr_gamma,
             checkpoint_every=trainings.CHECKPOINT_EVERY,
         )
+        start = shipped()
+        model = running.with_unet(theatre.model, start, strength=1.0)
         encoded = functools.partial(_Kept, folder, TOKENS not in setting.paths)
         paths = functools.partial(_without_class_embedding, training._paths)
         with mock.patch.object(training, "PairEncoder", encoded), mock.patch.object(
             training, "_paths", training._paths if CLASS in setting.paths else paths
-        ):
+        ), mock.patch.object(layout, "new_generator", functools.partial(_with_pose, layout.new_generator, start)):
             fusion, losses = training.train_generator(
-                theatre.model, theatre.vae, vision.shipped(), pairs, fusion, None, config, generator,
+                model, theatre.vae, vision.shipped(), pairs, fusion, None, config, generator,
                 checkpoints=kept, resume_from=resume_from,
             )
         return _packed(fusion, losses)
@@ -230,6 +240,13 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
     without_end = dataclasses.replace(setting, steps=0)
     tensors, metadata = trainings.trained(folder, "generator", without_end, setting.steps, train, STOPS)
     return files.unpacked(tensors, metadata), trainings.cost(metadata)
+
+
+@functools.cache
+def shipped() -> Fusion:
+    """The fusion whose UNet and pose path all arms begin with."""
+    with safe_open(str(START), "pt") as file:
+        return files.unpacked(safetensors.torch.load_file(START), file.metadata())
 
 
 def read(
@@ -258,6 +275,12 @@ class _Kept(training.PairEncoder):
 
     def fill(self) -> None:
         self.shared = Encoded(self.folder, self.pairs, self, self.blank)
+
+
+def _with_pose(new, start: Fusion, *args) -> dict[str, torch.Tensor]:
+    """A new generator's weights, those of the pose from `start`."""
+    pose = {name: weight for name, weight in start.generator.items() if name.startswith("pose.")}
+    return new(*args) | {name: weight.float().clone() for name, weight in pose.items()}
 
 
 def _without_class_embedding(plain, parameters, generator):

@@ -8,12 +8,25 @@ import torch
 from experiments import fusion_arms as arms
 from experiments import fusion_embedding as experiment
 from experiments.fusion_arms import CLASS, EMBEDDING, TOKENS
-from pack.nodes.fusion_embedding import sampling
+from pack.nodes.fusion_embedding import layout, sampling
+from pack.nodes.fusion_embedding.method import WHOLE, Fusion
 from support import fusions
 from support.fusion_trainings import MODEL, VAE, VISION
 
 THEATRE = SimpleNamespace(model=MODEL, vae=VAE)
 COMBINER = arms.Combiner(pairs=3, steps=2, batch=2)
+
+
+def begun() -> Fusion:
+    """What all arms begin with: another UNet than the model's, and a pose path that acts."""
+    sizes = sampling.model_sizes(MODEL, fusions.HIDDEN, None)
+    generator = layout.new_generator(sizes, 9, arms.POSE_CHANNELS, torch.Generator().manual_seed(3))
+    generator["pose.conv_out.weight"] += 0.3
+    unet = {f"diffusion_model.{key}": 1.1 * value for key, value in MODEL.model.diffusion_model.state_dict().items()}
+    return Fusion(generator=generator, unet=unet, unet_kind=WHOLE)
+
+
+START = begun()
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +41,7 @@ def small(folder, monkeypatch):
     monkeypatch.setattr(arms, "SIZE", 64)
     monkeypatch.setattr(arms, "AT_ONCE", 2)  # pairs in two parts
     monkeypatch.setattr(arms.vision, "shipped", lambda: VISION)
+    monkeypatch.setattr(arms, "shipped", lambda: START)
     return folder
 
 
@@ -58,6 +72,19 @@ def test_an_arm_reads_the_source_by_its_own_paths_alone(small, shown, paths):
     assert torch.equal(tokens[:, :of_source], by_e_f[0][:, :of_source])
     assert bool((tokens[:, of_source:] != by_e_f[0][:, of_source:]).any()) is (EMBEDDING in paths)
     assert bool((embedding != by_e_f[1]).any()) is (CLASS in paths)
+
+
+def test_all_arms_begin_with_one_unet_and_one_pose_path(small):
+    for paths in ((TOKENS,), ()):
+        setting = arms.Training(paths, rate=1e-6, steps=1, batch=2, combiner=COMBINER)  # as good as untrained
+        with torch.inference_mode():
+            fusion, _ = arms.learned(THEATRE, small, setting)
+        for name, weight in fusion.generator.items():
+            if name.startswith("pose."):
+                torch.testing.assert_close(weight, START.generator[name], atol=1e-6, rtol=1e-5)
+        assert fusion.unet.keys() == START.unet.keys()
+        for name, weight in fusion.unet.items():
+            torch.testing.assert_close(weight, START.unet[name], atol=1e-6, rtol=1e-5)
 
 
 def test_pairs_and_cases_show_the_source_elsewhere():
