@@ -79,6 +79,8 @@ class GeneratorConfig:
     # Ours: at least so high a source_drop in the first so many steps, in which e_f is then all that shows the source.
     early_source_drop: float = 0.8
     early_steps: int = 0
+    # Ours: begins with the generator and the UNet that the fusion holds; published: with new paths.
+    train_further: bool = False
     # Published: 100 epochs, 42 pairs on each of 3 GPUs.
     budgets: ClassVar[Budgets] = {
         CONSUMER: {"steps": 10_000, "batch_size": 1, "learning_rate": 1e-4, "whole_unet": False, "rank": 16},
@@ -92,6 +94,11 @@ class GeneratorConfig:
         check_limits(self, "embedding_tokens", lowest=0, highest=MOST_EMBEDDING_TOKENS, fix="0 (off) to 16, say 4")
         check_limits(self, "embedding_rate", lowest=0, highest=100, fix="0 (not trained) to 100, 1 as published")
         check_limits(self, "early_steps", lowest=0, fix="0 (off) or more")
+        if self.train_further and not self.whole_unet:
+            raise ValueError(
+                "train_further is on, and a LoRA beside the UNet of an earlier training would need both in one file: "
+                "switch whole_unet on, which takes over what the fusion holds, or train_further off"
+            )
         check_limits(self, "noise_offset", lowest=0, highest=1, fix="0 (off) to 1, 0.1 as published")
 
 

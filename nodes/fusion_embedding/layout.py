@@ -10,6 +10,7 @@ from ...kernels.fusion_embedding import LAYERS
 from ..errors import shown_by_name
 
 Weights = dict[str, torch.Tensor]
+PATHS = ("appearance.", "embedding.", "embedding_tokens.", "pose.")  # how the keys of a generator's parts begin
 
 
 @shown_by_name
@@ -68,6 +69,30 @@ def new_generator(sizes: Sizes, hidden: int, pose_channels: Sequence[int], gener
         for part in ("weight", "bias"):
             if f"{name}.{part}" in weights:
                 weights[f"{name}.{part}"].zero_()
+    return weights
+
+
+def begun_with(new: Weights, earlier: Mapping[str, torch.Tensor], sizes: Sizes) -> Weights:
+    """A generator with the paths that `earlier` has, copied to fp32, and those of `new` that it lacks.
+
+    Raises FusionError, naming the fix, if those have not the `sizes` that training asks for.
+    """
+    kept = tuple(path for path in PATHS if any(key.startswith(path) for key in earlier))
+    weights = {key: weight for key, weight in new.items() if not key.startswith(kept)}
+    weights |= {key: weight.detach().to("cpu", torch.float32, copy=True) for key, weight in earlier.items()}
+    found = generator_sizes(weights)
+    for name, fix in (
+        ("encoder", "connect the appearance_encoder that the fusion was trained with"),
+        ("context", "connect the model that the fusion was trained for"),
+        ("channels", "connect the model that the fusion was trained for"),
+        ("embedding", "connect a fusion with the combiner that its generator was trained with"),
+        ("embedding_tokens", f"set embedding_tokens to {found.embedding_tokens}"),
+    ):
+        if getattr(found, name) != getattr(sizes, name):
+            raise FusionError(
+                f"train_further is on and the fusion's generator has {name} {getattr(found, name)}, where "
+                f"{getattr(sizes, name)} is asked for: {fix}"
+            )
     return weights
 
 

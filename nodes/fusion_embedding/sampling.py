@@ -134,6 +134,13 @@ def prediction(model_sampling: Any) -> str:
     return next((_PREDICTIONS[kind] for kind in kinds if kind in _PREDICTIONS), "")
 
 
+def check_prediction(model: Any, fusion: Fusion) -> None:
+    """Raises FusionError where the model is sampled as predicting something other than the fusion's."""
+    sampled_as = prediction(model.get_model_object("model_sampling"))
+    if fusion.prediction and sampled_as and fusion.prediction != sampled_as:
+        raise FusionError(_misfit(fusion.prediction, sampled_as))
+
+
 def with_fusion_patches(model: Any) -> Any:
     """A clone of `model` whose UNet adds what the transformer_options of a call hold under KEY, if they hold it.
 
@@ -280,9 +287,7 @@ def apply(
     """
     if fusion.generator is None:
         raise FusionError("this fusion has no generator: train one with Train Fusion Generator")
-    sampled_as = prediction(model.get_model_object("model_sampling"))
-    if fusion.prediction and sampled_as and fusion.prediction != sampled_as:
-        raise FusionError(_misfit(fusion.prediction, sampled_as))
+    check_prediction(model, fusion)
     positive, negative = conditionings(model, fusion.generator, states, fused, pose, config.strength)
     if config.strength == 0:
         return model, positive, negative

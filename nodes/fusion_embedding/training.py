@@ -239,7 +239,8 @@ def train_generator(
 ) -> tuple[Fusion, LossMap]:
     """Train a generator's three paths, and a LoRA of the UNet or the whole UNet.
 
-    Without a combiner in `fusion` the embedding path is off. Outside of `masks` [1, H, W, 1] of the targets the loss
+    Without a combiner in `fusion` the embedding path is off. With `train_further` its generator and its UNet are where
+    training begins; paths that it lacks begin anew. Outside of `masks` [1, H, W, 1] of the targets the loss
     has the weight `mask_floor`. Returns `fusion` with the generator, and the LOSS_MAP.
     No model or encoder is modified. Raises TrainingDiverged, FusionError, ValueError as `session` does, and
     ComfyUI's interruption.
@@ -259,10 +260,16 @@ def train_generator(
     shape = [config.batch_size, latent_format.latent_channels, height, across]
     patchers = {id(part): part.patcher for part in (vae, appearance, encoder) if part is not None}
     encoders = list(patchers.values()) if encoded.shared is None and len(encoded.cache) < len(pairs) else []
-    patched = sampling.with_fusion_patches(model)
+    begun = model
+    if generator.train_further:
+        sampling.check_prediction(model, fusion)
+        begun = sampling.with_unet(model, fusion, strength=1.0)
+    patched = sampling.with_fusion_patches(begun)
     seeded = torch.Generator().manual_seed(seed_for(config.seed, "generator"))
     with torch.inference_mode(False):  # they are trained
         initial = layout.new_generator(sizes, generator.hidden, generator.pose_channels, seeded)
+        if generator.train_further:
+            initial = layout.begun_with(initial, fusion.generator, sizes)
     lora = None if generator.whole_unet else LoraConfig(rank=generator.rank)
     count = sum(tensor.numel() for tensor in initial.values())
     count += parameter_count(model.get_model_object("diffusion_model"), lora)

@@ -248,6 +248,11 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                     "10,000 steps of 1 pair with a LoRA of rank 16",
                     "100 times through the data in steps of 126 pairs, the whole UNet",
                 ),
+                io.Boolean.Input(
+                    "train_further", default=_GENERATOR.train_further, optional=True, advanced=True,
+                    tooltip="Begins with the generator and the UNet that fusion holds, a loaded one on your own pairs "
+                    "for example, instead of new paths. Needs whole_unet.",
+                ),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
         )
@@ -265,6 +270,11 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
             raise FusionError(
                 f"embedding_tokens is {generator.embedding_tokens}, and without a fusion there is no embedding: "
                 "connect Train Fusion Combiner to fusion, or set it to 0"
+            )
+        if generator.train_further and fusion.generator is None:
+            raise FusionError(
+                "train_further is on and there is no generator to train further: connect a trained fusion, from Load "
+                "Fusion say, or switch it off"
             )
         consent = gate.check_training("Train Fusion Generator", values.get("consent"), fusion.consent)
         method = _generator_settings(values, data, generator, fusion)
@@ -292,6 +302,8 @@ def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorCon
     # Where they are off, a checkpoint from before them can be resumed.
     names = ("embedding_rate", "clip_by_path", "early_source_drop", "early_steps")
     settings |= {n: value for n in names if (value := getattr(generator, n)) != getattr(_GENERATOR, n)}
+    if generator.train_further:
+        settings["begun_with"] = weights_fingerprint(fusion.generator | (fusion.unet or {}))
     if fusion.combiner is not None:
         encoder = encoding.encoder_for(fusion, values.get("clip_vision"))
         settings["clip_vision"] = weights_fingerprint(encoder.get_sd())

@@ -21,8 +21,7 @@ import safetensors.torch
 import torch
 from experiments import report, sampling, trainings
 from pack.nodes.fingerprint import weights_fingerprint
-from pack.nodes.fusion_embedding import encoding, files, layout, training
-from pack.nodes.fusion_embedding import sampling as running
+from pack.nodes.fusion_embedding import encoding, files, training
 from pack.nodes.fusion_embedding.config import CombinerConfig, GeneratorConfig
 from pack.nodes.fusion_embedding.method import Fusion
 from pack.nodes.fusion_embedding.pairs import Pair
@@ -212,27 +211,25 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
     """The fusion of both stages, trained where `folder` does not hold it, and the CPU seconds of a step."""
 
     def train(steps: int, kept, resume_from: str):
-        fusion = combined(folder, setting.combiner) if reads_embedding(setting) else Fusion()
+        fusion = begun(combined(folder, setting.combiner) if reads_embedding(setting) else Fusion(), shipped())
         pairs = Pairs(folder, setting.combiner.pairs)
         generator = GeneratorConfig(
             steps, setting.batch, setting.rate * GeneratorConfig.learning_rate, whole_unet=True, hidden=HIDDEN,
             pose_channels=POSE_CHANNELS, embedding_tokens=EMBEDDING_TOKENS if EMBEDDING in setting.paths else 0,
             embedding_rate=setting.embedding_rate, clip_by_path=setting.clip_by_path,
-            early_steps=setting.early_steps,
+            early_steps=setting.early_steps, train_further=True,
         )
         config = TrainingConfig(
             steps, generator.learning_rate, setting.seed, setting.batch, min_snr_gamma=setting.min_snr_gamma,
             checkpoint_every=trainings.CHECKPOINT_EVERY,
         )
-        start = shipped()
-        model = running.with_unet(theatre.model, start, strength=1.0)
         encoded = functools.partial(_Kept, folder, TOKENS not in setting.paths)
         paths = functools.partial(_without_class_embedding, training._paths)
         with mock.patch.object(training, "PairEncoder", encoded), mock.patch.object(
             training, "_paths", training._paths if CLASS in setting.paths else paths
-        ), mock.patch.object(layout, "new_generator", functools.partial(_with_pose, layout.new_generator, start)):
+        ):
             fusion, losses = training.train_generator(
-                model, theatre.vae, vision.shipped(), pairs, fusion, None, config, generator,
+                theatre.model, theatre.vae, vision.shipped(), pairs, fusion, None, config, generator,
                 checkpoints=kept, resume_from=resume_from,
             )
         return _packed(fusion, losses)
@@ -247,6 +244,12 @@ def shipped() -> Fusion:
     """The fusion whose UNet and pose path all arms begin with."""
     with safe_open(str(START), "pt") as file:
         return files.unpacked(safetensors.torch.load_file(START), file.metadata())
+
+
+def begun(fusion: Fusion, start: Fusion) -> Fusion:
+    """With pose path and UNet of `start`, to be trained further."""
+    pose = {name: weight for name, weight in start.generator.items() if name.startswith("pose.")}
+    return dataclasses.replace(fusion, generator=pose, unet=start.unet, unet_kind=start.unet_kind)
 
 
 def read(
@@ -275,12 +278,6 @@ class _Kept(training.PairEncoder):
 
     def fill(self) -> None:
         self.shared = Encoded(self.folder, self.pairs, self, self.blank)
-
-
-def _with_pose(new, start: Fusion, *args) -> dict[str, torch.Tensor]:
-    """A new generator's weights, those of the pose from `start`."""
-    pose = {name: weight for name, weight in start.generator.items() if name.startswith("pose.")}
-    return new(*args) | {name: weight.float().clone() for name, weight in pose.items()}
 
 
 def _without_class_embedding(plain, parameters, generator):
