@@ -5,8 +5,8 @@ pair is in another scene, light and view than the target, so that neither embedd
 its surroundings. What an arm does not read it never sees: without tokens the encoder's states are one row of zeros,
 without e_f there is no combiner.
 
-All begin where the shipped fusion's UNet and pose path are: from the checkpoint on, 5,000 steps of AdamW would not
-get far enough in any of them to tell one from another. What reads the source begins anew in each.
+All begin with the UNet and the pose path of the fusion that was shipped before: from the checkpoint on, 5,000 steps
+of AdamW would not get far enough in any of them to tell one from another. What reads the source begins anew in each.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import safetensors.torch
 import torch
-from experiments import report, sampling, trainings
+from experiments import report, runs, sampling, trainings
 from pack.nodes.fingerprint import weights_fingerprint
 from pack.nodes.fusion_embedding import encoding, files, training
 from pack.nodes.fusion_embedding.config import CombinerConfig, GeneratorConfig
@@ -34,7 +34,9 @@ TOKENS, EMBEDDING, CLASS = PATHS = "tokens", "e_f's tokens", "class embedding"
 SIZE, AT_ONCE, CLOSE_UPS = 128, 500, 0.25
 STOPS = (600,)  # steps after which a training is kept, too
 EMBEDDING_TOKENS, HIDDEN, POSE_CHANNELS = 4, 256, (8, 16, 32, 64)
-START = sampling.CHECKPOINT.parents[1] / "fusion_embeddings" / "puppets_fusion.safetensors"
+# The file that was shipped before version 17 of the protocol, and its place in the repository's history.
+START, START_AT = "da5b9ad4c2f1c67bb0ec310628b2917ab3250ad051c92635acf62664cf31add6", "d856b7c"
+SHIPPED = sampling.CHECKPOINT.parents[1] / "fusion_embeddings" / "puppets_fusion.safetensors"
 FIXED = report.fingerprint(SIZE, CLOSE_UPS, EMBEDDING_TOKENS, HIDDEN, POSE_CHANNELS)  # of every training
 
 
@@ -63,7 +65,14 @@ class Training:
     min_snr_gamma: float = 5.0  # as the theatre's UNet was trained
     seed: int = 0
     combiner: Combiner = Combiner()
-    start: str = sampling.sha256(START)
+    start: str = START
+
+
+@dataclasses.dataclass(frozen=True)
+class Further(Training):
+    """A training that goes on from what another has left."""
+
+    after: Training = Training()
 
 
 # --------------------------------------------------------------------------------------------------------- pairs
@@ -211,7 +220,10 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
     """The fusion of both stages, trained where `folder` does not hold it, and the CPU seconds of a step."""
 
     def train(steps: int, kept, resume_from: str):
-        fusion = begun(combined(folder, setting.combiner) if reads_embedding(setting) else Fusion(), shipped())
+        if isinstance(setting, Further):
+            fusion, _ = learned(theatre, folder, setting.after)
+        else:
+            fusion = begun(combined(folder, setting.combiner) if reads_embedding(setting) else Fusion(), start())
         pairs = Pairs(folder, setting.combiner.pairs)
         generator = GeneratorConfig(
             steps, setting.batch, setting.rate * GeneratorConfig.learning_rate, whole_unet=True, hidden=HIDDEN,
@@ -240,10 +252,17 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
 
 
 @functools.cache
-def shipped() -> Fusion:
+def start() -> Fusion:
     """The fusion whose UNet and pose path all arms begin with."""
-    with safe_open(str(START), "pt") as file:
-        return files.unpacked(safetensors.torch.load_file(START), file.metadata())
+    kept = runs.STATE / "fusion_embedding" / "start.safetensors"
+    path = next((path for path in (SHIPPED, kept) if path.exists() and sampling.sha256(path) == START), None)
+    if path is None:
+        raise SystemExit(
+            "all arms begin with an earlier fusion, which is in the repository's history: git show "
+            f"{START_AT}:{SHIPPED.relative_to(runs.scripts.ROOT)} > {kept}"
+        )
+    with safe_open(str(path), "pt") as file:
+        return files.unpacked(safetensors.torch.load_file(path), file.metadata())
 
 
 def begun(fusion: Fusion, start: Fusion) -> Fusion:

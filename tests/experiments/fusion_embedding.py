@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from experiments import cases, panels, report, runs, sampling  # noqa: E402
 from experiments import fusion_arms as arms  # noqa: E402
-from experiments.fusion_arms import CLASS, EMBEDDING, TOKENS, Training  # noqa: E402
+from experiments.fusion_arms import CLASS, EMBEDDING, TOKENS, Further, Training  # noqa: E402
 from experiments.measuring import metrics  # noqa: E402
 from pack.nodes.fusion_embedding import sampling as running  # noqa: E402
 from pack.nodes.fusion_embedding.config import GUIDANCE, ApplyConfig  # noqa: E402
@@ -37,7 +37,7 @@ from pack.nodes.puppets.config import ACTIONS, SCENES, Take  # noqa: E402
 
 NAME, COUNTS, TURNS = "fusion_embedding", (144, 12), 6
 SAMPLER, STEPS = "dpmpp_2m", 20
-SOURCE, TRUTH, SHIPPED = "source", "truth", "shipped"
+SOURCE, TRUTH, BEFORE = "source", "truth", "shipped"
 FRAMES = 10  # of a cycle, in the picture that moves
 
 # All at the rate that was best of RATES for full on development, before a test case was made.
@@ -48,13 +48,15 @@ TRAININGS = {
     "class embedding + pose": Training((CLASS,)),
     "pose alone": Training(()),
 }
+# What is shipped: full, and 2,500 steps more at a third of the rate.
+SHIPPED = Further(rate=1, steps=2_500, seed=1, after=TRAININGS["full"])
 RATES, DEVELOPMENT_STEPS = (1, 3, 10), arms.STOPS[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """`others` are the paths by which another puppet is shown; `copies` is a picture in place of a drawn one, or the
-    fusion that is not trained here.
+    """`others` are the paths by which another puppet is shown; `copies` is a picture in place of a drawn one, or
+    BEFORE, the fusion that all begin with.
     """
 
     training: Training | None = None
@@ -70,7 +72,8 @@ ARMS = {
     "tokens + pose, another's tokens": Arm(TRAININGS["tokens + pose"], (TOKENS,)),
     "full, another's e_f": Arm(TRAININGS[FULL], (EMBEDDING,)),
     "full, another's tokens": Arm(TRAININGS[FULL], (TOKENS,)),
-    "the shipped file": Arm(copies=SHIPPED),
+    "full, 2,500 steps more": Arm(SHIPPED),
+    "shipped before": Arm(copies=BEFORE),
     "source untouched": Arm(copies=SOURCE),
     "truth through the autoencoder": Arm(copies=TRUTH),
 }
@@ -143,9 +146,8 @@ class Bench:
 
     def __init__(self, options, folder: Path):
         self.develop, self.theatre = options.development, sampling.Theatre(options.checkpoint, runs.STATE)
-        digests = sampling.sha256(options.checkpoint), sampling.sha256(vision.FILE), arms.FIXED
-        self.folder = folder.parent / f"trained_{report.fingerprint(digests)}"
-        self.settings = SAMPLER, STEPS, GUIDANCE, digests
+        self.folder = trained_in(folder.parent, options.checkpoint)
+        self.settings = SAMPLER, STEPS, GUIDANCE, digests(options.checkpoint)
 
     def prepare(self, arm: Arm) -> None:
         """Train what the arm needs."""
@@ -161,8 +163,8 @@ class Bench:
         pose = np.stack([render.draw_pose(picture.joints, source.shape[1]) for picture in truth])
         images = np.stack([picture.image for picture in truth])
         cost = {}
-        if arm.training or arm.copies == SHIPPED:
-            training, fusion = arm.training or Training((TOKENS, CLASS)), arms.shipped()
+        if arm.training or arm.copies == BEFORE:
+            training, fusion = arm.training or Training((TOKENS, CLASS)), arms.start()
             if arm.training:
                 fusion, cost["step_seconds"] = arms.learned(self.theatre, self.folder, training)
             other = cases.pictures([one.other for one in chosen])
@@ -188,6 +190,16 @@ class Bench:
         ))
 
 
+def digests(checkpoint: Path) -> tuple[str, ...]:
+    """Of the models, and of what all trainings share."""
+    return sampling.sha256(checkpoint), sampling.sha256(vision.FILE), arms.FIXED
+
+
+def trained_in(folder: Path, checkpoint: Path) -> Path:
+    """Where the trainings for a checkpoint are kept."""
+    return folder / f"trained_{report.fingerprint(digests(checkpoint))}"
+
+
 def rows_of(chosen: list[Case], drawn: np.ndarray) -> list[dict]:
     """One row a picture, beside the case's own puppet and the other one."""
     takes = [one.truth for one in chosen]
@@ -211,7 +223,7 @@ def tables(rows: list[dict]) -> dict:
 
 
 def picture(bench: Bench, rows: Callable[[str], list[dict]]) -> list[np.ndarray]:
-    """A moving pose above the puppet in it, beside who it is; halfway only the source changes."""
+    """Who it is, a moving pose, and the puppet in it; halfway only the source changes."""
     index, training = int(panels.middle(rows(FULL), "identity_error")[0]), TRAININGS[FULL]
     one, (fusion, _) = case(index), arms.learned(bench.theatre, bench.folder, training)
     moving = [dataclasses.replace(one.truth, action="dancing", phase=i / FRAMES) for i in range(FRAMES)]
@@ -221,7 +233,7 @@ def picture(bench: Bench, rows: Callable[[str], list[dict]]) -> list[np.ndarray]
         source = cases.pictures([take]).repeat(len(pose), 0)
         drawn = bench.drawn(training, fusion, {TOKENS: source, EMBEDDING: source}, pose, seeds)
         parts = zip(source, pose, drawn, strict=True)
-        frames += [panels.grid([[who, skeleton], [None, puppet]]) for who, skeleton, puppet in parts]
+        frames += [panels.grid([cells]) for cells in parts]
     return frames
 
 

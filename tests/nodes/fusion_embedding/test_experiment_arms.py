@@ -41,7 +41,7 @@ def small(folder, monkeypatch):
     monkeypatch.setattr(arms, "SIZE", 64)
     monkeypatch.setattr(arms, "AT_ONCE", 2)  # pairs in two parts
     monkeypatch.setattr(arms.vision, "shipped", lambda: VISION)
-    monkeypatch.setattr(arms, "shipped", lambda: START)
+    monkeypatch.setattr(arms, "start", lambda: START)
     return folder
 
 
@@ -85,6 +85,17 @@ def test_all_arms_begin_with_one_unet_and_one_pose_path(small):
         assert fusion.unet.keys() == START.unet.keys()
         for name, weight in fusion.unet.items():
             torch.testing.assert_close(weight, START.unet[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_training_goes_on_from_what_another_has_left(small):
+    first = arms.Training((TOKENS,), steps=2, batch=2, combiner=COMBINER)
+    with torch.inference_mode():
+        before, _ = arms.learned(THEATRE, small, first)
+        after, _ = arms.learned(THEATRE, small, arms.Further((TOKENS,), rate=1e-6, steps=1, batch=2, after=first))
+    for found, expected in ((after.generator, before.generator), (after.unet, before.unet)):
+        assert found.keys() == expected.keys()
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
 
 
 def test_pairs_and_cases_show_the_source_elsewhere():
