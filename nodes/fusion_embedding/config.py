@@ -97,7 +97,8 @@ class GeneratorConfig:
         if self.train_further and not self.whole_unet:
             raise ValueError(
                 "train_further is on, and a LoRA beside the UNet of an earlier training would need both in one file: "
-                "switch whole_unet on, which takes over what the fusion holds, or train_further off"
+                "switch whole_unet on, which takes over what the fusion holds, with another budget than consumer, or "
+                "train_further off"
             )
         check_limits(self, "noise_offset", lowest=0, highest=1, fix="0 (off) to 1, 0.1 as published")
 

@@ -81,17 +81,17 @@ def begun_with(new: Weights, earlier: Mapping[str, torch.Tensor], sizes: Sizes) 
     weights = {key: weight for key, weight in new.items() if not key.startswith(kept)}
     weights |= {key: weight.detach().to("cpu", torch.float32, copy=True) for key, weight in earlier.items()}
     found = generator_sizes(weights)
-    for name, fix in (
-        ("encoder", "connect the appearance_encoder that the fusion was trained with"),
-        ("context", "connect the model that the fusion was trained for"),
-        ("channels", "connect the model that the fusion was trained for"),
-        ("embedding", "connect a fusion with the combiner that its generator was trained with"),
-        ("embedding_tokens", f"set embedding_tokens to {found.embedding_tokens}"),
+    model = "connect the model that the fusion was trained for"
+    for name, what, fix in (
+        ("encoder", "a width of the appearance's tokens of", "connect the appearance_encoder of its training"),
+        ("context", "a width of the UNet's tokens of", model),
+        ("channels", "a first convolution of width", model),
+        ("embedding", "a width of the fusion embedding of", "connect a fusion with its generator's own combiner"),
+        ("embedding_tokens", "a number of embedding tokens of", f"set embedding_tokens to {found.embedding_tokens}"),
     ):
-        if getattr(found, name) != getattr(sizes, name):
+        if (had := getattr(found, name)) != (asked := getattr(sizes, name)):
             raise FusionError(
-                f"train_further is on and the fusion's generator has {name} {getattr(found, name)}, where "
-                f"{getattr(sizes, name)} is asked for: {fix}"
+                f"train_further is on and the fusion's generator has {what} {had}, not {asked or 'none'}: {fix}"
             )
     return weights
 

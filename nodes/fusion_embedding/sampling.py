@@ -110,8 +110,10 @@ def _notice_prediction(
     """
     denoised = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     sampled_as, sigmas = prediction(executor.class_obj.model_sampling), transformer_options.get("sample_sigmas")
+    if sigmas is None or not sampled_as:  # in training, which need not wait for a GPU here
+        return denoised
     sigma = float(t.max())
-    if sigmas is not None and sampled_as and sigma >= max(_NOISY, float(sigmas[0]) * (1 - 1e-4)):
+    if sigma >= max(_NOISY, float(sigmas[0]) * (1 - 1e-4)):
         clean = x.float() / (sigma**2 + 1) if sampled_as == "v" else x.float()
         along = torch.cosine_similarity((clean - denoised.float()).flatten(), x.float().flatten(), dim=0)
         predicted = "noise" if along > _ALONG else "v"
@@ -197,9 +199,9 @@ def check_model(model: Any, generator: Weights) -> Sizes:
     return sizes
 
 
-def with_unet(model: Any, fusion: Fusion, strength: float) -> Any:
-    """A clone of `model` with the fusion's LoRA or whole UNet. Raises FusionError, naming the first key that belongs
-    to another model, before anything is patched.
+def with_unet(model: Any, fusion: Fusion, strength: float, node: str = "Apply Fusion") -> Any:
+    """A clone of `model` with the fusion's LoRA or whole UNet; `node` is who says what it lacks. Raises FusionError,
+    naming the first key that belongs to another model, before anything is patched.
     """
     if not fusion.unet:
         return model
@@ -212,7 +214,7 @@ def with_unet(model: Any, fusion: Fusion, strength: float) -> Any:
         raise FusionError(f"this fusion's {error}: load the model that it was trained for") from error
     if missing:
         warning = f"the fusion's UNet lacks {len(missing)} weights, {missing[0]} first: there the model keeps its own"
-        tell("Apply Fusion", [warning], logging.WARNING)
+        tell(node, [warning], logging.WARNING)
     model = models.with_weights(model, weights=weights, strength=strength)
     return models.with_wrappers(
         model, key=f"{KEY}_prediction", wrappers={WrappersMP.APPLY_MODEL: _notice_prediction}

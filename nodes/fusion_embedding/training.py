@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -40,6 +41,11 @@ _PATHS = {
 }
 _OF_EMBEDDING = ("class embedding", "embedding tokens")
 _STARVED = 0.01
+_NODE = "Train Fusion Generator"
+_UNKNOWN = (
+    "the fusion that is trained further does not say whether its UNet predicts noise or v: connect the model that it "
+    "was trained for, for the published one the v-prediction SD 2.1 (v2-1_768-ema-pruned), or nothing comes of it"
+)
 
 
 # Stage 1
@@ -239,9 +245,9 @@ def train_generator(
 ) -> tuple[Fusion, LossMap]:
     """Train a generator's three paths, and a LoRA of the UNet or the whole UNet.
 
-    Without a combiner in `fusion` the embedding path is off. With `train_further` its generator and its UNet are where
-    training begins; paths that it lacks begin anew. Outside of `masks` [1, H, W, 1] of the targets the loss
-    has the weight `mask_floor`. Returns `fusion` with the generator, and the LOSS_MAP.
+    Without a combiner in `fusion` the embedding path is off. With `train_further` training begins with its generator
+    and its UNet; paths that it lacks begin anew. Outside of `masks` [1, H, W, 1] of the targets the loss has the
+    weight `mask_floor`. Returns `fusion` with the generator, and the LOSS_MAP.
     No model or encoder is modified. Raises TrainingDiverged, FusionError, ValueError as `session` does, and
     ComfyUI's interruption.
     """
@@ -255,21 +261,23 @@ def train_generator(
     first = encoded[0]
     sizes = sampling.model_sizes(model, first.states.shape[-1], width, generator.embedding_tokens)
     _check_latent(first.latent, (latent_format.latent_channels, *encoded.sizes()[0]))
+    seeded = torch.Generator().manual_seed(seed_for(config.seed, "generator"))
+    begun = model
+    with torch.inference_mode(False):  # they are trained
+        initial = layout.new_generator(sizes, generator.hidden, generator.pose_channels, seeded)
+        if generator.train_further:
+            sampling.check_prediction(model, fusion)
+            initial = layout.begun_with(initial, fusion.generator, sizes)
+            sampling.check_model(model, initial)
+            begun = sampling.with_unet(model, fusion, strength=1.0, node=_NODE)
+            if not fusion.prediction:
+                tell(_NODE, [_UNKNOWN], logging.WARNING)
     encoded.fill()
     height, across = max(encoded.sizes(), key=lambda size: size[0] * size[1])
     shape = [config.batch_size, latent_format.latent_channels, height, across]
     patchers = {id(part): part.patcher for part in (vae, appearance, encoder) if part is not None}
     encoders = list(patchers.values()) if encoded.shared is None and len(encoded.cache) < len(pairs) else []
-    begun = model
-    if generator.train_further:
-        sampling.check_prediction(model, fusion)
-        begun = sampling.with_unet(model, fusion, strength=1.0)
     patched = sampling.with_fusion_patches(begun)
-    seeded = torch.Generator().manual_seed(seed_for(config.seed, "generator"))
-    with torch.inference_mode(False):  # they are trained
-        initial = layout.new_generator(sizes, generator.hidden, generator.pose_channels, seeded)
-        if generator.train_further:
-            initial = layout.begun_with(initial, fusion.generator, sizes)
     lora = None if generator.whole_unet else LoraConfig(rank=generator.rank)
     count = sum(tensor.numel() for tensor in initial.values())
     count += parameter_count(model.get_model_object("diffusion_model"), lora)
@@ -320,9 +328,9 @@ def _tell_gradients(paths: loop.Paths) -> None:
     if small:
         lines.append(
             f"the gradient of the {' and the '.join(small)} is below a hundredth of the largest: if what the source "
-            "wears does not arrive, set early_steps, embedding_tokens, or embedding_rate above 1"
+            "wears does not arrive, set embedding_tokens, or try embedding_rate above 1"
         )
-    tell("Train Fusion Generator", lines)
+    tell(_NODE, lines)
 
 
 def _listed(norms: dict[str, float]) -> str:

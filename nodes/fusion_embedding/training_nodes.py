@@ -179,8 +179,8 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                 widgets.vae("the targets"),
                 FUSION.Input(
                     "fusion", optional=True,
-                    tooltip="From Train Fusion Combiner. If not connected, stage 2 is trained alone, without an "
-                    "embedding.",
+                    tooltip="From Train Fusion Combiner, or with train_further from Load Fusion. If not connected, "
+                    "stage 2 is trained alone, without an embedding.",
                 ),
                 io.ClipVision.Input(
                     "appearance_encoder",
@@ -250,8 +250,8 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                 ),
                 io.Boolean.Input(
                     "train_further", default=_GENERATOR.train_further, optional=True, advanced=True,
-                    tooltip="Begins with the generator and the UNet that fusion holds, a loaded one on your own pairs "
-                    "for example, instead of new paths. Needs whole_unet.",
+                    tooltip="Begins with the generator and the UNet that fusion holds, say a loaded one on your own "
+                    "pairs, instead of new paths. Needs whole_unet.",
                 ),
             ],
             outputs=_outputs("Connect it to Apply Fusion, or to Save Fusion."),
@@ -303,7 +303,8 @@ def _generator_settings(values: dict, data: pairs.Pairs, generator: GeneratorCon
     names = ("embedding_rate", "clip_by_path", "early_source_drop", "early_steps")
     settings |= {n: value for n in names if (value := getattr(generator, n)) != getattr(_GENERATOR, n)}
     if generator.train_further:
-        settings["begun_with"] = weights_fingerprint(fusion.generator | (fusion.unet or {}))
+        parts = fusion.generator, fusion.unet or {}
+        settings["fusion to train further"] = " ".join(map(weights_fingerprint, parts))
     if fusion.combiner is not None:
         encoder = encoding.encoder_for(fusion, values.get("clip_vision"))
         settings["clip_vision"] = weights_fingerprint(encoder.get_sd())

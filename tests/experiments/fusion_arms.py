@@ -5,8 +5,8 @@ pair is in another scene, light and view than the target, so that neither embedd
 its surroundings. What an arm does not read it never sees: without tokens the encoder's states are one row of zeros,
 without e_f there is no combiner.
 
-All begin with the UNet and the pose path of the fusion that was shipped before: from the checkpoint on, 5,000 steps
-of AdamW would not get far enough in any of them to tell one from another. What reads the source begins anew in each.
+All begin with the UNet and the pose path of the shipped fusion: from the checkpoint on, 600 steps of AdamW
+gave neither pose nor puppet. What reads the source begins anew in each.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ TOKENS, EMBEDDING, CLASS = PATHS = "tokens", "e_f's tokens", "class embedding"
 SIZE, AT_ONCE, CLOSE_UPS = 128, 500, 0.25
 STOPS = (600,)  # steps after which a training is kept, too
 EMBEDDING_TOKENS, HIDDEN, POSE_CHANNELS = 4, 256, (8, 16, 32, 64)
-# The file that was shipped before version 17 of the protocol, and its place in the repository's history.
+# The file that was shipped when version 17 of the protocol was written, and its place in the repository's history.
 START, START_AT = "da5b9ad4c2f1c67bb0ec310628b2917ab3250ad051c92635acf62664cf31add6", "d856b7c"
 SHIPPED = sampling.CHECKPOINT.parents[1] / "fusion_embeddings" / "puppets_fusion.safetensors"
 FIXED = report.fingerprint(SIZE, CLOSE_UPS, EMBEDDING_TOKENS, HIDDEN, POSE_CHANNELS)  # of every training
@@ -259,7 +259,7 @@ def start() -> Fusion:
     if path is None:
         raise SystemExit(
             "all arms begin with an earlier fusion, which is in the repository's history: git show "
-            f"{START_AT}:{SHIPPED.relative_to(runs.scripts.ROOT)} > {kept}"
+            f"{START_AT}:{SHIPPED.relative_to(runs.scripts.ROOT)} > {kept}, in a folder that you make"
         )
     with safe_open(str(path), "pt") as file:
         return files.unpacked(safetensors.torch.load_file(path), file.metadata())

@@ -37,8 +37,8 @@ from pack.nodes.puppets.config import ACTIONS, SCENES, Take  # noqa: E402
 
 NAME, COUNTS, TURNS = "fusion_embedding", (144, 12), 6
 SAMPLER, STEPS = "dpmpp_2m", 20
-SOURCE, TRUTH, BEFORE = "source", "truth", "shipped"
-FRAMES = 10  # of a cycle, in the picture that moves
+SOURCE, TRUTH, START = "source", "truth", "shipped"
+FRAMES = 8  # of a cycle, in the picture that moves
 
 # All at the rate that was best of RATES for full on development, before a test case was made.
 TRAININGS = {
@@ -48,15 +48,14 @@ TRAININGS = {
     "class embedding + pose": Training((CLASS,)),
     "pose alone": Training(()),
 }
-# What is shipped: full, and 2,500 steps more at a third of the rate.
-SHIPPED = Further(rate=1, steps=2_500, seed=1, after=TRAININGS["full"])
+LONGER = Further(rate=1, steps=2_500, seed=1, after=TRAININGS["full"])
 RATES, DEVELOPMENT_STEPS = (1, 3, 10), arms.STOPS[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """`others` are the paths by which another puppet is shown; `copies` is a picture in place of a drawn one, or
-    BEFORE, the fusion that all begin with.
+    START, the fusion that all begin with.
     """
 
     training: Training | None = None
@@ -72,8 +71,8 @@ ARMS = {
     "tokens + pose, another's tokens": Arm(TRAININGS["tokens + pose"], (TOKENS,)),
     "full, another's e_f": Arm(TRAININGS[FULL], (EMBEDDING,)),
     "full, another's tokens": Arm(TRAININGS[FULL], (TOKENS,)),
-    "full, 2,500 steps more": Arm(SHIPPED),
-    "shipped before": Arm(copies=BEFORE),
+    "full, 2,500 steps more": Arm(LONGER),
+    "the shipped file": Arm(copies=START),
     "source untouched": Arm(copies=SOURCE),
     "truth through the autoencoder": Arm(copies=TRUTH),
 }
@@ -146,8 +145,9 @@ class Bench:
 
     def __init__(self, options, folder: Path):
         self.develop, self.theatre = options.development, sampling.Theatre(options.checkpoint, runs.STATE)
-        self.folder = trained_in(folder.parent, options.checkpoint)
-        self.settings = SAMPLER, STEPS, GUIDANCE, digests(options.checkpoint)
+        digests = sampling.sha256(options.checkpoint), sampling.sha256(vision.FILE), arms.FIXED
+        self.folder = folder.parent / f"trained_{report.fingerprint(digests)}"
+        self.settings = SAMPLER, STEPS, GUIDANCE, digests
 
     def prepare(self, arm: Arm) -> None:
         """Train what the arm needs."""
@@ -163,7 +163,7 @@ class Bench:
         pose = np.stack([render.draw_pose(picture.joints, source.shape[1]) for picture in truth])
         images = np.stack([picture.image for picture in truth])
         cost = {}
-        if arm.training or arm.copies == BEFORE:
+        if arm.training or arm.copies == START:
             training, fusion = arm.training or Training((TOKENS, CLASS)), arms.start()
             if arm.training:
                 fusion, cost["step_seconds"] = arms.learned(self.theatre, self.folder, training)
@@ -188,16 +188,6 @@ class Bench:
         return self.theatre.decode(self.theatre.sample(
             self.theatre.sampler(SAMPLER), positive, seeds, steps=STEPS, cfg=GUIDANCE, model=model, negative=negative
         ))
-
-
-def digests(checkpoint: Path) -> tuple[str, ...]:
-    """Of the models, and of what all trainings share."""
-    return sampling.sha256(checkpoint), sampling.sha256(vision.FILE), arms.FIXED
-
-
-def trained_in(folder: Path, checkpoint: Path) -> Path:
-    """Where the trainings for a checkpoint are kept."""
-    return folder / f"trained_{report.fingerprint(digests(checkpoint))}"
 
 
 def rows_of(chosen: list[Case], drawn: np.ndarray) -> list[dict]:

@@ -2,7 +2,7 @@
 
     python tests/experiments/round_trips.py
 
-Prints the two tables of the help pages of Invert Image and Align Latent Drift, of test puppets. A drift is the mean
+Prints the figures of the help pages of Invert Image and Align Latent Drift, of test puppets. A drift is the mean
 absolute difference of the first and the last round's mean colour, in levels of 255, over puppets.
 """
 

@@ -202,8 +202,8 @@ def main() -> None:
             for row, distance, take in zip(found, distances.tolist(), nearest.tolist(), strict=False):
                 row |= {"nearest_training_distance": distance, "nearest_training_take": take}
         rows.extend(found)
-        starts = range(0, len(shown), 8)
-        sheets[arm] = [(f"{arm}, cases {i} to {i + 7}", shown[i : i + 8]) for i in starts]
+        starts = range(0, len(shown), 6)
+        sheets[arm] = [(f"{arm}, cases {i} to {i + 5}", shown[i : i + 6]) for i in starts]
         report.contact_sheet(kept.folder / f"{arm}.jpg", sheets[arm], budget=4_000_000)
         print(arm, report.summary(found, MEASURES), flush=True)
     report.write_csv(report.RESULTS / f"{arguments.name}.csv.gz", rows)

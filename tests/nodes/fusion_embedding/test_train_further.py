@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from pack.nodes.fusion_embedding import sampling, training_nodes
+from pack.nodes.fusion_embedding import sampling, training, training_nodes
 from pack.nodes.fusion_embedding.config import GeneratorConfig
 from pack.nodes.fusion_embedding.layout import FusionError
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
@@ -61,8 +61,8 @@ def test_paths_that_it_lacks_begin_anew():
 
 
 @pytest.mark.parametrize(("fusion", "settings", "fix"), [
-    (fusions.fusion(MODEL, generator=fusions.weights(MODEL, hidden=20)), {}, "appearance_encoder"),
-    (dataclasses.replace(WHOLE_FUSION, combiner=None), {}, "with the combiner"),
+    (fusions.fusion(MODEL, generator=fusions.weights(MODEL, hidden=20)), {}, "appearance_encoder of its training"),
+    (dataclasses.replace(WHOLE_FUSION, combiner=None), {}, "own combiner"),
     (dataclasses.replace(WHOLE_FUSION, prediction="v"), {}, "predicts v"),
     (generated(generator={"embedding_tokens": 2}, steps=1)[0], {}, "set embedding_tokens to 2"),
     (generated(generator={"embedding_tokens": 2}, steps=1)[0], {"embedding_tokens": 4}, "set embedding_tokens to 2"),
@@ -94,11 +94,25 @@ def test_the_node_refuses_a_fusion_without_a_generator_and_a_lora(folder):
         GeneratorConfig(train_further=True)
 
 
+def test_an_unknown_prediction_is_told_and_misfits_are_found_before_pairs_are_encoded(monkeypatch, caplog):
+    with caplog.at_level("WARNING"):
+        generated(fusion=WHOLE_FUSION, generator=FURTHER, **UNTRAINED)
+    assert "does not say whether its UNet predicts noise or v" in caplog.text
+    monkeypatch.setattr(training.PairEncoder, "fill", lambda _self: pytest.fail("all pairs were encoded first"))
+    with pytest.raises(FusionError, match="predicts v"):
+        generated(fusion=dataclasses.replace(WHOLE_FUSION, prediction="v"), generator=FURTHER, **UNTRAINED)
+
+
+def test_a_budget_with_a_lora_is_refused_by_its_name(folder):
+    with pytest.raises(ValueError, match="another budget than consumer"):
+        run(WHOLE_FUSION, budget="consumer")
+
+
 def test_a_run_is_not_resumed_from_another_start(folder):
     run(WHOLE_FUSION, checkpoint_every=1)
     longer = {"steps": 2, "resume_from": checkpoints.FOLDER.choices()[-1]}
-    with pytest.raises(ValueError, match="begun_with"):
+    with pytest.raises(ValueError, match="fusion to train further"):
         run(dataclasses.replace(WHOLE_FUSION, generator=fusions.weights(MODEL, seed=9)), **longer)
-    with pytest.raises(ValueError, match="begun_with"):
+    with pytest.raises(ValueError, match="fusion to train further"):
         run(WHOLE_FUSION, train_further=False, **longer)
     assert run(WHOLE_FUSION, **longer)[0].unet_kind == WHOLE
