@@ -10,9 +10,10 @@ from experiments import fusion_embedding as experiment
 from experiments.fusion_arms import CLASS, EMBEDDING, TOKENS
 from pack.nodes.fusion_embedding import layout, sampling
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
-from support import fusions
-from support.fusion_trainings import MODEL, VAE, VISION
+from support import fusions, tiny_model
+from support.fusion_trainings import VAE, VISION
 
+MODEL = tiny_model.as_loaded(fusions.model())  # its own, since a UNet is patched in
 THEATRE = SimpleNamespace(model=MODEL, vae=VAE)
 COMBINER = arms.Combiner(pairs=3, steps=2, batch=2)
 
@@ -91,7 +92,9 @@ def test_a_training_goes_on_from_what_another_has_left(small):
     first = arms.Training((TOKENS,), steps=2, batch=2, combiner=COMBINER)
     with torch.inference_mode():
         before, _ = arms.learned(THEATRE, small, first)
-        after, _ = arms.learned(THEATRE, small, arms.Further((TOKENS,), rate=1e-6, steps=1, batch=2, after=first))
+        after, _ = arms.learned(THEATRE, small, arms.Further(
+            (TOKENS,), rate=1e-6, steps=1, batch=2, combiner=COMBINER, after=first
+        ))
     for found, expected in ((after.generator, before.generator), (after.unet, before.unet)):
         assert found.keys() == expected.keys()
         for name, weight in found.items():

@@ -1,6 +1,7 @@
 """A generator that is trained further: it begins with what the fusion holds, and refuses what it cannot take over."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from pack.nodes.fusion_embedding.config import GeneratorConfig
 from pack.nodes.fusion_embedding.layout import FusionError
 from pack.nodes.fusion_embedding.method import WHOLE, Fusion
 from pack.nodes.training import checkpoints
-from support import fusions
-from support.fusion_trainings import MODEL, VAE, VISION, generated
+from support import fusion_trainings, fusions, tiny_model
+from support.fusion_trainings import VAE, VISION
 
+MODEL = tiny_model.as_loaded(fusions.model())  # its own, since a UNet is patched in
+generated = functools.partial(fusion_trainings.generated, model=MODEL)
 PLAIN = {key: value.clone() for key, value in MODEL.model.diffusion_model.state_dict().items()}  # loading patches it
 UNET = {f"diffusion_model.{key}": 1.1 * value for key, value in PLAIN.items()}
 WHOLE_FUSION = fusions.fusion(MODEL, unet=UNET, unet_kind=WHOLE)
