@@ -72,6 +72,10 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
                     tooltip="Which noise levels count. bell is the official repository's: shift 5, and most weight "
                     "on middle levels, where looks are decided. even takes the model's own levels alike.",
                 ),
+                io.Float.Input(
+                    "decay", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, advanced=True,
+                    tooltip="Share of the steps, at the end, over which the learning rate falls to 0; 0 keeps it.",
+                ),
             ],
             outputs=[
                 ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply or Save Video Identity Adapter."),
@@ -104,6 +108,8 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
             "texts": inputs.conditioning_digest(texts), "rank": values["rank"], "loss_weighting": weighting,
             **loss_masks.settings(masks, floor, inputs.digest),
+            # A falling rate ends with the last step: a run to another one is another run.
+            **({"decay": config.decay, "steps": config.steps} if config.decay else {}),
         }
         checkpoints = Checkpoints("video_identity_adapter", widgets.settings(values, config, settings))
         adapter, loss_map = training.train(

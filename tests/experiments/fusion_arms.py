@@ -12,7 +12,7 @@ gave neither pose nor puppet. What reads the source begins anew in each.
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -75,6 +75,13 @@ class Further(Training):
     after: Training = Training()
 
 
+@dataclasses.dataclass(frozen=True)
+class InOneScene(Further):
+    """On pairs that share scene, light and view, so that a picture keeps its source's."""
+
+    pairs: int = 6_000
+
+
 # --------------------------------------------------------------------------------------------------------- pairs
 
 
@@ -108,20 +115,28 @@ def takes(index: int) -> tuple[Take, Take]:
     return elsewhere(target, world.pick(rng, allowed(target, framing)), rng, framing), target
 
 
+def takes_in_one_scene(index: int) -> tuple[Take, Take]:
+    """The same, but for action, phase and mirroring, in one scene, light and view."""
+    rng = np.random.default_rng([0xF06, index])
+    target = world.sample_take(index, "train")
+    action = world.pick(rng, allowed(target, "full"))
+    turned = dict(phase=round(float(rng.random()), 4), mirrored=bool(rng.random() < 0.5))
+    return dataclasses.replace(target, action=action, **turned), target
+
+
 class Pairs:
     """What the pack's training asks of pairs: source, pose, target, drawn once and kept in `folder`."""
 
-    def __init__(self, folder: Path, count: int):
+    def __init__(self, folder: Path, count: int, takes: Callable[[int], tuple[Take, Take]] = takes):
+        self.takes, self.count = takes, count
         self.parts = [self._kept(folder, start, min(start + AT_ONCE, count)) for start in range(0, count, AT_ONCE)]
-        self.count = count
 
-    @staticmethod
-    def _kept(folder: Path, start: int, stop: int) -> np.ndarray:
+    def _kept(self, folder: Path, start: int, stop: int) -> np.ndarray:
         path = folder / f"pairs_{start}_{stop}.npy"
         if not path.exists():
             print(f"drawing pairs from {start}", flush=True)
             file = io.BytesIO()
-            np.save(file, np.stack([_drawn(*takes(i)) for i in range(start, stop)]))
+            np.save(file, np.stack([_drawn(*self.takes(i)) for i in range(start, stop)]))
             report.replace(path, file.getvalue())
         return np.load(path, mmap_mode="r")
 
@@ -141,7 +156,7 @@ class Pairs:
         return SIZE, SIZE
 
     def digest(self) -> str:
-        return f"{self.count} pairs of puppets in two scenes"
+        return f"{self.count} pairs of puppets: {self.takes.__name__}"
 
 
 def _drawn(source: Take, target: Take) -> np.ndarray:
@@ -224,7 +239,7 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
             fusion, _ = learned(theatre, folder, setting.after)
         else:
             fusion = begun(combined(folder, setting.combiner) if reads_embedding(setting) else Fusion(), start())
-        pairs = Pairs(folder, setting.combiner.pairs)
+        pairs, kept_in = pairs_of(folder, setting)
         generator = GeneratorConfig(
             steps, setting.batch, setting.rate * GeneratorConfig.learning_rate, whole_unet=True, hidden=HIDDEN,
             pose_channels=POSE_CHANNELS, embedding_tokens=EMBEDDING_TOKENS if EMBEDDING in setting.paths else 0,
@@ -235,7 +250,7 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
             steps, generator.learning_rate, setting.seed, setting.batch, min_snr_gamma=setting.min_snr_gamma,
             checkpoint_every=trainings.CHECKPOINT_EVERY,
         )
-        encoded = functools.partial(_Kept, folder, TOKENS not in setting.paths)
+        encoded = functools.partial(_Kept, kept_in, TOKENS not in setting.paths)
         paths = functools.partial(_without_class_embedding, training._paths)
         with mock.patch.object(training, "PairEncoder", encoded), mock.patch.object(
             training, "_paths", training._paths if CLASS in setting.paths else paths
@@ -249,6 +264,14 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[Fusion, float]:
     without_end = dataclasses.replace(setting, steps=0)
     tensors, metadata = trainings.trained(folder, "generator", without_end, setting.steps, train, STOPS)
     return files.unpacked(tensors, metadata), trainings.cost(metadata)
+
+
+def pairs_of(folder: Path, setting: Training) -> tuple[Pairs, Path]:
+    """What a training learns from, and where its encodings are kept."""
+    if isinstance(setting, InOneScene):
+        folder = folder / "one_scene"
+        return Pairs(folder, setting.pairs, takes_in_one_scene), folder
+    return Pairs(folder, setting.combiner.pairs), folder
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from experiments.measuring import metrics  # noqa: E402
 from experiments.video_arms import Training  # noqa: E402
 from pack.nodes.puppets import captions, world  # noqa: E402
 from pack.nodes.puppets.config import SCENES, Take  # noqa: E402
-from pack.nodes.video_identity.config import EVEN  # noqa: E402
+from pack.nodes.video_identity.config import EVEN, VideoIdentityConfig  # noqa: E402
 
 MODELS = ROOT / "workflows" / "models"
 TRANSFORMER = MODELS / "diffusion_models" / "puppets_wan.safetensors"
@@ -44,16 +44,9 @@ PILOT = ("head", "headwear", "torso")
 OWN, ANOTHER, SMALL, STILL, TRUTH = "own", "another", "small", "still", "truth"
 CFG, STRENGTH = theatre_wan.CFG, 1.0
 
-# `rate`, times the node's: to be the best of RATES on development for each, before a test case is made.
-TRAININGS = {
-    arms.RESTRICTED: Training(rate=10),
-    arms.VANILLA: Training(arms.VANILLA, rate=10),
-    arms.SHARED: Training(arms.SHARED, rate=10),
-    arms.ON_VIDEO: Training(arms.ON_VIDEO, rate=10),
-    "restricted, face masks": Training(rate=10, masked=True),
-    "restricted, even levels": Training(rate=10, weighting=EVEN),
-}
-RATES, RATE_STEPS = (1, 3, 10), arms.STOPS[0]
+TRAININGS = {kind: Training(kind) for kind in arms.KINDS}
+RATES = 3, 10, 30
+SHORT = Training(rate=10, decay=0.0, steps=600, stills=False, batch=8)  # what settings were compared by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +58,7 @@ class Arm:
     words: bool = False
     cfg: float = CFG
     strength: float = STRENGTH
+    guidance: float = 0.0
 
 
 NONE, WORDS, OTHERS = "none", "all words", "another's reference"
@@ -80,19 +74,21 @@ ARMS = {
 
 
 def development() -> dict[str, Arm]:
-    """Rates of every training over few steps; then rank, steps, CFG and strength of ours, each with each."""
-    found = {NONE: Arm(), f"{NONE}, CFG 2": Arm(cfg=2.0)}
-    for name, training in TRAININGS.items():
-        for rate in RATES:
-            found[f"{name}, rate {rate}"] = Arm(dataclasses.replace(training, rate=rate, steps=RATE_STEPS), OWN)
-    for rank in (16, 32):
-        for steps in (1_200, 2_400):
-            training = dataclasses.replace(TRAININGS[arms.RESTRICTED], rank=rank, steps=steps)
-            for cfg in (2.0, 4.0):
-                for strength in (1.0, 2.0):
-                    name = f"rank {rank}, {steps} steps, CFG {cfg:g}, strength {strength:g}"
-                    found[name] = Arm(training, OWN, cfg=cfg, strength=strength)
-    return found
+    """How to train, over few steps; then how to show what was trained."""
+    trained = {
+        **{f"rate {rate}": {"rate": rate} for rate in RATES}, "even levels": {"weighting": EVEN},
+        "rate 10, falling": {"decay": 1.0}, "rate 30, falling": {"rate": 30, "decay": 1.0},
+    }
+    shown = {
+        "CFG 2": {"cfg": 2.0}, "strength 1.5": {"strength": 1.5}, "strength 2": {"strength": 2.0},
+        "guidance 1": {"guidance": 1.0}, "strength 2, guidance 1": {"strength": 2.0, "guidance": 1.0},
+    }
+    ours = TRAININGS[arms.RESTRICTED]
+    return {
+        NONE: Arm(),
+        **{f"600 steps, {name}": Arm(dataclasses.replace(SHORT, **how), OWN) for name, how in trained.items()},
+        **{f"ours, {name}": Arm(ours, OWN, **how) for name, how in shown.items()},
+    }
 
 
 MEASURES = (
@@ -177,11 +173,11 @@ class Bench:
         if not arm.training:
             return theatre.decode(self.sampled(theatre.model, texts, some, arm.cfg))
         adapter, _ = arms.learned(theatre, self.folder, arm.training)
-        latents = []
+        config, latents = VideoIdentityConfig(arm.strength, reference_guidance=arm.guidance), []
         with arms.instead(arm.training.kind):  # a reference belongs to a model, so one case at a time
             for i, text, image in zip(some, texts, shown, strict=True):
                 latent = theatre.vae.encode(image)
-                model = arms.applied(arm.training.kind, theatre.model, adapter, latent, arm.strength)
+                model = arms.applied(arm.training.kind, theatre.model, adapter, latent, config)
                 latents.append(self.sampled(model, [text], [i], arm.cfg))
         return theatre.decode(torch.cat(latents))
 

@@ -48,7 +48,8 @@ def photograph(page, server: Server, workflow: workflow_files.Workflow) -> None:
     with tempfile.TemporaryDirectory() as folder:
         page.screenshot(path=f"{folder}/graph.png", clip=clip)
         with Image.open(f"{folder}/graph.png") as picture:
-            gallery.padded(picture.convert("RGB")).save(workflow.path.with_suffix(".jpg"), quality=85, optimize=True)
+            padded, how = gallery.padded(picture.convert("RGB")), {"optimize": True, "progressive": True}
+            padded.save(workflow.path.with_suffix(".jpg"), quality=85, **how)
     page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
 
 

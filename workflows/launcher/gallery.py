@@ -99,7 +99,7 @@ def padded(image, side: int = THUMBNAIL):
 
 def save_thumbnail(main: Path, target: Path) -> None:
     """Write the picture that ComfyUI shows for a workflow template."""
-    squared(picture(main)).save(target, quality=80, optimize=True)  # so that the tree stays small
+    squared(picture(main)).save(target, quality=76, optimize=True, progressive=True)  # so that the tree stays small
 
 
 def write_contact_sheet(entries: list[Entry], target: Path) -> None:

@@ -1,6 +1,7 @@
 """The experiment's arms: what each lets through of the source after training, and what its cases and pairs show."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -88,13 +89,14 @@ def test_all_arms_begin_with_one_unet_and_one_pose_path(small):
             torch.testing.assert_close(weight, START.unet[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_training_goes_on_from_what_another_has_left(small):
+@pytest.mark.parametrize("kind", [arms.Further, functools.partial(arms.InOneScene, pairs=2)])
+def test_a_training_goes_on_from_what_another_has_left(small, kind):
     first = arms.Training((TOKENS,), steps=2, batch=2, combiner=COMBINER)
     with torch.inference_mode():
         before, _ = arms.learned(THEATRE, small, first)
-        after, _ = arms.learned(THEATRE, small, arms.Further(
-            (TOKENS,), rate=1e-6, steps=1, batch=2, combiner=COMBINER, after=first
-        ))
+        after, _ = arms.learned(
+            THEATRE, small, kind((TOKENS,), rate=1e-6, steps=1, batch=2, combiner=COMBINER, after=first)
+        )
     for found, expected in ((after.generator, before.generator), (after.unet, before.unet)):
         assert found.keys() == expected.keys()
         for name, weight in found.items():
@@ -111,6 +113,19 @@ def test_pairs_and_cases_show_the_source_elsewhere():
     framings = [source.framing for source, _ in everyone[:60]]
     assert 5 < framings.count("close_up") < 30
     assert not {source.identity for source, _ in everyone[:60]} & {*experiment.cases.people()}
+
+
+def test_pairs_in_one_scene_differ_in_what_the_puppet_does_alone(small):
+    for source, target in map(arms.takes_in_one_scene, range(40)):
+        same = dataclasses.replace(source, action=target.action, phase=target.phase, mirrored=target.mirrored)
+        assert same == target and source.action != target.action and target.framing == "full"
+        assert target.identity not in experiment.cases.people()
+    shared, elsewhere = (
+        arms.pairs_of(small, setting(combiner=COMBINER))[0].pictures(0, 1)[0]
+        for setting in (functools.partial(arms.InOneScene, pairs=2), arms.Training)
+    )
+    of_one, of_two = ((pictures[0] - pictures[2]).abs()[:8].mean() for pictures in (shared, elsewhere))
+    assert of_one < 0.3 * of_two  # at the upper edge, where scenes differ
 
 
 def test_the_truths_of_a_puppet_are_six_poses_in_one_scene_and_the_odd_sources_are_small_or_cut():

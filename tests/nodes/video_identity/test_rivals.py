@@ -150,3 +150,28 @@ def test_training_data_has_a_reference_of_its_clip_s_puppet_and_texts_without_cl
         clip = arms.world.sample_take(arms.FIRST_CLIP + i, "train", "close_up")
         take = arms.reference_take(clip, rng)
         assert take.identity == clip.identity and take.action != clip.action and take.scene != clip.scene
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_training_sees_each_clip_and_its_first_frame_beside_the_clip_s_reference(tmp_path, monkeypatch, masked):
+    found = arms.Data(draw(1, 2, 16, 3, 4, 4), draw(2, 2, 16, 1, 4, 4), torch.rand(2, 1, 3, 4, 4), ("a", "b"))
+    monkeypatch.setattr(arms, "data", lambda *_: found)
+    theatre, seen = SimpleNamespace(model=MODEL, prompts=lambda texts: texts[0]), []
+
+    def train(_model, latents, references, texts, config, rank, **options):
+        seen.append((latents, references, texts, config, options))
+        return ADAPTER, {"loss": [1.0]}
+
+    monkeypatch.setattr(arms.training, "train", train)
+    for stills in (False, True):
+        arms.learned(theatre, tmp_path, arms.Training(steps=2, stills=stills, masked=masked))
+    (clips, *_), (latents, references, texts, config, options) = seen
+    assert len(clips) == 2 and config.learning_rate_at(1) == pytest.approx(0.5 * config.learning_rate)
+    assert all(torch.equal(own, clip) for own, clip in zip(latents, clips, strict=False))
+    assert all(torch.equal(own, clip[:, :, :1]) for own, clip in zip(latents[2:], clips, strict=True))
+    assert [*texts] == ["a", "b", "a", "b"] and torch.equal(references[3], found.references[1:])
+    if masked:
+        weight = options["weights"][3]
+        torch.testing.assert_close(weight, 0.2 + 0.8 * found.inside[1:, :, :1])
+    else:
+        assert options["weights"] is None

@@ -177,6 +177,31 @@ def node(model, latents, references, positive, **settings):
         ).result
 
 
+def test_a_falling_rate_ends_at_the_last_step_and_another_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    key, model = FOLDER.name, wan()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
+    data = [{"samples": draw(0, *SHAPE)}], [{"samples": draw(50, 1, 16, 1, 4, 4)}], [tiny_model.conditioning(0)]
+    weights = {}
+    for decay in (0.0, 0.5, 1.0):
+        adapter, _ = node(model, *data, steps=4, decay=decay, checkpoint_every=3)
+        weights[decay] = adapter.tensors()
+    with torch.inference_mode():
+        for decay in (0.5, 1.0):
+            directly, _ = training.train(
+                model, [data[0][0]["samples"]], [data[1][0]["samples"]], data[2],
+                config(batch_size=2, decay=decay), 2, checkpoints=Checkpoints("test", {}), resume_from="none",
+                loss_weighting="bell",
+            )
+            assert all(torch.equal(tensor, weights[decay][k]) for k, tensor in directly.tensors().items())
+    assert not all(torch.equal(weights[0.0][k], tensor) for k, tensor in weights[0.5].items())
+    falling = sorted((tmp_path / key).glob("*.safetensors"))[-1].name
+    with pytest.raises(ValueError, match="steps"):
+        node(model, *data, steps=5, decay=1.0, resume_from=falling)
+    with pytest.raises(ValueError, match="decay"):
+        node(model, *data, steps=4, decay=0.5, resume_from=falling)
+
+
 def test_consent_and_the_base_model_go_with_the_adapter():
     model, positive = wan(), tiny_model.conditioning(0)
     latents, references = [{"samples": draw(1, *SHAPE)}], [{"samples": draw(2, 1, 16, 1, 4, 4)}]
