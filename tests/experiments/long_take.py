@@ -1,6 +1,6 @@
 """Long takes of six windows: does a puppet keep its looks from the first to the last? Method 6 of PROTOCOL.md.
 
-    python tests/experiments/long_take.py --arm all     # after video_identity.py's restricted adapter is trained
+    python tests/experiments/long_take.py --arm all     # by the shipped adapter, shown as in video_identity.py
     python tests/experiments/long_take.py --report
 
 A take has 49 frames and six actions in turn. In ComfyUI's Context Windows every window has 9 frames, of which it
@@ -55,8 +55,7 @@ class Arm:
     references: int = 0
     chained: bool = False
     aligned: bool = False
-    cfg: float = video.CFG
-    strength: float = video.STRENGTH
+    shown: video.Arm = video.BEST
 
 
 NONE, REFERENCE, CHAINED, BOTH, ALIGNED, TWO = (
@@ -70,7 +69,6 @@ ARMS = {
     ALIGNED: Arm(1, chained=True, aligned=True),
     TWO: Arm(2),
 }
-ADAPTER = video.TRAININGS[arms.RESTRICTED]
 
 ERRORS = tuple(f"error_{i}" for i in range(1, WINDOWS + 1))
 MEASURES = (*ERRORS, "identity_error", "drift", "action", "nearer_first", "nearer_second", "seconds")
@@ -108,19 +106,13 @@ def case(index: int, develop: bool = False) -> Case:
 
 
 class Bench:
-    """The theatre's video model with the restricted adapter of video_identity.py."""
+    """The theatre's video model and its adapter."""
 
     batch = 1
 
     def __init__(self, options, folder: Path):
         self.develop, self.theatre = options.development, video.video_theatre()
-        self.folder = folder.parent.parent / video.NAME / f"trained_{report.fingerprint(*video.digests())}"
-        self.settings = theatre_wan.SAMPLER, theatre_wan.STEPS, WINDOWS, WINDOW, SHARED, ADAPTER, video.digests()
-
-    def prepare(self, arm: Arm) -> None:
-        """Train what the arm needs."""
-        if arm.references:
-            arms.learned(self.theatre, self.folder, ADAPTER)
+        self.settings = theatre_wan.SAMPLER, theatre_wan.STEPS, WINDOWS, WINDOW, SHARED, video.digests()
 
     @torch.no_grad()
     def make(self, arm: Arm, some: list[int]) -> tuple[list[dict], dict[str, np.ndarray]]:
@@ -149,11 +141,10 @@ class Bench:
         """The MODEL with the arm's references."""
         model = self.theatre.model
         masks = [None] if arm.references == 1 else halves()
+        config = VideoIdentityConfig(arm.shown.strength, reference_guidance=arm.shown.guidance)
         for take, mask in zip((one.reference, one.second)[: arm.references], masks, strict=False):
-            adapter, _ = arms.learned(self.theatre, self.folder, ADAPTER)
             latent = self.theatre.vae.encode(arms.reference_image(take))
-            config = VideoIdentityConfig(arm.strength)
-            model = applying.apply(model, method.video_reference(adapter, latent, config, mask))
+            model = applying.apply(model, method.video_reference(video.shipped(), latent, config, mask))
         return model
 
     def sample(self, arm: Arm, model, texts: list[str], index: int, noise: torch.Tensor, **held) -> torch.Tensor:
@@ -161,7 +152,7 @@ class Bench:
         theatre = self.theatre
         return theatre.sample(
             theatre.sampler(theatre_wan.SAMPLER), [theatre.prompts([text])[0] for text in texts], [self.seed(index)],
-            steps=theatre_wan.STEPS, cfg=arm.cfg, model=model, noise=noise, **held,
+            steps=theatre_wan.STEPS, cfg=arm.shown.cfg, model=model, noise=noise, **held,
         )
 
     def windowed(self, arm: Arm, one: Case, index: int) -> np.ndarray:
