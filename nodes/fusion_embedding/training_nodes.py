@@ -242,7 +242,7 @@ class UnderstudyTrainFusionGenerator(_TrainedOnPairs):
                     "early_steps", default=_GENERATOR.early_steps, min=0, max=10_000_000, optional=True,
                     advanced=True,
                     tooltip="Optimiser steps at the beginning in which early_source_drop holds, if it is higher than "
-                    "source_drop. 0 is off, as published; a third of steps is a start.",
+                    "source_drop. 0 is off, as published.",
                 ),
                 _budget(
                     "10,000 steps of 1 pair with a LoRA of rank 16",

@@ -5,7 +5,7 @@ pair is in another scene, light and view than the target, so that neither embedd
 its surroundings. What an arm does not read it never sees: without tokens the encoder's states are one row of zeros,
 without e_f there is no combiner.
 
-All begin with the UNet and the pose path of the shipped fusion: from the checkpoint on, 600 steps of AdamW
+All begin with the UNet and the pose path of the fusion that was shipped before: from the checkpoint on, 600 steps of AdamW
 gave neither pose nor puppet. What reads the source begins anew in each.
 """
 
@@ -42,7 +42,7 @@ FIXED = report.fingerprint(SIZE, CLOSE_UPS, EMBEDDING_TOKENS, HIDDEN, POSE_CHANN
 
 @dataclasses.dataclass(frozen=True)
 class Combiner:
-    """Stage 1, as the shipped one was trained, but longer; embeddings have 128 numbers here."""
+    """Stage 1, as the one shipped before was trained, but longer; embeddings have 128 numbers here."""
 
     pairs: int = 10_000
     steps: int = 2_000

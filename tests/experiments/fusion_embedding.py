@@ -72,7 +72,7 @@ ARMS = {
     "full, another's e_f": Arm(TRAININGS[FULL], (EMBEDDING,)),
     "full, another's tokens": Arm(TRAININGS[FULL], (TOKENS,)),
     "full, 2,500 steps more": Arm(LONGER),
-    "the shipped file": Arm(copies=START),
+    "the shipped file": Arm(copies=START),  # until version 18
     "source untouched": Arm(copies=SOURCE),
     "truth through the autoencoder": Arm(copies=TRUTH),
 }

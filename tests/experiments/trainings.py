@@ -1,7 +1,8 @@
 """Trainings of arms by the pack's own training code, kept between runs, and gone on with after a kill.
 
-A training's constant learning rate depends on no end, so its state after 600 steps is what a training of 600 steps
-leaves: a longer one begins there, and rates that were compared over few steps cost the chosen one nothing.
+A constant learning rate depends on no end, so a training's state after 600 steps is what a training of 600 steps
+leaves: a longer one begins there, and rates that were compared over few steps cost the chosen one nothing. Where the
+rate falls, the settings hold the steps, and there are no stops on the way.
 """
 
 import time

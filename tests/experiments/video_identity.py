@@ -48,7 +48,7 @@ PILOT = ("head", "headwear", "torso")
 OWN, ANOTHER, SMALL, STILL, TRUTH = "own", "another", "small", "still", "truth"
 CFG = theatre_wan.CFG
 
-TRAININGS = {kind: Training(kind) for kind in arms.KINDS}
+TRAININGS = {kind: Training(kind) for kind in arms.KINDS} | {"restricted, face masks": Training(masked=True)}
 RATES = 3, 10, 30
 SHORT = Training(rate=10, decay=0.0, steps=600, stills=False, batch=8)  # what settings were compared by
 

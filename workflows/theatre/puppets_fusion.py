@@ -1,4 +1,6 @@
-"""Trains the theatre's fusion embedding; writes `workflows/models/fusion_embeddings/puppets_fusion.safetensors`.
+"""Trains what the theatre's fusion embedding begins with; tests/experiments/fusion_file.py makes the shipped one.
+
+Writes `workflows/models/fusion_embeddings/puppets_fusion.safetensors`, in place of that.
 
     python workflows/theatre/puppets_fusion.py                 # every stage to its end, going on where it was
     python workflows/theatre/puppets_fusion.py --minutes 20    # stop and save after 20 minutes of a stage
