@@ -5,8 +5,8 @@ pair is in another scene, light and view than the target, so that neither embedd
 its surroundings. What an arm does not read it never sees: without tokens the encoder's states are one row of zeros,
 without e_f there is no combiner.
 
-All begin with the UNet and the pose path of the fusion that was shipped before: from the checkpoint on, 600 steps of AdamW
-gave neither pose nor puppet. What reads the source begins anew in each.
+All begin with the UNet and the pose path of the fusion that was shipped before: from the checkpoint on, 600 steps of
+AdamW gave neither pose nor puppet. What reads the source begins anew in each.
 """
 
 import dataclasses

@@ -166,7 +166,8 @@ def test_a_training_sees_each_clip_and_its_first_frame_beside_the_clip_s_referen
     for stills in (False, True):
         arms.learned(theatre, tmp_path, arms.Training(steps=2, stills=stills, masked=masked))
     (clips, *_), (latents, references, texts, config, options) = seen
-    assert torch.equal(torch.cat(clips), found.latents) and config.learning_rate_at(1) == pytest.approx(0.5 * config.learning_rate)
+    assert torch.equal(torch.cat(clips), found.latents)
+    assert config.learning_rate_at(1) == pytest.approx(0.5 * config.learning_rate)
     assert all(torch.equal(own, clip) for own, clip in zip(latents, clips, strict=False))
     assert all(torch.equal(own, clip[:, :, :1]) for own, clip in zip(latents[2:], clips, strict=True))
     assert [*texts] == ["a", "b", "a", "b"] and torch.equal(references[3], found.references[1:])
