@@ -187,7 +187,7 @@ def _cell(value: float | Sequence[float]) -> str:
     return "{:.3g} ({:.3g} to {:.3g})".format(*value)
 
 
-def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: int = 68_000) -> None:
+def contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], budget: int = 48_000) -> None:
     """Labelled rows of pictures uint8 [N, H, W, 3] as one JPEG or WebP of at most `budget` bytes."""
     (height, wide), label = rows[0][1].shape[1:3], 14
     size = wide * max(len(pictures) for _, pictures in rows), len(rows) * (height + label)

@@ -207,8 +207,7 @@ def main() -> None:
         report.contact_sheet(kept.folder / f"{arm}.jpg", sheets[arm], budget=4_000_000)
         print(arm, report.summary(found, MEASURES), flush=True)
     report.write_csv(report.RESULTS / f"{arguments.name}.csv.gz", rows)
-    looked_at = {"render": 1, "autoencoder": 1} | dict.fromkeys(SPLITS, 2)
-    best = [row for arm, count in looked_at.items() for row in sheets[arm][:count]]
+    best = [sheets[arm][0] for arm in ("render", "autoencoder", *SPLITS)]
     report.contact_sheet(report.RESULTS / f"{arguments.name}.webp", best)
     summary = {
         "command": report.command("theatre.py"),

@@ -161,7 +161,7 @@ def main() -> None:
         rows.extend(found)
         rows_shown = sheet(arm, shown)
         report.contact_sheet(kept.folder / f"{arm}.jpg", rows_shown, budget=4_000_000)
-        best.extend(rows_shown[: 2 if arm in SPLITS else 1])
+        best.append(rows_shown[0])
         print(arm, report.summary(found, MEASURES), flush=True)
     report.write_csv(report.RESULTS / f"{options.name}.csv.gz", rows)
     report.contact_sheet(report.RESULTS / f"{options.name}.webp", best)
