@@ -37,6 +37,23 @@ def one():
     return experiment.case(0)
 
 
+@pytest.mark.parametrize("name", [experiment.NONE, experiment.REFERENCE, experiment.TWO])
+def test_an_arm_shows_its_references_as_the_experiment_of_close_ups_does_each_to_its_half(monkeypatch, one, name):
+    bench, seen = experiment.Bench.__new__(experiment.Bench), []
+    bench.theatre = SimpleNamespace(model="model", vae=SimpleNamespace(encode=lambda image: image))
+    monkeypatch.setattr(experiment.video, "shipped", lambda: "shipped")
+    monkeypatch.setattr(experiment.method, "video_reference", lambda *given: given)
+    monkeypatch.setattr(experiment.applying, "apply", lambda model, given: seen.append(given) or model)
+    assert bench.model(experiment.ARMS[name], one) == "model"
+    expected = {experiment.NONE: [], experiment.REFERENCE: [one.reference]}.get(name, [one.reference, one.second])
+    assert len(seen) == len(expected)
+    masks = [None] if len(seen) == 1 else experiment.halves()
+    for (adapter, latent, config, mask), take, wanted in zip(seen, expected, masks, strict=False):
+        assert adapter == "shipped" and (config.strength, config.reference_guidance) == (2, 2)
+        assert torch.equal(latent, experiment.arms.reference_image(take))
+        assert mask is wanted or torch.equal(mask, wanted)
+
+
 def frames_of(one, people):
     """True frames where a window is judged, of these identities by window."""
     frames = np.zeros((49, 96, 96, 3), np.uint8)

@@ -132,6 +132,26 @@ def test_another_s_reference_is_another_s_and_a_small_one_is_half_as_large_and_o
     assert small.mean() > own.mean()
 
 
+@pytest.mark.parametrize("name", [experiment.OURS, experiment.OTHERS, "shipped, as published", arms.SHARED])
+def test_an_arm_shows_its_reference_by_its_adapter_strength_and_guidance(monkeypatch, name):
+    bench, seen = experiment.Bench.__new__(experiment.Bench), []
+    bench.develop, bench.folder = False, None
+    encode = SimpleNamespace(encode=lambda image: image)
+    bench.theatre = SimpleNamespace(model=MODEL, vae=encode, decode=lambda latents: latents)
+    monkeypatch.setattr(bench, "sampled", lambda *_: torch.zeros(1), raising=False)
+    monkeypatch.setattr(arms, "learned", lambda *_: ("trained", 0.0))
+    monkeypatch.setattr(experiment, "shipped", lambda: "shipped")
+    monkeypatch.setattr(arms, "applied", lambda *given: seen.append(given))
+    arm, one = experiment.ARMS[name], experiment.case(1)
+    bench.clips(arm, [1], [one], [bench.reference(one, arm.shows, 1)])
+    (kind, model, adapter, latent, config), = seen
+    published = name in ("shipped, as published", arms.SHARED)
+    assert (config.strength, config.reference_guidance) == ((1, 0) if published else (2, 2)) and model is MODEL
+    assert (kind, adapter) == ((arms.SHARED, "trained") if name == arms.SHARED else (arms.RESTRICTED, "shipped"))
+    take = one.other if name == experiment.OTHERS else one.reference
+    assert torch.equal(latent, arms.reference_image(take))
+
+
 def test_training_data_has_a_reference_of_its_clip_s_puppet_and_texts_without_clothes(tmp_path):
     """Encoded by a stand-in, which hands on what it is given."""
     seen = []
