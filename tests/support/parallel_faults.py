@@ -64,6 +64,7 @@ def main(folder: Path, fault: str) -> int:
     if accelerator.is_main_process:
         tensors = {"weight": weight.detach(), "losses": torch.tensor(losses["loss"], dtype=torch.float64)}
         safetensors.torch.save_file(tensors, folder / "result.safetensors")
+    accelerator.end_training()  # as train.py ends, or a process may abort while it goes down
     return 0
 
 

@@ -176,6 +176,7 @@ def test_training_data_has_a_reference_of_its_clip_s_puppet_and_texts_without_cl
 def test_a_training_sees_each_clip_and_its_first_frame_beside_the_clip_s_reference(tmp_path, monkeypatch, masked):
     found = arms.Data(draw(1, 2, 16, 3, 4, 4), draw(2, 2, 16, 1, 4, 4), torch.rand(2, 1, 3, 4, 4), ("a", "b"))
     monkeypatch.setattr(arms, "data", lambda *_: found)
+    monkeypatch.setattr(arms.trainings.extension, "register_folders", lambda: None)  # of the whole process
     theatre, seen = SimpleNamespace(model=MODEL, prompts=lambda texts: texts[0]), []
 
     def train(_model, latents, references, texts, config, rank, **options):
