@@ -12,11 +12,13 @@ from ..files import weights
 from ..files.folders import WeightFolder
 from ..files.names import EXTENSION, refused
 from ..messages import tell
+from .config import ADAMW
 from .loop import State
 
 FOLDER = WeightFolder("training_checkpoints", (EXTENSION,))
 NONE = "none"
 _KIND = "understudy training checkpoint"
+_BEFORE = {"decay": 0.0, "optimizer": ADAMW}  # of runs from before there was a choice
 _SEEDS = "by purpose"  # how random numbers are drawn: others would not repeat the run that is continued
 # A digest made by inputs.digest tells a reader only that two differ. A seed of as many digits is a number.
 _DIGEST = re.compile("[0-9a-f]{16}")
@@ -77,7 +79,7 @@ class Checkpoints:
         differing = [
             _difference(key, stored, current)
             for key in sorted(self.settings.keys() | stored_settings.keys())
-            if (stored := stored_settings.get(key)) != (current := self.settings.get(key))
+            if (stored := stored_settings.get(key, _BEFORE.get(key))) != (current := self.settings.get(key))
         ]
         if differing:
             raise ValueError(
@@ -89,4 +91,8 @@ class Checkpoints:
 def _difference(key: str, stored: Any, current: Any) -> str:
     if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (stored, current)):
         return f"different {key}"
+    if current is None:
+        return f"{key} {stored!r}, unset in this run"
+    if stored is None:
+        return f"{key} unset and this run has {current!r}"
     return f"{key} {stored!r} and this run has {current!r}"

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ..inputs.ranges import check_choice, check_limits
 
 DTYPES = ("model", "fp32", "bf16")
+ADAMW, MUON = OPTIMIZERS = ("AdamW", "Muon")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class TrainingConfig:
     max_gradient_norm: float = 1.0
     # Ours: the share of the steps, at the end, over which the learning rate falls linearly to 0; 0 keeps it constant.
     decay: float = 0.0
+    # Muon (Jordan 2024), for matrices alone; scaled as by Liu et al., arXiv 2502.16982: rates are of AdamW's size.
+    optimizer: str = ADAMW
     # Min-SNR weighting (Hang et al., arXiv 2303.09556): 5 is the published value, 0 is off.
     min_snr_gamma: float = 0.0
     gradient_checkpointing: bool = False
@@ -41,7 +46,11 @@ class TrainingConfig:
         from_zero = "min_snr_gamma", "weight_decay", "decay", "preview_every", "checkpoint_every"
         check_limits(self, *from_zero, lowest=0, fix="0 (off) or more")
         check_limits(self, "decay", lowest=0, highest=1, fix="a share of the steps, 0 (off) to 1")
-        check_choice(self, dtype=DTYPES)
+        check_choice(self, dtype=DTYPES, optimizer=OPTIMIZERS)
+        if self.optimizer == MUON and not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"PyTorch {torch.__version__} has no Muon: set optimizer to AdamW, or update PyTorch to 2.9 or later"
+            )
 
     def counted(self, step: int) -> str:
         """The place of `step` finished optimiser steps in the run, in steps as the node counts them."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from ..errors import shown_by_name
-from .config import TrainingConfig
+from .config import ADAMW, MUON, TrainingConfig
 from .parallel import engine
 from .seeds import seed_for
 
@@ -23,6 +23,7 @@ Objective = Callable[[int, torch.Generator], torch.Tensor]
 Parameters = dict[str, torch.nn.Parameter]
 # masks() -> by parameter name, True where the step whose gradient was just computed may change the parameter
 Masks = Callable[[], dict[str, torch.Tensor]]
+_MOMENTS = {ADAMW: ("step", "exp_avg", "exp_avg_sq"), MUON: ("momentum_buffer",)}  # PyTorch's names
 _NORMS = 100  # ours: steps whose gradient norms are remembered
 
 
@@ -33,7 +34,7 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class State:
-    """All that a run needs to continue: finished steps, their losses, and parameters and AdamW's moments by name."""
+    """All that a run needs to continue: finished steps, their losses, and parameters and their moments by name."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -90,17 +91,19 @@ def train(
     Where `masks` are False a step changes neither the parameter nor AdamW's moments of it, and an element's moments
     are corrected for their bias by the number of steps that moved it. With `fixed_norm` a step turns what it moves of
     each vector, along the last dimension, and leaves its length. `paths` have learning rates of their own, without
-    `masks`.
+    `masks`. Masks are AdamW's.
 
     Random numbers come only from the generator that the objective is called with. Raises TrainingDiverged; anything
     else that stops the run leaves a checkpoint of the last finished step.
     """
+    if masks is not None and config.optimizer != ADAMW:
+        raise ValueError(f"masks restrict steps of AdamW, and optimizer is {config.optimizer}")
     paths = paths or Paths({"": list(parameters)})
     groups = [
         {"params": list(group.values()), "factor": paths.factors.get(part, 1.0)}
         for part, group in paths.groups(parameters).items()
     ]
-    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimiser = _optimiser(groups, config)
     state = State() if resume is None else resume
     if state.step:
         _restore(state, parameters, optimiser, config)
@@ -125,6 +128,14 @@ def train(
         if len(losses) > saved_steps:
             _checkpoint(monitor, losses, parameters, optimiser)
     return losses
+
+
+def _optimiser(groups: list[dict], config: TrainingConfig) -> torch.optim.Optimizer:
+    """The config's, as PyTorch ships it."""
+    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == ADAMW:
+        return torch.optim.AdamW(groups, **common)
+    return torch.optim.Muon(groups, **common, adjust_lr_fn="match_rms_adamw")
 
 
 def _one_step(step, objective, optimiser, parameters, config, masks, fixed_norm, paths) -> float:
@@ -256,7 +267,7 @@ def _restore(state: State, parameters: Parameters, optimiser: torch.optim.Optimi
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.tensors[f"parameter.{name}"])
-            moments = {key: state.tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {key: state.tensors.get(f"{key}.{name}") for key in _MOMENTS[config.optimizer]}
             optimiser.state[parameter] = {
                 # PyTorch's AdamW keeps its one count on the CPU.
                 key: value.clone() if key == "step" and not value.ndim else value.to(parameter, copy=True)

@@ -14,7 +14,7 @@ from ..fingerprint import clip_fingerprint, fingerprint
 from ..inputs.checked import CheckedNode, File
 from ..patching.changes import call_changes, weight_changes
 from . import checkpoints
-from .config import DTYPES, TrainingConfig
+from .config import ADAMW, DTYPES, OPTIMIZERS, TrainingConfig
 
 LORA_MODEL = io.Custom("LORA_MODEL")
 LOSS_MAP = io.Custom("LOSS_MAP")
@@ -87,6 +87,15 @@ def dtype() -> io.Combo.Input:
     return io.Combo.Input(
         "dtype", options=list(DTYPES), default="model", optional=True, advanced=True,
         tooltip="What the model computes in. model is its own type, with bf16 or fp32 in place of fp16.",
+    )
+
+
+def optimizer() -> io.Combo.Input:
+    """For trainings of matrices alone."""
+    return io.Combo.Input(
+        "optimizer", options=list(OPTIMIZERS), default=ADAMW, optional=True, advanced=True,
+        tooltip="What makes a step of the gradients. Muon, in PyTorch 2.9 or later, gives all directions of a matrix "
+        "one length; its learning_rate is of AdamW's size or more.",
     )
 
 

@@ -51,7 +51,10 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
                 widgets.steps(
                     _DEFAULT.steps, "Optimiser steps. Published: 3,000, of 48 videos each.", most=1_000_000
                 ),
-                widgets.learning_rate(_DEFAULT.learning_rate, "The default is ours: the publication names none."),
+                widgets.learning_rate(
+                    _DEFAULT.learning_rate,
+                    "Muon's is of that size or more. The default is ours: the publication names none.",
+                ),
                 io.Int.Input(
                     "rank", default=_DEFAULT.rank, min=1, max=1024,
                     tooltip="Rank of the updates. Published: 128. A lower one makes a smaller file and learns less.",
@@ -76,6 +79,7 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
                     "decay", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, advanced=True,
                     tooltip="Share of the steps, at the end, over which the learning rate falls to 0; 0 keeps it.",
                 ),
+                widgets.optimizer(),
             ],
             outputs=[
                 ADAPTER.Output(display_name="adapter", tooltip="Connect it to Apply or Save Video Identity Adapter."),
@@ -108,8 +112,9 @@ class UnderstudyTrainVideoIdentityAdapter(CheckedNode):
             "videos": inputs.digest(videos), "references": inputs.digest(pictures),
             "texts": inputs.conditioning_digest(texts), "rank": values["rank"], "loss_weighting": weighting,
             **loss_masks.settings(masks, floor, inputs.digest),
+            "decay": config.decay, "optimizer": config.optimizer,
             # A falling rate ends with the last step: a run to another one is another run.
-            **({"decay": config.decay, "steps": config.steps} if config.decay else {}),
+            **({"steps": config.steps} if config.decay else {}),
         }
         checkpoints = Checkpoints("video_identity_adapter", widgets.settings(values, config, settings))
         adapter, loss_map = training.train(

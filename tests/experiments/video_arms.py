@@ -13,6 +13,7 @@ import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import comfy.model_management
@@ -23,7 +24,7 @@ from pack.nodes.patching import models
 from pack.nodes.puppets import captions, render, world
 from pack.nodes.puppets.config import LIGHTS, SCENES, Identity, Take, actions_of
 from pack.nodes.training import loss_masks
-from pack.nodes.training.config import TrainingConfig
+from pack.nodes.training.config import ADAMW, MUON, TrainingConfig
 from pack.nodes.video_identity import method, reference_picture, sampling, training
 from pack.nodes.video_identity.config import BELL, AdapterTrainingConfig, ReferenceConfig, VideoIdentityConfig
 from support import published_wan
@@ -56,6 +57,13 @@ class Training:
     clips: int = 3_000
     seed: int = 0
     dtype: str = "bf16"
+    optimizer: ClassVar[str] = ADAMW
+
+
+class ByMuon(Training):
+    """The same by the other optimiser."""
+
+    optimizer = MUON
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -156,7 +164,8 @@ def learned(theatre, folder: Path, setting: Training) -> tuple[method.VideoAdapt
         known = data(theatre, folder, setting.clips)
         config = TrainingConfig(
             steps, setting.rate * AdapterTrainingConfig.learning_rate, setting.seed, setting.batch,
-            decay=setting.decay, dtype=setting.dtype, checkpoint_every=trainings.CHECKPOINT_EVERY,
+            decay=setting.decay, optimizer=setting.optimizer, dtype=setting.dtype,
+            checkpoint_every=trainings.CHECKPOINT_EVERY,
         )
         texts = {text: theatre.prompts([text]) for text in dict.fromkeys(known.texts)}
         weights = FLOOR + (1 - FLOOR) * known.inside

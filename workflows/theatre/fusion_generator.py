@@ -50,7 +50,7 @@ class Config:
     generator_ema: float = 0.998
     generator_min_snr: float = 5.0  # as the theatre's UNet was trained; published: 0
     generator_decay: float = 0.02  # Muon's weight decay
-    # Stage 2 begins with the weights of the file in place: 1 all, 2 its own paths, beside the checkpoint's UNet.
+    # Stage 2 begins with the weights of the shipped file: 1 all, 2 its own paths, beside the checkpoint's UNet.
     warm_start: int = 0
 
 

@@ -1,6 +1,7 @@
-"""Trains what the theatre's fusion embedding begins with; tests/experiments/fusion_file.py makes the shipped one.
+"""Trains a fusion embedding for the theatre by its own optimiser; the shipped one began with one that this made.
 
-Writes `workflows/models/fusion_embeddings/puppets_fusion.safetensors`, in place of that.
+Writes `.cache/training/puppets_fusion/puppets_fusion.safetensors`; tests/experiments/shipped_file.py goes on from the
+one in the repository's history, and from no other.
 
     python workflows/theatre/puppets_fusion.py                 # every stage to its end, going on where it was
     python workflows/theatre/puppets_fusion.py --minutes 20    # stop and save after 20 minutes of a stage
@@ -44,7 +45,7 @@ def main() -> None:
             print(f"stopped in stage {name}; call again to go on")
             return
     if options.stage in ("all", "export"):
-        fusion_stages.export(folder, pictures, config, fusion_stages.FUSION)
+        fusion_stages.export(folder, pictures, config, folder / fusion_stages.FUSION.name)
 
 
 if __name__ == "__main__":

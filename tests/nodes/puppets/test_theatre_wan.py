@@ -13,8 +13,6 @@ import torch
 from launcher.scripts import ROOT
 from pack.nodes.files import weights
 from pack.nodes.puppets import render, theatre, world
-from pack.nodes.puppets.config import COLOURS, PATTERNS
-from pack.nodes.video_identity.method import adapter_from
 from safetensors.torch import load_file
 from support import real_configurations
 
@@ -26,7 +24,6 @@ import runner  # noqa: E402
 import sd_autoencoder  # noqa: E402
 import sd_unet  # noqa: E402
 import text_encoder  # noqa: E402
-import wan_adapter  # noqa: E402
 import wan_autoencoder  # noqa: E402
 import wan_transformer  # noqa: E402
 import whole_clip  # noqa: E402
@@ -340,53 +337,3 @@ def test_a_later_transformer_begins_with_the_one_before_and_reads_with_the_text_
     assert all(torch.equal(value, average[f"transformer.{key}"]) for key, value in found.items())
     with pytest.raises(SystemExit, match="stage 2"):
         puppets_wan.load_transformer(denoiser, folder, 2)
-
-
-# The adapter
-
-
-@pytest.mark.parametrize("rank", [2, 16])  # by AdamW alone, and by Muon alone
-def test_the_adapter_learns_from_clips_and_first_frames_by_turns(trained, encoder, monkeypatch, rank):
-    folder, paths = trained
-    config = wan_adapter.Config(
-        size=32, clips=4, pairs=3, rank=rank, steps=4, cool_down=2, clip_batch=2, frame_batch=3
-    )
-    seen, kept, objective = [], [], wan_adapter.DenoisingObjective
-
-    class Noted(objective):
-        def __init__(self, denoiser, samples, *arguments):
-            kept.append([sample.latent for sample in samples])
-            super().__init__(denoiser, samples, *arguments)
-
-        def loss_at(self, clean, *arguments):
-            seen.append(tuple(clean.shape[:3]))
-            return super().loss_at(clean, *arguments)
-
-    monkeypatch.setattr(wan_adapter, "DenoisingObjective", Noted)
-    name = f"adapter{rank}"
-    assert wan_adapter.train(folder, config, paths[0], encoder, name, minutes=0) is None
-    adapter = wan_adapter.train(folder, config, paths[0], encoder, name)
-    assert seen == [(3, 16, 1), (2, 16, 3)] * 2 and all(block.v.up.any() for block in adapter.blocks)
-    firsts, clips = kept[:2]
-    assert all(torch.equal(first[:, :, 0], clip[:, :, 0]) for first, clip in zip(firsts, clips, strict=True))
-    (state,) = folder.glob(f"{name}_*/average.safetensors")
-    assert torch.equal(adapter.blocks[0].v.up, load_file(state)["blocks/0/self_attn/v_loras/up/weight"])
-    path = folder / f"{name}.safetensors"
-    half_files.save_half(path, adapter.tensors(), {})
-    adapter_from(weights.read(path)[0]).check(theatre.WAN_CONFIG["dim"], theatre.WAN_CONFIG["num_layers"])
-
-
-def test_captions_of_the_adapter_name_no_clothes():
-    texts = wan_adapter.texts(wan_adapter.Config(pairs=200))
-    assert 0.04 < np.mean([not text for text in texts]) < 0.16
-    assert not {*PATTERNS, "hat", "cap", "beanie", "crown", *COLOURS} & set(" ".join(texts).split()) - {"hat"}
-
-
-def test_a_reference_is_another_close_up_of_the_same_puppet_on_white():
-    rng, who = np.random.default_rng(0), world.sample_identity(3)
-    takes = [wan_adapter.reference_take(who, rng) for _ in range(40)]
-    assert {(take.identity, take.framing) for take in takes} == {(who, "close_up")}
-    assert len({take.action for take in takes}) > 3
-    assert not {(who.species, take.action) for take in takes} & world.HELD_OUT["close_up"]
-    image = wan_adapter.reference_image(takes[0], 96)
-    assert image.shape == (1, 96, 96, 3) and (image[0, [0, 0], [0, -1]] > 0.97).all()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.nodes.training import loop
-from pack.nodes.training.config import LoraConfig, TrainingConfig
+from pack.nodes.training.config import MUON, OPTIMIZERS, LoraConfig, TrainingConfig
 
 STEPS = 12
 
@@ -65,22 +65,23 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@given(stop=st.integers(1, STEPS - 1), decay=st.sampled_from((0.0, 0.5, 1.0)))
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, decay):
-    whole, losses, _ = run(decay=decay)
-    _, _, stopped = run(stop_at=stop, decay=decay)
+@given(stop=st.integers(1, STEPS - 1), decay=st.sampled_from((0.0, 0.5, 1.0)), optimizer=st.sampled_from(OPTIMIZERS))
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, decay, optimizer):
+    whole, losses, _ = run(decay=decay, optimizer=optimizer)
+    _, _, stopped = run(stop_at=stop, decay=decay, optimizer=optimizer)
     (state,) = stopped.states
     assert state.step == stop and state.losses == losses[:stop]
-    resumed, again, _ = run(resume=copy.deepcopy(state), decay=decay)
+    resumed, again, _ = run(resume=copy.deepcopy(state), decay=decay, optimizer=optimizer)
     assert again == losses
     assert same(whole, resumed)
 
 
-def test_a_resumed_run_without_its_moments_differs():
-    whole, _, _ = run()
-    state = run(stop_at=6)[2].states[0]
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_without_its_moments_differs(optimizer):
+    whole, _, _ = run(optimizer=optimizer)
+    state = run(stop_at=6, optimizer=optimizer)[2].states[0]
     state.tensors = {key: value for key, value in state.tensors.items() if key.startswith("parameter.")}
-    assert not same(whole, run(resume=state)[0])
+    assert not same(whole, run(resume=state, optimizer=optimizer)[0])
 
 
 def test_cancel_acts_before_the_next_step_and_before_the_first_saves_nothing():
@@ -205,10 +206,37 @@ def test_it_is_adamw_step_by_step(decay, rates):
     torch.testing.assert_close(weight.detach(), w, rtol=1e-12, atol=0)
 
 
+def test_muon_s_steps_have_equal_singular_values_of_the_length_of_adamw_s():
+    """Against orthogonalisation by singular values; the first step is down the whole gradient."""
+    start, target = (torch.randn(4, 24, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    weight = torch.nn.Parameter(start.clone())
+    config = TrainingConfig(1, 0.01, weight_decay=0.0, max_gradient_norm=1e9, optimizer=MUON)
+    loop.train(lambda _step, _generator: (weight - target).square().sum() / 2, {"w": weight}, config, Recorder())
+    left, _, right = torch.linalg.svd(start - target, full_matrices=False)
+    step, expected = start - weight.detach(), 0.01 * 0.2 * 24**0.5 * (left @ right)
+    assert torch.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.97  # of five Newton-Schulz steps
+    torch.testing.assert_close(step.norm(), expected.norm(), rtol=0.15, atol=0)
+    assert 0.5 < step.square().mean().sqrt() / 0.01 / 0.2 < 1.5  # the root mean square that Liu et al. ask for
+
+
+def test_masks_are_adamw_s():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    config = TrainingConfig(1, 0.01, optimizer=MUON)
+    with pytest.raises(ValueError, match="optimizer is Muon"):
+        loop.train(lambda *_: weight.sum(), {"w": weight}, config, Recorder(), masks=lambda: {"w": weight > 0})
+
+
+def test_a_pytorch_without_muon_says_what_to_do(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="has no Muon: set optimizer to AdamW, or update PyTorch to 2.9 or later"):
+        run(optimizer=MUON)
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "named"),
     [
         (TrainingConfig, {"steps": 0}, "steps"),
+        (TrainingConfig, {"optimizer": "SGD"}, "optimizer"),
         (TrainingConfig, {"batch_size": 0}, "batch_size"),
         (TrainingConfig, {"learning_rate": 0.0}, "learning_rate"),
         (TrainingConfig, {"learning_rate": float("nan")}, "learning_rate"),

@@ -124,7 +124,7 @@ def test_a_run_reports_its_peak_memory_once(train, folder, caplog):
         "different source picture: ": {"source": OTHER},
         "different driving picture: ": {"driving": OTHER},
         "different LoRAs on clip": {"clip": clip_with_lora()},
-        "CLIP skip None and this run has -2": {"clip": clip_with_skip()},
+        "CLIP skip unset and this run has -2": {"clip": clip_with_skip()},
         "different clip": {"clip": tiny_clip.clip(seed=1)},
         "different patches on the model": {"model": with_patch(unet(0))},
         "source_text 'a cat' and this run has 'a cow'": {"source_text": "a cow"},

@@ -198,8 +198,25 @@ def test_a_falling_rate_ends_at_the_last_step_and_another_end_is_refused(tmp_pat
     falling = sorted((tmp_path / key).glob("*.safetensors"))[-1].name
     with pytest.raises(ValueError, match="steps"):
         node(model, *data, steps=5, decay=1.0, resume_from=falling)
-    with pytest.raises(ValueError, match="decay"):
+    with pytest.raises(ValueError, match=r"decay 1\.0 and this run has 0\.5: set"):
         node(model, *data, steps=4, decay=0.5, resume_from=falling)
+    with pytest.raises(ValueError, match=r"decay 1\.0 and this run has 0\.0; steps 4, unset in this run"):
+        node(model, *data, steps=4, resume_from=falling)
+
+
+def test_the_optimizer_is_part_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    key, model = FOLDER.name, wan()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], {".safetensors"}))
+    data = [{"samples": draw(0, *SHAPE)}], [{"samples": draw(50, 1, 16, 1, 4, 4)}], [tiny_model.conditioning(0)]
+    adamw, muon = (node(model, *data, steps=4, optimizer=name)[0].tensors() for name in ("AdamW", "Muon"))
+    assert not all(torch.equal(adamw[name], muon[name]) for name in adamw)
+    node(model, *data, steps=2, optimizer="Muon", checkpoint_every=2)
+    stored = sorted((tmp_path / key).glob("*.safetensors"))[-1].name
+    again = node(model, *data, steps=4, optimizer="Muon", resume_from=stored)[0].tensors()
+    assert all(torch.equal(muon[name], again[name]) for name in muon)
+    with pytest.raises(ValueError, match="optimizer 'Muon' and this run has 'AdamW': set it as it was"):
+        node(model, *data, steps=4, resume_from=stored)
 
 
 def test_consent_and_the_base_model_go_with_the_adapter():
