@@ -62,9 +62,9 @@ NONE, REFERENCE, CHAINED, BOTH, ALIGNED, TWO = (
     "none", "reference", "chained", "chained + reference", "chained + reference + alignment", "two references"
 )
 ARMS = {
-    NONE: Arm(),
+    NONE: Arm(shown=video.Arm()),
     REFERENCE: Arm(1),
-    CHAINED: Arm(chained=True),
+    CHAINED: Arm(chained=True, shown=video.Arm()),
     BOTH: Arm(1, chained=True),
     ALIGNED: Arm(1, chained=True, aligned=True),
     TWO: Arm(2),
