@@ -77,7 +77,7 @@ def serve(comfyui: Path, port: int, cpu: bool | None) -> int:
     with Server(comfyui, base, models=models_folder(comfyui), port=port, cpu=cpu, options=options) as server:
         print(f"ComfyUI is ready: open {server.url} in a browser. Ctrl-C stops it.")
         print(
-            f"The workflows are under Templates, Extensions. Pictures go to {base / 'output'}, the log is {server.log}."
+            f"The workflows are under Templates, Extensions. Pictures go to {base / 'output'}; log: {server.log}."
         )
         return server.process.wait()
 
