@@ -289,14 +289,14 @@ def tables(rows: list[dict]) -> dict:
 
 
 def picture(bench: Bench, rows: Callable[[str], list[dict]]) -> list[np.ndarray]:
-    """A photograph and three edits; under each what changed; below, the same without the prior."""
-    index = int(panels.middle(rows(OURS), "worn_error", of="subject")[0])
+    """A photograph, three edits by the weaker prior; under each what changed; below, the same without a prior."""
+    index = int(panels.middle(rows(WEAKER), "worn_error", of="subject")[0])
     subject = cases.subject(index)
     source, learned = subject.edits[0].source, {take.action for take in subject.learned}
     new = [action for action in ("waving", "sitting", "handstand", "cheering", "kicking") if action not in learned]
     edits = [cases.Edit(source, dataclasses.replace(source, action=action)) for action in new[:3]]
     own = [index * cases.EDITS + i for i in range(len(edits))]
-    ours, without = (bench.edited(ARMS[arm], index, own, edits)[1] for arm in (OURS, NONE))
+    ours, without = (bench.edited(ARMS[arm], index, own, edits)[1] for arm in (WEAKER, NONE))
     shown = cases.pictures([source])[0]
     changed = np.abs(ours.astype(int) - shown).max(-1, keepdims=True) * DIFFERENCE
     maps = changed.clip(0, 255).astype(np.uint8).repeat(3, -1)
