@@ -11,6 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflows")]
@@ -48,13 +49,21 @@ class Arm:
     guide: Guide = ()
     masks: tuple[str, ...] = ()  # of "driving_mask", "source_mask": the true ones
     driver: str = "driver"  # or "wrong": whose phases
+    iterations: ClassVar[int] = ITERATIONS  # of learning
+
+
+class Longer(Arm):
+    """The same, with twice the learning."""
+
+    iterations = 2 * ITERATIONS
 
 
 def ours(**changes) -> Arm:
     """The method with some changes; `guide` is added to what was chosen. The switch brings the driver's scene in."""
     guide = CHOSEN + tuple(changes.pop("guide", ()))
+    kind = changes.pop("kind", Arm)
     return dataclasses.replace(
-        Arm(rate=RATE, guide=guide, masks=("driving_mask", "source_mask")), **changes
+        kind(rate=RATE, guide=guide, masks=("driving_mask", "source_mask")), **changes
     )
 
 
@@ -75,6 +84,8 @@ ARMS = {
     "masked": ours(masks=("driving_mask",)),
     OURS: ours(),
     WRONG: ours(driver="wrong"),
+    "learned, 120 iterations": Longer(rate=RATE),
+    "masked and aligned, 120 iterations": ours(kind=Longer),
     **{name: Arm(shown=name) for name in ("driver", "source", "truth")},
 }
 DEVELOPMENT = {
@@ -127,7 +138,7 @@ class Bench:
             return method.collage(source, driver, *masks)
         return self.theatre.encode(cases.pictures([getattr(case, name) for case in found]))
 
-    def _learned(self, rate: float, case: int, found: cases.Transfer):
+    def _learned(self, arm: Arm, case: int, found: cases.Transfer):
         from pack.nodes.frequency_guidance.training_nodes import UnderstudyTrainSourceDrivingPair as Train
 
         def train() -> dict:
@@ -136,11 +147,11 @@ class Bench:
                 given[name] = torch.from_numpy(cases.pictures([take])).float() / 255
                 given[f"{name}_text"] = captions.caption(take)
             settings = sampling.widgets(
-                Train, steps=ITERATIONS, rank=RANK, learning_rate=rate, seed=case, checkpoint_every=0, **given
+                Train, steps=arm.iterations, rank=RANK, learning_rate=arm.rate, seed=case, checkpoint_every=0, **given
             )
             return Train.execute(**sampling.as_lists(settings)).result[0]
 
-        key = (found.source, found.driver, rate, ITERATIONS, RANK, case, self.digest)
+        key = (found.source, found.driver, arm.rate, arm.iterations, RANK, case, self.digest)
         return self.theatre.with_lora(sampling.learned(self.folder, key, train))
 
     def sampled(self, arm: Arm, chosen: list[int], found: list[cases.Transfer]) -> np.ndarray:
@@ -164,7 +175,7 @@ class Bench:
         return theatre.decode(theatre.sample(
             sampler, positive, [cases.noise_seed(cases.FREQUENCY, i, self.development) for i in chosen],
             self._latents(found, arm.start) if arm.start else None, arm.denoise, cfg=CFG,
-            model=self._learned(arm.rate, chosen[0], found[0]) if arm.rate else None,
+            model=self._learned(arm, chosen[0], found[0]) if arm.rate else None,
         ))
 
     def _rows(self, chosen: list[int], found: list[cases.Transfer], made: np.ndarray) -> list[dict]:

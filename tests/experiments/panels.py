@@ -12,7 +12,7 @@ from PIL import Image
 
 from . import report
 
-GAP, BUDGET = 4, 44_000  # pixels between cells; bytes of a picture
+GAP, BUDGET = 4, 40_000  # pixels between cells; bytes of a picture
 MILLISECONDS = 120  # a frame
 Grid = Sequence[Sequence[np.ndarray | None]]
 # (bench, arm -> rows) -> frames uint8 [H, W, 3], one or several
