@@ -85,6 +85,8 @@ ARMS = {
     OURS: ours(),
     WRONG: ours(driver="wrong"),
     "learned, 120 iterations": Longer(rate=RATE),
+    "learned, switch, 120 iterations": Longer(rate=RATE, switch=SWITCH),
+    "driver in a wrong action, 120 iterations": ours(kind=Longer, driver="wrong"),
     "masked and aligned, 120 iterations": ours(kind=Longer),
     **{name: Arm(shown=name) for name in ("driver", "source", "truth")},
 }
