@@ -40,6 +40,21 @@ def test_a_setting_that_one_of_them_lacks_shows_no_digest(saved):
     assert "None" not in str(refused.value)
 
 
+def test_a_run_from_before_there_was_a_choice_had_no_decay_and_adamw(saved):
+    now = {**SETTINGS, "decay": 0.0, "optimizer": "AdamW"}
+    assert checkpoints.Checkpoints("name", now).resume(saved.path.name).step == 7
+    differing = r"decay 0\.0 and this run has 0\.5; optimizer 'AdamW' and this run has 'Muon'"
+    with pytest.raises(ValueError, match=differing):
+        checkpoints.Checkpoints("name", {**SETTINGS, "decay": 0.5, "optimizer": "Muon"}).resume(saved.path.name)
+
+
+def test_a_setting_that_one_of_them_lacks_is_called_unset(saved):
+    with pytest.raises(ValueError, match="made with steps unset and this run has 4: "):
+        checkpoints.Checkpoints("name", {**SETTINGS, "steps": 4}).resume(saved.path.name)
+    with pytest.raises(ValueError, match="made with rank 4, unset in this run: "):
+        checkpoints.Checkpoints("name", {k: v for k, v in SETTINGS.items() if k != "rank"}).resume(saved.path.name)
+
+
 def test_a_seed_as_long_as_a_digest_is_shown(saved):
     long = checkpoints.Checkpoints("long", {**SETTINGS, "seed": 1125899906842624})
     long.save(State(1, [0.5], {"parameter.a": torch.ones(2)}))
